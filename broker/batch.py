@@ -1,0 +1,144 @@
+"""One training step's data, from chosen groups to shards; all arrays packed in canonical order.
+
+Canonical order is by group, then sibling, so a batch is a function of which groups it holds and
+not of when they arrived.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from broker.advantages import Kind, group_advantages
+from broker.groups import Trajectory
+from broker.packing import balance, token_index
+from common.obrs import Divergence, Thinning, coins, divergence, thin
+from common.wire import Shard
+
+
+@dataclass
+class Batch:
+    """``B`` trajectories, ``N`` tokens."""
+
+    step: int
+    group_size: int
+    groups: NDArray[np.int64]  # [B]
+    siblings: NDArray[np.int32]  # [B]
+    rewards: NDArray[np.float32]  # [B]
+    advantages: NDArray[np.float32]  # [B]
+    truncated: NDArray[np.bool_]  # [B]
+    cu_seqlens: NDArray[np.int64]  # [B+1]
+    token_ids: NDArray[np.int32]  # [N]
+    trainable: NDArray[np.uint8]  # [N]
+    log_q: NDArray[np.float32]  # [N]
+    versions: NDArray[np.int32]  # [N]
+    topk_ids: NDArray[np.int32]  # [N, k]
+    topk_log_q: NDArray[np.float32]  # [N, k]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        arrays = (self.token_ids, self.trainable, self.log_q, self.versions, self.topk_ids, self.topk_log_q)
+        return sum(a.nbytes for a in arrays)
+
+
+def collate(step: int, members: Sequence[Trajectory], group_size: int, kind: Kind, epsilon: float) -> Batch:
+    """Pack whole groups, their advantages computed before any rejection."""
+    ordered = sorted(members, key=lambda t: (t.group, t.sibling))
+    rewards = np.array([t.reward for t in ordered], np.float32)
+    lengths = np.array([len(t.token_ids) for t in ordered], np.int64)
+    return Batch(
+        step=step,
+        group_size=group_size,
+        groups=np.array([t.group for t in ordered], np.int64),
+        siblings=np.array([t.sibling for t in ordered], np.int32),
+        rewards=rewards,
+        advantages=group_advantages(rewards.reshape(-1, group_size), kind, epsilon).reshape(-1),
+        truncated=np.array([t.truncated for t in ordered], np.bool_),
+        cu_seqlens=np.concatenate(([0], np.cumsum(lengths))),
+        token_ids=np.concatenate([t.token_ids for t in ordered]),
+        trainable=np.concatenate([t.trainable for t in ordered]),
+        log_q=np.concatenate([t.log_q for t in ordered]),
+        versions=np.concatenate([t.versions for t in ordered]),
+        topk_ids=np.concatenate([t.topk_ids for t in ordered]),
+        topk_log_q=np.concatenate([t.topk_log_q for t in ordered]),
+    )
+
+
+@dataclass
+class Decision:
+    """What rejection did to a batch, aligned with its tokens."""
+
+    version: int  # that scored; -1 with rejection off
+    accept: NDArray[np.uint8]  # [N]
+    log_m: NDArray[np.float32]  # [N] 0 where not accepted
+    log_p: NDArray[np.float32]  # [N] 0 where not accepted
+    proposed: int
+    accepted: int
+    unscorable: int  # NaN scores of the replica, treated as rejected
+    divergence: Divergence | None  # None with rejection off
+
+
+def accept_all(batch: Batch) -> Decision:
+    """Rejection off: every token is accepted with the density that it was sampled from."""
+    on = batch.trainable == 1
+    count = int(on.sum())
+    log_q = np.where(on, batch.log_q, np.float32(0))
+    return Decision(-1, on.astype(np.uint8), log_q, log_q, count, count, 0, None)
+
+
+def reject(batch: Batch, log_p: NDArray[np.float32], version: int, seed: int, log_threshold: float) -> Decision:
+    """Optimal budgeted rejection of every trainable token under scores ``log_p[N]`` of ``version``."""
+    on = np.flatnonzero(batch.trainable)
+    owner = np.repeat(np.arange(len(batch.groups)), np.diff(batch.cu_seqlens))[on]
+    position = (on - batch.cu_seqlens[:-1][owner]).astype(np.int64)
+    scores = np.minimum(log_p[on], np.float32(0))  # rounding may lift a certain token above 0
+    nan = np.isnan(scores)
+    scores = np.where(nan, np.float32(-np.inf), scores)
+    log_q = batch.log_q[on]
+    uniforms = coins(seed, batch.groups[owner], batch.siblings[owner], position, version)
+    thinning = thin(scores, log_q, uniforms, log_threshold)
+    decision = _spread(batch, on, thinning, scores, version, int(nan.sum()))
+    decision.divergence = divergence(scores, log_q, thinning)
+    return decision
+
+
+def _spread(
+    batch: Batch, on: NDArray[np.int64], thinning: Thinning, scores: NDArray[np.float32], version: int, unscorable: int
+) -> Decision:
+    n = len(batch.token_ids)
+    accept = np.zeros(n, np.uint8)
+    log_m, log_p = np.zeros(n, np.float32), np.zeros(n, np.float32)
+    accept[on] = thinning.accept
+    log_m[on] = np.where(thinning.accept, thinning.log_m, np.float32(0))
+    log_p[on] = np.where(thinning.accept, scores, np.float32(0))
+    return Decision(version, accept, log_m, log_p, len(on), int(thinning.accept.sum()), unscorable, None)
+
+
+def make_shards(batch: Batch, decision: Decision, world: int, temperature: float) -> list[Shard]:
+    """One shard a rank, balanced by tokens. The denominator counts every trainable token (algorithms.md 1.8)."""
+    shards = []
+    for rank, members in enumerate(balance(np.diff(batch.cu_seqlens), world)):
+        index, offsets = token_index(batch.cu_seqlens, members)
+        shards.append(
+            Shard(
+                step=batch.step,
+                rank=rank,
+                world=world,
+                denominator=decision.proposed,
+                tokens_global=len(batch.token_ids),
+                temperature=temperature,
+                groups=batch.groups[members],
+                siblings=batch.siblings[members],
+                advantages=batch.advantages[members],
+                cu_seqlens=offsets.astype(np.int32),
+                token_ids=batch.token_ids[index],
+                trainable=batch.trainable[index],
+                accept=decision.accept[index],
+                log_q=np.where(batch.trainable[index] == 1, batch.log_q[index], np.float32(0)),
+                log_m=decision.log_m[index],
+                log_p=decision.log_p[index],
+            )
+        )
+    return shards

@@ -1,0 +1,162 @@
+"""Groups of sibling trajectories: completion in any order, and tombstones for those that never will."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.wire import Trajectories
+
+TOMBSTONES_KEPT = 100_000  # late messages of older groups are refused as unknown, with the same effect
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One sibling; arrays are views of the frame it arrived in. ``T`` counts prompt and completion."""
+
+    group: int
+    sibling: int
+    reward: float
+    token_ids: NDArray[np.int32]  # [T]
+    trainable: NDArray[np.uint8]  # [T]
+    log_q: NDArray[np.float32]  # [T]
+    versions: NDArray[np.int32]  # [T]
+    topk_ids: NDArray[np.int32]  # [T, k]
+    topk_log_q: NDArray[np.float32]  # [T, k]
+    truncated: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in the queue."""
+        per_token = (self.token_ids, self.trainable, self.log_q, self.versions, self.topk_ids, self.topk_log_q)
+        return sum(a.nbytes for a in per_token)
+
+    @property
+    def oldest_version(self) -> int:
+        """The version of its oldest sampled token."""
+        return int(self.versions[self.trainable == 1].min())
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Trainable tokens."""
+        return int(self.trainable.sum())
+
+
+def unpack(message: Trajectories, index: int) -> Trajectory:
+    """Trajectory ``index`` of a batch, without a copy."""
+    a, b = int(message.cu_seqlens[index]), int(message.cu_seqlens[index + 1])
+    return Trajectory(
+        group=int(message.groups[index]),
+        sibling=int(message.siblings[index]),
+        reward=float(message.rewards[index]),
+        token_ids=message.token_ids[a:b],
+        trainable=message.trainable[a:b],
+        log_q=message.log_q[a:b],
+        versions=message.versions[a:b],
+        topk_ids=message.topk_ids[a:b],
+        topk_log_q=message.topk_log_q[a:b],
+        truncated=bool(message.finish[index] == 1),
+    )
+
+
+@dataclass
+class Group:
+    """A granted group."""
+
+    group: int
+    prompt: int
+    actor: str
+    min_version: int
+    members: dict[int, Trajectory] = field(default_factory=dict)
+
+
+class GroupBook:
+    """Every group from its grant until it is assembled or given up."""
+
+    def __init__(self, group_size: int) -> None:
+        self.group_size = group_size
+        self._groups: dict[int, Group] = {}
+        self._tombstones: OrderedDict[int, str] = OrderedDict()
+
+    def grant(self, group: int, prompt: int, actor: str, min_version: int) -> None:
+        """``actor`` was told to start ``group``."""
+        self._groups[group] = Group(group, prompt, actor, min_version)
+
+    def refusal(self, group: int, sibling: int, actor: str) -> str:
+        """Why a trajectory of this identity cannot be taken; "" if it can. Repeats are fine."""
+        if group in self._tombstones:
+            return self._tombstones[group]
+        entry = self._groups.get(group)
+        if entry is None:
+            return "unknown_group"
+        if entry.actor != actor:
+            return "granted_to_another_actor"
+        if not 0 <= sibling < self.group_size:
+            return "sibling_out_of_range"
+        return ""
+
+    def add(self, trajectory: Trajectory) -> tuple[bool, bool]:
+        """Take a trajectory; returns (is new, its group is now complete)."""
+        entry = self._groups[trajectory.group]
+        if trajectory.sibling in entry.members:
+            return False, False
+        entry.members[trajectory.sibling] = trajectory
+        return True, len(entry.members) == self.group_size
+
+    def min_version(self, group: int) -> int:
+        """The oldest version that the group's grant allows."""
+        return self._groups[group].min_version
+
+    def members(self, group: int) -> list[Trajectory]:
+        """Siblings in order."""
+        return [t for _, t in sorted(self._groups[group].members.items())]
+
+    def prompt(self, group: int) -> int:
+        """The group's prompt."""
+        return self._groups[group].prompt
+
+    def take(self, group: int) -> list[Trajectory]:
+        """Hand a complete group over; later repeats of its members are recognised and ignored."""
+        members = self.members(group)
+        del self._groups[group]
+        self._bury(group, "")
+        return members
+
+    def tombstone(self, group: int, reason: str) -> tuple[int, list[Trajectory]]:
+        """Give a group up; returns its prompt and what had arrived of it."""
+        entry = self._groups.pop(group)
+        self._bury(group, reason)
+        return entry.prompt, [t for _, t in sorted(entry.members.items())]
+
+    def is_done(self, group: int) -> bool:
+        """Whether the group was assembled (and not given up)."""
+        return self._tombstones.get(group) == ""
+
+    def of_actor(self, actor: str, incomplete: Callable[[int], bool] | None = None) -> list[int]:
+        """Groups that ``actor`` still owes siblings of."""
+        owed = [g for g, e in self._groups.items() if e.actor == actor and len(e.members) < self.group_size]
+        return [g for g in owed if incomplete is None or incomplete(g)]
+
+    def in_flight(self, actor: str) -> int:
+        """How many groups ``actor`` has not finished."""
+        return sum(e.actor == actor and len(e.members) < self.group_size for e in self._groups.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the trajectories held."""
+        return sum(t.nbytes for e in self._groups.values() for t in e.members.values())
+
+    @property
+    def held(self) -> int:
+        """Trajectories held."""
+        return sum(len(e.members) for e in self._groups.values())
+
+    def __contains__(self, group: int) -> bool:
+        return group in self._groups
+
+    def _bury(self, group: int, reason: str) -> None:
+        self._tombstones[group] = reason
+        while len(self._tombstones) > TOMBSTONES_KEPT:
+            self._tombstones.popitem(last=False)

@@ -1,0 +1,103 @@
+"""The staleness ledger: which groups are promised, and why none of them will be trained too old.
+
+Every group gets a *deadline*, the last training step at which its oldest token has a lag within
+the budget: ``deadline = oldest version + budget``. A step trains exactly ``groups_per_step``
+groups. The schedule of what is outstanding must stay feasible at all times::
+
+    for every step t:   #{outstanding groups with deadline <= t} <= (t - next_step + 1) * groups_per_step
+
+Granting, and choosing the groups of a step, both keep this true; so the budget holds by admission
+and nothing needs to be discarded for age. With budget 0 it is synchronous training.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from common.errors import DataError
+
+
+@dataclass
+class _Outstanding:
+    deadline: int
+    complete: bool = False
+
+
+class StalenessLedger:
+    """Promised and completed groups against the steps that will train them."""
+
+    def __init__(self, budget: int, groups_per_step: int, steps: int, next_step: int = 0) -> None:
+        self.budget = budget
+        self.groups_per_step = groups_per_step
+        self.steps = steps
+        self.next_step = next_step  # the next step to assemble
+        self._outstanding: dict[int, _Outstanding] = {}
+
+    @property
+    def promised(self) -> int:
+        """Groups granted and not complete."""
+        return sum(not g.complete for g in self._outstanding.values())
+
+    @property
+    def queued(self) -> int:
+        """Groups complete and not yet assembled into a step."""
+        return sum(g.complete for g in self._outstanding.values())
+
+    def grantable(self, version: int) -> int:
+        """How many groups may start now with weights no older than ``version``."""
+        deadline = version + self.budget
+        within_budget = (deadline - self.next_step + 1) * self.groups_per_step
+        to_the_end = (self.steps - self.next_step) * self.groups_per_step
+        return max(0, min(within_budget, to_the_end) - len(self._outstanding))
+
+    def grant(self, group: int, version: int) -> None:
+        """Promise that ``group``, started at ``version`` or later, will be trained in time."""
+        if group in self._outstanding:
+            raise DataError(f"group {group} is granted already")
+        if not self.grantable(version):
+            raise DataError(f"group {group}: no room at version {version} within a staleness budget of {self.budget}")
+        self._outstanding[group] = _Outstanding(version + self.budget)
+
+    def complete(self, group: int, oldest_version: int) -> None:
+        """``group`` is whole; ``oldest_version`` sampled its oldest token."""
+        entry = self._outstanding[group]
+        entry.complete = True
+        entry.deadline = max(entry.deadline, oldest_version + self.budget)
+
+    def release(self, group: int) -> None:
+        """``group`` will never be complete: its place is free again."""
+        self._outstanding.pop(group, None)
+
+    def select(self) -> list[int] | None:
+        """The groups to train at ``next_step``, oldest deadline first, or None while it must wait.
+
+        Waits when fewer than ``groups_per_step`` groups are complete, when a group that is due is
+        still in flight, or when taking a fresher group now would make an older one late.
+        """
+        if self.next_step >= self.steps:
+            return None
+        ready = sorted((g.deadline, i) for i, g in self._outstanding.items() if g.complete)
+        chosen = [i for _, i in ready[: self.groups_per_step]]
+        if len(chosen) < self.groups_per_step:
+            return None
+        left = Counter(g.deadline for i, g in self._outstanding.items() if i not in set(chosen))
+        total = 0
+        for deadline in sorted(left):
+            total += left[deadline]
+            if total > max(0, deadline - self.next_step) * self.groups_per_step:
+                return None
+        return chosen
+
+    def assembled(self, groups: list[int]) -> None:
+        """``groups`` make up ``next_step``."""
+        for group in groups:
+            entry = self._outstanding.pop(group)
+            if entry.deadline < self.next_step:
+                raise DataError(f"group {group} was due at step {entry.deadline}, not {self.next_step}")
+        self.next_step += 1
+
+    def waiting_for(self) -> str:
+        """What keeps the next step from being assembled, in words."""
+        if self.queued < self.groups_per_step:
+            return f"rollouts: {self.queued} of {self.groups_per_step} groups complete, {self.promised} in flight"
+        due = sum(not g.complete and g.deadline <= self.next_step for g in self._outstanding.values())
+        return f"rollouts: {due} groups in flight would exceed the staleness budget if they were left behind"

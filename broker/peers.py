@@ -1,0 +1,69 @@
+"""Who is connected, in which role, and when each was last heard."""
+
+from dataclasses import dataclass, field
+
+from common.wire import Hello
+
+
+@dataclass
+class Peer:
+    """A live actor, replica or learner rank."""
+
+    identity: bytes
+    hello: Hello
+    heard: float
+    version: int
+    counters: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Unique among live peers of a role; learner ranks add their rank."""
+        return f"{self.hello.name}.{self.hello.rank}" if self.hello.role == "learner" else self.hello.name
+
+    @property
+    def role(self) -> str:
+        """actor, replica or learner."""
+        return self.hello.role
+
+
+class Roster:
+    """The live peers."""
+
+    def __init__(self) -> None:
+        self._by_identity: dict[bytes, Peer] = {}
+
+    def add(self, peer: Peer) -> None:
+        """A peer was welcomed."""
+        self._by_identity[peer.identity] = peer
+
+    def remove(self, identity: bytes) -> Peer | None:
+        """A peer left."""
+        return self._by_identity.pop(identity, None)
+
+    def get(self, identity: bytes) -> Peer | None:
+        """By socket identity."""
+        return self._by_identity.get(identity)
+
+    def named(self, name: str) -> Peer | None:
+        """By name."""
+        return next((p for p in self._by_identity.values() if p.name == name), None)
+
+    def role(self, role: str) -> list[Peer]:
+        """Peers of one role, by name."""
+        return sorted((p for p in self._by_identity.values() if p.role == role), key=lambda p: p.name)
+
+    def learner(self) -> Peer | None:
+        """The learner's rank 0."""
+        return next((p for p in self.role("learner") if p.hello.rank == 0), None)
+
+    def receivers(self) -> list[str]:
+        """Names of all that hold weights."""
+        return [p.name for role in ("actor", "replica") for p in self.role(role)]
+
+    def silent(self, now: float, timeout_s: float) -> list[Peer]:
+        """Peers not heard for ``timeout_s``."""
+        return [p for p in self._by_identity.values() if now - p.heard > timeout_s]
+
+    def all(self) -> list[Peer]:
+        """Every peer."""
+        return list(self._by_identity.values())

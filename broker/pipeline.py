@@ -1,0 +1,283 @@
+"""The broker's decisions, without a socket: trajectories in, shards out.
+
+::
+
+    grant -> admit -> group -> (whole groups) select -> collate -> score -> reject -> shards -> commit
+
+Every method is a function of its arguments and of what came before; nothing here looks at a clock
+or a file.
+"""
+
+from collections import Counter, deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from broker.batch import Batch, Decision, accept_all, collate, make_shards, reject
+from broker.groups import GroupBook, unpack
+from broker.ledger import StalenessLedger
+from broker.receipts import receipt
+from common.config import RunConfig
+from common.errors import DataError, ProtocolError
+from common.wire import Ack, Grant, ScoreRequest, ScoreResult, Shard, Trajectories
+
+MEGABYTE = 1 << 20
+PROMPT_RETRIES = 3  # a prompt whose groups failed this often is left out
+BYTES_PER_TOKEN = 13  # ids, flag, log q and version of a token without alternatives
+BYTES_PER_ALTERNATIVE = 8
+
+
+@dataclass
+class _Step:
+    batch: Batch
+    decision: Decision
+    receipt: dict[str, Any]
+    shards: list[Shard] | None = None
+    committed: bool = False
+
+
+class Pipeline:
+    """What the broker knows of the run's data."""
+
+    def __init__(self, config: RunConfig, vocab_size: int, generation: int = 0) -> None:
+        self.config = config
+        self.vocab_size = vocab_size
+        rollout = config.rollout
+        self.ledger = StalenessLedger(config.staleness.budget, rollout.groups_per_step, config.run.steps)
+        self.book = GroupBook(rollout.group_size)
+        self.counts: Counter[str] = Counter()
+        self.dropped: Counter[str] = Counter()
+        self.refused: Counter[str] = Counter()
+        self._steps: dict[int, _Step] = {}
+        self._scoring: tuple[Batch, ScoreRequest] | None = None
+        self._next_group = generation << 32
+        self._next_prompt = 0
+        self._retry: deque[tuple[int, int]] = deque()  # (prompt, failures so far)
+        self._failures: Counter[int] = Counter()
+        self._next_request = 0
+        self.committed_step = -1
+
+    # ---- grants ---------------------------------------------------------------------------------
+
+    def start_at(self, step: int) -> None:
+        """The learner's first step; everything before it belongs to an earlier life of the run."""
+        if self.ledger.next_step == 0 and step > 0 and not self._steps:
+            self.ledger.next_step = step
+            self.committed_step = step - 1
+            self._next_prompt = step * self.config.rollout.groups_per_step
+
+    def grant(self, actor: str, count: int, version: int) -> Grant | None:
+        """Promise up to ``count`` groups to ``actor``, started at ``version`` or later; None if no room."""
+        count = min(count, self.ledger.grantable(version), self._groups_that_fit())
+        if count <= 0:
+            return None
+        groups, prompts = [], []
+        for _ in range(count):
+            prompt = self._retry.popleft()[0] if self._retry else self._new_prompt()
+            group, self._next_group = self._next_group, self._next_group + 1
+            self.ledger.grant(group, version)
+            self.book.grant(group, prompt, actor, version)
+            groups.append(group)
+            prompts.append(prompt)
+        self.counts["groups_granted"] += count
+        return Grant(version, -1, 0, np.array(groups, np.int64), np.array(prompts, np.int64))
+
+    def _new_prompt(self) -> int:
+        prompt, self._next_prompt = self._next_prompt, self._next_prompt + 1
+        return prompt
+
+    def _groups_that_fit(self) -> int:
+        """Groups whose largest possible size still fits in the queue's bound, those promised counted in full."""
+        rollout = self.config.rollout
+        per_token = BYTES_PER_TOKEN + BYTES_PER_ALTERNATIVE * rollout.top_logprobs
+        largest = rollout.group_size * rollout.max_length * per_token
+        free = self.config.broker.queue_mb * MEGABYTE - self.queue_bytes
+        return max(0, int(free // largest) - self.ledger.promised)
+
+    # ---- admission ------------------------------------------------------------------------------
+
+    def admit(self, message: Trajectories, actor: str, newest_version: int) -> Ack:
+        """Take what is sound, refuse the rest by name; a refused sibling gives its group up."""
+        faults = message.faults(self.vocab_size, newest_version)
+        reasons = []
+        for index in range(len(message.groups)):
+            group, sibling = int(message.groups[index]), int(message.siblings[index])
+            reason = self.book.refusal(group, sibling, actor)
+            if self.book.is_done(group):
+                self.counts["repeats"] += 1
+                reason = ""
+            elif not reason:
+                reason = faults.get(index, "") or self._admit_one(message, index)
+                if reason:
+                    self.give_up(group, "refused_sibling")
+            if reason:
+                self.refused[reason] += 1
+            reasons.append(reason)
+        return Ack(reasons, message.groups, message.siblings)
+
+    def _admit_one(self, message: Trajectories, index: int) -> str:
+        trajectory = unpack(message, index)
+        oldest = trajectory.oldest_version
+        if oldest < self.book.min_version(trajectory.group):
+            return f"sampled by version {oldest}, older than the grant's {self.book.min_version(trajectory.group)}"
+        if len(trajectory.token_ids) > self.config.rollout.max_length:
+            return f"{len(trajectory.token_ids)} tokens, more than rollout allows ({self.config.rollout.max_length})"
+        if trajectory.topk_ids.shape[1] != self.config.rollout.top_logprobs:
+            return f"{trajectory.topk_ids.shape[1]} alternatives a token, rollout.top_logprobs={self.config.rollout.top_logprobs}"
+        is_new, complete = self.book.add(trajectory)
+        if not is_new:
+            self.counts["repeats"] += 1
+            return ""
+        self.counts["trajectories_acked"] += 1
+        self.counts["tokens_generated"] += trajectory.sampled_tokens
+        if complete:
+            members = self.book.members(trajectory.group)
+            self.ledger.complete(trajectory.group, min(t.oldest_version for t in members))
+        return ""
+
+    def give_up(self, group: int, reason: str) -> None:
+        """The group will never be complete: count what had arrived, free its place, grant its prompt again."""
+        if group not in self.book:
+            return
+        prompt, arrived = self.book.tombstone(group, reason)
+        self.ledger.release(group)
+        self.dropped[reason] += len(arrived)
+        self.counts["groups_given_up"] += 1
+        self._failures[prompt] += 1
+        if self._failures[prompt] < PROMPT_RETRIES:
+            self._retry.append((prompt, self._failures[prompt]))
+
+    def actor_lost(self, actor: str) -> int:
+        """Give up what a lost actor owed; returns how many groups."""
+        owed = self.book.of_actor(actor)
+        for group in owed:
+            self.give_up(group, "actor_lost")
+        return len(owed)
+
+    # ---- assembly -------------------------------------------------------------------------------
+
+    def assemble(self, min_version: int) -> ScoreRequest | None:
+        """Choose and collate the next step if it is ready and due; returns what must be scored.
+
+        With rejection off the step is finished at once and None is returned.
+        """
+        ahead = self.ledger.next_step - (self.committed_step + 1)
+        if self._scoring is not None or ahead > self.config.broker.assemble_ahead:
+            return None
+        chosen = self.ledger.select()
+        if chosen is None:
+            return None
+        step = self.ledger.next_step
+        members = [t for group in chosen for t in self.book.take(group)]
+        self.ledger.assembled(chosen)
+        advantage = self.config.advantage
+        batch = collate(step, members, self.config.rollout.group_size, advantage.kind, advantage.epsilon)
+        if self.config.obrs.mode == "off":
+            self._finish(batch, accept_all(batch))
+            return None
+        request = ScoreRequest(
+            request=self._next_request,
+            min_version=min_version,
+            temperature=self.config.rollout.temperature,
+            cu_seqlens=batch.cu_seqlens.astype(np.int32),
+            token_ids=batch.token_ids,
+            wanted=batch.trainable,
+            topk_ids=batch.topk_ids[:, :0],
+        )
+        self._next_request += 1
+        self._scoring = (batch, request)
+        return request
+
+    @property
+    def scoring(self) -> ScoreRequest | None:
+        """The request under way."""
+        return self._scoring[1] if self._scoring else None
+
+    def scored(self, result: ScoreResult) -> None:
+        """Toss the coins of the batch that was scored. Stale answers are ignored."""
+        if self._scoring is None or self._scoring[1].request != result.request:
+            self.counts["late_scores"] += 1
+            return
+        batch, request = self._scoring
+        if len(result.log_p) != len(batch.token_ids):
+            raise DataError(f"score_result: {len(result.log_p)} scores for {len(batch.token_ids)} tokens")
+        if result.version < request.min_version:
+            raise DataError(f"score_result: scored by version {result.version}, asked for {request.min_version}")
+        self._scoring = None
+        decision = reject(batch, result.log_p, result.version, self.config.run.seed, float(np.log(self.config.obrs.threshold)))
+        self._finish(batch, decision)
+
+    def _finish(self, batch: Batch, decision: Decision) -> None:
+        self.counts["tokens_proposed"] += decision.proposed
+        self.counts["tokens_accepted"] += decision.accepted
+        self.counts["unscorable"] += decision.unscorable
+        self._steps[batch.step] = _Step(batch, decision, receipt(batch, decision, self.config.obrs.threshold))
+
+    # ---- serving --------------------------------------------------------------------------------
+
+    def shard(self, step: int, rank: int, world: int) -> Shard | None:
+        """The shard of ``rank``, the same bytes however often it is asked for; None if not ready."""
+        if step < self.ledger.next_step and step not in self._steps and not self._being_scored(step):
+            raise ProtocolError(
+                f"step {step} is no longer held (committed up to {self.committed_step}); "
+                "resume from a newer checkpoint or raise broker.retain_mb"
+            )
+        entry = self._steps.get(step)
+        if entry is None:
+            return None
+        if entry.shards is None or len(entry.shards) != world:
+            entry.shards = make_shards(entry.batch, entry.decision, world, self.config.rollout.temperature)
+        return entry.shards[rank]
+
+    def _being_scored(self, step: int) -> bool:
+        return self._scoring is not None and self._scoring[0].step == step
+
+    def commit(self, step: int) -> dict[str, Any] | None:
+        """Step trained; returns its receipt the first time."""
+        entry = self._steps.get(step)
+        if entry is None or entry.committed:
+            return None
+        entry.committed = True
+        self.committed_step = max(self.committed_step, step)
+        self.counts["trajectories_trained"] += len(entry.batch.groups)
+        self._prune()
+        return entry.receipt
+
+    def checkpointed(self, step: int) -> None:
+        """Steps up to ``step`` will not be asked for again."""
+        for done in [s for s in self._steps if s <= step]:
+            del self._steps[done]
+
+    def _prune(self) -> None:
+        limit = self.config.broker.retain_mb * MEGABYTE
+        held = sum(s.batch.nbytes for s in self._steps.values() if s.committed)
+        for step in sorted(s for s, entry in self._steps.items() if entry.committed):
+            if held <= limit:
+                return
+            held -= self._steps[step].batch.nbytes
+            del self._steps[step]
+
+    # ---- figures --------------------------------------------------------------------------------
+
+    @property
+    def queue_bytes(self) -> int:
+        """Bytes of trajectories that wait to be trained."""
+        waiting = sum(s.batch.nbytes for s in self._steps.values() if not s.committed)
+        return self.book.nbytes + waiting + (self._scoring[0].nbytes if self._scoring else 0)
+
+    @property
+    def queued(self) -> int:
+        """Trajectories acknowledged, neither trained nor dropped."""
+        return self.counts["trajectories_acked"] - self.counts["trajectories_trained"] - sum(self.dropped.values())
+
+    def held(self) -> int:
+        """The same number counted from what is really held; a test compares the two."""
+        waiting = sum(len(s.batch.groups) for s in self._steps.values() if not s.committed)
+        return self.book.held + waiting + (len(self._scoring[0].groups) if self._scoring else 0)
+
+    def waiting_for(self) -> str:
+        """Why the next step cannot be served, in words."""
+        if self._scoring is not None:
+            return f"scores of step {self._scoring[0].step} from the policy replica"
+        return self.ledger.waiting_for()

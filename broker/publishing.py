@@ -1,0 +1,215 @@
+"""Who receives a version, and when the collective may start: the broker's side of weight publishing.
+
+::
+
+    Publish -> [preparing: Prepare to every receiver, until each is Ready] -> Go
+            -> [sending: until the learner Published and every receiver Applied] -> PublishDone
+
+A receiver that misses a deadline is dropped, named, and the others go on in a new epoch; it is
+taken in again as soon as it gives a sign. An epoch is one process group: it changes whenever its
+members or the learner's store do. Pure: messages and times in, messages out.
+"""
+
+import dataclasses
+import logging
+from typing import Any
+
+from common.wire import Applied, Go, Prepare, Publish, PublishDone, Published, PublishFailed, Ready, ReceiveFailed
+
+LEARNER = "learner"  # the addressee of messages for the learner's rank 0
+Outgoing = list[tuple[str, Any]]
+MAX_ATTEMPTS = 5
+
+
+@dataclasses.dataclass
+class _Attempt:
+    publish: Publish
+    number: int
+    members: list[str]
+    deadline: float
+    waiting: set[str]  # not Ready yet, or not Applied yet
+    sending: bool = False
+    learner_done: bool = False
+    applied: list[str] = dataclasses.field(default_factory=list)
+    digest: str = ""
+
+
+class PublishCoordinator:
+    """At most one version is under way."""
+
+    def __init__(self, deadline_s: float) -> None:
+        self.deadline_s = deadline_s
+        self.log = logging.getLogger("broker.weights")
+        self.epoch = 0
+        self.published = 0  # newest version that was settled
+        self.history: list[int] = []  # versions in the order they were first settled
+        self.late: dict[str, int] = {}  # receivers dropped for lateness, with how often
+        self._suspended: set[str] = set()
+        self._attempt: _Attempt | None = None
+        self._queued: Publish | None = None
+        self._group: tuple[list[str], str, int] | None = None
+        self._dropped: list[str] = []
+
+    @property
+    def busy(self) -> bool:
+        """Whether a version is under way."""
+        return self._attempt is not None
+
+    @property
+    def under_way(self) -> int:
+        """The version whose collective has started, -1 for none."""
+        return self._attempt.publish.version if self._attempt and self._attempt.sending else -1
+
+    def is_suspended(self, receiver: str) -> bool:
+        """Whether the receiver was dropped and has given no sign since."""
+        return receiver in self._suspended
+
+    def waiting_for(self) -> str:
+        """Who the publish under way waits for."""
+        attempt = self._attempt
+        if attempt is None:
+            return ""
+        stage = "apply" if attempt.sending else "be ready for"
+        names = sorted(attempt.waiting) or [LEARNER]
+        return f"{', '.join(names)} to {stage} version {attempt.publish.version}"
+
+    def on_publish(self, message: Publish, receivers: list[str], now: float) -> Outgoing:
+        """The learner offers a version."""
+        if self._attempt is not None:
+            self._queued = message
+            return []
+        self._dropped = []
+        return self._begin(message, receivers, now, 1)
+
+    def _begin(self, publish: Publish, receivers: list[str], now: float, number: int) -> Outgoing:
+        members = sorted(r for r in receivers if r not in self._suspended)
+        group = (members, publish.host, publish.port)
+        if group != self._group or number > 1:
+            self.epoch, self._group = self.epoch + 1, group
+        self._attempt = _Attempt(publish, number, members, now + self.deadline_s, set(members))
+        if not members:
+            return self._settle()
+        fields = dataclasses.asdict(publish)
+        world = len(members) + 1
+        return [(name, Prepare(self.epoch, rank + 1, world, fields)) for rank, name in enumerate(members)]
+
+    def on_ready(self, message: Ready, sender: str, now: float) -> Outgoing:
+        """A receiver is ready; when all are, the collective starts."""
+        self._suspended.discard(sender)
+        attempt = self._attempt
+        if attempt is None or attempt.sending or message.epoch != self.epoch:
+            return []
+        attempt.waiting.discard(sender)
+        if attempt.waiting:
+            return []
+        attempt.sending = True
+        attempt.waiting = set(attempt.members)
+        attempt.deadline = now + 2 * self.deadline_s  # the learner's own deadline comes first
+        go = Go(self.epoch, attempt.publish.version, attempt.members)
+        return [(name, go) for name in (*attempt.members, LEARNER)]
+
+    def on_published(self, message: Published) -> Outgoing:
+        """The learner's side of the collective is done."""
+        attempt = self._attempt
+        if attempt is None or message.epoch != self.epoch:
+            return []
+        attempt.learner_done = True
+        attempt.digest = message.digest
+        return self._settle_if_done()
+
+    def on_applied(self, message: Applied, sender: str) -> Outgoing:
+        """A receiver uses the version."""
+        self._suspended.discard(sender)
+        attempt = self._attempt
+        if attempt is None or message.version != attempt.publish.version or sender not in attempt.waiting:
+            return []
+        attempt.waiting.discard(sender)
+        attempt.applied.append(sender)
+        return self._settle_if_done()
+
+    def on_receive_failed(self, message: ReceiveFailed, sender: str) -> Outgoing:
+        """A receiver kept its old weights."""
+        self.log.warning("%s did not take version %d: %s", sender, message.version, message.reason)
+        attempt = self._attempt
+        if attempt is None or message.epoch != self.epoch or not attempt.sending:
+            return []
+        return self._drop(sender)
+
+    def on_publish_failed(self, message: PublishFailed, receivers: list[str], now: float) -> Outgoing:
+        """The learner's collective broke: try again with who is left, in a new epoch."""
+        attempt = self._attempt
+        if attempt is None or message.epoch != self.epoch:
+            return []
+        self.log.warning("publish of version %d broke in epoch %d: %s", message.version, message.epoch, message.reason)
+        if attempt.number >= MAX_ATTEMPTS:
+            self._dropped += attempt.members
+            return self._settle()
+        return self._begin(attempt.publish, receivers, now, attempt.number + 1)
+
+    def on_lost(self, name: str, receivers: list[str], now: float) -> Outgoing:
+        """A receiver is gone."""
+        self._suspended.discard(name)
+        attempt = self._attempt
+        if attempt is None or name not in attempt.members:
+            return []
+        if attempt.sending:
+            return self._drop(name)
+        self._dropped.append(name)
+        return self._begin(attempt.publish, receivers, now, attempt.number + 1)
+
+    def on_learner_lost(self) -> None:
+        """Nothing more will come of the version under way."""
+        self._attempt, self._queued, self._group = None, None, None
+
+    def on_tick(self, receivers: list[str], now: float) -> Outgoing:
+        """Give up on who is late."""
+        attempt = self._attempt
+        if attempt is None:
+            if self._queued is not None:
+                queued, self._queued = self._queued, None
+                return self.on_publish(queued, receivers, now)
+            return []
+        if now < attempt.deadline:
+            return []
+        late = sorted(attempt.waiting)
+        stage = "to apply" if attempt.sending else "to be ready for"
+        self.log.warning("%s took longer than %.0f s %s version %d: dropped",
+                         ", ".join(late) or LEARNER, self.deadline_s, stage, attempt.publish.version)  # fmt: skip
+        for name in late:
+            self.late[name] = self.late.get(name, 0) + 1
+            self._suspended.add(name)
+        if attempt.sending:
+            outgoing: Outgoing = []
+            for name in late:
+                outgoing += self._drop(name)
+            attempt.deadline = now + self.deadline_s
+            return outgoing
+        self._dropped += late
+        return self._begin(attempt.publish, receivers, now, attempt.number + 1)
+
+    def _drop(self, name: str) -> Outgoing:
+        attempt = self._attempt
+        if attempt is None:
+            return []
+        self._group = None  # the next version gets a fresh group
+        if name in attempt.waiting:
+            attempt.waiting.discard(name)
+            self._dropped.append(name)
+        return self._settle_if_done()
+
+    def _settle_if_done(self) -> Outgoing:
+        attempt = self._attempt
+        if attempt is None or attempt.waiting or not attempt.learner_done:
+            return []
+        return self._settle()
+
+    def _settle(self) -> Outgoing:
+        attempt = self._attempt
+        if attempt is None:
+            return []
+        self._attempt = None
+        version = attempt.publish.version
+        if version > self.published or not self.history:
+            self.published = version
+            self.history.append(version)
+        return [(LEARNER, PublishDone(version, attempt.applied, self._dropped))]

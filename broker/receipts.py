@@ -1,0 +1,54 @@
+"""The receipt of a batch: what it was, how old, what rejection took from it and what that bought."""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from broker.batch import Batch, Decision
+from common.obrs import wilson_interval
+
+
+def receipt(batch: Batch, decision: Decision, threshold: float) -> dict[str, Any]:
+    """One JSON object; rates are None with rejection off. Lags are in policy versions, per token."""
+    on = batch.trainable == 1
+    lags = batch.step - batch.versions[on]
+    lengths = np.add.reduceat(on.astype(np.int64), batch.cu_seqlens[:-1])
+    by_group = batch.rewards.reshape(-1, batch.group_size)
+    scored = decision.divergence is not None
+    low, high = wilson_interval(decision.accepted, decision.proposed)
+    line: dict[str, Any] = {
+        "step": batch.step,
+        "trajectories": len(batch.groups),
+        "reward": float(batch.rewards.mean()),
+        "reward_std": float(batch.rewards.std()),
+        "groups_without_signal": int((by_group.max(axis=1) == by_group.min(axis=1)).sum()),
+        "advantage_positive": float((batch.advantages > 0).mean()),
+        "advantage_negative": float((batch.advantages < 0).mean()),
+        "lag_mean": float(lags.mean()),
+        "lag_max": int(lags.max()),
+        "lag_histogram": {str(k): v for k, v in sorted(Counter(lags.tolist()).items())},
+        "length_mean": float(lengths.mean()),
+        "length_max": int(lengths.max()),
+        "truncated": float(batch.truncated.mean()),
+        "tokens": len(batch.token_ids),
+        "tokens_proposed": decision.proposed,
+        "tokens_accepted": decision.accepted,
+        "scored_by_version": decision.version if scored else None,
+        "threshold": threshold if scored else None,
+        "acceptance": decision.accepted / decision.proposed if decision.proposed else None,
+        "acceptance_low": low,
+        "acceptance_high": high,
+        "unscorable": decision.unscorable,
+    }
+    estimates = decision.divergence
+    line["acceptance_expected"] = estimates.expected_acceptance if estimates else None
+    line["kl_before"] = estimates.kl_before if estimates else None
+    line["kl_after"] = estimates.kl_after if estimates else None
+    line["ess"] = estimates.ess if estimates else None
+    if batch.topk_log_q.shape[1]:
+        inside = np.exp(batch.topk_log_q[on].astype(np.float64)).sum(axis=1)
+        line["topk_missing_mass"] = float(np.clip(1.0 - inside, 0.0, 1.0).mean())
+    else:
+        line["topk_missing_mass"] = None
+    return line

@@ -1,0 +1,65 @@
+"""The run directory as the broker writes it: identity, status, metrics. Nothing here decides anything."""
+
+import json
+import os
+import secrets
+import time
+from pathlib import Path
+from typing import Any
+
+from common.errors import ProtocolError
+
+STATUS_EVERY_S = 0.5
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace ``path`` atomically: a reader sees the old or the new content."""
+    temporary = path.with_suffix(f".tmp{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+class RunFiles:
+    """``run.json`` (who this run is), ``status.json`` (now), ``metrics.jsonl`` (one line an event)."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        self.started_at = time.time()
+        self.run_id, self.generation = self._identify(directory / "run.json")
+        self._metrics = (directory / "metrics.jsonl").open("a")
+        self._next_status = 0.0
+
+    def _identify(self, path: Path) -> tuple[str, int]:
+        run_id, generation = secrets.token_hex(6), 0
+        if path.exists():
+            try:
+                known = json.loads(path.read_text())
+                run_id, generation = str(known["run_id"]), int(known["generation"]) + 1
+                self.started_at = float(known["started_at"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ProtocolError(f"{path} is damaged ({error}); move {self.directory} away to start a new run") from error
+        write_json(path, {"run_id": run_id, "generation": generation, "started_at": self.started_at})
+        return run_id, generation
+
+    def seconds(self) -> float:
+        """Since the run began."""
+        return time.time() - self.started_at
+
+    def metric(self, kind: str, values: dict[str, Any]) -> None:
+        """Append one line."""
+        self._metrics.write(json.dumps({"kind": kind, "time_s": round(self.seconds(), 3), **values}) + "\n")
+        self._metrics.flush()
+
+    def status_due(self) -> bool:
+        """Whether status.json should be written now."""
+        return time.monotonic() >= self._next_status
+
+    def status(self, values: dict[str, Any]) -> None:
+        """Replace status.json."""
+        write_json(self.directory / "status.json", {"time": time.time(), "started_at": self.started_at, **values})
+        self._next_status = time.monotonic() + STATUS_EVERY_S
+
+    def close(self) -> None:
+        """Close the metrics file."""
+        self._metrics.close()

@@ -1,0 +1,189 @@
+"""Messages to frames and back: a msgpack header, then raw array bytes.
+
+::
+
+    encode(message) -> [header, payload...]      decode(frames) -> message
+
+The header is ``{"w": WIRE_VERSION, "t": tag, "h": {plain fields}, "a": [[name, dtype, shape,
+frame, offset], ...]}``. Arrays of a small message share one payload frame (fewer frames are
+faster), those of a large one get a frame each and are sent without a copy. Decoding copies
+nothing: arrays are read-only views of the received frames. Nothing is ever unpickled.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, ClassVar, Protocol
+
+import msgpack
+import numpy as np
+
+from common.errors import WireError
+
+WIRE_VERSION = 1
+JOIN_BELOW_BYTES = 64 * 1024  # arrays of smaller messages share one frame
+ALIGNMENT = 8
+MAX_HEADER_BYTES = 1 << 20
+MAX_ARRAYS = 64
+
+
+class Message(Protocol):
+    """What the codec carries: a dataclass with a tag and a check of its own contents."""
+
+    TAG: ClassVar[str]
+
+    def check(self) -> None:
+        """Raise :class:`common.errors.DataError` where fields contradict each other."""
+
+
+def array(dtype: str, ndim: int) -> Any:
+    """A dataclass field that travels as raw bytes: little-endian ``dtype``, exactly ``ndim`` axes."""
+    return dataclasses.field(metadata={"dtype": np.dtype(dtype).newbyteorder("<").str, "ndim": ndim})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    arrays: dict[str, tuple[str, int]]  # name -> dtype, axes
+    plain: dict[str, Any]  # name -> annotation
+
+
+@cache
+def _layout(kind: type[Any]) -> _Layout:
+    hints = typing.get_type_hints(kind)
+    arrays, plain = {}, {}
+    for f in dataclasses.fields(kind):
+        if "dtype" in f.metadata:
+            arrays[f.name] = (f.metadata["dtype"], f.metadata["ndim"])
+        else:
+            plain[f.name] = hints[f.name]
+    return _Layout(arrays, plain)
+
+
+def encode(message: Any) -> list[Any]:
+    """Frames of ``message``: bytes and array memory, ready for ``send_multipart(copy=False)``."""
+    layout = _layout(type(message))
+    plain = {name: getattr(message, name) for name in layout.plain}
+    arrays = {}
+    for name, (dtype, ndim) in layout.arrays.items():
+        value = np.ascontiguousarray(getattr(message, name), dtype=dtype)
+        if value.ndim != ndim:
+            raise WireError(f"{message.TAG}.{name}: has shape {value.shape}, needs {ndim} axes")
+        arrays[name] = value
+    joined = sum(a.nbytes for a in arrays.values()) < JOIN_BELOW_BYTES
+    table: list[list[Any]] = []
+    payload: list[Any] = []
+    if joined:
+        offset = 0
+        pieces = []
+        for name, value in arrays.items():
+            padding = -value.nbytes % ALIGNMENT
+            table.append([name, value.dtype.str, list(value.shape), 0, offset])
+            pieces += [value.tobytes(), b"\0" * padding]
+            offset += value.nbytes + padding
+        payload = [b"".join(pieces)] if arrays else []
+    else:
+        for frame, (name, value) in enumerate(arrays.items()):
+            table.append([name, value.dtype.str, list(value.shape), frame, 0])
+            payload.append(memoryview(value.reshape(-1).view(np.uint8)))
+    header = msgpack.packb({"w": WIRE_VERSION, "t": message.TAG, "h": plain, "a": table})
+    return [header, *payload]
+
+
+def decode(frames: Sequence[Any], kinds: dict[str, type[Any]]) -> Any:
+    """The message in ``frames``, one of ``kinds`` by tag; arrays are read-only views of the frames.
+
+    Raises :class:`WireError` naming what is wrong; :meth:`Message.check` may raise
+    :class:`common.errors.DataError`.
+    """
+    head = _header(frames)
+    kind = kinds.get(head["t"])
+    if kind is None:
+        raise WireError(f"message {head['t']!r} is not expected here; expected one of {', '.join(sorted(kinds))}")
+    layout = _layout(kind)
+    values = _plain_fields(head["t"], head["h"], layout)
+    values.update(_array_fields(head["t"], head["a"], frames[1:], layout))
+    message = kind(**values)
+    message.check()
+    return message
+
+
+def _header(frames: Sequence[Any]) -> dict[str, Any]:
+    if not frames:
+        raise WireError("empty message")
+    raw = memoryview(frames[0])
+    if raw.nbytes > MAX_HEADER_BYTES:
+        raise WireError(f"header of {raw.nbytes} bytes exceeds {MAX_HEADER_BYTES}")
+    try:
+        head = msgpack.unpackb(raw, strict_map_key=False)
+    except Exception as error:  # msgpack raises half a dozen unrelated types on bad bytes
+        raise WireError(f"header is not msgpack: {error}") from error
+    if not isinstance(head, dict) or set(head) != {"w", "t", "h", "a"}:
+        raise WireError("header must be a map of w, t, h and a")
+    if head["w"] != WIRE_VERSION:
+        raise WireError(f"wire version {head['w']!r}, this process speaks {WIRE_VERSION}; run the same croupier on both ends")
+    if not isinstance(head["t"], str) or not isinstance(head["h"], dict) or not isinstance(head["a"], list):
+        raise WireError("header fields have the wrong types")
+    return head
+
+
+def _plain_fields(tag: str, given: dict[str, Any], layout: _Layout) -> dict[str, Any]:
+    if set(given) != set(layout.plain):
+        odd = set(given) ^ set(layout.plain)
+        raise WireError(f"{tag}: fields {sorted(map(str, odd))} are missing or unknown")
+    for name, annotation in layout.plain.items():
+        if not _matches(given[name], annotation):
+            raise WireError(f"{tag}.{name}: {str(given[name])[:80]!r} is not {annotation}")
+    return dict(given)
+
+
+def _matches(value: Any, annotation: Any) -> bool:
+    if annotation is Any:
+        return True
+    origin = typing.get_origin(annotation)
+    if origin is list:
+        (item,) = typing.get_args(annotation)
+        return isinstance(value, list) and all(_matches(v, item) for v in value)
+    if origin is dict:
+        key, item = typing.get_args(annotation)
+        return isinstance(value, dict) and all(_matches(k, key) and _matches(v, item) for k, v in value.items())
+    if origin in (typing.Union, types.UnionType):
+        return any(_matches(value, a) for a in typing.get_args(annotation))
+    if annotation is float:
+        return isinstance(value, float | int) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, annotation)
+
+
+def _array_fields(tag: str, table: list[Any], payload: Sequence[Any], layout: _Layout) -> dict[str, Any]:
+    if len(table) > MAX_ARRAYS or [row[0] if isinstance(row, list) and row else None for row in table] != list(layout.arrays):
+        raise WireError(f"{tag}: arrays must be exactly {', '.join(layout.arrays) or 'none'}, in this order")
+    values: dict[str, Any] = {}
+    for row in table:
+        if len(row) != 5:
+            raise WireError(f"{tag}: array entry {row!r:.80} is malformed")
+        name, dtype, shape, frame, offset = row
+        expected_dtype, ndim = layout.arrays[name]
+        if dtype != expected_dtype:
+            raise WireError(f"{tag}.{name}: dtype {dtype!r}, needs {expected_dtype!r}")
+        if (
+            not isinstance(shape, list)
+            or len(shape) != ndim
+            or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape)
+        ):
+            raise WireError(f"{tag}.{name}: shape {shape!r}, needs {ndim} axes")
+        if not isinstance(frame, int) or not isinstance(offset, int) or not 0 <= frame < len(payload) or offset < 0:
+            raise WireError(f"{tag}.{name}: frame {frame!r} at {offset!r} is not in the message of {len(payload)} payload frames")
+        count = 1
+        for n in shape:
+            count *= n
+        need = count * np.dtype(expected_dtype).itemsize
+        buffer = memoryview(payload[frame])
+        if offset + need > buffer.nbytes:
+            raise WireError(f"{tag}.{name}: shape {shape} needs {need} bytes at {offset}, the frame has {buffer.nbytes}")
+        view = np.frombuffer(buffer, dtype=expected_dtype, count=count, offset=offset).reshape(shape)
+        view.flags.writeable = False
+        values[name] = view
+    return values

@@ -1,0 +1,387 @@
+"""One YAML is one run: the schema, and how a file and ``key=value`` overrides become it.
+
+::
+
+    RUN.yaml + ["staleness.budget=4", ...]  ->  load()  ->  RunConfig (frozen dataclasses)
+
+Every process reads the same file and takes its own section and the shared ones. Unknown keys and
+sections are errors that suggest the near name; values are validated here, once, so the code
+behind sees only what can be run. There is no interpolation and no default outside this file.
+"""
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from common.errors import ConfigError
+
+
+def _require(condition: bool, key: str, value: object, rule: str) -> None:
+    if not condition:
+        raise ConfigError(f"{key}={value!r}: {rule}")
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """Which run this is and where it leaves its files."""
+
+    name: str = "run"
+    dir: str = "runs"  # the run's files lie in <dir>/<name>
+    seed: int = 0
+    steps: int = 100  # optimizer steps; the final policy version equals this
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        _require(bool(self.name) and "/" not in self.name, "run.name", self.name, "needs a plain name")
+        _require(0 <= self.seed < 2**31, "run.seed", self.seed, "must lie in [0, 2**31)")
+        _require(self.steps >= 1, "run.steps", self.steps, "must be at least 1")
+
+    @property
+    def path(self) -> Path:
+        """The run's directory."""
+        return Path(self.dir) / self.name
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """The starting model, a Hugging Face directory."""
+
+    path: str = "models/sort6"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True)
+class TaskSection:
+    """What the policy is trained on."""
+
+    name: str = "sort6"  # "sort6" or "gym:<reasoning-gym data set>"
+    params: dict[str, Any] = field(default_factory=dict)  # handed to the task
+    reward_weights: dict[str, float] = field(default_factory=lambda: {"correct": 1.0})
+
+
+@dataclass(frozen=True)
+class RolloutSection:
+    """How trajectories are sampled. Temperature is the only knob under which log q stays exact."""
+
+    groups_per_step: int = 32
+    group_size: int = 8
+    max_tokens: int = 8  # per completion
+    max_prompt_tokens: int = 8
+    temperature: float = 1.0
+    top_logprobs: int = 0  # ids and log q of the k likeliest tokens, beside the sampled one
+    ignore_eos: bool = False  # sample max_tokens always (throughput measurements)
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        _require(self.groups_per_step >= 1, "rollout.groups_per_step", self.groups_per_step, "must be at least 1")
+        _require(self.group_size >= 1, "rollout.group_size", self.group_size, "must be at least 1")
+        _require(self.max_tokens >= 1, "rollout.max_tokens", self.max_tokens, "must be at least 1")
+        _require(self.max_prompt_tokens >= 1, "rollout.max_prompt_tokens", self.max_prompt_tokens, "must be at least 1")
+        _require(
+            0 < self.temperature < math.inf,
+            "rollout.temperature",
+            self.temperature,
+            "must be positive: a greedy rollout has no density to correct (algorithms.md 1.10)",
+        )
+        _require(0 <= self.top_logprobs <= 128, "rollout.top_logprobs", self.top_logprobs, "must lie in [0, 128]")
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest possible trajectory, prompt included."""
+        return self.max_prompt_tokens + self.max_tokens
+
+
+@dataclass(frozen=True)
+class StalenessSection:
+    """The staleness budget: no trained token has a lag above it, in policy versions."""
+
+    budget: int = 2
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        _require(self.budget >= 0, "staleness.budget", self.budget, "must be 0 (synchronous) or more")
+
+
+@dataclass(frozen=True)
+class ObrsSection:
+    """Optimal budgeted rejection (algorithms.md 1). ``off`` accepts all and needs no replica."""
+
+    mode: Literal["off", "threshold"] = "threshold"
+    threshold: float = 1.0  # the paper's lambda
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        _require(
+            0.01 <= self.threshold <= 100, "obrs.threshold", self.threshold, "must lie in [0.01, 100]; 1 is the default"
+        )
+
+
+@dataclass(frozen=True)
+class AdvantageSection:
+    """Advantages from whole groups, before any rejection (algorithms.md 4)."""
+
+    kind: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+    epsilon: float = 1e-6  # added to the group's standard deviation
+
+
+@dataclass(frozen=True)
+class LossSection:
+    """The loss of algorithms.md 1.4."""
+
+    anchor: Literal["behaviour", "broker", "proximal"] = "behaviour"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    weight_cap: float | None = None  # C; none is exact
+    balance: float = 0.01  # coefficient of the load-balancing loss
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        _require(0 <= self.clip_low < 1, "loss.clip_low", self.clip_low, "must lie in [0, 1)")
+        _require(self.clip_high >= 0, "loss.clip_high", self.clip_high, "must not be negative")
+        _require(
+            self.weight_cap is None or self.weight_cap > 0, "loss.weight_cap", self.weight_cap, "must be positive or null"
+        )
+        _require(self.balance >= 0, "loss.balance", self.balance, "must not be negative")
+
+
+@dataclass(frozen=True)
+class OptimSection:
+    """AdamW."""
+
+    lr: float = 3e-4
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        _require(0 < self.lr < math.inf, "optim.lr", self.lr, "must be positive")
+        _require(self.max_grad_norm > 0, "optim.max_grad_norm", self.max_grad_norm, "must be positive")
+
+
+@dataclass(frozen=True)
+class BrokerSection:
+    """The broker's address and bounds."""
+
+    address: str = "tcp://127.0.0.1:5700"
+    queue_mb: float = 256.0  # trajectories waiting to be trained; a full queue stops the grants
+    retain_mb: float = 256.0  # committed shards kept for a learner that resumes
+    heartbeat_s: float = 1.0
+    peer_timeout_s: float = 15.0  # a silent peer is dropped and its groups are granted again
+    assemble_ahead: int = 1  # steps assembled (scored, thinned, packed) beyond the one in training
+    score_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        _require(
+            self.address.startswith(("tcp://", "ipc://")),
+            "broker.address",
+            self.address,
+            "must start with tcp:// or ipc://",
+        )
+        _require(self.queue_mb > 0, "broker.queue_mb", self.queue_mb, "must be positive")
+        _require(
+            self.peer_timeout_s > 2 * self.heartbeat_s > 0,
+            "broker.peer_timeout_s",
+            self.peer_timeout_s,
+            f"must exceed two heartbeats (broker.heartbeat_s={self.heartbeat_s})",
+        )
+        _require(0 <= self.assemble_ahead <= 8, "broker.assemble_ahead", self.assemble_ahead, "must lie in [0, 8]")
+
+
+@dataclass(frozen=True)
+class ActorSection:
+    """One actor process (``tools.launch`` starts ``count`` of them)."""
+
+    count: int = 2
+    engine: Literal["local", "sglang"] = "local"
+    max_sequences: int = 256  # decoded together
+    threads: int = 1
+    unacked_mb: float = 64.0  # trajectories sent and not yet acknowledged; above it the actor starts none
+    wait_s: float = 120.0  # how long to wait for a broker
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        _require(self.count >= 1, "actor.count", self.count, "must be at least 1")
+        _require(self.max_sequences >= 1, "actor.max_sequences", self.max_sequences, "must be at least 1")
+
+
+@dataclass(frozen=True)
+class LearnerSection:
+    """The learner's ranks and micro-batches."""
+
+    ranks: int = 1  # data-parallel processes (tools.launch starts them through torchrun)
+    micro_batch_tokens: int = 16384
+    logprob_chunk: int = 4096  # tokens whose logits exist at once
+    threads: int = 1
+    checkpoint_every: int = 0  # steps; 0 writes only the final one
+    checkpoint_keep: int = 2
+    resume: bool = False
+    wait_s: float = 300.0  # how long to wait for a broker, and for a shard
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        _require(self.ranks >= 1, "learner.ranks", self.ranks, "must be at least 1")
+        _require(self.micro_batch_tokens >= 1, "learner.micro_batch_tokens", self.micro_batch_tokens, "must be positive")
+        _require(self.checkpoint_keep >= 1, "learner.checkpoint_keep", self.checkpoint_keep, "must be at least 1")
+
+
+@dataclass(frozen=True)
+class ReplicaSection:
+    """The policy replicas that score tokens for the broker."""
+
+    count: int = 1
+    threads: int = 1
+    wait_s: float = 120.0
+
+
+@dataclass(frozen=True)
+class WeightsSection:
+    """How weights travel from the learner to the fleet."""
+
+    bucket_mb: float = 64.0
+    deadline_s: float = 20.0  # for readiness, and again for the collective
+    host: str = "127.0.0.1"  # address of the learner's rank 0 as receivers see it
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        _require(self.bucket_mb > 0, "weights.bucket_mb", self.bucket_mb, "must be positive")
+        _require(self.deadline_s > 0, "weights.deadline_s", self.deadline_s, "must be positive")
+
+
+@dataclass(frozen=True)
+class EvaluationSection:
+    """Held-out evaluation by the fleet: at version 0, every ``every`` versions and at the end."""
+
+    prompts: int = 512  # 0 switches evaluation off
+    every: int = 50
+    temperature: float = 1.0  # 0 is greedy
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        _require(self.prompts >= 0, "evaluation.prompts", self.prompts, "must not be negative")
+        _require(self.every >= 1, "evaluation.every", self.every, "must be at least 1")
+        _require(self.temperature >= 0, "evaluation.temperature", self.temperature, "must be 0 (greedy) or more")
+
+
+@dataclass(frozen=True)
+class WarmstartSection:
+    """``tools.warmstart``: the tiny mixture-of-experts that the quick start begins from."""
+
+    layers: int = 2
+    hidden: int = 64
+    heads: int = 4
+    kv_heads: int = 4
+    experts: int = 8
+    experts_per_token: int = 2
+    expert_width: int = 64
+    lr: float = 2e-3
+    batch: int = 256
+    target_reward: float = 0.2  # sampled, on held-out prompts
+    max_steps: int = 3000
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run."""
+
+    run: RunSection = field(default_factory=RunSection)
+    model: ModelSection = field(default_factory=ModelSection)
+    task: TaskSection = field(default_factory=TaskSection)
+    rollout: RolloutSection = field(default_factory=RolloutSection)
+    staleness: StalenessSection = field(default_factory=StalenessSection)
+    obrs: ObrsSection = field(default_factory=ObrsSection)
+    advantage: AdvantageSection = field(default_factory=AdvantageSection)
+    loss: LossSection = field(default_factory=LossSection)
+    optim: OptimSection = field(default_factory=OptimSection)
+    broker: BrokerSection = field(default_factory=BrokerSection)
+    actor: ActorSection = field(default_factory=ActorSection)
+    learner: LearnerSection = field(default_factory=LearnerSection)
+    replica: ReplicaSection = field(default_factory=ReplicaSection)
+    weights: WeightsSection = field(default_factory=WeightsSection)
+    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+    warmstart: WarmstartSection = field(default_factory=WarmstartSection)
+
+    def __post_init__(self) -> None:
+        """Validate what spans sections."""
+        _require(
+            not (self.obrs.mode == "off" and self.loss.anchor == "broker"),
+            "loss.anchor",
+            self.loss.anchor,
+            "the broker's version is scored only with rejection on; set obrs.mode=threshold or loss.anchor=behaviour",
+        )
+        _require(
+            self.actor.max_sequences >= self.rollout.group_size,
+            "actor.max_sequences",
+            self.actor.max_sequences,
+            f"must hold one whole group (rollout.group_size={self.rollout.group_size})",
+        )
+
+
+def _suggest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+
+
+def _check_keys(given: Mapping[Any, Any], schema: Any, prefix: str, source: str) -> None:
+    known = {f.name: f for f in fields(schema)}
+    for key, value in given.items():
+        if key not in known:
+            kind = "section" if not prefix else "key"
+            raise ConfigError(f"{source}: unknown {kind} {prefix}{key!s}; {_suggest(str(key), list(known))}")
+        child = known[key].type
+        if is_dataclass(child):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{source}: {prefix}{key} is a section and needs keys, not {value!r}")
+            _check_keys(value, child, f"{prefix}{key}.", source)
+
+
+def _read(path: Path) -> DictConfig:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; configs/ holds the examples")
+    try:
+        loaded = OmegaConf.load(path)
+    except Exception as error:  # yaml's own error classes have no common public base
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path}: must hold sections, not a {type(loaded).__name__}")
+    return loaded
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read ``path``, apply ``section.key=value`` overrides and validate.
+
+    Raises :class:`ConfigError` naming the file or override, the key and the near name.
+    """
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"override {override!r}: must read section.key=value")
+    file = _read(Path(path))
+    dotlist = OmegaConf.from_dotlist(list(overrides))
+    _check_keys(OmegaConf.to_container(file), RunConfig, "", str(path))  # type: ignore[arg-type]
+    _check_keys(OmegaConf.to_container(dotlist), RunConfig, "", "override")  # type: ignore[arg-type]
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), file, dotlist)
+        config = OmegaConf.to_object(merged)
+    except ConfigError:
+        raise
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "?"
+        raise ConfigError(f"{path}: {key}: {str(error).splitlines()[0]}") from error
+    if not isinstance(config, RunConfig):
+        raise ConfigError(f"{path}: did not load as a run configuration")
+    return config
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The complete configuration as YAML, so that a run directory says what was run."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

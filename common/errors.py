@@ -1,0 +1,60 @@
+"""The exception tree.
+
+::
+
+    CroupierError
+    ├── ConfigError       a YAML or override that cannot be run
+    ├── ModelError        a model directory that is missing, half written or unsupported
+    ├── TaskError         a task or reward that does not exist or misbehaves
+    ├── EngineError       the sampling engine failed
+    ├── WireError         bytes that are not a valid message of this WIRE_VERSION
+    ├── DataError         a well-formed message whose contents break the contract
+    ├── ProtocolError     the other side refused us, or spoke out of turn
+    ├── DeadlineError     a wait ran out; the message names who was late
+    ├── WeightsError      a weight publish or reload failed
+    └── CheckpointError   a checkpoint that is damaged or belongs to another run
+"""
+
+
+class CroupierError(Exception):
+    """Base of every error that a user can cause and mend."""
+
+
+class ConfigError(CroupierError, ValueError):
+    """A configuration that cannot be run: names the key, its value and the remedy."""
+
+
+class ModelError(CroupierError, ValueError):
+    """A model directory that is missing, half written or of an unsupported architecture."""
+
+
+class TaskError(CroupierError, ValueError):
+    """A task or reward channel that does not exist or returned what it must not."""
+
+
+class EngineError(CroupierError, RuntimeError):
+    """The sampling engine met something that it cannot sample from."""
+
+
+class WireError(CroupierError, ValueError):
+    """Bytes that are not a valid message of this wire version."""
+
+
+class DataError(CroupierError, ValueError):
+    """A well-formed message whose contents break the contract (NaN, wrong length, future version)."""
+
+
+class ProtocolError(CroupierError, RuntimeError):
+    """The peer refused us or spoke out of turn."""
+
+
+class DeadlineError(CroupierError, TimeoutError):
+    """A wait ran out; the message names who was late."""
+
+
+class WeightsError(CroupierError, RuntimeError):
+    """A weight publish or reload failed."""
+
+
+class CheckpointError(CroupierError, RuntimeError):
+    """A checkpoint that is damaged or belongs to another run."""

@@ -1,0 +1,129 @@
+"""Optimal budgeted rejection of single tokens (Jackpot, arXiv 2602.06107; algorithms.md 1).
+
+For a token that the behaviour policy ``q`` sampled, a target ``p`` and a threshold ``lam``::
+
+    a(x) = min(1, p(x) / (lam q(x)))        acceptance probability
+    m(x) = q(x) a(x) = min(q(x), p(x)/lam)  inclusion density: all that a learner must know
+
+A learner that weighs an accepted token by ``pi(x) / m(x)`` estimates an expectation under ``pi``
+without bias, whatever ``pi`` it chooses later. Everything is in log space, over whole batches.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import DataError
+from common.philox import STREAM_COINS, coin_uniforms
+
+Floats = NDArray[np.float32]
+LOG_Q_TOLERANCE = 1e-6  # a log-probability may exceed 0 by rounding, not by more
+
+
+def log_acceptance(log_p: Floats, log_q: Floats, log_threshold: float) -> Floats:
+    """``log a = min(0, log p - log q - log lam)``, float32 ``[N]``; ``log_p`` may be -inf (then -inf)."""
+    threshold = np.float32(log_threshold)
+    # p = q with lam = 1 must give exactly 0, so subtract before the threshold does.
+    return np.minimum(np.float32(0), (log_p - log_q) - threshold)
+
+
+def log_inclusion(log_p: Floats, log_q: Floats, log_threshold: float) -> Floats:
+    """``log m = min(log q, log p - log lam)``, float32 ``[N]`` (algorithms.md 1.4)."""
+    return np.minimum(log_q, log_p - np.float32(log_threshold))
+
+
+def coins(
+    seed: int, group: NDArray[np.int64], sibling: NDArray[np.int32], position: NDArray[np.int32], version: int
+) -> Floats:
+    """Uniform float32 in (0, 1) for each token, a pure function of its identity (algorithms.md 1.4).
+
+    ``group`` and ``sibling`` name the trajectory, ``position`` the token in it, ``version`` the
+    policy version that scored it; all arrays ``[N]``. Order, sharding and batch layout cannot
+    matter.
+    """
+    group = np.asarray(group, np.int64)
+    return coin_uniforms(
+        seed, STREAM_COINS + version, position, sibling, group & 0xFFFFFFFF, (group >> 32) & 0xFFFFFFFF
+    )
+
+
+@dataclass(frozen=True)
+class Thinning:
+    """What rejection decided for ``[N]`` trainable tokens."""
+
+    accept: NDArray[np.bool_]  # [N]
+    log_a: Floats  # [N] log acceptance probability, -inf where p is 0
+    log_m: Floats  # [N] log inclusion density
+
+
+def check_scores(log_p: Floats, log_q: Floats) -> None:
+    """Raise :class:`DataError` for densities that no model returns; -inf is legal for ``log_p`` only."""
+    if log_p.shape != log_q.shape:
+        raise DataError(f"log_p {log_p.shape} and log_q {log_q.shape} must be equally long")
+    bad_q = ~np.isfinite(log_q) | (log_q > LOG_Q_TOLERANCE)
+    bad_p = np.isnan(log_p) | (log_p > LOG_Q_TOLERANCE)
+    for name, bad, values in (("log_q", bad_q, log_q), ("log_p", bad_p, log_p)):
+        if bad.any():
+            at = int(np.flatnonzero(bad)[0])
+            raise DataError(f"{name}[{at}]={values[at]} is no log-probability ({int(bad.sum())} such tokens)")
+
+
+def thin(log_p: Floats, log_q: Floats, uniforms: Floats, log_threshold: float) -> Thinning:
+    """Toss the coins: accept token t iff ``log u < log a``. All arrays float32 ``[N]``."""
+    check_scores(log_p, log_q)
+    log_a = log_acceptance(log_p, log_q, log_threshold)
+    return Thinning(np.log(uniforms) < log_a, log_a, log_inclusion(log_p, log_q, log_threshold))
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Batch estimates beside a thinning; see :func:`divergence`."""
+
+    kl_before: float  # KL(p || q), nats a token
+    kl_after: float  # KL(p || q after rejection), nats a token
+    expected_acceptance: float  # mean a, free of coin noise
+    ess: float  # normalised effective sample size of the accepted tokens' weights p/m
+
+
+def divergence(log_p: Floats, log_q: Floats, thinning: Thinning) -> Divergence:
+    """KL to the target before and after rejection, estimated from the sampled tokens.
+
+    Over the joint law of contexts and tokens (algorithms.md 1.5) rejection turns ``d(s) q(x|s)``
+    into ``d(s) m(x|s) / Z``, with ``Z = E[a]``. With ``r = p/q`` and ``r' = Z p/m`` both
+    divergences are means of ``r log r - r + 1 >= 0``: under q for the first, under the accepted
+    density (weights ``a / sum a``, so without the coins' noise) for the second.
+    """
+    if len(log_q) == 0:
+        return Divergence(0.0, 0.0, 1.0, 1.0)
+    lp, lq = log_p.astype(np.float64), log_q.astype(np.float64)
+    a = np.exp(thinning.log_a.astype(np.float64))
+    mean_a = float(a.mean())
+    if mean_a == 0.0:
+        return Divergence(_mean_kl_term(lp - lq, np.ones_like(lq)), 0.0, 0.0, 0.0)
+    possible = a > 0  # elsewhere p and m are both 0
+    log_weight = np.full_like(lp, -np.inf)
+    np.subtract(lp, thinning.log_m, out=log_weight, where=possible)
+    log_ratio_after = log_weight + np.log(mean_a)
+    weight = np.exp(log_weight, where=thinning.accept, out=np.zeros_like(lp))
+    total = float(weight.sum())
+    accepted = int(thinning.accept.sum())
+    ess = total**2 / (accepted * float((weight**2).sum())) if accepted and total > 0 else 0.0
+    return Divergence(_mean_kl_term(lp - lq, np.ones_like(lq)), _mean_kl_term(log_ratio_after, a), mean_a, ess)
+
+
+def _mean_kl_term(log_ratio: NDArray[np.float64], weights: NDArray[np.float64]) -> float:
+    finite = np.where(np.isfinite(log_ratio), log_ratio, 0.0)
+    ratio = np.where(np.isneginf(log_ratio), 0.0, np.exp(finite))
+    terms = ratio * finite - ratio + 1.0
+    return float((weights * terms).sum() / weights.sum())
+
+
+def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """The Wilson score interval of a proportion; ``(0, 1)`` without trials."""
+    if trials == 0:
+        return 0.0, 1.0
+    rate, square = successes / trials, z * z
+    centre = (rate + square / (2 * trials)) / (1 + square / trials)
+    half = z * np.sqrt(rate * (1 - rate) / trials + square / (4 * trials**2)) / (1 + square / trials)
+    return float(max(0.0, centre - half)), float(min(1.0, centre + half))

@@ -1,0 +1,51 @@
+"""What every process does at its start: stop signals, death with its launcher, log lines."""
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+from types import FrameType
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class StopFlag:
+    """Set by SIGTERM or SIGINT; loops look at it between their turns."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+        self.reason = ""
+
+    def set(self, reason: str) -> None:
+        """Ask the process to end."""
+        self.is_set, self.reason = True, reason
+
+    def install(self) -> "StopFlag":
+        """Handle SIGTERM and SIGINT from now on; a second one ends the process at once."""
+
+        def handle(number: int, _frame: FrameType | None) -> None:
+            if self.is_set:
+                sys.exit(128 + number)
+            self.set(signal.Signals(number).name)
+
+        signal.signal(signal.SIGTERM, handle)
+        signal.signal(signal.SIGINT, handle)
+        return self
+
+
+def die_with_parent() -> None:
+    """Where a launcher asked for it, end with the launcher even if that is killed (Linux)."""
+    if os.environ.get("CROUPIER_DIE_WITH_PARENT") and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def setup_logging(name: str) -> logging.Logger:
+    """A logger that writes one line an event to stderr."""
+    logging.basicConfig(
+        level=os.environ.get("CROUPIER_LOG", "INFO").upper(),
+        format=f"%(asctime)s {name} %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+    )
+    return logging.getLogger(name)

@@ -1,0 +1,199 @@
+"""How a version's tensors become buckets on a collective, and a receiver's side of the handshake.
+
+::
+
+    Publish --> Prepare --> Ready --> Go --> [collective: one broadcast per bucket] --> Applied
+    learner     broker      receiver  broker  learner and receivers                     receiver
+
+The collective itself (gloo or NCCL, so torch) is handed in; layout, digest and handshake live
+here because learner, actors and replicas must agree on them.
+"""
+
+import dataclasses
+import hashlib
+import logging
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from common.errors import WeightsError
+from common.wire import Applied, Go, Prepare, Publish, Ready, ReceiveFailed
+
+ALIGNMENT = 16  # bytes; every tensor of a bucket starts at a multiple
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSlot:
+    """Where a tensor lies in its bucket."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int  # bytes
+    nbytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """One broadcast."""
+
+    nbytes: int
+    slots: tuple[TensorSlot, ...]
+
+
+def plan_buckets(tensors: Sequence[Sequence[Any]], bucket_bytes: int) -> list[Bucket]:
+    """Lay (name, dtype, shape) out in order into buckets of at most ``bucket_bytes``.
+
+    A tensor larger than that gets a bucket of its own. Raises :class:`WeightsError` for an
+    unknown dtype.
+    """
+    buckets: list[Bucket] = []
+    slots: list[TensorSlot] = []
+    offset = 0
+    for name, dtype, shape in tensors:
+        if dtype not in ITEM_BYTES:
+            raise WeightsError(f"tensor {name}: dtype {dtype!r} is none of {', '.join(ITEM_BYTES)}")
+        nbytes = ITEM_BYTES[dtype] * math.prod(shape)
+        if slots and offset + nbytes > bucket_bytes:
+            buckets.append(Bucket(offset, tuple(slots)))
+            slots, offset = [], 0
+        slots.append(TensorSlot(name, dtype, tuple(shape), offset, nbytes))
+        offset += nbytes + (-nbytes % ALIGNMENT)
+    if slots:
+        buckets.append(Bucket(offset, tuple(slots)))
+    return buckets
+
+
+class WeightDigest:
+    """BLAKE2b-128 over the buckets in order; equal on both ends iff the bytes are."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.blake2b(digest_size=16)
+
+    def update(self, view: memoryview) -> None:
+        """Add one bucket."""
+        self._hash.update(view)
+
+    def hex(self) -> str:
+        """The digest."""
+        return self._hash.hexdigest()
+
+
+class Collective(Protocol):
+    """A joined process group, seen by a receiver."""
+
+    def receive(self, nbytes: int) -> Any:
+        """Take part in one broadcast from rank 0; a uint8 tensor of ``nbytes``."""
+
+    def view(self, tensor: Any) -> memoryview:
+        """The bytes of a received tensor."""
+
+    def receive_digest(self) -> str:
+        """The learner's digest, broadcast after the buckets."""
+
+    def close(self) -> None:
+        """Leave the group."""
+
+
+@dataclasses.dataclass
+class StagedWeights:
+    """A version that has arrived and is not in use yet."""
+
+    epoch: int
+    version: int
+    digest: str
+    buckets: list[tuple[Bucket, Any]]  # layout and uint8 tensor
+
+
+class WeightReceiver:
+    """Receives versions in a background thread while the owner goes on computing.
+
+    The owner passes on every Prepare and Go, polls :meth:`staged` between its steps, swaps the
+    tensors in and calls :meth:`applied`. Whatever fails is reported to the broker and the old
+    weights stay in use.
+    """
+
+    def __init__(self, send: Callable[[Any], None], join: Callable[[Prepare], Collective]) -> None:
+        self.log = logging.getLogger("weights.receiver")
+        self._send = send
+        self._join = join
+        self._prepared: Prepare | None = None
+        self._jobs: queue.Queue[Prepare | None] = queue.Queue()
+        self._staged: queue.Queue[StagedWeights] = queue.Queue()
+        self._collective: tuple[int, Collective] | None = None
+        self._thread = threading.Thread(target=self._run, name="weight-receiver", daemon=True)
+        self._thread.start()
+
+    def on_prepare(self, message: Prepare) -> None:
+        """The broker asks whether we are ready: we always are, the thread waits."""
+        self._prepared = message
+        self._send(Ready(message.epoch, int(message.publish["version"])))
+
+    def on_go(self, message: Go) -> None:
+        """Everyone is ready: enter the collective in the background."""
+        prepared = self._prepared
+        if prepared is None or prepared.epoch != message.epoch or prepared.publish["version"] != message.version:
+            self._send(ReceiveFailed(message.epoch, message.version, "Go without a matching Prepare"))
+            return
+        self._jobs.put(prepared)
+
+    def staged(self) -> StagedWeights | None:
+        """The oldest version that arrived and was not taken yet."""
+        try:
+            return self._staged.get_nowait()
+        except queue.Empty:
+            return None
+
+    def applied(self, staged: StagedWeights) -> None:
+        """Tell the broker that ``staged`` is in use."""
+        self._send(Applied(staged.epoch, staged.version, staged.digest))
+
+    def failed(self, staged: StagedWeights, reason: str) -> None:
+        """Tell the broker that ``staged`` could not be used."""
+        self._send(ReceiveFailed(staged.epoch, staged.version, reason))
+
+    def close(self) -> None:
+        """End the thread; a collective under way is abandoned."""
+        self._jobs.put(None)
+        self._thread.join(timeout=1.0)
+
+    def _run(self) -> None:
+        while True:
+            job = self._jobs.get()
+            if job is None:
+                return
+            publish = Publish(**job.publish)
+            try:
+                started = time.perf_counter()
+                staged = self._receive(job, publish)
+                self.log.debug("version %d arrived in %.3f s", publish.version, time.perf_counter() - started)
+                self._staged.put(staged)
+            except Exception as error:  # torch raises RuntimeError and its subclasses; all mean: not received
+                self._drop_collective()
+                self.log.warning("version %d did not arrive: %s", publish.version, error)
+                self._send(ReceiveFailed(job.epoch, publish.version, str(error)[:500]))
+
+    def _receive(self, job: Prepare, publish: Publish) -> StagedWeights:
+        if self._collective is None or self._collective[0] != job.epoch:
+            self._drop_collective()
+            self._collective = (job.epoch, self._join(job))
+        collective = self._collective[1]
+        digest = WeightDigest()
+        received = []
+        for bucket in plan_buckets(publish.tensors, publish.bucket_bytes):
+            tensor = collective.receive(bucket.nbytes)
+            digest.update(collective.view(tensor))
+            received.append((bucket, tensor))
+        expected = collective.receive_digest()
+        if digest.hex() != expected:
+            raise WeightsError(f"version {publish.version}: digest {digest.hex()} of what arrived is not {expected}")
+        return StagedWeights(job.epoch, publish.version, digest.hex(), received)
+
+    def _drop_collective(self) -> None:
+        if self._collective is not None:
+            self._collective[1].close()
+            self._collective = None

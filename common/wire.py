@@ -1,0 +1,497 @@
+"""Every message that two processes exchange, with a shape beside each array.
+
+::
+
+    peer   -> broker   Hello, Heartbeat, Bye
+    broker -> peer     Welcome, Refused, WhoAreYou, Pong, Stop
+    actor  -> broker   Trajectories, GroupFailed, EvaluationResult
+    broker -> actor    Grant, Ack
+    broker -> replica  ScoreRequest                 replica -> broker   ScoreResult
+    learner-> broker   Fetch, Commit, Checkpointed  broker -> learner   Shard, Waiting
+    weights            learner: Publish, Published, PublishFailed · broker: Prepare, Go, Resync, PublishDone
+                       receiver (actor, replica): Ready, Applied, ReceiveFailed
+
+All travel over one ROUTER (the broker's) and a DEALER per peer. Per-token arrays are aligned at
+the token that they describe: ``log_q[t]`` belongs to ``token_ids[t]``. ``N`` counts tokens, ``B``
+trajectories, ``k`` the alternatives of ``rollout.top_logprobs`` (0 where none were asked for).
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.codec import array
+from common.errors import DataError
+
+FINISH_REASONS = ("stop", "length")
+LOG_Q_TOLERANCE = 1e-6
+
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+Float32 = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+
+
+class _Unchecked:
+    """Messages whose fields cannot contradict each other."""
+
+    def check(self) -> None:
+        """Nothing to check."""
+
+
+def check_offsets(tag: str, cu_seqlens: Int32 | Int64, total: int) -> None:
+    """``cu_seqlens[B+1]`` must rise from 0 to ``total``."""
+    if len(cu_seqlens) == 0 or cu_seqlens[0] != 0 or cu_seqlens[-1] != total or (np.diff(cu_seqlens) < 0).any():
+        raise DataError(f"{tag}: offsets must rise from 0 to {total}, got {cu_seqlens[:4]}...{cu_seqlens[-1:]}")
+
+
+def check_lengths(tag: str, **lengths: int) -> None:
+    """All the named lengths must be equal."""
+    if len(set(lengths.values())) > 1:
+        raise DataError(f"{tag}: " + ", ".join(f"{k} {v}" for k, v in lengths.items()) + " must be equally long")
+
+
+# ---- every peer ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Hello(_Unchecked):
+    """First message of a peer, and again after the broker was lost."""
+
+    TAG: ClassVar[str] = "hello"
+    role: str  # "actor" | "replica" | "learner"
+    name: str  # unique among live peers
+    run_id: str  # "" if the peer has not met this run yet
+    session: str  # one process start (one launch of all ranks, for the learner)
+    rank: int
+    world: int
+    version: int  # the weights it holds
+    capacity: int  # actors: groups decoded together
+    host: str
+    pid: int
+
+
+@dataclass
+class Welcome(_Unchecked):
+    """The broker takes the peer in."""
+
+    TAG: ClassVar[str] = "welcome"
+    run_id: str
+    version: int  # the newest version published so far
+    heartbeat_s: float
+
+
+@dataclass
+class Refused(_Unchecked):
+    """The broker does not take the peer in; the peer ends with this reason."""
+
+    TAG: ClassVar[str] = "refused"
+    reason: str
+
+
+@dataclass
+class WhoAreYou(_Unchecked):
+    """The broker (perhaps a restarted one) does not know the sender, who should say Hello."""
+
+    TAG: ClassVar[str] = "who_are_you"
+
+
+@dataclass
+class Heartbeat(_Unchecked):
+    """I live. Answered by Pong."""
+
+    TAG: ClassVar[str] = "heartbeat"
+    version: int
+    counters: dict[str, float]
+
+
+@dataclass
+class Pong(_Unchecked):
+    """The broker lives."""
+
+    TAG: ClassVar[str] = "pong"
+    version: int
+
+
+@dataclass
+class Bye(_Unchecked):
+    """An orderly leave."""
+
+    TAG: ClassVar[str] = "bye"
+    reason: str
+
+
+@dataclass
+class Stop(_Unchecked):
+    """The run is over: finish and leave."""
+
+    TAG: ClassVar[str] = "stop"
+    reason: str
+
+
+# ---- actors -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Grant:
+    """Credits: start these groups, with weights no older than ``min_version``; run this evaluation.
+
+    Everything in one grant is started together, evaluation first.
+    """
+
+    TAG: ClassVar[str] = "grant"
+    min_version: int
+    evaluation: int  # id of the evaluation to run first, -1 for none
+    evaluation_prompts: int  # held-out prompts [0, n)
+    groups: Int64 = array("i8", 1)  # [n] group ids
+    prompts: Int64 = array("i8", 1)  # [n] index of each group's prompt in the task's training split
+
+    def check(self) -> None:
+        """Validate."""
+        check_lengths("grant", groups=len(self.groups), prompts=len(self.prompts))
+
+
+@dataclass
+class Trajectories:
+    """Finished trajectories, packed: trajectory b owns tokens ``cu_seqlens[b]:cu_seqlens[b+1]``."""
+
+    TAG: ClassVar[str] = "trajectories"
+    run_id: str
+    channel_names: list[str]  # C names
+    groups: Int64 = array("i8", 1)  # [B]
+    siblings: Int32 = array("i4", 1)  # [B]
+    rewards: Float32 = array("f4", 1)  # [B] combined
+    channels: Float32 = array("f4", 2)  # [B, C]
+    finish: Bytes = array("u1", 1)  # [B] index in FINISH_REASONS
+    cu_seqlens: Int32 = array("i4", 1)  # [B+1]
+    token_ids: Int32 = array("i4", 1)  # [N]
+    trainable: Bytes = array("u1", 1)  # [N] 1 where the policy sampled the token
+    log_q: Float32 = array("f4", 1)  # [N] under the distribution really sampled; 0 where not trainable
+    versions: Int32 = array("i4", 1)  # [N] weight version of each sampled token; -1 where not trainable
+    topk_ids: Int32 = array("i4", 2)  # [N, k]
+    topk_log_q: Float32 = array("f4", 2)  # [N, k]
+
+    def check(self) -> None:
+        """Structure only; :meth:`faults` looks at the contents of each trajectory."""
+        b, n = len(self.groups), len(self.token_ids)
+        check_lengths(
+            "trajectories per trajectory",
+            groups=b, siblings=len(self.siblings), rewards=len(self.rewards), channels=len(self.channels),
+            finish=len(self.finish), offsets=len(self.cu_seqlens) - 1,
+        )  # fmt: skip
+        check_lengths(
+            "trajectories per token",
+            token_ids=n, trainable=len(self.trainable), log_q=len(self.log_q), versions=len(self.versions),
+            topk_ids=len(self.topk_ids), topk_log_q=len(self.topk_log_q),
+        )  # fmt: skip
+        check_offsets("trajectories", self.cu_seqlens, n)
+        if self.channels.shape[1] != len(self.channel_names):
+            raise DataError(f"trajectories: {self.channels.shape[1]} reward channels, {len(self.channel_names)} names")
+        if self.topk_ids.shape != self.topk_log_q.shape:
+            raise DataError(f"trajectories: topk_ids {self.topk_ids.shape} and topk_log_q {self.topk_log_q.shape} differ")
+
+    def faults(self, vocab_size: int, newest_version: int) -> dict[int, str]:
+        """What is wrong with the contents, by trajectory; an empty dict if nothing is."""
+        on = self.trainable == 1
+        owner = np.repeat(np.arange(len(self.groups)), np.diff(self.cu_seqlens))
+        found: dict[int, str] = {}
+
+        def note(bad: NDArray[np.bool_], text: str) -> None:
+            for b in np.unique(owner[bad]):
+                found.setdefault(int(b), text)
+
+        note(~np.isfinite(self.log_q), "log_q is NaN or infinite")
+        note(self.log_q > LOG_Q_TOLERANCE, "log_q is positive: no log-probability")
+        note((self.token_ids < 0) | (self.token_ids >= vocab_size), f"token id outside the vocabulary of {vocab_size}")
+        note(self.trainable > 1, "trainable must be 0 or 1")
+        note(on & (self.versions < 0), "a sampled token has no version")
+        note(on & (self.versions > newest_version), f"version from the future (newest is {newest_version})")
+        if self.topk_log_q.shape[1]:
+            note(~np.isfinite(self.topk_log_q).all(axis=1), "topk_log_q is NaN or infinite")
+        for b in np.flatnonzero(~np.isfinite(self.rewards) | ~np.isfinite(self.channels).all(axis=1)):
+            found.setdefault(int(b), "reward is NaN or infinite")
+        counts = np.bincount(owner[on], minlength=len(self.groups))
+        for b in np.flatnonzero(counts == 0):
+            found.setdefault(int(b), "no trainable token")
+        for b in np.flatnonzero(self.trainable[np.minimum(self.cu_seqlens[:-1], max(0, len(on) - 1))] == 1):
+            found.setdefault(int(b), "the first token cannot be trainable: nothing comes before it")
+        return found
+
+
+@dataclass
+class Ack:
+    """What became of trajectories, by group and sibling. Acknowledged ones may be forgotten."""
+
+    TAG: ClassVar[str] = "ack"
+    reasons: list[str]  # [n] "" where accepted, else why it was refused
+    groups: Int64 = array("i8", 1)  # [n]
+    siblings: Int32 = array("i4", 1)  # [n]
+
+    def check(self) -> None:
+        """Validate."""
+        check_lengths("ack", reasons=len(self.reasons), groups=len(self.groups), siblings=len(self.siblings))
+
+
+@dataclass
+class GroupFailed(_Unchecked):
+    """The actor gives a group up (environment or engine failure)."""
+
+    TAG: ClassVar[str] = "group_failed"
+    group: int
+    reason: str
+
+
+@dataclass
+class EvaluationResult:
+    """Rewards on the held-out prompts."""
+
+    TAG: ClassVar[str] = "evaluation_result"
+    evaluation: int
+    version_min: int  # of the sampled tokens
+    version_max: int
+    rewards: Float32 = array("f4", 1)  # [prompts]
+    lengths: Int32 = array("i4", 1)  # [prompts] completion tokens
+
+    def check(self) -> None:
+        """Validate."""
+        check_lengths("evaluation_result", rewards=len(self.rewards), lengths=len(self.lengths))
+        if not np.isfinite(self.rewards).all():
+            raise DataError("evaluation_result: rewards must be finite")
+
+
+# ---- replica ------------------------------------------------------------------------------------
+
+
+@dataclass
+class ScoreRequest:
+    """Score these tokens under weights no older than ``min_version``."""
+
+    TAG: ClassVar[str] = "score_request"
+    request: int
+    min_version: int
+    temperature: float
+    cu_seqlens: Int32 = array("i4", 1)  # [B+1]
+    token_ids: Int32 = array("i4", 1)  # [N]
+    wanted: Bytes = array("u1", 1)  # [N] 1 where a score is wanted
+    topk_ids: Int32 = array("i4", 2)  # [N, k]
+
+    def check(self) -> None:
+        """Validate."""
+        n = len(self.token_ids)
+        check_lengths("score_request", token_ids=n, wanted=len(self.wanted), topk_ids=len(self.topk_ids))
+        check_offsets("score_request", self.cu_seqlens, n)
+
+
+@dataclass
+class ScoreResult:
+    """Log-densities under the replica's policy; 0 where not wanted."""
+
+    TAG: ClassVar[str] = "score_result"
+    request: int
+    version: int
+    seconds: float
+    log_p: Float32 = array("f4", 1)  # [N] of the token itself
+    topk_log_p: Float32 = array("f4", 2)  # [N, k] at the asked ids
+
+    def check(self) -> None:
+        """Validate."""
+        check_lengths("score_result", log_p=len(self.log_p), topk_log_p=len(self.topk_log_p))
+
+
+# ---- learner ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Fetch(_Unchecked):
+    """The shard of ``rank`` for training step ``step``; answered by Shard, or by Waiting meanwhile."""
+
+    TAG: ClassVar[str] = "fetch"
+    step: int
+    rank: int
+    world: int
+
+
+@dataclass
+class Waiting(_Unchecked):
+    """Step not ready; ``detail`` says what it waits for."""
+
+    TAG: ClassVar[str] = "waiting"
+    step: int
+    detail: str
+
+
+@dataclass
+class Shard:
+    """One rank's share of one training step, packed. Rejected tokens travel too: they are context."""
+
+    TAG: ClassVar[str] = "shard"
+    step: int
+    rank: int
+    world: int
+    denominator: int  # trainable tokens of the whole batch before rejection, over all ranks
+    tokens_global: int  # tokens of the whole batch, over all ranks
+    temperature: float
+    groups: Int64 = array("i8", 1)  # [B]
+    siblings: Int32 = array("i4", 1)  # [B]
+    advantages: Float32 = array("f4", 1)  # [B]
+    cu_seqlens: Int32 = array("i4", 1)  # [B+1]
+    token_ids: Int32 = array("i4", 1)  # [N]
+    trainable: Bytes = array("u1", 1)  # [N]
+    accept: Bytes = array("u1", 1)  # [N] 1 where trainable and accepted
+    log_q: Float32 = array("f4", 1)  # [N] behaviour, 0 where not trainable
+    log_m: Float32 = array("f4", 1)  # [N] inclusion density, 0 where not accepted
+    log_p: Float32 = array("f4", 1)  # [N] under the broker's version, 0 where not accepted
+
+    def check(self) -> None:
+        """Validate."""
+        b, n = len(self.groups), len(self.token_ids)
+        check_lengths(
+            "shard per trajectory",
+            groups=b, siblings=len(self.siblings), advantages=len(self.advantages), offsets=len(self.cu_seqlens) - 1,
+        )  # fmt: skip
+        check_lengths(
+            "shard per token",
+            token_ids=n, trainable=len(self.trainable), accept=len(self.accept), log_q=len(self.log_q),
+            log_m=len(self.log_m), log_p=len(self.log_p),
+        )  # fmt: skip
+        check_offsets("shard", self.cu_seqlens, n)
+
+
+@dataclass
+class Commit(_Unchecked):
+    """Step trained; its shards are only kept for a learner that resumes."""
+
+    TAG: ClassVar[str] = "commit"
+    step: int
+    version: int  # step + 1
+    metrics: dict[str, float]
+
+
+@dataclass
+class Checkpointed(_Unchecked):
+    """Steps up to ``step`` can never be asked for again."""
+
+    TAG: ClassVar[str] = "checkpointed"
+    step: int
+
+
+# ---- weights ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Publish(_Unchecked):
+    """The learner offers a version. ``tensors`` lists (HF name, dtype, shape) in the order sent."""
+
+    TAG: ClassVar[str] = "publish"
+    version: int
+    host: str
+    port: int  # of the learner's TCPStore
+    backend: str  # "gloo" | "nccl"
+    bucket_bytes: int
+    tensors: list[list[Any]]
+
+
+@dataclass
+class Prepare(_Unchecked):
+    """Broker to a receiver: be ready to receive ``version`` in group ``epoch`` as ``rank``."""
+
+    TAG: ClassVar[str] = "prepare"
+    epoch: int
+    rank: int  # of this receiver; the learner is 0
+    world: int
+    publish: dict[str, Any]  # the Publish, field by field
+
+
+@dataclass
+class Ready(_Unchecked):
+    """The receiver will enter the collective as soon as it is told Go."""
+
+    TAG: ClassVar[str] = "ready"
+    epoch: int
+    version: int
+
+
+@dataclass
+class Go(_Unchecked):
+    """Broker to learner and receivers: everyone in ``members`` (rank order) said Ready."""
+
+    TAG: ClassVar[str] = "go"
+    epoch: int
+    version: int
+    members: list[str]
+
+
+@dataclass
+class Published(_Unchecked):
+    """Learner: the collective is done. ``digest`` is over the bytes sent."""
+
+    TAG: ClassVar[str] = "published"
+    epoch: int
+    version: int
+    digest: str
+    seconds: float
+
+
+@dataclass
+class PublishFailed(_Unchecked):
+    """Learner: the collective broke; the version must be offered again in a new epoch."""
+
+    TAG: ClassVar[str] = "publish_failed"
+    epoch: int
+    version: int
+    reason: str
+
+
+@dataclass
+class Applied(_Unchecked):
+    """Receiver: the version is in use from now on."""
+
+    TAG: ClassVar[str] = "applied"
+    epoch: int
+    version: int
+    digest: str
+
+
+@dataclass
+class ReceiveFailed(_Unchecked):
+    """Receiver: the collective or the digest failed; it still serves its old version."""
+
+    TAG: ClassVar[str] = "receive_failed"
+    epoch: int
+    version: int
+    reason: str
+
+
+@dataclass
+class PublishDone(_Unchecked):
+    """Broker to learner: the publish is settled; ``dropped`` receivers did not take it."""
+
+    TAG: ClassVar[str] = "publish_done"
+    version: int
+    applied: list[str]
+    dropped: list[str]
+
+
+@dataclass
+class Resync(_Unchecked):
+    """Broker to learner: publish your current version again, ``reason`` says for whom."""
+
+    TAG: ClassVar[str] = "resync"
+    reason: str
+
+
+TO_BROKER: dict[str, type[Any]] = {
+    m.TAG: m
+    for m in (
+        Hello, Heartbeat, Bye, Trajectories, GroupFailed, EvaluationResult, ScoreResult, Fetch, Commit, Checkpointed,
+        Publish, Published, PublishFailed, Ready, Applied, ReceiveFailed,
+    )
+}  # fmt: skip
+FROM_BROKER: dict[str, type[Any]] = {
+    m.TAG: m
+    for m in (
+        Welcome, Refused, WhoAreYou, Pong, Stop, Grant, Ack, ScoreRequest, Shard, Waiting, Prepare, Go, PublishDone, Resync,
+    )
+}  # fmt: skip

@@ -1,0 +1,146 @@
+"""Real sockets: Hello, reconnection, refusal, hostile bytes."""
+
+import socket
+import time
+
+import numpy as np
+import pytest
+import zmq
+
+from common import wire
+from common.errors import DeadlineError, ProtocolError, WireError
+from common.sockets import BrokerLink, RouterSocket
+
+
+def free_address():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{s.getsockname()[1]}"
+
+
+def hello(name="a0"):
+    return wire.Hello("actor", name, "", "s", 0, 1, 0, 4, "host", 1)
+
+
+def until(condition, seconds=5.0):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+    return False
+
+
+def collect(router, wanted, seconds=5.0):
+    got = []
+    assert until(lambda: got.extend(router.receive(0.02)) or len(got) >= wanted, seconds), got
+    return got
+
+
+@pytest.fixture
+def address():
+    return free_address()
+
+
+def test_a_link_waits_for_a_broker_that_starts_later_and_greets_one_that_comes_back(address):
+    link = BrokerLink(address, hello())
+    try:
+        time.sleep(0.3)
+        for life in (1, 2):
+            router = RouterSocket(address)
+            if life == 2:  # the new broker does not know the peer
+                assert until(lambda: any(not isinstance(m, wire.Hello) for _, m in router.receive(0.05)))
+                router.send(identity, wire.WhoAreYou())  # noqa: F821
+            (identity, greeting), *_ = [x for x in collect(router, 1) if isinstance(x[1], wire.Hello)]
+            assert greeting.name == "a0"
+            router.send(identity, wire.Welcome("run", 3, 0.1))
+            assert link.wait_welcome(5.0).version == 3
+            link.send(wire.GroupFailed(5, "x"))
+            assert until(lambda: any(getattr(m, "group", None) == 5 for _, m in router.receive(0.05)))
+            router.close()
+        assert link.run_id == "run"
+    finally:
+        link.close()
+
+
+def test_no_broker_is_a_deadline_error_that_names_the_address(address):
+    link = BrokerLink(address, hello())
+    try:
+        with pytest.raises(DeadlineError, match=address):
+            link.wait_welcome(0.3)
+    finally:
+        link.close()
+
+
+def test_refusal_reaches_the_peer(address):
+    router = RouterSocket(address)
+    link = BrokerLink(address, hello())
+    try:
+        (identity, _), *_ = collect(router, 1)
+        router.send(identity, wire.Refused("another learner"))
+        with pytest.raises(ProtocolError, match="another learner"):
+            link.wait_welcome(5.0)
+    finally:
+        link.close()
+        router.close()
+
+
+def test_address_in_use_names_the_key_and_the_remedy(address):
+    router = RouterSocket(address)
+    try:
+        with pytest.raises(ProtocolError, match=r"broker\.address=.*another broker"):
+            RouterSocket(address)
+    finally:
+        router.close()
+
+
+def test_hostile_bytes_are_errors_beside_good_messages_and_the_sender_lost_is_noticed(address):
+    router = RouterSocket(address)
+    context = zmq.Context()
+    peer = context.socket(zmq.DEALER)
+    peer.setsockopt(zmq.IDENTITY, b"evil")
+    peer.setsockopt(zmq.LINGER, 0)
+    peer.connect(address)
+    try:
+        peer.send_multipart([b"\x80\x04pickle"])
+        peer.send_multipart([b""])
+        from common.codec import encode
+
+        peer.send_multipart(encode(wire.Bye("x")))
+        got = collect(router, 3)
+        assert [type(m) for _, m in got] == [WireError, WireError, wire.Bye]
+        assert router.send(b"evil", wire.Pong(0))
+        peer.close()
+        assert until(lambda: not router.send(b"evil", wire.Pong(0)))
+        assert not router.send(b"nobody", wire.Pong(0))
+    finally:
+        context.destroy(linger=0)
+        router.close()
+
+
+def test_large_arrays_survive_and_a_slow_peer_does_not_lose_messages(address):
+    router = RouterSocket(address)
+    link = BrokerLink(address, hello())
+    try:
+        (identity, _), *_ = collect(router, 1)
+        router.send(identity, wire.Welcome("run", 0, 1.0))
+        link.wait_welcome(5.0)
+        count = 3000  # three times the high-water mark
+        for n in range(count):
+            assert router.send(identity, wire.Grant(n, -1, 0, np.arange(20), np.arange(20)))
+        got = []
+
+        def pump():
+            router.receive(0.0)
+            while (m := link.receive(0.01)) is not None:
+                got.append(m)
+            return len(got) == count
+
+        assert until(pump, 20.0), len(got)
+        assert [g.min_version for g in got] == list(range(count))
+        big = wire.ScoreRequest(1, 0, 1.0, np.array([0, 500_000], np.int32), np.arange(500_000, dtype=np.int32),
+                                np.ones(500_000, np.uint8), np.zeros((500_000, 0), np.int32))  # fmt: skip
+        router.send(identity, big)
+        assert (link.receive(5.0).token_ids == big.token_ids).all()
+    finally:
+        link.close()
+        router.close()

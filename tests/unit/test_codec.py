@@ -1,0 +1,152 @@
+"""Round trips, golden bytes and hostile bytes."""
+
+import dataclasses
+from pathlib import Path
+
+import msgpack
+import numpy as np
+import pytest
+
+from common import wire
+from common.codec import JOIN_BELOW_BYTES, WIRE_VERSION, decode, encode
+from common.errors import DataError, WireError
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+def sample_trajectories(tokens=6, siblings=2, k=0, group=7):
+    n = tokens * siblings
+    trainable = np.tile(np.arange(tokens) >= tokens // 2, siblings).astype(np.uint8)
+    return wire.Trajectories(
+        run_id="run",
+        channel_names=["correct"],
+        groups=np.full(siblings, group, np.int64),
+        siblings=np.arange(siblings, dtype=np.int32),
+        rewards=np.linspace(0, 1, siblings).astype(np.float32),
+        channels=np.zeros((siblings, 1), np.float32),
+        finish=np.zeros(siblings, np.uint8),
+        cu_seqlens=np.arange(0, n + 1, tokens, dtype=np.int32),
+        token_ids=(np.arange(n) % 10).astype(np.int32),
+        trainable=trainable,
+        log_q=np.where(trainable, -0.5, 0).astype(np.float32),
+        versions=np.where(trainable, 3, -1).astype(np.int32),
+        topk_ids=np.zeros((n, k), np.int32),
+        topk_log_q=np.full((n, k), -1, np.float32),
+    )
+
+
+def same(a, b):
+    for f in dataclasses.fields(a):
+        x, y = getattr(a, f.name), getattr(b, f.name)
+        if isinstance(x, np.ndarray):
+            np.testing.assert_array_equal(x, y)
+            assert x.dtype == y.dtype
+        else:
+            assert x == y
+
+
+@pytest.mark.parametrize("tokens", [6, JOIN_BELOW_BYTES // 8])
+@pytest.mark.parametrize("k", [0, 3])
+def test_round_trip(tokens, k):
+    message = sample_trajectories(tokens=tokens, k=k)
+    frames = [bytes(f) for f in encode(message)]
+    assert (len(frames) == 2) == (tokens == 6)  # small messages share one payload frame
+    same(message, decode(frames, wire.TO_BROKER))
+
+
+def test_decoding_copies_nothing():
+    frames = encode(sample_trajectories(tokens=JOIN_BELOW_BYTES))
+    received = [bytearray(bytes(f)) for f in frames]
+    message = decode(received, wire.TO_BROKER)
+    assert not message.log_q.flags.writeable and not message.log_q.flags.owndata
+
+
+def test_every_message_kind_has_one_direction_and_its_own_tag():
+    assert not set(wire.TO_BROKER) & set(wire.FROM_BROKER)
+
+
+@pytest.mark.parametrize("name", ["trajectories", "grant", "shard"])
+def test_golden_bytes(name):
+    message = {
+        "trajectories": sample_trajectories(k=2),
+        "grant": wire.Grant(3, -1, 0, np.array([1, 2], np.int64), np.array([5, 6], np.int64)),
+        "shard": wire.Shard(
+            step=1, rank=0, world=1, denominator=2, tokens_global=3, temperature=1.0,
+            groups=np.array([4], np.int64), siblings=np.array([0], np.int32), advantages=np.array([0.5], np.float32),
+            cu_seqlens=np.array([0, 3], np.int32), token_ids=np.array([1, 2, 3], np.int32),
+            trainable=np.array([0, 1, 1], np.uint8), accept=np.array([0, 1, 0], np.uint8),
+            log_q=np.array([0, -1, -2], np.float32), log_m=np.array([0, -1.5, 0], np.float32),
+            log_p=np.array([0, -1.5, 0], np.float32),
+        ),
+    }[name]  # fmt: skip
+    frames = [bytes(f) for f in encode(message)]
+    golden = GOLDEN / f"wire_v{WIRE_VERSION}_{name}.bin"
+    assert golden.exists(), f"{golden} is missing: run `python tests/golden/make.py` after raising WIRE_VERSION"
+    assert msgpack.packb(frames) == golden.read_bytes(), "the bytes changed: raise WIRE_VERSION"
+
+
+def header(**changes):
+    base = {"w": WIRE_VERSION, "t": "bye", "h": {"reason": "x"}, "a": []}
+    return msgpack.packb({**base, **changes})
+
+
+@pytest.mark.parametrize(
+    ("frames", "says"),
+    [
+        ([], "empty"),
+        ([b"\xc1"], "not msgpack"),
+        ([msgpack.packb([1])], "must be a map"),
+        ([header(w=99)], "wire version 99"),
+        ([header(t="nonsense")], "not expected here"),
+        ([header(t="grant")], "not expected here"),
+        ([header(h={})], "missing or unknown"),
+        ([header(h={"reason": 3})], "is not"),
+        ([header(a=[["x", "<f4", [1], 0, 0]])], "exactly none"),
+    ],
+)
+def test_malformed_headers_are_named(frames, says):
+    with pytest.raises(WireError, match=says):
+        decode(frames, wire.TO_BROKER)
+
+
+def test_truncated_payload_wrong_dtype_and_negative_shapes_are_named():
+    good = [bytes(f) for f in encode(sample_trajectories())]
+    with pytest.raises(WireError, match="needs"):
+        decode([good[0], good[1][:-8]], wire.TO_BROKER)
+    with pytest.raises(WireError, match="not in the message"):
+        decode(good[:1], wire.TO_BROKER)
+    head = msgpack.unpackb(good[0])
+    for entry, says in ((["groups", "<f8", [2], 0, 0], "dtype"), (["groups", "<i8", [-2], 0, 0], "shape")):
+        bad = {**head, "a": [entry, *head["a"][1:]]}
+        with pytest.raises(WireError, match=says):
+            decode([msgpack.packb(bad), good[1]], wire.TO_BROKER)
+
+
+def test_lengths_that_disagree_are_named():
+    message = sample_trajectories()
+    message.log_q = message.log_q[:-1]
+    with pytest.raises(DataError, match="log_q 11"):
+        decode([bytes(f) for f in encode(message)], wire.TO_BROKER)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda m: m.log_q.__setitem__(4, np.nan), "NaN"),
+        (lambda m: m.log_q.__setitem__(4, 0.1), "positive"),
+        (lambda m: m.versions.__setitem__(4, 99), "future"),
+        (lambda m: m.versions.__setitem__(4, -1), "no version"),
+        (lambda m: m.token_ids.__setitem__(4, 10**6), "vocabulary"),
+        (lambda m: m.rewards.__setitem__(0, np.inf), "reward"),
+        (lambda m: m.trainable.__setitem__(slice(0, 6), 0), "no trainable"),
+        (lambda m: m.trainable.__setitem__(slice(0, 6), 1), "first token"),
+    ],
+)
+def test_faulty_trajectories_are_found_and_their_siblings_are_not_blamed(change, says):
+    message = sample_trajectories()
+    change(message)
+    if says == "first token":
+        message.versions[:] = 3
+    faults = message.faults(vocab_size=16, newest_version=5)
+    assert list(faults) == [0] and says in faults[0]
+    assert sample_trajectories().faults(16, 5) == {}

@@ -1,0 +1,67 @@
+"""What the budget means, by hand."""
+
+import numpy as np
+import pytest
+
+from broker.ledger import StalenessLedger
+from common.errors import DataError
+from common.versions import lag, spans_from_versions, versions_from_spans
+
+
+def test_lag_is_zero_on_policy_and_refuses_the_future():
+    assert lag(3, 3) == 0 and lag(5, 3) == 2
+    with pytest.raises(DataError, match="future"):
+        lag(2, 3)
+
+
+def test_budget_zero_is_synchronous():
+    ledger = StalenessLedger(0, 2, 10)
+    assert ledger.grantable(0) == 2
+    for g in (0, 1):
+        ledger.grant(g, 0)
+    assert ledger.grantable(0) == 0
+    ledger.complete(0, 0)
+    assert ledger.select() is None
+    ledger.complete(1, 0)
+    ledger.assembled(ledger.select())
+    assert ledger.grantable(0) == 0  # version 1 is not there yet
+    assert ledger.grantable(1) == 2
+
+
+@pytest.mark.parametrize("budget", [1, 2, 16])
+def test_budget_is_how_many_steps_ahead_the_fleet_may_sample(budget):
+    assert StalenessLedger(budget, 4, 100).grantable(0) == (budget + 1) * 4
+
+
+def test_nothing_is_granted_beyond_the_last_step():
+    assert StalenessLedger(16, 4, 3).grantable(0) == 12
+
+
+def test_a_due_straggler_holds_the_step_and_a_fresh_group_may_not_overtake_it():
+    ledger = StalenessLedger(1, 1, 10)
+    ledger.grant(0, 0)
+    ledger.grant(1, 0)
+    ledger.complete(1, 0)
+    assert ledger.select() == [1]  # group 0 still fits into step 1
+    ledger.assembled([1])
+    ledger.grant(2, 1)
+    ledger.complete(2, 1)
+    assert ledger.select() is None and "staleness budget" in ledger.waiting_for()
+    ledger.complete(0, 0)
+    assert ledger.select() == [0]
+
+
+def test_granting_without_room_and_twice_is_refused():
+    ledger = StalenessLedger(0, 1, 10)
+    ledger.grant(0, 0)
+    with pytest.raises(DataError, match="no room"):
+        ledger.grant(1, 0)
+    with pytest.raises(DataError, match="already"):
+        ledger.grant(0, 0)
+
+
+def test_version_spans_round_trip():
+    for versions in ([], [3], [3, 3, 4, 4, 4, 7]):
+        v = np.array(versions, np.int32)
+        assert versions_from_spans(spans_from_versions(v), len(v)).tolist() == versions
+    assert spans_from_versions(np.array([3, 3, 4], np.int32)).tolist() == [[0, 3], [2, 4]]

@@ -1,0 +1,276 @@
+"""The broker's decisions: admission, groups, advantages, rejection, shards, accounting."""
+
+import numpy as np
+import pytest
+
+from broker.pipeline import Pipeline
+from common import wire
+from common.config import AdvantageSection, BrokerSection, ObrsSection, RolloutSection, RunConfig, RunSection, StalenessSection
+from common.errors import DataError, ProtocolError
+
+G = 3
+
+
+def config(**sections):
+    base = {
+        "rollout": RolloutSection(groups_per_step=2, group_size=G, max_prompt_tokens=3, max_tokens=5),
+        "staleness": StalenessSection(1),
+        "run": RunSection(steps=5, seed=11),
+    }
+    return RunConfig(**{**base, **sections})
+
+
+def trajectories(group, version=0, siblings=range(G), seed=None, rewards=None):
+    siblings = list(siblings)
+    rng = np.random.default_rng(group if seed is None else seed)
+    lengths = rng.integers(4, 9, len(siblings))
+    cu = np.concatenate(([0], np.cumsum(lengths)))
+    n = int(cu[-1])
+    within = np.arange(n) - np.repeat(cu[:-1], lengths)
+    on = within >= 3
+    return wire.Trajectories(
+        run_id="r",
+        channel_names=["correct"],
+        groups=np.full(len(siblings), group, np.int64),
+        siblings=np.array(siblings, np.int32),
+        rewards=np.array(rewards if rewards is not None else rng.integers(0, 2, len(siblings)), np.float32),
+        channels=np.zeros((len(siblings), 1), np.float32),
+        finish=np.zeros(len(siblings), np.uint8),
+        cu_seqlens=cu.astype(np.int32),
+        token_ids=rng.integers(0, 16, n).astype(np.int32),
+        trainable=on.astype(np.uint8),
+        log_q=np.where(on, np.log(rng.uniform(0.05, 1, n)), 0).astype(np.float32),
+        versions=np.where(on, version, -1).astype(np.int32),
+        topk_ids=np.zeros((n, 0), np.int32),
+        topk_log_q=np.zeros((n, 0), np.float32),
+    )
+
+
+def scores(request, log_q, version=0, shift=0.3):
+    rng = np.random.default_rng(1)
+    lp = np.minimum(0, log_q + rng.normal(0, shift, len(log_q))).astype(np.float32) * request.wanted
+    return wire.ScoreResult(request.request, version, 0.0, lp, np.zeros((len(lp), 0), np.float32))
+
+
+def run_step(pipeline, batches, version=0, actor="a"):
+    for batch in batches:
+        assert set(pipeline.admit(batch, actor, version).reasons) <= {""}
+    request = pipeline.assemble(version)
+    step = pipeline.ledger.next_step - 1
+    log_q = np.zeros(len(request.token_ids), np.float32)
+    log_q[request.wanted == 1] = -1.0
+    pipeline.scored(scores(request, log_q, version))
+    return step
+
+
+def assert_books_balance(pipeline):
+    assert pipeline.queued == pipeline.held()
+    assert pipeline.queued >= 0
+
+
+def test_arrival_order_changes_nothing():
+    results = []
+    for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
+        pipeline = Pipeline(config(), 16)
+        assert pipeline.grant("a", 10, 0).groups.tolist() == [0, 1, 2, 3]
+        for sibling in order:
+            for group in (1, 0):
+                whole = trajectories(group)
+                a, b = whole.cu_seqlens[sibling], whole.cu_seqlens[sibling + 1]
+                part = wire.Trajectories(
+                    "r", ["correct"], whole.groups[:1], np.array([sibling], np.int32), whole.rewards[sibling : sibling + 1],
+                    whole.channels[:1], whole.finish[:1], np.array([0, b - a], np.int32),
+                    *(getattr(whole, f)[a:b] for f in ("token_ids", "trainable", "log_q", "versions", "topk_ids", "topk_log_q")),
+                )  # fmt: skip
+                part.check()
+                assert pipeline.admit(part, "a", 0).reasons == [""]
+        request = pipeline.assemble(0)
+        log_q = np.where(request.wanted == 1, -1.0, 0.0)
+        pipeline.scored(scores(request, log_q))
+        results.append(pipeline.shard(0, 0, 1))
+    for other in results[1:]:
+        for name in ("groups", "siblings", "advantages", "token_ids", "accept", "log_m", "log_q", "log_p"):
+            np.testing.assert_array_equal(getattr(results[0], name), getattr(other, name))
+
+
+def test_shards_together_are_the_batch_and_are_served_byte_for_byte_again():
+    pipeline = Pipeline(config(), 16)
+    pipeline.grant("a", 10, 0)
+    step = run_step(pipeline, [trajectories(0), trajectories(1)])
+    one = pipeline.shard(step, 0, 1)
+    two = [pipeline.shard(step, r, 2) for r in (0, 1)]
+    keys = sorted((int(g), int(s)) for shard in two for g, s in zip(shard.groups, shard.siblings, strict=True))
+    assert keys == sorted(zip(one.groups.tolist(), one.siblings.tolist(), strict=True))
+    assert {s.denominator for s in (one, *two)} == {int(one.trainable.sum())}
+    loads = [len(s.token_ids) for s in two]
+    assert abs(loads[0] - loads[1]) <= 8
+    from common.codec import encode
+
+    first = [bytes(f) for f in encode(pipeline.shard(step, 1, 2))]
+    assert first == [bytes(f) for f in encode(pipeline.shard(step, 1, 2))]
+    shard = two[0]
+    shard.check()
+    assert (shard.log_m[shard.accept == 0] == 0).all()
+    on = shard.accept == 1
+    assert (shard.log_m[on] <= shard.log_q[on]).all()
+
+
+def test_advantages_come_from_whole_groups_and_ignore_rejection():
+    results = []
+    for threshold in (0.5, 1.0, 3.0):
+        pipeline = Pipeline(config(obrs=ObrsSection(threshold=threshold)), 16)
+        pipeline.grant("a", 10, 0)
+        step = run_step(pipeline, [trajectories(0, rewards=[1, 0, 0]), trajectories(1, rewards=[1, 1, 1])])
+        results.append(pipeline.shard(step, 0, 1))
+    a = results[0].advantages.reshape(2, G)
+    np.testing.assert_allclose(a[0], [np.sqrt(2), -np.sqrt(0.5), -np.sqrt(0.5)], rtol=1e-5)
+    assert (a[1] == 0).all()
+    assert len({r.accept.sum() for r in results}) > 1
+    for other in results[1:]:
+        np.testing.assert_array_equal(results[0].advantages, other.advantages)
+        assert other.denominator == results[0].denominator
+
+
+def test_rejection_off_ships_log_q_as_log_m_and_asks_nobody():
+    pipeline = Pipeline(config(obrs=ObrsSection(mode="off")), 16)
+    pipeline.grant("a", 10, 0)
+    for g in (0, 1):
+        pipeline.admit(trajectories(g), "a", 0)
+    assert pipeline.assemble(0) is None
+    shard = pipeline.shard(0, 0, 1)
+    np.testing.assert_array_equal(shard.accept, shard.trainable)
+    np.testing.assert_array_equal(shard.log_m, shard.log_q)
+    assert pipeline.commit(0)["kl_before"] is None
+
+
+def test_a_faulty_sibling_is_refused_its_group_given_up_and_its_prompt_granted_again():
+    pipeline = Pipeline(config(), 16)
+    pipeline.grant("a", 10, 0)
+    bad = trajectories(0)
+    bad.log_q[int(bad.cu_seqlens[1]) + 3] = np.nan
+    reasons = pipeline.admit(bad, "a", 0).reasons
+    assert reasons[0] == "" and "NaN" in reasons[1] and reasons[2] == "refused_sibling"
+    assert pipeline.dropped == {"refused_sibling": 1}
+    again = pipeline.grant("a", 10, 0)
+    assert again.prompts.tolist() == [0] and again.groups.tolist() == [4]
+    assert pipeline.admit(trajectories(1), "a", 0).reasons == [""] * G
+    assert_books_balance(pipeline)
+
+
+def test_a_prompt_that_always_fails_is_left_out_in_the_end():
+    pipeline = Pipeline(config(), 16)
+    pipeline.grant("a", 4, 0)
+    group, prompts = 0, []
+    for _ in range(4):
+        pipeline.give_up(group, "actor_failed")
+        grant = pipeline.grant("a", 1, 0)
+        group = int(grant.groups[0])
+        prompts.append(int(grant.prompts[0]))
+    assert prompts == [0, 0, 4, 4]
+
+
+def test_repeats_are_acknowledged_and_counted_once():
+    pipeline = Pipeline(config(), 16)
+    pipeline.grant("a", 10, 0)
+    for _ in range(2):
+        assert pipeline.admit(trajectories(0), "a", 0).reasons == [""] * G
+    run_step(pipeline, [trajectories(1)])
+    assert pipeline.admit(trajectories(0), "a", 0).reasons == [""] * G  # after it was assembled
+    assert pipeline.counts["trajectories_acked"] == 2 * G
+    assert pipeline.counts["repeats"] == 2 * G
+    assert_books_balance(pipeline)
+
+
+def test_strangers_and_impostors_are_refused():
+    pipeline = Pipeline(config(), 16)
+    pipeline.grant("a", 1, 0)
+    assert set(pipeline.admit(trajectories(99), "a", 0).reasons) == {"unknown_group"}
+    assert set(pipeline.admit(trajectories(0), "b", 0).reasons) == {"granted_to_another_actor"}
+    assert set(pipeline.admit(trajectories(0, siblings=[7]), "a", 0).reasons) == {"sibling_out_of_range"}
+    assert pipeline.queued == 0
+
+
+def test_versions_from_the_future_and_older_than_the_grant_are_refused():
+    pipeline = Pipeline(config(), 16)
+    pipeline.grant("a", 4, 0)
+    assert "future" in pipeline.admit(trajectories(0, version=3), "a", 0).reasons[0]
+    pipeline = Pipeline(config(), 16)
+    pipeline.ledger.next_step = 2
+    pipeline.grant("a", 1, 2)
+    assert "older than the grant" in pipeline.admit(trajectories(0, version=1), "a", 2).reasons[0]
+
+
+def test_a_lost_actor_leaves_no_phantom_reservation():
+    pipeline = Pipeline(config(), 16)
+    pipeline.grant("a", 2, 0)
+    pipeline.grant("b", 2, 0)
+    pipeline.admit(trajectories(0, siblings=[0, 2]), "a", 0)
+    assert pipeline.grant("b", 10, 0) is None
+    assert pipeline.actor_lost("a") == 2
+    assert pipeline.dropped == {"actor_lost": 2}
+    assert pipeline.grant("b", 10, 0).prompts.tolist() == [0, 1]
+    assert set(pipeline.admit(trajectories(0), "a", 0).reasons) == {"actor_lost"}
+    assert_books_balance(pipeline)
+
+
+def test_accounting_over_a_whole_run():
+    pipeline = Pipeline(config(), 16)
+    for version in range(5):
+        grant = pipeline.grant("a", 10, version)
+        if grant is not None:
+            for g in grant.groups.tolist():
+                pipeline.admit(trajectories(int(g), version=version), "a", version)
+                assert_books_balance(pipeline)
+        request = pipeline.assemble(version)
+        log_q = np.where(request.wanted == 1, -1.0, 0.0)
+        pipeline.scored(scores(request, log_q, version))
+        receipt = pipeline.commit(version)
+        assert receipt["lag_max"] <= 1
+        assert receipt["tokens_accepted"] <= receipt["tokens_proposed"]
+        assert pipeline.commit(version) is None  # a repeated commit changes nothing
+        assert_books_balance(pipeline)
+    assert pipeline.counts["trajectories_trained"] == 5 * 2 * G
+
+
+def test_a_full_queue_stops_the_grants():
+    tiny = config(broker=BrokerSection(queue_mb=2 * G * 8 * 13 / (1 << 20)))
+    pipeline = Pipeline(tiny, 16)
+    assert len(pipeline.grant("a", 10, 0).groups) == 2
+    assert pipeline.grant("a", 10, 0) is None
+
+
+def test_scores_that_do_not_fit_are_refused_and_stale_ones_ignored():
+    pipeline = Pipeline(config(), 16)
+    pipeline.grant("a", 10, 0)
+    for g in (0, 1):
+        pipeline.admit(trajectories(g), "a", 0)
+    request = pipeline.assemble(0)
+    good = scores(request, np.where(request.wanted == 1, -1.0, 0.0))
+    with pytest.raises(DataError, match="scores for"):
+        pipeline.scored(wire.ScoreResult(request.request, 0, 0.0, good.log_p[:-1], good.topk_log_p[:-1]))
+    pipeline.scored(wire.ScoreResult(request.request + 5, 0, 0.0, good.log_p, good.topk_log_p))
+    assert pipeline.scoring is not None
+    good.log_p[3] = np.nan
+    pipeline.scored(good)
+    receipt = pipeline.commit(0)
+    assert receipt["unscorable"] == 1 and pipeline.counts["late_scores"] == 1
+
+
+def test_steps_that_are_gone_are_named():
+    pipeline = Pipeline(config(), 16)
+    pipeline.grant("a", 10, 0)
+    run_step(pipeline, [trajectories(0), trajectories(1)])
+    pipeline.commit(0)
+    assert pipeline.shard(0, 0, 1) is not None  # kept for a learner that resumes
+    pipeline.checkpointed(0)
+    with pytest.raises(ProtocolError, match="step 0 is no longer held"):
+        pipeline.shard(0, 0, 1)
+    assert pipeline.shard(1, 0, 1) is None
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("dr_grpo", [2 / 3, -1 / 3, -1 / 3]), ("rloo", [1, -0.5, -0.5])])
+def test_other_advantages(kind, expected):
+    pipeline = Pipeline(config(advantage=AdvantageSection(kind=kind)), 16)
+    pipeline.grant("a", 10, 0)
+    step = run_step(pipeline, [trajectories(0, rewards=[1, 0, 0]), trajectories(1)])
+    np.testing.assert_allclose(pipeline.shard(step, 0, 1).advantages[:G], expected, rtol=1e-6)

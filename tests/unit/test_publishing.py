@@ -1,0 +1,125 @@
+"""The broker's side of a publish, driven by hand: readiness, lateness, loss, retries."""
+
+from broker.publishing import LEARNER, PublishCoordinator
+from common.wire import Applied, Go, Prepare, Publish, PublishDone, Published, PublishFailed, Ready, ReceiveFailed
+
+
+def offer(version):
+    return Publish(version, "127.0.0.1", 1234, "gloo", 1 << 20, [["w", "float32", [2]]])
+
+
+def sent(outgoing, kind):
+    return {name: m for name, m in outgoing if isinstance(m, kind)}
+
+
+def prepare_all(c, version, names, now=0.0):
+    prepares = sent(c.on_publish(offer(version), names, now), Prepare)
+    out = []
+    for name, message in prepares.items():
+        out = c.on_ready(Ready(message.epoch, version), name, now)
+    return prepares, out
+
+
+def settle(c, version, names):
+    c.on_published(Published(c.epoch, version, "d", 0.1))
+    out = []
+    for name in names:
+        out = c.on_applied(Applied(c.epoch, version, "d"), name)
+    return out
+
+
+def test_go_only_after_everyone_is_ready_and_done_only_after_everyone_applied():
+    c = PublishCoordinator(10)
+    prepares = sent(c.on_publish(offer(1), ["b", "a"], 0.0), Prepare)
+    assert {n: (p.rank, p.world) for n, p in prepares.items()} == {"a": (1, 3), "b": (2, 3)}
+    assert c.on_ready(Ready(c.epoch, 1), "a", 0.0) == []
+    go = sent(c.on_ready(Ready(c.epoch, 1), "b", 0.0), Go)
+    assert set(go) == {"a", "b", LEARNER} and go["a"].members == ["a", "b"]
+    assert c.on_applied(Applied(c.epoch, 1, "d"), "a") == []
+    assert c.on_applied(Applied(c.epoch, 1, "d"), "b") == []
+    assert c.published == 0 and c.under_way == 1
+    done = sent(c.on_published(Published(c.epoch, 1, "d", 0.1)), PublishDone)
+    assert done[LEARNER].applied == ["a", "b"] and c.published == 1 and c.history == [1]
+
+
+def test_the_epoch_lasts_while_the_members_do():
+    c = PublishCoordinator(10)
+    for version in (1, 2):
+        prepare_all(c, version, ["a"])
+        settle(c, version, ["a"])
+    assert c.epoch == 1
+    prepare_all(c, 3, ["a", "b"])
+    assert c.epoch == 2
+
+
+def test_who_is_not_ready_in_time_is_dropped_by_name_and_comes_back_with_a_sign():
+    c = PublishCoordinator(10)
+    c.on_publish(offer(1), ["a", "b"], 0.0)
+    c.on_ready(Ready(c.epoch, 1), "a", 1.0)
+    assert c.on_tick(["a", "b"], 9.0) == []
+    again = sent(c.on_tick(["a", "b"], 11.0), Prepare)
+    assert set(again) == {"a"} and again["a"].epoch == 2
+    assert c.late == {"b": 1} and c.is_suspended("b")
+    c.on_ready(Ready(2, 1), "a", 11.0)
+    done = sent(settle(c, 1, ["a"]), PublishDone)
+    assert done[LEARNER].dropped == ["b"]
+    c.on_ready(Ready(1, 1), "b", 12.0)
+    assert set(sent(c.on_publish(offer(2), ["a", "b"], 13.0), Prepare)) == {"a", "b"}
+
+
+def test_who_dies_before_go_or_does_not_apply_does_not_stop_the_others():
+    c = PublishCoordinator(10)
+    c.on_publish(offer(1), ["a", "b"], 0.0)
+    again = sent(c.on_lost("b", ["a"], 0.0), Prepare)
+    assert set(again) == {"a"}
+    c.on_ready(Ready(c.epoch, 1), "a", 0.0)
+    settle(c, 1, ["a"])
+    prepare_all(c, 2, ["a", "b"])
+    c.on_published(Published(c.epoch, 2, "d", 0.1))
+    c.on_applied(Applied(c.epoch, 2, "d"), "a")
+    done = sent(c.on_receive_failed(ReceiveFailed(c.epoch, 2, "digest"), "b"), PublishDone)
+    assert done[LEARNER].dropped == ["b"] and c.published == 2
+    epoch = c.epoch
+    prepare_all(c, 3, ["a", "b"])
+    assert c.epoch == epoch + 1  # a broken group is never used again
+    c.on_published(Published(c.epoch, 3, "d", 0.1))
+    c.on_applied(Applied(c.epoch, 3, "d"), "a")
+    assert sent(c.on_tick(["a", "b"], 1000.0), PublishDone)[LEARNER].dropped == ["b"]
+
+
+def test_a_broken_collective_is_tried_again_in_a_new_epoch_and_not_for_ever():
+    c = PublishCoordinator(10)
+    prepare_all(c, 1, ["a"])
+    for attempt in range(1, 5):
+        epoch = c.epoch
+        again = sent(c.on_publish_failed(PublishFailed(epoch, 1, "reset"), ["a"], 0.0), Prepare)
+        assert c.epoch == epoch + 1 and set(again) == {"a"}, attempt
+        c.on_ready(Ready(c.epoch, 1), "a", 0.0)
+    done = sent(c.on_publish_failed(PublishFailed(c.epoch, 1, "reset"), ["a"], 0.0), PublishDone)
+    assert done[LEARNER].dropped == ["a"] and not c.busy
+
+
+def test_without_receivers_a_version_is_settled_at_once():
+    c = PublishCoordinator(10)
+    assert sent(c.on_publish(offer(1), [], 0.0), PublishDone)[LEARNER].applied == []
+    assert c.published == 1
+
+
+def test_an_offer_during_a_publish_waits_its_turn_and_a_resend_is_not_a_new_version():
+    c = PublishCoordinator(10)
+    prepare_all(c, 1, ["a"])
+    assert c.on_publish(offer(2), ["a"], 0.0) == []
+    settle(c, 1, ["a"])
+    assert set(sent(c.on_tick(["a"], 0.0), Prepare)) == {"a"}
+    c.on_ready(Ready(c.epoch, 2), "a", 0.0)
+    settle(c, 2, ["a"])
+    prepare_all(c, 2, ["a", "late"])
+    settle(c, 2, ["a", "late"])
+    assert c.history == [1, 2]
+
+
+def test_a_lost_learner_ends_what_was_under_way():
+    c = PublishCoordinator(10)
+    prepare_all(c, 1, ["a"])
+    c.on_learner_lost()
+    assert not c.busy and c.on_applied(Applied(c.epoch, 1, "d"), "a") == []
