@@ -204,11 +204,11 @@ class BrokerLink:
             "start one with `python -m broker RUN.yaml` or correct the address"
         )
 
-    def close(self, reason: str = "") -> None:
-        """Say Bye and end the thread."""
+    def close(self, reason: str | None = "") -> None:
+        """Say Bye with ``reason`` (nothing at all for None) and end the thread."""
         if self._closing.is_set():
             return
-        if self.welcomed:
+        if self.welcomed and reason is not None:
             self.send(Bye(reason))
         self._closing.set()
         self._thread.join(timeout=2.0)

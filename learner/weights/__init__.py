@@ -1,0 +1,1 @@
+"""Weights to the fleet: the learner publishes, the policy replica receives."""

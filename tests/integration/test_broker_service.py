@@ -1,0 +1,292 @@
+"""A real broker over real sockets, driven by hand-written peers without a model."""
+
+import json
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from broker.service import BrokerService
+from common import wire
+from common.codec import encode
+from common.config import (
+    BrokerSection,
+    EvaluationSection,
+    LearnerSection,
+    ModelSection,
+    ObrsSection,
+    RolloutSection,
+    RunConfig,
+    RunSection,
+    StalenessSection,
+    WeightsSection,
+)
+from common.errors import ModelError, ProtocolError
+from common.process import StopFlag
+from common.sockets import BrokerLink
+
+G, B, STEPS = 2, 2, 4
+
+
+class Broker:
+    """A broker in a thread."""
+
+    def __init__(self, config):
+        self.config, self.stop = config, StopFlag()
+        self.service = BrokerService(config, self.stop)
+        self.thread = threading.Thread(target=self.service.run)
+        self.thread.start()
+
+    def end(self):
+        self.stop.set("test")
+        self.thread.join(10)
+        assert not self.thread.is_alive()
+
+    def status(self):
+        return json.loads((self.config.run.path / "status.json").read_text())
+
+
+class Peer:
+    """A link that collects what it is told."""
+
+    def __init__(self, broker, role, name, session="s", rank=0, world=1, run_id="", version=0, capacity=8):
+        hello = wire.Hello(role, name, run_id, session, rank, world, version, capacity, "host", 1)
+        self.link = BrokerLink(broker.config.broker.address, hello)
+        self.link.wait_welcome(5)
+        self.stash = []  # what came while another kind was expected
+
+    def expect(self, kind, seconds=5.0):
+        found = next((m for m in self.stash if isinstance(m, kind)), None)
+        if found is not None:
+            self.stash = [m for m in self.stash if m is not found]
+            return found
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            message = self.link.receive(0.05)
+            if isinstance(message, kind):
+                return message
+            if message is not None:
+                self.stash.append(message)
+        raise AssertionError(f"no {kind.__name__} within {seconds} s")
+
+    def nothing(self, kind, seconds=0.4):
+        deadline = time.monotonic() + seconds
+        assert not any(isinstance(m, kind) for m in self.stash)
+        while time.monotonic() < deadline:
+            assert not isinstance(self.link.receive(0.05), kind)
+
+    def publish(self, version, receivers):
+        self.link.send(wire.Publish(version, "127.0.0.1", 1, "gloo", 1 << 20, [["w", "float32", [1]]]))
+        for receiver in receivers:
+            prepare = receiver.expect(wire.Prepare)
+            receiver.link.send(wire.Ready(prepare.epoch, version))
+        go = self.expect(wire.Go)
+        self.link.send(wire.Published(go.epoch, version, "d", 0.01))
+        for receiver in receivers:
+            receiver.expect(wire.Go)
+            receiver.link.send(wire.Applied(go.epoch, version, "d"))
+        self.expect(wire.PublishDone)
+
+
+@pytest.fixture
+def make(tmp_path):
+    brokers = []
+
+    def build(**sections):
+        model = tmp_path / "model"
+        model.mkdir(exist_ok=True)
+        (model / "config.json").write_text('{"vocab_size": 16}')
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            address = f"tcp://127.0.0.1:{s.getsockname()[1]}"
+        base = {
+            "run": RunSection(name="r", dir=str(tmp_path), steps=STEPS),
+            "model": ModelSection(path=str(model)),
+            "rollout": RolloutSection(groups_per_step=B, group_size=G, max_prompt_tokens=2, max_tokens=2),
+            "staleness": StalenessSection(0),
+            "obrs": ObrsSection(mode="off"),
+            "broker": BrokerSection(address=address, heartbeat_s=0.1, peer_timeout_s=1.5),
+            "evaluation": EvaluationSection(prompts=0),
+            "weights": WeightsSection(deadline_s=1.0),
+        }
+        broker = Broker(RunConfig(**{**base, **sections}))
+        brokers.append(broker)
+        return broker
+
+    yield build
+    for broker in brokers:
+        broker.end()
+
+
+def group(run_id, number, version=0, log_q=-0.5):
+    n = 4 * G
+    on = np.tile([0, 0, 1, 1], G).astype(np.uint8)
+    return wire.Trajectories(
+        run_id=run_id, channel_names=["correct"], groups=np.full(G, number, np.int64),
+        siblings=np.arange(G, dtype=np.int32), rewards=np.arange(G, dtype=np.float32),
+        channels=np.zeros((G, 1), np.float32), finish=np.zeros(G, np.uint8),
+        cu_seqlens=np.arange(0, n + 1, 4, dtype=np.int32), token_ids=np.zeros(n, np.int32), trainable=on,
+        log_q=np.where(on, log_q, 0).astype(np.float32), versions=np.where(on, version, -1).astype(np.int32),
+        topk_ids=np.zeros((n, 0), np.int32), topk_log_q=np.zeros((n, 0), np.float32),
+    )  # fmt: skip
+
+
+def test_a_synchronous_run_from_the_first_grant_to_the_last_stop(make):
+    broker = make(evaluation=EvaluationSection(prompts=3, every=2))
+    learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
+    evaluated = []
+    for step in range(STEPS + 1):
+        grants = []
+        while sum(len(g.groups) for g in grants) < (B if step < STEPS else 0) or (step in (0, 4) and not evaluated[-1:] == [step]):
+            grant = actor.expect(wire.Grant)
+            grants.append(grant)
+            assert grant.min_version == step
+            if grant.evaluation >= 0:
+                evaluated.append(step)
+                rewards = np.full(3, step / 10, np.float32)
+                actor.link.send(wire.EvaluationResult(grant.evaluation, step, step, rewards, np.ones(3, np.int32)))
+        if step == STEPS:
+            break
+        learner.link.send(wire.Fetch(step, 0, 1))
+        for g in np.concatenate([g.groups for g in grants]):
+            actor.link.send(group(actor.link.run_id, int(g), step))
+            assert actor.expect(wire.Ack).reasons == ["", ""]
+        first = learner.expect(wire.Shard)
+        learner.link.send(wire.Fetch(step, 0, 1))
+        again = learner.expect(wire.Shard)
+        assert [bytes(f) for f in encode(first)] == [bytes(f) for f in encode(again)]
+        actor.nothing(wire.Grant, 0.15)  # synchronous: nothing more before the next version
+        learner.link.send(wire.Commit(step, step + 1, {"loss": 1.0}))
+        learner.publish(step + 1, [actor])
+    actor.expect(wire.Stop)
+    learner.expect(wire.Stop)
+    for peer in (actor, learner):
+        peer.link.close()
+    broker.thread.join(10)
+    status = broker.status()
+    assert status["phase"] == "finished" and status["version"] == STEPS
+    assert status["versions_published"] == [1, 2, 3, 4]
+    assert status["trajectories_acked"] == status["trajectories_trained"] == STEPS * B * G
+    assert status["lag_max"] == 0
+    assert evaluated == [0, 2, 4]
+    lines = [json.loads(x) for x in (broker.config.run.path / "metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines if x["kind"] == "step"] == [0, 1, 2, 3]
+    assert [x["version"] for x in lines if x["kind"] == "eval"] == [0, 2, 4]
+
+
+def test_two_learners_on_one_broker_the_second_is_refused_until_the_first_is_gone(make):
+    broker = make()
+    first = Peer(broker, "learner", "learner", session="one")
+    with pytest.raises(ProtocolError, match="another learner is connected"):
+        Peer(broker, "learner", "learner", session="two")
+    Peer(broker, "learner", "learner", session="one", rank=1, world=2).link.close()  # another rank of the same
+    first.link.close(None)  # as if killed: no Bye
+    time.sleep(0.3)
+    Peer(broker, "learner", "learner", session="two").link.close()
+
+
+def test_a_peer_of_another_run_and_a_second_actor_of_the_same_name_are_refused(make):
+    broker = make()
+    with pytest.raises(ProtocolError, match="belongs to run feed"):
+        Peer(broker, "learner", "learner", run_id="feed")
+    actor = Peer(broker, "actor", "a0", session="one")
+    with pytest.raises(ProtocolError, match="another actor named 'a0'"):
+        Peer(broker, "actor", "a0", session="two")
+    actor.link.close()
+
+
+def test_bad_trajectories_are_nacked_by_name_and_the_run_goes_on(make):
+    broker = make()
+    learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
+    grant = actor.expect(wire.Grant)
+    a, b = grant.groups.tolist()
+    actor.link.send(group(actor.link.run_id, a, log_q=np.nan))
+    assert all("NaN" in r or r == "refused_sibling" for r in actor.expect(wire.Ack).reasons)
+    actor.link.send(group("another run", b))  # dropped whole, counted
+    actor.link.send(group(actor.link.run_id, b))
+    assert actor.expect(wire.Ack).reasons == ["", ""]
+    again = actor.expect(wire.Grant)
+    assert again.prompts.tolist() == [grant.prompts[0]]
+    actor.link.send(group(actor.link.run_id, int(again.groups[0])))
+    learner.link.send(wire.Fetch(0, 0, 1))
+    assert learner.expect(wire.Shard).denominator == 2 * B * G
+    time.sleep(0.6)
+    status = broker.status()
+    assert status["bad_messages"] == {"ProtocolError": 1}
+    assert sum(status["trajectories_refused"].values()) == G
+    assert (
+        status["trajectories_acked"]
+        == status["trajectories_trained"] + status["trajectories_queued"] + sum(status["trajectories_dropped"].values())
+    )
+    for peer in (learner, actor):
+        peer.link.close()
+
+
+def test_an_actor_that_vanishes_gives_its_groups_to_another(make):
+    broker = make()
+    learner, doomed = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
+    granted = doomed.expect(wire.Grant)
+    rescuer = Peer(broker, "actor", "a1")
+    doomed.link.close(None)
+    grants = []
+    while sum(len(g.groups) for g in grants) < B:
+        grants.append(rescuer.expect(wire.Grant))
+    assert sorted(np.concatenate([g.prompts for g in grants]).tolist()) == sorted(granted.prompts.tolist())
+    assert not set(granted.groups.tolist()) & set(np.concatenate([g.groups for g in grants]).tolist())
+    for peer in (learner, rescuer):
+        peer.link.close()
+
+
+def test_a_late_actor_gets_the_current_weights_before_any_grant(make):
+    broker = make()
+    learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
+    for g in actor.expect(wire.Grant).groups:
+        actor.link.send(group(actor.link.run_id, int(g)))
+    learner.link.send(wire.Fetch(0, 0, 1))
+    learner.expect(wire.Shard)
+    learner.link.send(wire.Commit(0, 1, {}))
+    learner.publish(1, [actor])
+    late = Peer(broker, "actor", "a1")
+    assert "a1" in learner.expect(wire.Resync).reason
+    late.nothing(wire.Grant)
+    learner.publish(1, [actor, late])
+    for peer in (actor, late, learner):
+        peer.link.close()
+
+
+def test_the_learner_is_told_what_it_waits_for_and_wrong_ranks_are_refused(make):
+    broker = make(learner=LearnerSection(ranks=1))
+    learner = Peer(broker, "learner", "learner")
+    learner.link.send(wire.Fetch(0, 0, 1))
+    assert "an actor" in learner.expect(wire.Waiting).detail
+    learner.link.send(wire.Fetch(0, 0, 2))
+    with pytest.raises(ProtocolError, match=r"learner\.ranks=1"):
+        learner.expect(wire.Shard)
+    learner.link.close()
+
+
+def test_a_broker_that_restarts_takes_its_peers_back_under_the_same_run(make):
+    broker = make()
+    learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
+    run_id, before = actor.link.run_id, actor.expect(wire.Grant)
+    broker.service.router.close = lambda: broker.service.router._context.destroy(linger=0)
+    broker.service._farewell = lambda: None  # as if killed
+    broker.end()
+    second = Broker(broker.config)
+    try:
+        assert actor.expect(wire.Welcome, 10).run_id == run_id
+        after = actor.expect(wire.Grant, 10)
+        assert not set(before.groups.tolist()) & set(after.groups.tolist())
+        actor.link.send(group(run_id, int(before.groups[0])))
+        assert set(actor.expect(wire.Ack).reasons) == {"unknown_group"}
+    finally:
+        for peer in (learner, actor):
+            peer.link.close()
+        second.end()
+
+
+def test_a_missing_model_directory_names_the_remedy(tmp_path):
+    with pytest.raises(ModelError, match=r"tools\.warmstart"):
+        BrokerService(RunConfig(model=ModelSection(path=str(tmp_path / "nowhere"))), StopFlag())
