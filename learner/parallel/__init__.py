@@ -1,0 +1,1 @@
+"""How the learner's ranks work together."""

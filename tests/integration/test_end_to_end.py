@@ -1,0 +1,172 @@
+"""Real processes, from one command: the loop runs, its books balance, and it ends when told to."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+REPORT = ("summary.json", "report.md", "metrics.jsonl", "status.json", "config.yaml")
+
+
+def free_address():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{s.getsockname()[1]}"
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A barely warmed-up model: these tests prove plumbing, not learning."""
+    path = tmp_path_factory.mktemp("model") / "sort6"
+    subprocess.run(
+        [sys.executable, "-m", "tools.warmstart", "configs/smoke.yaml", f"model.path={path}", *BRIEF],
+        cwd=ROOT, env=environment(), check=True, timeout=100, capture_output=True,
+    )  # fmt: skip
+    return path
+
+
+BRIEF = ("warmstart.target_reward=0.0",)
+
+
+def command(tmp_path, model, *overrides):
+    base = [f"run.dir={tmp_path}", f"model.path={model}", f"broker.address={free_address()}", *BRIEF]
+    return [sys.executable, "-m", "tools.launch", "configs/smoke.yaml", *base, *overrides]
+
+
+def launch(tmp_path, model, *overrides, timeout=100):
+    done = subprocess.run(
+        command(tmp_path, model, *overrides), cwd=ROOT, env=environment(), timeout=timeout, capture_output=True, text=True
+    )
+    return done, tmp_path / "smoke"
+
+
+def lines_of(run, kind):
+    return [x for x in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if x["kind"] == kind]
+
+
+def explain(done, run):
+    logs = "\n".join(f"== {p.name}\n{p.read_text()[-1500:]}" for p in sorted((run / "logs").glob("*.log")))
+    return f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}\n{logs}"
+
+
+def processes_of(run):
+    """Live processes that were given this run's configuration."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            except OSError:
+                continue
+            if any(str(run) in w for w in words) and "-m" in words:
+                found.append((int(entry.name), words))
+    return found
+
+
+def assert_books_balance(run):
+    summary = json.loads((run / "summary.json").read_text())
+    status = json.loads((run / "status.json").read_text())
+    dropped = sum(summary["trajectories_dropped"].values())
+    assert summary["trajectories_acked"] == summary["trajectories_trained"] + dropped + status["trajectories_queued"]
+    assert summary["lag_max"] <= summary["staleness_budget"]
+    assert summary["tokens_accepted"] <= summary["tokens_proposed"]
+    versions = status["versions_published"]
+    assert versions == list(range(1, len(versions) + 1))
+    return summary
+
+
+def test_a_whole_run_keeps_its_promises(tmp_path, model):
+    done, run = launch(tmp_path, model)
+    assert done.returncode == 0, explain(done, run)
+    summary = assert_books_balance(run)
+    assert summary["status"] == "finished"
+    assert summary["steps"] == summary["final_version"] == 12
+    assert summary["trajectories_trained"] == 12 * 8 * 4
+    assert 0 < summary["acceptance"] <= 1
+    assert summary["eval_first"] is not None and summary["eval_last"] is not None
+    assert all((run / name).exists() for name in REPORT) and list(run.glob("*.png"))
+    steps = lines_of(run, "step")
+    assert [s["step"] for s in steps] == list(range(12))
+    assert all(s["lag_max"] <= 2 and s["kl_after"] <= s["kl_before"] + 1e-6 for s in steps)
+    assert max(s["lag_max"] for s in steps) > 0  # it was asynchronous
+    assert [p["version"] for p in lines_of(run, "publish")] == list(range(1, 13))
+    assert (run / "model" / "model.safetensors").exists()
+    assert not processes_of(run)
+
+
+def test_synchronous_runs_of_one_actor_repeat_their_reward_curve(tmp_path, model):
+    curves = []
+    for name in ("one", "two"):
+        done, run = launch(
+            tmp_path, model, f"run.name={name}", "run.steps=6", "staleness.budget=0", "actor.count=1", "evaluation.every=3"
+        )
+        run = tmp_path / name
+        assert done.returncode == 0, explain(done, run)
+        assert assert_books_balance(run)["lag_max"] == 0
+        steps = lines_of(run, "step")
+        curves.append([(s["reward"], s["loss"], s["tokens_accepted"]) for s in steps] + [
+            e["reward"] for e in lines_of(run, "eval")
+        ])  # fmt: skip
+        digests = [p["digest"] for p in lines_of(run, "publish")]
+        curves[-1] += digests
+    assert curves[0] == curves[1]
+
+
+def test_ctrl_c_ends_everything_within_ten_seconds_and_leaves_the_report(tmp_path, model):
+    running = subprocess.Popen(
+        command(tmp_path, model, "run.steps=100000"), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    run = tmp_path / "smoke"
+    try:
+        deadline = time.monotonic() + 60
+        while not ((run / "metrics.jsonl").exists() and lines_of(run, "step")):
+            assert time.monotonic() < deadline and running.poll() is None
+            time.sleep(0.2)
+        began = time.monotonic()
+        running.send_signal(signal.SIGINT)
+        running.wait(timeout=10)
+        assert time.monotonic() - began < 10
+    finally:
+        running.kill()
+        running.stdout.close()
+    assert running.returncode == 130
+    assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
+    assert (run / "report.md").exists()
+    assert not processes_of(run)
+
+
+@pytest.mark.chaos
+def test_killed_actor_and_replica_are_replaced_and_the_run_finishes(tmp_path, model):
+    running = subprocess.Popen(
+        command(tmp_path, model, "run.steps=40", "weights.deadline_s=3"),
+        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    run = tmp_path / "smoke"
+    try:
+        for after, victim in ((3, "actor-0"), (10, "replica-0")):
+            deadline = time.monotonic() + 60
+            while not ((run / "metrics.jsonl").exists() and len(lines_of(run, "step")) > after):
+                assert time.monotonic() < deadline and running.poll() is None
+                time.sleep(0.05)
+            victims = [pid for pid, words in processes_of(run) if victim in words]
+            assert victims, (victim, processes_of(run))
+            os.kill(victims[0], signal.SIGKILL)
+        output, _ = running.communicate(timeout=90)
+    finally:
+        running.kill()
+    assert running.returncode == 0, output[-3000:]
+    summary = assert_books_balance(run)
+    assert summary["steps"] == summary["final_version"] == 40
+    assert summary["trajectories_trained"] == 40 * 8 * 4
+    assert not processes_of(run)

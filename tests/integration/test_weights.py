@@ -1,0 +1,197 @@
+"""Weights over a real gloo group: publisher and receivers in threads, the broker's coordinator between them."""
+
+import queue
+import threading
+import time
+
+import pytest
+import torch
+
+from actor.weights import GroupCollective, bucket_tensors
+from broker.publishing import LEARNER, PublishCoordinator
+from common import wire
+from common.errors import WeightsError
+from common.weights import WeightDigest, WeightReceiver, plan_buckets
+from learner.weights import group as weight_group
+from learner.weights.publish import WeightPublisher
+
+CPU = torch.device("cpu")
+DEADLINE_S = 3.0
+
+
+class Relay:
+    """Carries messages between the ends and the coordinator, as the broker's loop does."""
+
+    def __init__(self):
+        self.coordinator = PublishCoordinator(DEADLINE_S)
+        self.incoming = queue.Queue()
+        self.to_learner = queue.Queue()
+        self.receivers = {}
+        self.mute = set()
+        self.closed = threading.Event()
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def run(self):
+        while not self.closed.is_set():
+            self.deliver(self.coordinator.on_tick(sorted(self.receivers), time.monotonic()))
+            try:
+                sender, message = self.incoming.get(timeout=0.02)
+            except queue.Empty:
+                continue
+            c, names, now = self.coordinator, sorted(self.receivers), time.monotonic()
+            self.deliver(
+                {
+                    wire.Publish: lambda: c.on_publish(message, names, now),
+                    wire.Ready: lambda: c.on_ready(message, sender, now),
+                    wire.Published: lambda: c.on_published(message),
+                    wire.PublishFailed: lambda: c.on_publish_failed(message, names, now),
+                    wire.Applied: lambda: c.on_applied(message, sender),
+                    wire.ReceiveFailed: lambda: c.on_receive_failed(message, sender),
+                }[type(message)]()
+            )
+
+    def deliver(self, outgoing):
+        for name, message in outgoing:
+            if name == LEARNER:
+                self.to_learner.put(message)
+            elif name not in self.mute:
+                receiver = self.receivers[name]
+                (receiver.on_prepare if isinstance(message, wire.Prepare) else receiver.on_go)(message)
+
+    def publisher(self):
+        def receive(timeout):
+            try:
+                return self.to_learner.get(timeout=timeout)
+            except queue.Empty:
+                return None
+
+        return WeightPublisher(
+            lambda m: self.incoming.put((LEARNER, m)), receive, "127.0.0.1", 0.001, DEADLINE_S, CPU
+        )
+
+    def add(self, name, join=None):
+        join = join or (lambda p: GroupCollective(p, DEADLINE_S, CPU))
+        self.receivers[name] = WeightReceiver(lambda m: self.incoming.put((name, m)), join)
+        return self.receivers[name]
+
+
+@pytest.fixture
+def relay():
+    made = Relay()
+    yield made
+    made.closed.set()
+    made.thread.join(5)
+    for receiver in made.receivers.values():
+        receiver.close()
+
+
+def tensors(version):
+    generator = torch.Generator().manual_seed(version)
+    return [
+        ("a.weight", torch.randn(17, 9, generator=generator)),
+        ("b.weight", torch.randn(400, generator=generator)),
+        ("c.half", torch.randn(3, 5, generator=generator).bfloat16()),
+    ]
+
+
+def take(receiver, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if (staged := receiver.staged()) is not None:
+            return staged
+        time.sleep(0.005)
+    raise AssertionError("nothing arrived")
+
+
+def publish(publisher, version):
+    return publisher.publish(version, tensors(version), lambda m: None, lambda: False)
+
+
+def assert_holds(staged, version, unpack=bucket_tensors):
+    assert staged.version == version
+    got = dict(unpack(staged.buckets))
+    assert list(got) == ["a.weight", "b.weight", "c.half"]
+    for name, tensor in tensors(version):
+        assert torch.equal(got[name], tensor) and got[name].dtype == tensor.dtype
+
+
+def test_every_receiver_gets_the_same_bytes_and_the_group_is_kept_over_versions(relay):
+    a = relay.add("actor-0")
+    r = relay.add("replica-0", lambda p: weight_group.join(p, DEADLINE_S, CPU))
+    publisher = relay.publisher()
+    for version in (1, 2, 3):
+        publish(publisher, version)
+        for receiver, unpack in ((a, bucket_tensors), (r, weight_group.unpack)):
+            staged = take(receiver)
+            assert_holds(staged, version, unpack)
+            receiver.applied(staged)
+    deadline = time.monotonic() + 5
+    while relay.coordinator.published < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert relay.coordinator.history == [1, 2, 3] and relay.coordinator.epoch == 1
+
+
+def test_a_receiver_that_never_says_ready_is_dropped_and_the_other_is_served(relay):
+    a = relay.add("actor-0")
+    relay.add("silent")
+    relay.mute.add("silent")
+    publish(relay.publisher(), 1)
+    assert_holds(take(a), 1)
+    assert relay.coordinator.late == {"silent": 1}
+
+
+def test_a_receiver_that_dies_inside_the_collective_does_not_end_the_run(relay):
+    a = relay.add("actor-0")
+
+    def die(prepare):
+        raise WeightsError("killed")
+
+    relay.add("doomed", die)
+    publisher = relay.publisher()
+    thread = threading.Thread(target=publish, args=(publisher, 1))
+    thread.start()
+    time.sleep(1.0)
+    del relay.receivers["doomed"]  # the broker notices that it is gone
+    thread.join(30)
+    assert not thread.is_alive()
+    staged = take(a)
+    assert_holds(staged, 1)
+
+
+def test_without_receivers_publishing_returns_at_once(relay):
+    assert publish(relay.publisher(), 1) < 2.0
+
+
+def test_buckets_respect_the_bound_and_large_tensors_get_their_own():
+    plan = plan_buckets([["a", "float32", [4]], ["b", "float32", [1000]], ["c", "bfloat16", [3]], ["d", "float32", []]], 64)
+    assert [[s.name for s in b.slots] for b in plan] == [["a"], ["b"], ["c", "d"]]
+    assert plan[2].slots[1].offset % 16 == 0 and plan[2].nbytes == 32
+    with pytest.raises(WeightsError, match="int3"):
+        plan_buckets([["x", "int3", [1]]], 64)
+
+
+def test_a_wrong_digest_is_refused():
+    class Lying:
+        def receive(self, nbytes):
+            return torch.zeros(nbytes, dtype=torch.uint8)
+
+        def view(self, tensor):
+            return memoryview(tensor.numpy())
+
+        def receive_digest(self):
+            return WeightDigest().hex()
+
+        def close(self):
+            pass
+
+    sent = queue.Queue()
+    receiver = WeightReceiver(sent.put, lambda p: Lying())
+    offer = wire.Publish(1, "h", 1, "gloo", 64, [["a", "float32", [4]]])
+    receiver.on_prepare(wire.Prepare(1, 1, 2, offer.__dict__))
+    assert isinstance(sent.get(timeout=2), wire.Ready)
+    receiver.on_go(wire.Go(1, 1, ["x"]))
+    assert "digest" in sent.get(timeout=2).reason
+    receiver.on_go(wire.Go(9, 1, ["x"]))
+    assert "without a matching Prepare" in sent.get(timeout=2).reason
+    receiver.close()

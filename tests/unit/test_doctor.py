@@ -1,0 +1,54 @@
+"""The doctor finds what is missing, and starts where nothing is installed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import common
+from tools.doctor import ROOT, check_checkout, check_package, check_run, main, pinned_versions, requirements
+
+
+def test_common_is_this_checkout_s() -> None:
+    assert Path(common.__file__ or "").resolve().parents[1] == Path(__file__).resolve().parents[2] == ROOT
+    assert check_checkout().state == "ok"
+
+
+def test_every_requirement_is_pinned() -> None:
+    pinned = pinned_versions()
+    assert {"torch", "pyzmq", "reasoning-gym"} <= set(requirements())
+    assert set(requirements()) <= set(pinned)
+    assert pinned["torch"] == "2.13.0"
+
+
+def test_packages_missing_and_at_another_version() -> None:
+    missing = check_package("no-such-package-at-all", "1.2")
+    assert missing.state == "missing"
+    assert "no-such-package-at-all==1.2" in missing.remedy
+    other = check_package("rich", "0.0.1")
+    assert other.state == "note"
+    assert "tested with 0.0.1" in other.detail
+
+
+def test_a_healthy_run_passes_and_a_bad_one_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quickstart = str(ROOT / "configs" / "quickstart.yaml")
+    free = [f"broker.address=ipc://{tmp_path}/broker"]
+    assert main([quickstart, *free]) == 0
+    assert "gloo on loopback" in capsys.readouterr().out
+    states = {
+        f.what: f for f in check_run(quickstart, [*free, "task.name=gym:chain_sum", f"model.path={tmp_path}/none"])
+    }
+    assert states["model"].state == "missing"
+    assert "download the model" in states["model"].remedy
+    (finding,) = check_run(quickstart, ["actor.cuont=2"])
+    assert "did you mean 'count'?" in finding.detail
+
+
+def test_it_starts_without_site_packages() -> None:
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "tools.doctor", "configs/quickstart.yaml"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "missing  torch: not installed" in done.stdout

@@ -1,0 +1,246 @@
+"""The launcher's parts: addresses, models, processes and the display, each alone."""
+
+import io
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from common.config import ActorSection, LearnerSection, ModelSection, RunConfig, RunSection, TaskSection
+from common.errors import ConfigError, ModelError
+from common.process import StopFlag
+from tools.launch import Run, main
+from tools.preflight import check_address, check_model, free_port
+from tools.processes import Process, child_environment, descendants, processes_of, stop_all, wait_all
+from tools.progress import duration, panel, plain_line, remaining_s, sparkline
+from tools.stamp import ModelState, fingerprint, model_state, write_stamp
+
+STATUS = {
+    "time": 50.0, "started_at": 0.0, "phase": "running", "step": 30, "steps": 100, "version": 30, "reward": 0.42,
+    "lag_mean": 0.8, "lag_max": 2, "acceptance": 0.97, "tokens_per_s": 5432.1, "queue_groups": 12, "queue_bytes": 3e6,
+    "in_flight_groups": 64, "trajectories_trained": 7680, "trajectories_dropped": {"lag": 2, "invalid": 0},
+    "evaluations": [{"version": 0, "reward": 0.21}],
+    "peers": [{"peer": "actor-0", "role": "actor", "version": 30, "silent_s": 0.4}],
+}  # fmt: skip
+
+
+def test_a_free_address_passes_and_one_in_use_names_the_key_and_a_free_port() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        address = f"tcp://127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=r"broker\.address=.*address in use.*pass broker\.address=tcp://127"):
+            check_address(address)
+    check_address(f"tcp://127.0.0.1:{free_port()}")
+
+
+def test_ipc_addresses(tmp_path: Path) -> None:
+    check_address(f"ipc://{tmp_path}/broker")
+    with pytest.raises(ConfigError, match="no directory"):
+        check_address(f"ipc://{tmp_path}/no/broker")
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(tmp_path / "taken"))
+        other.listen()
+        with pytest.raises(ConfigError, match="address in use"):
+            check_address(f"ipc://{tmp_path}/taken")
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1", "tcp://127.0.0.1:0", "tcp://127.0.0.1:99999"])
+def test_addresses_that_are_none(address: str) -> None:
+    with pytest.raises(ConfigError, match="must read tcp://HOST:PORT"):
+        check_address(address)
+
+
+def test_an_address_of_another_machine_cannot_be_bound() -> None:
+    with pytest.raises(ConfigError, match="cannot be bound on this machine"):
+        check_address("tcp://192.0.2.1:5700")
+
+
+def test_missing_and_half_models_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no such directory"):
+        check_model(tmp_path / "none")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"missing: model\.safetensors"):
+        check_model(tmp_path)
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "model-1.safetensors").touch()
+    with pytest.raises(ModelError, match=r"1 file\(s\) missing: model-2\.safetensors"):
+        check_model(tmp_path)
+    (tmp_path / "model-2.safetensors").touch()
+    check_model(tmp_path)
+
+
+def test_the_stamp_tells_ours_from_others(tmp_path: Path) -> None:
+    config = RunConfig(model=ModelSection(path=str(tmp_path / "m")))
+    assert model_state(config) is ModelState.MISSING
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").touch()
+    assert model_state(config) is ModelState.FOREIGN
+    write_stamp(tmp_path / "m", config, 10, 0.2)
+    assert model_state(config) is ModelState.CURRENT
+    other = RunConfig(run=RunSection(seed=1), model=config.model)
+    assert fingerprint(other) != fingerprint(config)
+    assert model_state(other) is ModelState.STALE
+
+
+def test_commands_of_one_and_two_ranks() -> None:
+    one, two = (
+        processes_of(RunConfig(learner=LearnerSection(ranks=ranks), actor=ActorSection(count=1)), Path("c.yaml"))
+        for ranks in (1, 2)
+    )
+    assert one[1].command[1:] == ["-m", "learner", "c.yaml"]
+    assert two[1].command[1:] == [
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "learner", "c.yaml",
+    ]  # fmt: skip
+    assert one[-1].command[1:] == ["-m", "actor", "c.yaml", "--name", "actor-0"]
+    assert [process.may_restart for process in one] == [False, False, True, True]
+
+
+def test_children_compute_on_their_threads_and_die_with_us() -> None:
+    environment = child_environment(3)
+    assert (environment["OMP_NUM_THREADS"], environment["CROUPIER_DIE_WITH_PARENT"]) == ("3", "1")
+    assert "GLOO_SOCKET_IFNAME" not in environment
+
+
+def python(code: str, tmp_path: Path, name: str = "child") -> Process:
+    return Process(name, [sys.executable, "-c", code], tmp_path / f"{name}.log")
+
+
+def wait_for(text: str, process: Process) -> None:
+    deadline = time.monotonic() + 10
+    while text not in (process.log.read_text() if process.log.exists() else ""):
+        assert time.monotonic() < deadline, f"{process.name} never said {text!r}"
+        time.sleep(0.02)
+
+
+DEAF = "import signal,time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up'); time.sleep(60)"
+
+
+def test_the_willing_end_and_the_deaf_are_killed_with_their_children(tmp_path: Path) -> None:
+    willing = python("import time; print('up'); time.sleep(60)", tmp_path, "willing")
+    parent = python(
+        f"import subprocess,sys,time; p=subprocess.Popen([sys.executable,'-c',{DEAF!r}],start_new_session=True);"
+        "print('child', p.pid); time.sleep(60)",
+        tmp_path,
+        "parent",
+    )
+    deaf = python(DEAF, tmp_path, "deaf")
+    for process in (willing, parent, deaf):
+        process.start()
+        wait_for("up", process)
+    assert parent.running is not None
+    (grandchild,) = descendants(parent.running.pid)
+    start = time.monotonic()
+    assert stop_all([willing, parent, deaf], timeout_s=0.5) == ["deaf"]
+    assert time.monotonic() - start < 3
+    assert not any(process.alive for process in (willing, parent, deaf))
+    assert not running(grandchild)
+
+
+def running(pid: int) -> bool:
+    deadline = time.monotonic() + 2
+    while time.monotonic() < deadline:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return False
+        if state == "Z":  # nobody has collected it yet, but it is dead
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def make_run(tmp_path: Path, *processes: Process) -> tuple[Run, io.StringIO]:
+    said = io.StringIO()
+    config = RunConfig(run=RunSection(name="r", dir=str(tmp_path)))
+    config.run.path.mkdir(exist_ok=True)
+    run = Run(config, Console(file=said, width=200), StopFlag(), list(processes))
+    for process in processes:
+        process.start()
+    return run, said
+
+
+def test_an_actor_is_restarted_three_times_and_then_ends_the_run(tmp_path: Path) -> None:
+    broker = python("import time; time.sleep(60)", tmp_path, "broker")
+    actor = python("print('last words'); raise SystemExit(3)", tmp_path, "actor-0")
+    actor.may_restart = True
+    run, said = make_run(tmp_path, broker, actor)
+    outcome = None
+    for _ in range(4):
+        assert outcome is None
+        assert actor.running is not None
+        actor.running.wait()
+        outcome = run.check()
+    stop_all([broker], 1.0)
+    assert (outcome, actor.restarts) == ("failed", 3)
+    assert "actor-0 ended with exit code 3; restart 1 of 3" in said.getvalue()
+    assert "last words" in said.getvalue()
+
+
+def test_a_dead_broker_ends_the_run_with_its_last_words(tmp_path: Path) -> None:
+    broker = python(
+        "import os,signal; print('oops', flush=True); os.kill(os.getpid(), signal.SIGKILL)", tmp_path, "broker"
+    )
+    run, said = make_run(tmp_path, broker, python("pass", tmp_path, "learner"))
+    assert wait_all(run.processes, 10)
+    assert run.check() == "failed"
+    assert "broker was killed by SIGKILL" in said.getvalue()
+    assert "oops" in said.getvalue()
+
+
+def test_a_broker_that_is_done_finishes_the_run(tmp_path: Path) -> None:
+    run, _ = make_run(tmp_path, python("pass", tmp_path, "broker"), python("pass", tmp_path, "learner"))
+    assert wait_all(run.processes, 10)
+    assert run.check() == "finished"
+
+
+def test_bad_configurations_are_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "none.yaml")]) == 2
+    assert "no such file" in capsys.readouterr().out
+    (tmp_path / "run.yaml").write_text("actr: {count: 1}\n")
+    assert main([str(tmp_path / "run.yaml")]) == 2
+    assert "did you mean 'actor'?" in capsys.readouterr().out
+
+
+def test_a_missing_model_is_found_before_anything_starts(tmp_path: Path) -> None:
+    config = RunConfig(
+        run=RunSection(name="r", dir=str(tmp_path)),
+        model=ModelSection(path=str(tmp_path / "none")),
+        task=TaskSection(name="gym:chain_sum"),
+    )
+    run = Run(config, Console(file=io.StringIO()), StopFlag())
+    with pytest.raises(ModelError, match="no such directory"):
+        run.prepare()
+    assert not config.run.path.exists()
+
+
+def test_the_display_shows_what_the_status_says() -> None:
+    said = io.StringIO()
+    Console(file=said, width=110).print(panel("demo", STATUS, [0.2, 0.5, 0.9], 90.0, 60.0))
+    text = said.getvalue()
+    assert all(
+        part in text for part in ("0.420", "30/100", "5,432", "0.8 mean".replace("0.8", "0.80"), "actor-0", "2 lag")
+    )
+    line = plain_line(STATUS, 90.0)
+    assert "step 30/100" in line
+    assert "ETA 1:30" in line
+
+
+def test_the_display_survives_an_empty_and_a_waiting_status() -> None:
+    Console(file=io.StringIO()).print(panel("demo", {}, [], None, 0.0))
+    assert plain_line({}, None) == "starting"
+    assert plain_line({"phase": "waiting", "waiting_for": "the learner"}, None) == "waiting for the learner"
+
+
+def test_small_figures() -> None:
+    assert [duration(s) for s in (None, 5, 65, 3700)] == ["–", "0:05", "1:05", "1:01:40"]
+    assert remaining_s(STATUS, (10.0, 10)) == pytest.approx(140.0)
+    assert remaining_s({}, None) is None
+    assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
+    assert os.environ.get("CROUPIER_DIE_WITH_PARENT") is None

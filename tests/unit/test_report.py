@@ -1,0 +1,117 @@
+"""What a run leaves, from whole, torn and missing files."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from common.config import RunConfig, RunSection, to_yaml
+from common.errors import DataError
+from tools.report import main, summarize, write_report
+from tools.run_files import read_metrics, set_aside
+
+SUMMARY_KEYS = [
+    "status", "wall_s", "steps", "final_version", "reward_first", "reward_last", "eval_first", "eval_last",
+    "tokens_generated", "tokens_proposed", "tokens_accepted", "acceptance", "lag_mean", "lag_max", "staleness_budget",
+    "trajectories_acked", "trajectories_trained", "trajectories_dropped", "seed",
+]  # fmt: skip
+STATUS = {
+    "time": 130.0,
+    "started_at": 100.0,
+    "phase": "finished",
+    "step": 20,
+    "steps": 20,
+    "version": 20,
+    "tokens_generated": 4000,
+    "tokens_proposed": 2000,
+    "tokens_accepted": 1900,
+    "trajectories_acked": 170,
+    "trajectories_trained": 160,
+    "trajectories_dropped": {"lag": 3, "invalid": 1},
+    "evaluations": [{"version": 0, "reward": 0.2}, {"version": 20, "reward": 0.9}],
+}
+
+
+def step_record(step: int, **changes: object) -> dict[str, object]:
+    record: dict[str, object] = {
+        "kind": "step", "step": step, "version": step, "time_s": float(step), "reward": step / 20, "lag_mean": 1.0,
+        "lag_max": 2, "lag_histogram": {"0": 10, "1": 20, "2": 10}, "acceptance": 0.95, "acceptance_low": 0.93,
+        "acceptance_high": 0.97, "acceptance_expected": 0.951, "kl_before": 1e-3, "kl_after": 1e-4,
+        "tokens_proposed": 100, "tokens_accepted": 95, "tokens_generated": 200 * step, "loss": 0.1, "grad_norm": 1.0,
+    }  # fmt: skip
+    return record | changes
+
+
+def fill(run_dir: Path, records: list[dict[str, object]], tail: str = "") -> None:
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text(to_yaml(RunConfig(run=RunSection(name="x", seed=7))))
+    (run_dir / "status.json").write_text(json.dumps(STATUS))
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + tail)
+
+
+def test_a_whole_run_gives_summary_report_and_six_curves(tmp_path: Path) -> None:
+    run_dir = tmp_path / "x"
+    evaluation = {"kind": "eval", "version": 0, "reward": 0.2, "prompts": 64, "time_s": 1.0}
+    fill(run_dir, [*(step_record(step) for step in range(1, 21)), evaluation])
+    summary = write_report(run_dir, "finished", 30.0)
+    assert list(summary) == SUMMARY_KEYS
+    assert summary == json.loads((run_dir / "summary.json").read_text())
+    assert summary["reward_first"] == pytest.approx(3 / 20)
+    assert summary["reward_last"] == pytest.approx(18 / 20)
+    assert (summary["eval_first"], summary["eval_last"], summary["acceptance"]) == (0.2, 0.9, 0.95)
+    assert (summary["lag_mean"], summary["lag_max"], summary["staleness_budget"], summary["seed"]) == (1.0, 2, 2, 7)
+    names = {"reward.png", "lag.png", "acceptance.png", "kl.png", "throughput.png", "optimizer.png"}
+    assert {file.name for file in run_dir.glob("*.png")} == names
+    report = (run_dir / "report.md").read_text()
+    assert all(f"({name})" in report for name in names)
+    assert "0.200 → 0.900" in report
+    assert "| Still queued at the end | 6 |" in report
+
+
+def test_no_rejection_means_no_rejection_curves(tmp_path: Path) -> None:
+    none = dict.fromkeys(("acceptance_expected", "kl_before", "kl_after"))
+    fill(tmp_path / "x", [step_record(step, **none) for step in (1, 2)])
+    write_report(tmp_path / "x", "finished", 3.0)
+    assert not (tmp_path / "x" / "acceptance.png").exists()
+    assert not (tmp_path / "x" / "kl.png").exists()
+
+
+def test_a_torn_last_line_is_left_out_and_a_torn_inner_one_is_an_error(tmp_path: Path) -> None:
+    fill(tmp_path / "x", [step_record(1)], tail='{"kind": "step", "st')
+    assert [record["step"] for record in read_metrics(tmp_path / "x")] == [1]
+    fill(tmp_path / "y", [], tail="{torn\n" + json.dumps(step_record(2)) + "\n")
+    with pytest.raises(DataError, match=r"metrics\.jsonl:1: not JSON"):
+        read_metrics(tmp_path / "y")
+
+
+def test_an_empty_directory_gives_a_report_that_says_so(tmp_path: Path) -> None:
+    summary = write_report(tmp_path, "interrupted", 0.4)
+    assert list(summary) == SUMMARY_KEYS
+    assert (summary["steps"], summary["acceptance"], summary["eval_first"]) == (0, None, None)
+    report = (tmp_path / "report.md").read_text()
+    assert "Missing: config.yaml, status.json, metrics.jsonl" in report
+    assert "No optimizer step was completed" in report
+
+
+def test_without_a_status_the_counts_come_from_the_steps() -> None:
+    summary = summarize(None, {}, [step_record(1), step_record(2)], "failed", 1.0)
+    assert (summary["tokens_proposed"], summary["tokens_accepted"], summary["tokens_generated"]) == (200, 190, 400)
+
+
+def test_the_command_keeps_the_outcome_that_the_launcher_wrote(tmp_path: Path) -> None:
+    fill(tmp_path / "x", [step_record(1)])
+    write_report(tmp_path / "x", "failed", 12.5)
+    assert main([str(tmp_path / "x")]) == 0
+    summary = json.loads((tmp_path / "x" / "summary.json").read_text())
+    assert (summary["status"], summary["wall_s"]) == ("failed", 12.5)
+    assert main([str(tmp_path / "nowhere")]) == 2
+
+
+def test_earlier_runs_are_set_aside_in_order(tmp_path: Path) -> None:
+    run_dir = tmp_path / "demo"
+    assert set_aside(run_dir) is None
+    for number in (1, 2):
+        run_dir.mkdir()
+        (run_dir / "which").write_text(str(number))
+        assert set_aside(run_dir) == tmp_path / f"demo.{number}"
+    assert (tmp_path / "demo.1" / "which").read_text() == "1"
