@@ -101,7 +101,7 @@ def test_training_never_sees_a_held_out_prompt(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     task = make_task("sort6", str(tmp_path), 0, {})
     train, held_out = (
-        {tuple(int(t) for t in task.prompt(index, split).token_ids) for index in range(count)}
+        {tuple(int(t) for t in task.prompt(index, split).prompt_ids) for index in range(count)}
         for split, count in (("train", 8192), ("heldout", 1024))
     )
     assert train.isdisjoint(held_out)
@@ -113,6 +113,6 @@ def test_the_taught_answer_is_what_the_verifier_wants(tmp_path: Path) -> None:
     eos_id = AutoTokenizer.from_pretrained(tmp_path).eos_token_id
     for index in range(64):
         item = task.prompt(index, "train")
-        right = answer([int(t) for t in item.token_ids], eos_id)
+        right = answer([int(t) for t in item.prompt_ids], eos_id)
         assert task.reward(item, np.array(right, np.int32))["correct"] == 1.0
         assert task.reward(item, np.array(right[::-1], np.int32))["correct"] == 0.0

@@ -1,0 +1,51 @@
+# `make demo` and `make test` need Debian, Python 3.11 and pip; everything else is installed into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.croupier-stamp
+CONFIG ?= configs/quickstart.yaml
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help demo test lint format bench doctor clean .venv
+
+help:  ## this list
+	@grep -hE '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z.]+):.*##/  make \1\t/'
+
+# A venv that already exists is kept; pip only adds what is missing from it. Where Debian has no python3-venv, the
+# venv is made without pip and the system's pip puts one in.
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV) >/dev/null || $(PYTHON) -m venv --clear --without-pip $(VENV)
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: $(VENV) has a Python before 3.11; remove it or pass PYTHON=python3.11" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m pip --python $(BIN)/python install -q pip
+	@echo "installing pinned packages into $(VENV) (a few minutes the first time)"
+	@$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0 -e '.[test]'
+	@touch $@
+
+.venv: $(STAMP)  ## the virtual environment with pinned dependencies
+
+demo: $(STAMP)  ## train the quick start: make demo ARGS="run.steps=50 run.name=short"
+	@$(BIN)/python -m tools.launch $(CONFIG) $(ARGS)
+
+lint: $(STAMP)  ## formatting, lint, types and the import rule
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+test: lint  ## what CI runs: lint, then the fast tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)
+
+format: $(STAMP)  ## let ruff rewrite the files
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(STAMP)  ## one figure: make bench NAME=loop
+	@$(BIN)/python -m tools.bench $(NAME) $(ARGS)
+
+doctor: $(STAMP)  ## what this machine lacks
+	@$(BIN)/python -m tools.doctor $(CONFIG)
+
+clean:  ## caches and build outputs; keeps .venv, runs and models
+	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

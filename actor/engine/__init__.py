@@ -1,0 +1,1 @@
+"""Engines that sample: embedded (local) ones here, servers behind the same protocol."""

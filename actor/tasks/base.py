@@ -1,0 +1,68 @@
+"""Tasks: prompts by index, rewards by channel.
+
+``make_task`` knows ``sort6`` (the quick start), ``fixed`` (throughput measurements) and
+``gym:<name>`` for every reasoning-gym data set.
+"""
+
+import difflib
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import TaskError
+
+Split = Literal["train", "heldout"]
+BUILT_IN = ("sort6", "fixed")
+GYM_PREFIX = "gym:"
+
+
+@dataclass(frozen=True)
+class PromptItem:
+    """One question."""
+
+    prompt_ids: NDArray[np.int32]  # [P]
+    reference: Any  # what the task's verifier needs
+
+
+class Task(Protocol):
+    """A source of questions with a verifier. The same seed and index give the same question."""
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Names of the reward channels."""
+
+    def prompt(self, index: int, split: Split) -> PromptItem:
+        """Question ``index`` of a split; the splits share no question."""
+
+    def reward(self, item: PromptItem, completion_ids: NDArray[np.int32]) -> dict[str, float]:
+        """Every channel's value for a completion ``[T]``."""
+
+
+def make_task(name: str, model_dir: str, seed: int, params: dict[str, Any]) -> Task:
+    """The task called ``name``; raises :class:`TaskError` that suggests the near name."""
+    if name.startswith(GYM_PREFIX):
+        from actor.tasks.gym import GymTask
+
+        return GymTask(name.removeprefix(GYM_PREFIX), model_dir, seed, params)
+    if name == "sort6":
+        from actor.tasks.sort6 import Sort6
+
+        return Sort6(seed, params)
+    if name == "fixed":
+        from actor.tasks.fixed import FixedLength
+
+        return FixedLength(model_dir, seed, params)
+    near = difflib.get_close_matches(name, BUILT_IN, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(BUILT_IN)} and gym:<reasoning-gym data set>"
+    raise TaskError(f"task.name={name!r}: no such task; {hint}")
+
+
+def refuse_params(task: str, params: dict[str, Any], known: tuple[str, ...]) -> None:
+    """Raise :class:`TaskError` for a parameter that the task does not have."""
+    for key in params:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
+            raise TaskError(f"task.params.{key}: {task} has no such parameter; {hint}")

@@ -1,0 +1,36 @@
+import argparse
+import sys
+
+from rich.console import Console
+
+from common.errors import CroupierError
+from tools.bench.harness import REGISTRY, measure, show
+
+
+def main(arguments: list[str] | None = None) -> int:
+    listing = "\n".join(f"  {name:8}{what}" for name, (_, what, _) in REGISTRY.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench",
+        description=f"benchmarks:\n{listing}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", choices=list(REGISTRY), metavar="NAME")
+    parser.add_argument("--json", action="store_true", help="one JSON object a row")
+    parser.add_argument("--reps", type=int, help="repeats of each contestant")
+    given = parser.parse_args(arguments)
+    if given.reps is not None and given.reps < 1:
+        parser.error(f"--reps {given.reps}: at least 1")
+    try:
+        rows = measure(given.name, given.reps)
+    except CroupierError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if given.json:
+        print("\n".join(row.to_json() for row in rows))
+    else:
+        show(rows, Console())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

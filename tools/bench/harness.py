@@ -1,0 +1,98 @@
+"""What every benchmark shares: rows, interleaved repeats, the registry and the two ways to print.
+
+A benchmark is a module with ``run(reps) -> list[Row]``. Contestants take turns inside one process
+(:func:`interleave`), so a noisy neighbour disturbs all of them alike, and medians are compared.
+"""
+
+import importlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import cast
+
+from rich.console import Console
+from rich.table import Table
+
+REGISTRY = {  # name -> (module, what it measures, default repeats); imported when asked for
+    "loop": ("tools.bench.loop", "completion tokens/s of the whole loop beside bare generation and bare training", 3),
+    "obrs": ("tools.bench.obrs", "rejection arithmetic at [64, 4096]", 15),
+    "codec": ("tools.bench.codec", "encode + decode of 2,048-token trajectories", 15),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure beside the reference that it is to be judged by."""
+
+    bench: str
+    name: str
+    value: float
+    unit: str
+    reference: str
+    reference_value: float
+    reps: int
+
+    @property
+    def ratio(self) -> float:
+        """Value over reference."""
+        return self.value / self.reference_value
+
+    def to_json(self) -> str:
+        """The row as one JSON object."""
+        order = ("bench", "name", "value", "unit", "reference", "reference_value", "ratio", "reps")
+        fields = asdict(self) | {"ratio": self.ratio}
+        return json.dumps({key: fields[key] for key in order})
+
+
+def interleave(contestants: Mapping[str, Callable[[], float]], reps: int) -> dict[str, float]:
+    """Let each measure in turn, ``reps`` times over; the median of each."""
+    if reps < 1:
+        raise ValueError(f"reps={reps}: at least one repeat is needed")
+    taken: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(reps):
+        for name, measure in contestants.items():
+            taken[name].append(measure())
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def rate(work: Callable[[], object], amount: float, least_s: float = 0.05) -> float:
+    """``amount`` per second of ``work``, repeated until ``least_s`` has passed so that clocks do not matter."""
+    rounds, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < least_s:
+        work()
+        rounds += 1
+    return amount * rounds / elapsed
+
+
+def measure(name: str, reps: int | None) -> list[Row]:
+    """Run one registered benchmark."""
+    module, _, default_reps = REGISTRY[name]
+    run = cast(Callable[[int], list[Row]], importlib.import_module(module).run)
+    return run(reps or default_reps)
+
+
+def show(rows: list[Row], console: Console) -> None:
+    """A table for people."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2))
+    table.add_column("figure", header_style="dim")
+    for title in ("value", "unit", "reference", "its value", "ratio", "reps"):
+        justify = "left" if title in ("unit", "reference") else "right"
+        table.add_column(title, header_style="dim", justify=justify)  # type: ignore[arg-type]  # a Literal
+    for row in rows:
+        figure = f"{row.bench} · {row.name}"
+        table.add_row(
+            figure,
+            _short(row.value),
+            row.unit,
+            row.reference,
+            _short(row.reference_value),
+            f"{row.ratio:.2f}",
+            str(row.reps),
+        )
+    console.print(table)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -1,0 +1,253 @@
+"""``python -m tools.launch RUN.yaml [key=value ...]``: a whole run on this machine.
+
+::
+
+    load -> check address -> set an earlier run aside -> warm start -> start processes -> watch -> stop -> report
+
+The broker's ``status.json`` is all that is watched, beside exit codes. Exit codes: 0 finished,
+1 failed, 2 a configuration that cannot be run, 130 interrupted.
+"""
+
+import argparse
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.live import Live
+
+from common.config import RunConfig, load, to_yaml
+from common.errors import CroupierError
+from common.process import StopFlag
+from tools.preflight import check_address, check_model
+from tools.processes import Process, processes_of, stop_all, wait_all
+from tools.progress import panel, plain_line, remaining_s
+from tools.run_files import CONFIG, STATUS, Record, last_lines, read_status, set_aside
+from tools.stamp import ModelState, model_state
+
+Outcome = Literal["finished", "interrupted", "failed"]
+EXIT_CODES: dict[Outcome, int] = {"finished": 0, "failed": 1, "interrupted": 130}
+
+POLL_S = 0.2  # of exit codes and status.json, which the broker writes every 0.5 s
+LINE_S = 5.0  # between plain lines where there is no terminal
+MAX_RESTARTS = 3  # of one actor or replica
+LEAVE_S = 5.0  # for the others to go by themselves once the broker is done
+LOG_LINES = 20  # of a process that died
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one YAML to its end; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tools.launch", description="Start a whole run on this machine.")
+    parser.add_argument("config", help="the run's YAML; configs/ holds examples")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, such as staleness.budget=0")
+    given = parser.parse_args(arguments)
+    console = Console(highlight=False)
+    stop = StopFlag().install()
+    try:
+        config = load(given.config, given.overrides)
+        run = Run(config, console, stop)
+        run.prepare()
+    except CroupierError as error:
+        console.print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True)
+        return 2
+    outcome = run.execute()
+    return EXIT_CODES[outcome]
+
+
+def _plain(message: object) -> str:
+    return str(message).replace("[", r"\[")  # rich would read brackets as markup
+
+
+@dataclass
+class Run:
+    """One run, from its directory to its report."""
+
+    config: RunConfig
+    console: Console
+    stop: StopFlag
+    processes: list[Process] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+    rewards: dict[int, float] = field(default_factory=dict)  # step -> batch reward, for the sparkline
+    first: tuple[float, int] | None = None  # (time, step) from which the pace is taken
+    live: Live | None = None
+    line_at: float = -LINE_S  # when the last plain line was printed
+
+    @property
+    def directory(self) -> Path:
+        """Where everything of this run lies."""
+        return self.config.run.path
+
+    def prepare(self) -> None:
+        """Check what can be checked before anything starts, then make the run directory."""
+        check_address(self.config.broker.address)
+        if not self.needs_warmstart():
+            check_model(Path(self.config.model.path))
+        if self.config.learner.resume:
+            (self.directory / STATUS).unlink(missing_ok=True)  # of the earlier launch
+        else:
+            moved = set_aside(self.directory)
+            if moved is not None:
+                self.say(f"moved the earlier run to {moved}")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        (self.directory / CONFIG).write_text(to_yaml(self.config))
+
+    def needs_warmstart(self) -> bool:
+        """Whether ``tools.warmstart`` has to make the model first."""
+        if self.config.task.name != "sort6":
+            return False
+        return model_state(self.config) in (ModelState.MISSING, ModelState.STALE)
+
+    def execute(self) -> Outcome:
+        """Warm start, train, stop everything and write the report, whatever happens."""
+        outcome: Outcome = "failed"
+        try:
+            outcome = self.warm_start() if self.needs_warmstart() else "finished"
+            if outcome == "finished":
+                outcome = self.train()
+        finally:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a further Ctrl-C cuts neither the stop nor the report short
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            if self.stop.is_set and outcome == "failed":
+                outcome = "interrupted"
+            killed = stop_all(self.processes)
+            if killed:
+                self.say(f"had to kill {', '.join(killed)}: deaf to SIGTERM", "yellow")
+            self.report(outcome)
+        return outcome
+
+    def warm_start(self) -> Outcome:
+        """Make the starting model in a process of its own: the launcher stays free of torch."""
+        command = [sys.executable, "-m", "tools.warmstart", str(self.directory / CONFIG)]
+        maker = Process("warmstart", command, self.directory / "logs" / "warmstart.log")
+        self.processes = [maker]
+        self.say("making the starting model (tools.warmstart, at most 2 minutes)")
+        maker.start()
+        shown = 0
+        while maker.alive and not self.stop.is_set:
+            time.sleep(POLL_S)
+            shown = self._show_new_lines(maker, shown)
+        if self.stop.is_set:
+            return "interrupted"
+        self._show_new_lines(maker, shown)
+        if maker.poll() != 0:
+            self.say(f"warm start failed with exit code {maker.poll()}; all of it is in {maker.log}", "bold red")
+            return "failed"
+        return "finished"
+
+    def _show_new_lines(self, process: Process, shown: int) -> int:
+        lines = process.log.read_text(errors="replace").splitlines(keepends=True) if process.log.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]
+        for line in whole[shown:]:
+            self.say(f"  {line.rstrip()}", "dim")
+        return len(whole)
+
+    def train(self) -> Outcome:
+        """Start every process and watch until the broker is done."""
+        self.processes = processes_of(self.config, self.directory / CONFIG)
+        for process in self.processes:
+            process.start()
+        self.say(f"started {', '.join(process.name for process in self.processes)}; logs in {self.directory / 'logs'}")
+        with self.display():
+            while not self.stop.is_set:
+                time.sleep(POLL_S)
+                self.look()
+                ended = self.check()
+                if ended is not None:
+                    return ended
+        self.say(f"{self.stop.reason}: stopping every process", "yellow")
+        return "interrupted"
+
+    def check(self) -> Outcome | None:
+        """Look at exit codes: restart whom the run can miss, end it for the others."""
+        broker = self.processes[0]
+        if broker.poll() == 0:
+            return self.close()
+        for process in self.processes:
+            code = process.poll()
+            if code in (None, 0):
+                continue
+            if process.may_restart and process.restarts < MAX_RESTARTS:
+                process.restarts += 1
+                self.say(f"{process.name} {_ended(code)}; restart {process.restarts} of {MAX_RESTARTS}", "yellow")
+                process.start()
+                continue
+            self.tell_death(process)
+            return "failed"
+        return None
+
+    def close(self) -> Outcome:
+        """The broker is done: let the others go by themselves, then stop them."""
+        wait_all(self.processes, LEAVE_S)
+        learner = self.processes[1]
+        if learner.poll() not in (None, 0):
+            self.tell_death(learner)
+            return "failed"
+        self.line_at = -LINE_S  # the last line is due now
+        self.look()
+        return "interrupted" if read_status(self.directory).get("phase") == "stopped" else "finished"
+
+    def tell_death(self, process: Process) -> None:
+        """Print how a process ended and its last words."""
+        code = process.poll()
+        self.say(f"{process.name} {_ended(code)}; the last lines of {process.log}:", "bold red")
+        for line in last_lines(process.log, LOG_LINES):
+            self.say(f"  {line}")
+
+    def look(self) -> None:
+        """Take a reading of ``status.json``."""
+        status = read_status(self.directory)
+        if status.get("step"):
+            if self.first is None:
+                self.first = (status["time"], status["step"])
+            if status.get("reward") is not None:
+                self.rewards[status["step"]] = status["reward"]
+        self._render(status)
+
+    @contextlib.contextmanager
+    def display(self) -> Iterator[None]:
+        """A live panel on a terminal, plain lines elsewhere."""
+        if not self.console.is_terminal:
+            yield
+            return
+        with Live(console=self.console, auto_refresh=False, transient=False) as self.live:
+            yield
+
+    def _render(self, status: Record) -> None:
+        eta = remaining_s(status, self.first)
+        elapsed = time.monotonic() - self.started
+        if self.live is not None:
+            rewards = list(self.rewards.values())
+            self.live.update(panel(self.config.run.name, status, rewards, eta, elapsed), refresh=True)
+        elif time.monotonic() - self.line_at > LINE_S:
+            self.line_at = time.monotonic()
+            self.say(plain_line(status, eta))
+
+    def report(self, outcome: Outcome) -> None:
+        """Write summary, report and curves, and say how it went."""
+        from tools.report import write_report  # matplotlib takes a second that a start need not wait for
+
+        summary = write_report(self.directory, outcome, time.monotonic() - self.started)
+        colour = {"finished": "bold green", "interrupted": "yellow", "failed": "bold red"}[outcome]
+        self.say(f"{outcome} after {summary['wall_s']:.0f} s, {summary['steps']} steps", colour)
+        if summary["eval_first"] is not None:
+            self.say(f"held-out reward {summary['eval_first']:.3f} -> {summary['eval_last']:.3f}", "bold")
+        self.say(f"report: {self.directory / 'report.md'}")
+
+    def say(self, text: str, style: str = "") -> None:
+        """One line to the person in front."""
+        self.console.print(_plain(text), style=style or None, soft_wrap=True)
+
+
+def _ended(code: int | None) -> str:
+    if code is not None and code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"ended with exit code {code}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

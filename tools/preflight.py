@@ -1,0 +1,78 @@
+"""What must hold before processes are started: a free address and a whole model directory."""
+
+import errno
+import json
+import re
+import socket
+from pathlib import Path
+
+from common.errors import ConfigError, ModelError
+
+TCP = re.compile(r"tcp://(?P<host>\[[^\]]+\]|[^:]+):(?P<port>\d+)")
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def check_address(address: str) -> None:
+    """Raise :class:`ConfigError` unless a broker could bind ``address`` on this machine now."""
+    if address.startswith("ipc://"):
+        _check_ipc(address)
+        return
+    match = TCP.fullmatch(address)
+    if match is None or not 0 < int(match["port"]) < 65536:
+        raise ConfigError(
+            f"broker.address={address!r}: must read tcp://HOST:PORT with a port in 1..65535, or ipc://PATH"
+        )
+    host = "0.0.0.0" if match["host"] == "*" else match["host"].strip("[]")
+    try:
+        family, kind, protocol, _, target = socket.getaddrinfo(host, int(match["port"]), type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a closed broker's TIME_WAIT is no obstacle
+            probe.bind(target)
+    except socket.gaierror as error:
+        raise ConfigError(f"broker.address={address!r}: unknown host {host!r} ({error.strerror})") from error
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise _in_use(address) from error
+        raise ConfigError(f"broker.address={address!r}: cannot be bound on this machine: {error.strerror}") from error
+
+
+def _in_use(address: str) -> ConfigError:
+    return ConfigError(
+        f"broker.address={address!r}: address in use, perhaps by another run; stop that run, "
+        f"or pass broker.address=tcp://127.0.0.1:{free_port()} (free now)"
+    )
+
+
+def _check_ipc(address: str) -> None:
+    path = Path(address.removeprefix("ipc://"))
+    if not path.parent.is_dir():
+        raise ConfigError(f"broker.address={address!r}: {path.parent} is no directory")
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return  # nothing there, or a socket file that its owner left behind: the broker replaces it
+    raise _in_use(address)
+
+
+def check_model(path: Path) -> None:
+    """Raise :class:`ModelError` unless ``path`` holds a configuration, all weight files and a tokenizer."""
+    if not path.is_dir():
+        raise ModelError(f"model.path={str(path)!r}: no such directory; download the model there or correct the path")
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        shards = ["model.safetensors"]
+    missing = [name for name in ("config.json", *shards) if not (path / name).is_file()]
+    if missing:
+        shown = ", ".join(missing[:4]) + (" …" if len(missing) > 4 else "")
+        raise ModelError(
+            f"model.path={str(path)!r}: half a model, {len(missing)} file(s) missing: {shown}; fetch them again"
+        )
