@@ -25,7 +25,6 @@ def pack(run_id: str, channel_names: Sequence[str], finished: Sequence[Finished]
     prompts = [f.prompt_ids for f in finished]
     completions = [f.completion for f in finished]
     lengths = [len(p) + len(c.token_ids) for p, c in zip(prompts, completions, strict=True)]
-    k = completions[0].topk_ids.shape[1]
 
     def interleave(fill: float, dtype: type[np.generic], values: list[np.ndarray]) -> np.ndarray:  # type: ignore[type-arg]
         parts = []
@@ -48,8 +47,8 @@ def pack(run_id: str, channel_names: Sequence[str], finished: Sequence[Finished]
         trainable=interleave(0, np.uint8, [np.ones(len(c.token_ids), np.uint8) for c in completions]),
         log_q=interleave(0, np.float32, [c.logprobs for c in completions]),
         versions=interleave(-1, np.int32, [c.versions for c in completions]),
-        topk_ids=interleave(0, np.int32, [c.topk_ids.reshape(-1, k) for c in completions]),
-        topk_log_q=interleave(0, np.float32, [c.topk_logprobs.reshape(-1, k) for c in completions]),
+        topk_ids=interleave(0, np.int32, [c.topk_ids for c in completions]),
+        topk_log_q=interleave(0, np.float32, [c.topk_logprobs for c in completions]),
     )
 
 

@@ -1,1 +1,1 @@
-"""Engines that sample: embedded (local) ones here, servers behind the same protocol."""
+"""Engines: prompts in, sampled tokens out, weights swapped between tokens."""

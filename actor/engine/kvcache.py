@@ -1,55 +1,86 @@
-"""A slot cache: rows of different lengths decode together, live rows stay at the front.
+"""Keys and values of all slots, where rows of different lengths decode together.
 
-Shapes: per layer keys and values ``[slots, kv_heads, max_length, head_dim]``. transformers'
-attention calls :meth:`SlotCache.update`; what it writes where is set by the engine before.
+Live rows are contiguous from slot 0, so a step reads ``[:rows, :longest]`` and nothing else. The
+engine says before a forward pass what it is (:meth:`SlotCache.begin_prefill` or
+:meth:`SlotCache.begin_decode`); each attention layer then calls ``update`` once.
+
+Legend: S slots, L maximum length, H key-value heads, D head width, n live rows, U unique prompts.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 
-class SlotCache:
-    """Keys and values of every slot and layer."""
+class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
+    """One layer's ``[S, L, H, D]`` keys and values, seen through transformers' interface."""
 
-    def __init__(self, layers: int, slots: int, heads: int, length: int, width: int, dtype: torch.dtype) -> None:
-        shape = (layers, slots, heads, length, width)
-        self.keys = torch.zeros(shape, dtype=dtype)
-        self.values = torch.zeros(shape, dtype=dtype)
-        self._rows = torch.arange(slots)
-        self._positions: Tensor | None = None  # decoding: where each live row writes
-        self._uniform = -1  # decoding: the same position for all, if they agree
-        self._live = 0
-        self._longest = 0
-        self._slots: Tensor | None = None  # prefill: slots in sibling order
-        self._source: Tensor | None = None  # prefill: prompt of each slot
+    def __init__(self, owner: "SlotCache", keys_SLHD: Tensor, values_SLHD: Tensor) -> None:
+        super().__init__()
+        self._owner = owner
+        self._keys, self._values = keys_SLHD, values_SLHD
+        self._flat_keys, self._flat_values = keys_SLHD.flatten(0, 1), values_SLHD.flatten(0, 1)
+        self._keys_view = self._values_view = keys_SLHD
+        self.is_initialized = True
 
-    def begin_prefill(self, slots: Tensor, source: Tensor) -> None:
-        """The next forward computes unique prompts; prompt ``source[i]`` goes to slot ``slots[i]``."""
-        self._slots, self._source = slots, source
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: allocated at construction."""
 
-    def begin_decode(self, positions: Tensor, longest: int, uniform: bool) -> None:
-        """The next forward computes one token for each live row, at ``positions[live]``."""
-        self._slots = None
-        self._positions, self._live, self._longest = positions, len(positions), longest
-        self._uniform = longest - 1 if uniform else -1
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store ``[rows, H, T, D]`` and return what to attend to, in the same layout."""
+        owner = self._owner
+        if owner.sources is not None:  # prefill: attend to the prompt itself, keep it for every sibling
+            rows, length = slice(owner.first, owner.first + len(owner.sources)), key_states.shape[2]
+            self._keys[rows, :length] = key_states.transpose(1, 2)[owner.sources]
+            self._values[rows, :length] = value_states.transpose(1, 2)[owner.sources]
+            return key_states, value_states
+        self._flat_keys.index_copy_(0, owner.cells, key_states.squeeze(2))
+        self._flat_values.index_copy_(0, owner.cells, value_states.squeeze(2))
+        rows, length = slice(owner.rows), owner.length
+        return self._keys[rows, :length].transpose(1, 2), self._values[rows, :length].transpose(1, 2)
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Store this forward's keys and values ``[b, heads, T, D]``; returns what to attend to."""
-        if self._slots is not None:
-            length = keys.shape[2]
-            self.keys[layer][self._slots, :, :length] = keys[self._source]
-            self.values[layer][self._slots, :, :length] = values[self._source]
-            return keys, values
-        live = slice(0, self._live)
-        if self._uniform >= 0:
-            self.keys[layer, live, :, self._uniform] = keys[:, :, 0]
-            self.values[layer, live, :, self._uniform] = values[:, :, 0]
-        else:
-            self.keys[layer][self._rows[live], :, self._positions] = keys[:, :, 0]
-            self.values[layer][self._rows[live], :, self._positions] = values[:, :, 0]
-        return self.keys[layer, live, :, : self._longest], self.values[layer, live, :, : self._longest]
+    def get_seq_length(self) -> int:
+        """Tokens of the longest live row."""
+        return self._owner.length
 
-    def move(self, source: Tensor, target: Tensor, length: int) -> None:
-        """Rows ``source`` move to ``target`` (disjoint), ``length`` positions of them."""
-        self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
-        self.values[:, target, :, :length] = self.values[:, source, :, :length]
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(length, offset) of the keys; the engine makes its own masks."""
+        return self._owner.length, 0
+
+    def get_max_length(self) -> int:
+        """L."""
+        return self._keys.shape[1]
+
+
+class SlotCache(Cache):  # type: ignore[misc]  # transformers is untyped
+    """A transformers ``Cache`` of a fixed number of slots."""
+
+    def __init__(self, layers: int, slots: int, max_length: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
+        self._all = torch.zeros(2, layers, slots, max_length, heads, head_dim, dtype=dtype)
+        self._max_length = max_length
+        self.sources: Tensor | None = None  # i64 [n'] unique prompt of each new row, while a prefill runs
+        self.first = 0  # slot of the first new row
+        self.cells = torch.empty(0, dtype=torch.int64)  # [n] flat (slot, position) that each row writes
+        self.rows = 0
+        self.length = 0
+        super().__init__(layers=[_SlotLayer(self, self._all[0, i], self._all[1, i]) for i in range(layers)])
+
+    def begin_prefill(self, first: int, sources: Tensor) -> None:
+        """The next pass reads U prompts; slot ``first + i`` keeps a copy of prompt ``sources[i]``."""
+        self.first, self.sources = first, sources
+
+    def begin_decode(self, positions: Tensor, longest: int) -> None:
+        """The next pass reads one token a row, at ``positions`` (i64 ``[n]``), all below ``longest``."""
+        self.sources = None
+        self.rows, self.length = len(positions), longest
+        self.cells = torch.arange(self.rows) * self._max_length + positions
+
+    def move(self, sources: Tensor, targets: Tensor, length: int) -> None:
+        """Copy the first ``length`` positions of rows ``sources`` over rows ``targets`` (i64, disjoint)."""
+        self._all[:, :, targets, :length] = self._all[:, :, sources, :length]
+
+    def clear(self) -> None:
+        """Zero everything, so that non-finite leftovers cannot leak through a mask (0 * nan)."""
+        self._all.zero_()

@@ -1,198 +1,202 @@
-"""The embedded engine: continuous batching on a transformers model in this process.
+"""The embedded engine: continuous batching on a transformers model, on the CPU.
 
 ::
 
-    add -> [waiting] -> admit: one prefill of the unique prompts, KV copied to the siblings
-                     -> decode: one token for every live row -> finished rows leave, others close ranks
+    waiting -> admit (one prefill a prompt, KV copied to its siblings) -> decode all live rows -> sample -> finish
+                                                  ^                                                  |
+                                                  +------ live rows stay contiguous from slot 0 -----+
 
-Noise is a function of (seed, request, sibling, position), so what is sampled does not depend on
-who else is in the batch. Legend: n live rows, V vocabulary, k alternatives.
+A request whose siblings do not fit waits, and so do those behind it (first in, first out).
+
+Legend: n live rows, U unique prompts, P prompt length, V vocabulary.
 """
 
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from actor.engine.base import Completion, SampleRequest
-from actor.engine.experts import use_sorted_experts
 from actor.engine.kvcache import SlotCache
-from actor.engine.names import weight_views
-from common.errors import EngineError, ModelError
-from common.philox import uniforms
+from actor.engine.loading import load_model, stop_ids
+from actor.engine.names import checkpoint_views
+from actor.engine.rows import Rows
+from actor.engine.sampling import sample
+from common.errors import EngineError
 
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
-
-
-def load_model(model_dir: str, dtype: torch.dtype) -> Any:
-    """A transformers causal language model from local files only."""
-    path = Path(model_dir)
-    if not (path / "config.json").is_file() or not any((path / name).is_file() for name in WEIGHT_FILES):
-        raise ModelError(
-            f"model.path={model_dir}: needs config.json and one of {', '.join(WEIGHT_FILES)}; make the quick-start "
-            "model with `python -m tools.warmstart RUN.yaml` or copy the whole Hugging Face directory"
-        )
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=dtype, local_files_only=True, attn_implementation="sdpa"
-        )
-    except Exception as error:  # transformers and safetensors raise many unrelated types for damaged files
-        raise ModelError(f"model.path={model_dir}: transformers cannot load it: {error}") from error
-    return model.eval().requires_grad_(False)
+PREFILL_TOKENS = 8192  # padded prompt tokens of one pass: bounds its activations
 
 
 class LocalEngine:
-    """See :class:`actor.engine.base.Engine`."""
+    """Samples from the Hugging Face directory ``model_dir``; see :class:`actor.engine.base.Engine`.
+
+    ``max_sequences`` decode together, each of at most ``max_length`` tokens, prompt included.
+    ``threads`` sets this process's torch threads. Raises ModelError if the directory cannot be used.
+    """
 
     def __init__(
-        self, model_dir: str, max_sequences: int, max_length: int, dtype: torch.dtype = torch.float32, threads: int = 1
+        self,
+        model_dir: str | Path,
+        max_sequences: int,
+        max_length: int,
+        dtype: torch.dtype = torch.float32,
+        threads: int = 1,
     ) -> None:
         torch.set_num_threads(threads)
-        self._model = load_model(model_dir, dtype)
-        use_sorted_experts(self._model)
-        self._views = weight_views(self._model)
+        self._model = load_model(Path(model_dir), max_length, dtype)
         config = self._model.config
-        heads = config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        self._cache = SlotCache(config.num_hidden_layers, max_sequences, kv_heads, max_length, width, dtype)
-        self._slots, self._max_length = max_sequences, max_length
-        eos = config.eos_token_id
-        self._eos = np.array([] if eos is None else np.atleast_1d(eos), np.int64)
-        self._vocab_size = int(config.vocab_size)
-        self._version = 0
+        self.vocab_size: int = config.vocab_size
+        self._stop_ids = np.array(stop_ids(self._model), np.int64)
+        self.eos_id = int(self._stop_ids[0]) if len(self._stop_ids) else -1
+        self.version = 0
+        self._max_length = max_length
+        self._cache = SlotCache(
+            layers=config.num_hidden_layers,
+            slots=max_sequences,
+            max_length=max_length,
+            heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            dtype=dtype,
+        )
+        self._rows = Rows(max_sequences, max_length)
         self._waiting: deque[SampleRequest] = deque()
-        self._rows: list[tuple[SampleRequest, int]] = []  # live rows: request and sibling
-        self._lengths = np.zeros(max_sequences, np.int64)  # tokens in the cache
-        self._counts = np.zeros(max_sequences, np.int64)  # tokens sampled
-        self._limits = np.zeros(max_sequences, np.int64)
-        self._keys = np.zeros((max_sequences, 3), np.int64)  # sibling, request id low and high words
-        self._tokens = np.zeros((max_sequences, max_length), np.int32)
-        self._logprobs = np.zeros((max_sequences, max_length), np.float32)
-        self._versions = np.zeros((max_sequences, max_length), np.int32)
-        self._topk: list[list[tuple[Any, Any]]] = []  # per live row, per token: ids and log q
-
-    @property
-    def version(self) -> int:
-        """The weights in use."""
-        return self._version
+        self._columns = torch.arange(max_length)
+        self._targets = checkpoint_views(self._model)
 
     @property
     def busy(self) -> bool:
-        """Whether anything waits or is in flight."""
-        return bool(self._rows or self._waiting)
+        """Whether anything is waiting or live."""
+        return bool(self._waiting) or self._rows.live > 0
 
     @property
     def in_flight(self) -> int:
-        """Live rows."""
-        return len(self._rows)
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids lie in ``[0, vocab_size)``."""
-        return self._vocab_size
-
-    def weight_targets(self) -> Mapping[str, Tensor]:
-        """Checkpoint name -> view of the live parameter."""
-        return self._views
-
-    @torch.no_grad()
-    def swap(self, version: int, tensors: Mapping[str, Tensor]) -> None:
-        """Copy new weights in; the KV cache is kept, so only the logged log q is q afterwards.
-
-        Raises :class:`EngineError`, with nothing changed, unless the names and shapes are ours.
-        """
-        odd = sorted(set(tensors) ^ set(self._views))
-        if odd:
-            raise EngineError(f"version {version}: tensor {odd[0]} (and {len(odd) - 1} more) is missing or unknown")
-        for name, tensor in tensors.items():
-            if tensor.shape != self._views[name].shape:
-                raise EngineError(f"version {version}: {name} is {list(tensor.shape)}, ours {list(self._views[name].shape)}")
-        for name, tensor in tensors.items():
-            self._views[name].copy_(tensor)
-        self._version = version
+        """Sequences waiting or live."""
+        return self._rows.live + sum(request.samples for request in self._waiting)
 
     def add(self, request: SampleRequest) -> None:
-        """Queue a request."""
-        prompt = request.prompt_ids
-        who = f"request {request.request_id}"
-        if len(prompt) == 0:
-            raise EngineError(f"{who}: the prompt is empty")
-        if prompt.min() < 0 or prompt.max() >= self._vocab_size:
-            raise EngineError(f"{who}: a prompt id lies outside the vocabulary of {self._vocab_size}")
-        if len(prompt) + request.max_tokens > self._max_length:
-            raise EngineError(
-                f"{who}: {len(prompt)} prompt and {request.max_tokens} completion tokens exceed {self._max_length}"
+        """Queue a request. Raises EngineError if it can never be sampled."""
+        prompt, longest = request.prompt_ids, len(request.prompt_ids) + request.max_tokens
+        slots = self._rows.slots
+        problem = None
+        if prompt.ndim != 1 or len(prompt) == 0:
+            problem = f"prompt_ids of shape {prompt.shape} must be [P] with P >= 1"
+        elif prompt.min() < 0 or prompt.max() >= self.vocab_size:
+            bad = prompt[(prompt < 0) | (prompt >= self.vocab_size)][0]
+            problem = f"prompt token id {bad} is outside [0, {self.vocab_size}); is it another model's tokenizer?"
+        elif request.max_tokens < 1 or longest > self._max_length:
+            problem = (
+                f"prompt of {len(prompt)} tokens + max_tokens={request.max_tokens} must lie within "
+                f"max_length={self._max_length}; shorten the prompt or raise max_length"
             )
-        if request.samples > self._slots:
-            raise EngineError(f"{who}: {request.samples} siblings, but actor.max_sequences={self._slots}")
-        if not 0 <= request.top_logprobs <= self._vocab_size:
-            raise EngineError(f"{who}: top_logprobs={request.top_logprobs} exceeds the vocabulary of {self._vocab_size}")
+        elif not 1 <= request.samples <= slots:
+            problem = f"samples={request.samples} must lie in [1, max_sequences={slots}]"
+        elif not 0.0 <= request.temperature < float("inf"):
+            problem = f"temperature={request.temperature} must be finite and not negative"
+        elif not 0 <= request.top_logprobs <= self.vocab_size:
+            problem = f"top_logprobs={request.top_logprobs} must lie in [0, {self.vocab_size}]"
+        if problem is not None:
+            raise EngineError(f"request {request.request_id}: {problem}")
         self._waiting.append(request)
 
     @torch.inference_mode()
     def step(self) -> list[Completion]:
-        """Admit what fits, decode one token for every live row, return what finished."""
-        finished = self._admit()
-        if self._rows:
-            finished += self._decode()
-        return finished
+        """Admit what fits, sample the next token of every live row, return what finished.
 
-    # ---- admission ------------------------------------------------------------------------------
-
-    def _admit(self) -> list[Completion]:
-        """Prefill waiting requests while slots are free and sample their first token."""
-        requests: list[SampleRequest] = []
-        free = self._slots - len(self._rows)
-        while self._waiting and self._waiting[0].samples <= free:
-            requests.append(self._waiting.popleft())
-            free -= requests[-1].samples
-        if not requests:
+        Raises EngineError, naming the version and a request, on non-finite logits; call
+        :meth:`abort` before going on.
+        """
+        decoding = self._rows.live
+        logits = [self._decode()] if decoding else []
+        logits += [self._prefill(requests) for requests in self._admit()]
+        if not logits:
             return []
-        first = len(self._rows)
-        prompt_of = np.repeat(np.arange(len(requests)), [r.samples for r in requests])
-        lengths = np.array([len(r.prompt_ids) for r in requests], np.int64)
-        for index, request in enumerate(requests):
-            self._enter(request, int(lengths[index]))
-        slots = torch.arange(first, len(self._rows))
-        self._cache.begin_prefill(slots, torch.from_numpy(prompt_of))
-        logits_RV = self._prefill(requests, lengths)
-        self._sample(first, logits_RV[torch.from_numpy(prompt_of)])
-        return self._retire()
+        self._sample(logits[0] if len(logits) == 1 else torch.cat(logits))
+        return self._finish()
 
-    def _enter(self, request: SampleRequest, length: int) -> None:
-        first, last = len(self._rows), len(self._rows) + request.samples
-        self._lengths[first:last] = length
-        self._counts[first:last] = 0
-        self._limits[first:last] = request.max_tokens
-        self._keys[first:last, 0] = np.arange(request.samples)
-        self._keys[first:last, 1] = request.request_id & 0xFFFFFFFF
-        self._keys[first:last, 2] = request.request_id >> 32
-        self._rows += [(request, sibling) for sibling in range(request.samples)]
-        self._topk += [[] for _ in range(request.samples)]
+    def abort(self) -> None:
+        """Forget everything in flight."""
+        self._waiting.clear()
+        self._rows.clear()
+        self._cache.clear()
 
-    def _prefill(self, requests: list[SampleRequest], lengths: np.ndarray[Any, np.dtype[np.int64]]) -> Tensor:
-        """Logits ``[R, V]`` after each prompt; prompts are padded on the right, which causal attention never sees."""
-        ids = np.zeros((len(requests), int(lengths.max())), np.int64)
-        for row, request in enumerate(requests):
-            ids[row, : len(request.prompt_ids)] = request.prompt_ids
-        positions = torch.arange(ids.shape[1])[None]
-        hidden = self._forward(torch.from_numpy(ids), positions, None)
-        last = hidden[torch.arange(len(requests)), torch.from_numpy(lengths - 1)]
-        logits: Tensor = self._model.lm_head(last)
-        return logits
+    def weight_targets(self) -> dict[str, Tensor]:
+        """Checkpoint name -> view of the live parameter."""
+        return dict(self._targets)
+
+    @torch.no_grad()
+    def swap(self, version: int, tensors: Mapping[str, Tensor]) -> None:
+        """Copy a complete set of weights in place; the KV cache is kept.
+
+        Raises EngineError, and changes nothing, if names or shapes are not those of the model.
+        """
+        missing, unknown = self._targets.keys() - tensors.keys(), tensors.keys() - self._targets.keys()
+        if missing or unknown:
+            raise EngineError(
+                f"version {version}: {len(missing)} tensors are missing (first: {min(missing, default='none')}) and "
+                f"{len(unknown)} unknown (first: {min(unknown, default='none')}); publish this model's own checkpoint"
+            )
+        for name, target in self._targets.items():
+            if tensors[name].shape != target.shape:
+                given, wanted = tuple(tensors[name].shape), tuple(target.shape)
+                raise EngineError(f"version {version}: {name} has shape {given}, the model has {wanted}")
+        for name, target in self._targets.items():
+            target.copy_(tensors[name])
+        self.version = version
+
+    # ---- one step ---------------------------------------------------------------------------------
+
+    def _admit(self) -> list[list[SampleRequest]]:
+        """Give rows to waiting requests in order; returns them in prefill batches."""
+        batches: list[list[SampleRequest]] = []
+        longest = 0
+        while self._waiting and self._waiting[0].samples <= self._rows.free:
+            request = self._waiting.popleft()
+            longest = max(longest, len(request.prompt_ids))
+            if not batches or longest * (len(batches[-1]) + 1) > PREFILL_TOKENS:
+                batches.append([])
+                longest = len(request.prompt_ids)
+            batches[-1].append(request)
+            self._rows.append(request)
+        return batches
+
+    def _prefill(self, requests: list[SampleRequest]) -> Tensor:
+        """Read each prompt once; returns the logits of its last token for every sibling, ``[n', V]``."""
+        lengths = torch.tensor([len(request.prompt_ids) for request in requests])
+        ids_UP = np.zeros((len(requests), int(lengths.max())), np.int64)
+        for row, request in zip(ids_UP, requests, strict=True):
+            row[: len(request.prompt_ids)] = request.prompt_ids
+        samples = torch.tensor([request.samples for request in requests])
+        sources = torch.arange(len(requests)).repeat_interleave(samples)
+        self._cache.begin_prefill(self._rows.first_row(requests[0]), sources)
+        # Padding lies behind every real token, so the causal rule alone hides it: no mask.
+        positions_1P = self._columns[None, : ids_UP.shape[1]]
+        hidden_UPC = self._forward(torch.from_numpy(ids_UP), positions_1P, None)
+        last_UC = hidden_UPC[torch.arange(len(requests)), lengths - 1]
+        return self._head(last_UC)[sources]
+
+    def _decode(self) -> Tensor:
+        """Read the newest token of every live row; returns the logits of the next, ``[n, V]``."""
+        rows = self._rows
+        positions_n = torch.from_numpy(rows.positions.astype(np.int64))
+        shortest, longest = int(rows.positions.min()), int(rows.positions.max()) + 1
+        mask = None
+        if shortest + 1 < longest:
+            hidden = self._columns[:longest] > positions_n[:, None]
+            mask = torch.zeros(hidden.shape, dtype=self._model.dtype).masked_fill_(hidden, float("-inf"))[:, None, None]
+        self._cache.begin_decode(positions_n, longest)
+        ids_n1 = torch.from_numpy(rows.newest.astype(np.int64)).unsqueeze(1)
+        return self._head(self._forward(ids_n1, positions_n.unsqueeze(1), mask)[:, 0])
 
     def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-        base = self._model.model
-        hidden = base.embed_tokens(ids)
-        rotary = base.rotary_emb(hidden, positions)
-        for layer in base.layers:
+        """Hidden states ``[rows, T, C]``: transformers' own layers, without the mask building around them."""
+        decoder = self._model.model
+        hidden: Tensor = decoder.embed_tokens(ids)
+        rotary = decoder.rotary_emb(hidden, position_ids=positions)
+        for layer in decoder.layers:
             hidden = layer(
                 hidden,
                 attention_mask=mask,
@@ -201,112 +205,38 @@ class LocalEngine:
                 use_cache=True,
                 position_embeddings=rotary,
             )
-        normed: Tensor = base.norm(hidden)
+        normed: Tensor = decoder.norm(hidden)
         return normed
 
-    # ---- decoding -------------------------------------------------------------------------------
+    def _head(self, hidden_nC: Tensor) -> Tensor:
+        logits: Tensor = self._model.lm_head(hidden_nC)
+        return logits
 
-    def _decode(self) -> list[Completion]:
-        n = len(self._rows)
-        last_tokens = self._tokens[np.arange(n), self._counts[:n] - 1]
-        positions = self._lengths[:n]
-        longest = int(positions.max()) + 1
-        uniform = int(positions.min()) + 1 == longest
-        at = torch.from_numpy(positions.copy())
-        self._cache.begin_decode(at, longest, uniform)
-        mask = None if uniform else (torch.arange(longest)[None, :] <= at[:, None])[:, None, None, :]
-        hidden = self._forward(torch.from_numpy(last_tokens.astype(np.int64))[:, None], at[:, None], mask)
-        self._lengths[:n] += 1
-        self._sample(0, self._model.lm_head(hidden[:, -1]))
-        return self._retire()
+    def _sample(self, logits_nV: Tensor) -> None:
+        rows = self._rows
+        finite = logits_nV.isfinite().all(-1)
+        if not finite.all():
+            bad = rows.request(int(finite.int().argmin()))
+            raise EngineError(
+                f"request {bad.request_id}: version {self.version} gives non-finite logits; "
+                "the published weights are broken or dtype is too narrow"
+            )
+        temperatures, uniforms = torch.from_numpy(rows.temperatures.copy()), torch.from_numpy(rows.uniforms())
+        sampled = sample(logits_nV, temperatures, uniforms)
+        top: tuple[NDArray[np.float32], NDArray[np.int64]] | None = None
+        if (k := rows.most_top_logprobs()) > 0:
+            values, ids = sampled.logprobs_nV.topk(k, dim=-1)
+            top = values.numpy(), ids.numpy()
+        rows.record(sampled.ids.numpy(), sampled.logprobs.numpy(), self.version, top)
 
-    def _sample(self, first: int, logits: Tensor) -> None:
-        """One token for rows ``first:``, from ``logits[rows, V]``, with its log q and version."""
-        rows = slice(first, first + len(logits))
-        requests = [request for request, _ in self._rows[rows]]
-        temperatures = torch.tensor([r.temperature for r in requests], dtype=torch.float64)
-        greedy = temperatures == 0
-        scaled = logits.double() / torch.where(greedy, 1.0, temperatures)[:, None]
-        log_q = scaled.log_softmax(dim=-1)
-        if not torch.isfinite(log_q.amax(dim=-1)).all():
-            bad = int((~torch.isfinite(log_q.amax(dim=-1))).nonzero()[0])
-            raise EngineError(f"version {self._version}: logits of request {requests[bad].request_id} are not finite")
-        tokens = inverse_cdf(log_q, torch.from_numpy(self._noise(rows, requests)))
-        if bool(greedy.any()):
-            tokens = torch.where(greedy, logits.argmax(dim=-1), tokens)
-        index = np.arange(rows.start, rows.stop)
-        at = self._counts[rows]
-        self._tokens[index, at] = tokens.numpy()
-        self._logprobs[index, at] = log_q.gather(1, tokens[:, None]).squeeze(1).float().numpy()
-        self._versions[index, at] = self._version
-        k = max(r.top_logprobs for r in requests)
-        if k:
-            values, ids = log_q.topk(k, dim=-1)
-            for row, (request, value, top) in enumerate(zip(requests, values.float().numpy(), ids.numpy(), strict=True)):
-                self._topk[rows.start + row].append((top[: request.top_logprobs], value[: request.top_logprobs]))
-        self._counts[rows] += 1
-
-    def _noise(self, rows: slice, requests: list[SampleRequest]) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Uniform noise of each row's next token."""
-        keys = [r.noise_key for r in requests]
-        sibling, low, high = self._keys[rows].T
-        position = self._counts[rows]
-        if len(set(keys)) == 1:
-            return uniforms(*keys[0], position, sibling, low, high)
-        noise = np.empty(len(requests))
-        for key in set(keys):
-            members = np.array([k == key for k in keys])
-            noise[members] = uniforms(*key, position[members], sibling[members], low[members], high[members])
-        return noise
-
-    # ---- leaving --------------------------------------------------------------------------------
-
-    def _retire(self) -> list[Completion]:
-        """Take finished rows out and close the ranks, so that live rows stay at the front."""
-        n = len(self._rows)
-        last = self._tokens[np.arange(n), self._counts[:n] - 1]
-        listens = np.array([not request.ignore_eos for request, _ in self._rows])
-        stopped = np.isin(last, self._eos) & listens
-        done = stopped | (self._counts[:n] >= self._limits[:n])
-        if not done.any():
+    def _finish(self) -> list[Completion]:
+        """Take finished rows out and close the gaps they leave."""
+        done = self._rows.done(self._stop_ids)
+        if not len(done):
             return []
-        completions = [self._completion(row, bool(stopped[row])) for row in np.flatnonzero(done)]
-        live = n - int(done.sum())
-        holes = np.flatnonzero(done[:live])
-        movers = live + np.flatnonzero(~done[live:])
-        if len(holes):
-            longest = int(self._lengths[movers].max())
-            self._cache.move(torch.from_numpy(movers), torch.from_numpy(holes), longest)
-            for array in (
-                self._lengths, self._counts, self._limits, self._keys, self._tokens, self._logprobs, self._versions,
-            ):  # fmt: skip
-                array[holes] = array[movers]
-            for hole, mover in zip(holes.tolist(), movers.tolist(), strict=True):
-                self._rows[hole], self._topk[hole] = self._rows[mover], self._topk[mover]
-        del self._rows[live:], self._topk[live:]
+        completions = [self._rows.completion(int(row), self._stop_ids) for row in done]
+        longest = int(self._rows.positions.max())
+        sources, targets = self._rows.remove(done)
+        if len(sources):
+            self._cache.move(torch.from_numpy(sources), torch.from_numpy(targets), longest)
         return completions
-
-    def _completion(self, row: int, stopped: bool) -> Completion:
-        request, sibling = self._rows[row]
-        count, k = int(self._counts[row]), request.top_logprobs
-        topk = self._topk[row]
-        return Completion(
-            request_id=request.request_id,
-            sibling=sibling,
-            token_ids=self._tokens[row, :count].copy(),
-            logprobs=self._logprobs[row, :count].copy(),
-            versions=self._versions[row, :count].copy(),
-            topk_ids=np.stack([t[0] for t in topk]).astype(np.int32) if k else np.zeros((count, 0), np.int32),
-            topk_logprobs=np.stack([t[1] for t in topk]) if k else np.zeros((count, 0), np.float32),
-            finish_reason="stop" if stopped else "length",
-        )
-
-
-def inverse_cdf(log_q: Tensor, noise: Tensor) -> Tensor:
-    """Token ids ``[n]``: the first id at which the cumulated probability of ``log_q[n, V]`` reaches the noise.
-
-    An id without probability is never chosen: its cumulated mass equals its predecessor's.
-    """
-    mass = log_q.exp().cumsum(dim=-1)
-    chosen = torch.searchsorted(mass, (noise * mass[:, -1])[:, None]).squeeze(1)
-    return chosen.clamp_max_(log_q.shape[1] - 1)

@@ -1,1 +1,1 @@
-"""What the policy is asked, and how its answers are scored."""
+"""Tasks: where prompts come from and how completions are rewarded."""

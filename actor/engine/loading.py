@@ -1,0 +1,59 @@
+"""A Hugging Face directory -> a transformers model ready to decode."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from actor.engine.experts import use_lean_experts
+from common.errors import ModelError
+
+MODEL_TYPES = ("qwen3_moe", "qwen3", "qwen2", "llama")
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+
+def load_model(directory: Path, max_length: int, dtype: torch.dtype) -> Any:
+    """Load from local files only. Raises ModelError for a directory that is missing, half written or unsupported."""
+    for path in (directory, directory / "config.json"):
+        if not path.exists():
+            raise ModelError(f"{path}: not there; name a Hugging Face directory, or make one with tools.warmstart")
+    if not any((directory / name).is_file() for name in WEIGHT_FILES):
+        raise ModelError(f"{directory}: has none of {', '.join(WEIGHT_FILES)}; copy the whole directory")
+    transformers_logging.disable_progress_bar()
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, attn_implementation="sdpa", local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # noqa: BLE001  # transformers and safetensors raise many kinds for a bad directory
+        raise ModelError(f"{directory}: cannot be loaded ({type(error).__name__}: {error})") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelError(f"{directory}: {len(missing)} tensors are missing, {missing[0]} first; copy the whole directory")
+    _check_supported(model.config, directory, max_length)
+    model.eval().requires_grad_(False)
+    use_lean_experts(model)
+    return model
+
+
+def _check_supported(config: Any, directory: Path, max_length: int) -> None:
+    if config.model_type not in MODEL_TYPES:
+        raise ModelError(f"{directory}: model_type={config.model_type!r}; the embedded engine runs {MODEL_TYPES}")
+    if getattr(config, "use_sliding_window", False):
+        raise ModelError(f"{directory}: use_sliding_window=true is not supported; use a checkpoint without it")
+    if max_length > config.max_position_embeddings:
+        raise ModelError(
+            f"{directory}: max_length={max_length} exceeds max_position_embeddings={config.max_position_embeddings}"
+        )
+
+
+def stop_ids(model: Any) -> list[int]:
+    """Tokens that end a completion, the main one first; empty if the model names none."""
+    named = model.config.eos_token_id
+    if named is None:
+        named = model.generation_config.eos_token_id
+    ids = [] if named is None else [named] if isinstance(named, int) else list(named)
+    extra = model.generation_config.eos_token_id
+    extra = [] if extra is None else [extra] if isinstance(extra, int) else list(extra)
+    return list(dict.fromkeys([*ids, *extra]))
