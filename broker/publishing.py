@@ -60,6 +60,12 @@ class PublishCoordinator:
         """The version whose collective has started, -1 for none."""
         return self._attempt.publish.version if self._attempt and self._attempt.sending else -1
 
+    @property
+    def newest_offered(self) -> int:
+        """The newest version that the learner has offered."""
+        offered = [p.version for p in (self._queued, self._attempt.publish if self._attempt else None) if p]
+        return max([self.published, *offered])
+
     def is_suspended(self, receiver: str) -> bool:
         """Whether the receiver was dropped and has given no sign since."""
         return receiver in self._suspended

@@ -376,8 +376,9 @@ class BrokerService:
     # ---- weights --------------------------------------------------------------------------------
 
     def _on_publish(self, peer: Peer, message: wire.Publish) -> None:
-        if message.version not in (self.weights.published, self.weights.published + 1):
-            raise ProtocolError(f"version {message.version} offered after {self.weights.published}: versions come in order")
+        newest = self.weights.newest_offered
+        if message.version not in (newest, newest + 1):
+            raise ProtocolError(f"version {message.version} offered after {newest}: versions come in order")
         self._dispatch(self.weights.on_publish(message, self.roster.receivers(), time.monotonic()))
 
     def _on_published(self, peer: Peer, message: wire.Published) -> None:

@@ -15,14 +15,12 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
-    """One layer's ``[S, L, H, D]`` keys and values, seen through transformers' interface."""
+    """One layer's ``[S, H, L, D]`` keys and values, seen through transformers' interface."""
 
-    def __init__(self, owner: "SlotCache", keys_SLHD: Tensor, values_SLHD: Tensor) -> None:
+    def __init__(self, owner: "SlotCache", keys_SHLD: Tensor, values_SHLD: Tensor) -> None:
         super().__init__()
         self._owner = owner
-        self._keys, self._values = keys_SLHD, values_SLHD
-        self._flat_keys, self._flat_values = keys_SLHD.flatten(0, 1), values_SLHD.flatten(0, 1)
-        self._keys_view = self._values_view = keys_SLHD
+        self._keys, self._values = keys_SHLD, values_SHLD
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -33,13 +31,13 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is unty
         owner = self._owner
         if owner.sources is not None:  # prefill: attend to the prompt itself, keep it for every sibling
             rows, length = slice(owner.first, owner.first + len(owner.sources)), key_states.shape[2]
-            self._keys[rows, :length] = key_states.transpose(1, 2)[owner.sources]
-            self._values[rows, :length] = value_states.transpose(1, 2)[owner.sources]
+            self._keys[rows, :, :length] = key_states[owner.sources]
+            self._values[rows, :, :length] = value_states[owner.sources]
             return key_states, value_states
-        self._flat_keys.index_copy_(0, owner.cells, key_states.squeeze(2))
-        self._flat_values.index_copy_(0, owner.cells, value_states.squeeze(2))
         rows, length = slice(owner.rows), owner.length
-        return self._keys[rows, :length].transpose(1, 2), self._values[rows, :length].transpose(1, 2)
+        self._keys[owner.row_ids, :, owner.positions] = key_states.squeeze(2)
+        self._values[owner.row_ids, :, owner.positions] = value_states.squeeze(2)
+        return self._keys[rows, :, :length], self._values[rows, :, :length]
 
     def get_seq_length(self) -> int:
         """Tokens of the longest live row."""
@@ -51,18 +49,18 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is unty
 
     def get_max_length(self) -> int:
         """L."""
-        return self._keys.shape[1]
+        return self._keys.shape[2]
 
 
 class SlotCache(Cache):  # type: ignore[misc]  # transformers is untyped
     """A transformers ``Cache`` of a fixed number of slots."""
 
     def __init__(self, layers: int, slots: int, max_length: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
-        self._all = torch.zeros(2, layers, slots, max_length, heads, head_dim, dtype=dtype)
-        self._max_length = max_length
+        self._all = torch.zeros(2, layers, slots, heads, max_length, head_dim, dtype=dtype)
+        self._slots = torch.arange(slots)
         self.sources: Tensor | None = None  # i64 [n'] unique prompt of each new row, while a prefill runs
         self.first = 0  # slot of the first new row
-        self.cells = torch.empty(0, dtype=torch.int64)  # [n] flat (slot, position) that each row writes
+        self.positions = self.row_ids = self._slots[:0]  # i64 [n] where each row writes
         self.rows = 0
         self.length = 0
         super().__init__(layers=[_SlotLayer(self, self._all[0, i], self._all[1, i]) for i in range(layers)])
@@ -75,11 +73,11 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is untyped
         """The next pass reads one token a row, at ``positions`` (i64 ``[n]``), all below ``longest``."""
         self.sources = None
         self.rows, self.length = len(positions), longest
-        self.cells = torch.arange(self.rows) * self._max_length + positions
+        self.row_ids, self.positions = self._slots[: self.rows], positions
 
     def move(self, sources: Tensor, targets: Tensor, length: int) -> None:
         """Copy the first ``length`` positions of rows ``sources`` over rows ``targets`` (i64, disjoint)."""
-        self._all[:, :, targets, :length] = self._all[:, :, sources, :length]
+        self._all[:, :, targets, :, :length] = self._all[:, :, sources, :, :length]
 
     def clear(self) -> None:
         """Zero everything, so that non-finite leftovers cannot leak through a mask (0 * nan)."""

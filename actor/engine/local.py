@@ -214,7 +214,7 @@ class LocalEngine:
 
     def _sample(self, logits_nV: Tensor) -> None:
         rows = self._rows
-        finite = logits_nV.isfinite().all(-1)
+        finite = logits_nV.sum(-1).isfinite()  # a row with any inf or nan
         if not finite.all():
             bad = rows.request(int(finite.int().argmin()))
             raise EngineError(

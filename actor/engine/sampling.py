@@ -29,7 +29,7 @@ def sample(logits_nV: Tensor, temperatures: Tensor, uniforms: Tensor) -> Sampled
     logits_nV = logits_nV.float()
     logprobs_nV = (logits_nV / scale.unsqueeze(1)).log_softmax(-1)
     cdf_nV = logprobs_nV.exp().cumsum(-1, dtype=torch.float64)
-    total_n1 = cdf_nV[:, -1:]
+    total_n1 = cdf_nV[:, -1:].contiguous()
     ids = torch.searchsorted(cdf_nV, uniforms.unsqueeze(1) * total_n1, right=True)
     # uniform * total may round up to the total: the last id with a positive probability ends the range.
     ids = torch.minimum(ids, torch.searchsorted(cdf_nV, total_n1)).squeeze(1)
