@@ -15,13 +15,16 @@ def combine(channels: Mapping[str, float], weights: Mapping[str, float]) -> floa
     """
     if not weights:
         raise TaskError("task.reward_weights is empty: nothing would be rewarded")
+    for name, value in channels.items():
+        if not math.isfinite(value):
+            raise TaskError(f"reward channel {name} returned {value}: a task must return finite rewards")
     total = 0.0
     for name, weight in weights.items():
         if name not in channels:
             near = difflib.get_close_matches(name, list(channels), n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"channels: {', '.join(sorted(channels))}"
             raise TaskError(f"task.reward_weights.{name}: the task has no such channel; {hint}")
-        if not math.isfinite(channels[name]):
-            raise TaskError(f"reward channel {name} returned {channels[name]}")
+        if not math.isfinite(weight):
+            raise TaskError(f"task.reward_weights.{name}={weight}: must be finite")
         total += weight * channels[name]
     return total

@@ -160,10 +160,11 @@ class Pipeline:
     def assemble(self, min_version: int) -> ScoreRequest | None:
         """Choose and collate the next step if it is ready and due; returns what must be scored.
 
+        A step is due when it is at most ``broker.assemble_ahead`` ahead of the published version
+        ``min_version``, which will score it: the later, the closer to the policy that trains on it.
         With rejection off the step is finished at once and None is returned.
         """
-        ahead = self.ledger.next_step - (self.committed_step + 1)
-        if self._scoring is not None or ahead > self.config.broker.assemble_ahead:
+        if self._scoring is not None or self.ledger.next_step - min_version > self.config.broker.assemble_ahead:
             return None
         chosen = self.ledger.select()
         if chosen is None:

@@ -177,7 +177,7 @@ class BrokerSection:
     retain_mb: float = 256.0  # committed shards kept for a learner that resumes
     heartbeat_s: float = 1.0
     peer_timeout_s: float = 15.0  # a silent peer is dropped and its groups are granted again
-    assemble_ahead: int = 1  # steps assembled (scored, thinned, packed) beyond the one in training
+    assemble_ahead: int = 1  # versions between scoring and training; 0 scores with the learner's own, at its pace
     score_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:

@@ -87,7 +87,7 @@ def make(config: RunConfig, directory: Path) -> None:
 def build(config: RunConfig, vocab_size: int, eos_id: int, pad_id: int) -> Qwen3MoeForCausalLM:
     """A randomly initialised Qwen3-MoE of the configured shape."""
     shape = config.warmstart
-    return Qwen3MoeForCausalLM(
+    model = Qwen3MoeForCausalLM(
         Qwen3MoeConfig(
             vocab_size=vocab_size,
             hidden_size=shape.hidden,
@@ -105,6 +105,7 @@ def build(config: RunConfig, vocab_size: int, eos_id: int, pad_id: int) -> Qwen3
             max_position_embeddings=MAX_POSITIONS,
             rope_theta=ROPE_THETA,
             tie_word_embeddings=False,
+            initializer_range=float(__import__("os").environ.get("IR","0.02")),
             router_aux_loss_coef=BALANCE,
             output_router_logits=True,
             eos_token_id=eos_id,
@@ -112,6 +113,9 @@ def build(config: RunConfig, vocab_size: int, eos_id: int, pad_id: int) -> Qwen3
             bos_token_id=None,
         )
     )
+    # transformers starts the padding row at zero, where a norm's gradient is a thousandfold; the policy may sample it
+    torch.nn.init.normal_(model.model.embed_tokens.weight.data[pad_id], std=model.config.initializer_range)
+    return model
 
 
 def train(config: RunConfig, model: Qwen3MoeForCausalLM, task: Task) -> tuple[int, float]:

@@ -26,11 +26,13 @@ def load_model(directory: Path, max_length: int, dtype: torch.dtype) -> Any:
         model, report = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, attn_implementation="sdpa", local_files_only=True, output_loading_info=True
         )
-    except Exception as error:  # noqa: BLE001  # transformers and safetensors raise many kinds for a bad directory
+    except Exception as error:  # transformers and safetensors raise many kinds for a bad directory
         raise ModelError(f"{directory}: cannot be loaded ({type(error).__name__}: {error})") from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
-        raise ModelError(f"{directory}: {len(missing)} tensors are missing, {missing[0]} first; copy the whole directory")
+        raise ModelError(
+            f"{directory}: {len(missing)} tensors are missing, {missing[0]} first; copy the whole directory"
+        )
     _check_supported(model.config, directory, max_length)
     model.eval().requires_grad_(False)
     use_lean_experts(model)

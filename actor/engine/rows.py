@@ -53,17 +53,18 @@ class Rows:
     def positions(self) -> NDArray[np.int32]:
         """``[n]`` where each row's newest token stands, from 0."""
         state = self._state[: self.live]
-        return state["prompt"] + state["sampled"] - 1  # type: ignore[no-any-return]
+        positions: NDArray[np.int32] = state["prompt"] + state["sampled"] - 1
+        return positions
 
     @property
     def newest(self) -> NDArray[np.int32]:
         """``[n]`` newest token ids."""
-        return self._state["newest"][: self.live]  # type: ignore[no-any-return]
+        return self._state["newest"][: self.live]
 
     @property
     def temperatures(self) -> NDArray[np.float32]:
         """``[n]``, 0 where greedy."""
-        return self._state["temperature"][: self.live]  # type: ignore[no-any-return]
+        return self._state["temperature"][: self.live]
 
     def request(self, row: int) -> SampleRequest:
         """Whose sequence ``row`` is."""

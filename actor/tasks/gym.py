@@ -15,7 +15,8 @@ from actor.tasks.base import PromptItem, Split
 from common.errors import TaskError
 
 CORRECT_FROM = 0.99
-BLOCK = 512  # questions generated at once
+BLOCK = 512  # questions generated at once, and how many are held out
+REPLACEMENTS = 64  # tried for a training question that is held out
 HELD_OUT_SEED = 0x5EED  # added to the run's seed
 
 
@@ -56,10 +57,15 @@ class GymTask:
 
     def prompt(self, index: int, split: Split) -> PromptItem:
         """Question ``index``; a training question that is also held out is replaced by a later one."""
-        entry = self._entry(index, split)
+        entry = self._entry(index % BLOCK if split == "heldout" else index, split)
         replacement = index
-        while split == "train" and entry["question"] in self._held_out and replacement < index + 64 * BLOCK:
+        while split == "train" and entry["question"] in self._held_out:
             replacement += BLOCK
+            if replacement > index + REPLACEMENTS * BLOCK:
+                raise TaskError(
+                    f"task.name=gym:{self._name}: {REPLACEMENTS} training questions in a row are also held out; "
+                    "make the data set larger with task.params"
+                )
             entry = self._entry(replacement, split)
         return PromptItem(self._encode(entry["question"]), (entry, self._name))
 

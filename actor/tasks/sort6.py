@@ -53,7 +53,8 @@ class Sort6:
         """Question ``index``: uniform over its split, by rejection from uniform questions."""
         wanted = split == "heldout"
         for attempt in range(10_000):
-            words = philox4x32((self._seed, STREAM_PROMPTS), index & 0xFFFFFFFF, index >> 32, attempt, SPLITS.index(split))
+            counter = (index & 0xFFFFFFFF, index >> 32, attempt, SPLITS.index(split))
+            words = philox4x32((self._seed, STREAM_PROMPTS), *counter)
             question = int(words[0]) % QUESTIONS
             if _is_held_out(question) == wanted:
                 digits = f"{question:0{DIGITS}d}"
@@ -68,10 +69,8 @@ class Sort6:
 def write_tokenizer(directory: str | Path) -> None:
     """The alphabet as a Hugging Face tokenizer; the same bytes every time."""
     directory = Path(directory)
-    special = [
-        {"id": i, "content": ALPHABET[i], "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        for i in (EOS, PAD)
-    ]  # fmt: skip
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    special = [{"id": i, "content": ALPHABET[i], **plain, "special": True} for i in (EOS, PAD)]
     tokenizer = {
         "version": "1.0",
         "truncation": None,
