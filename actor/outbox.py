@@ -26,7 +26,7 @@ def pack(run_id: str, channel_names: Sequence[str], finished: Sequence[Finished]
     completions = [f.completion for f in finished]
     lengths = [len(p) + len(c.token_ids) for p, c in zip(prompts, completions, strict=True)]
 
-    def interleave(fill: float, dtype: type[np.generic], values: list[np.ndarray]) -> np.ndarray:  # type: ignore[type-arg]
+    def interleave(fill: float, dtype: type[np.generic], values: list[np.ndarray]) -> np.ndarray:
         parts = []
         for prompt, value in zip(prompts, values, strict=True):
             parts += [np.full((len(prompt), *value.shape[1:]), fill, dtype), value.astype(dtype, copy=False)]

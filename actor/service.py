@@ -53,7 +53,7 @@ def make_engine(config: RunConfig) -> Engine:
     """The engine that the configuration names."""
     if config.actor.engine != "local":
         raise ConfigError(
-            f"actor.engine={config.actor.engine!r}: this version samples with the embedded engine only; set actor.engine=local"
+            f"actor.engine={config.actor.engine!r}: only the embedded engine exists; set actor.engine=local"
         )
     from actor.engine.local import LocalEngine
 

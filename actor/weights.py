@@ -29,7 +29,9 @@ class GroupCollective:
         self._store = store
         self._group: Any
         if publish["backend"] == "nccl":
-            self._group = dist.ProcessGroupNCCL(prefix, prepare.rank, prepare.world, timeout)
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            self._group = dist.ProcessGroupNCCL(prefix, prepare.rank, prepare.world, options)
         else:
             self._group = dist.ProcessGroupGloo(prefix, prepare.rank, prepare.world, timeout)
 
@@ -41,7 +43,7 @@ class GroupCollective:
 
     def view(self, tensor: torch.Tensor) -> memoryview:
         """The bytes of a received bucket."""
-        return memoryview(tensor.cpu().numpy())
+        return tensor.cpu().numpy().data
 
     def receive_digest(self) -> str:
         """The learner's digest, in hex."""

@@ -1,1 +1,1 @@
-"""The broker: admission within the staleness budget, groups, advantages, rejection, packing and receipts. No torch here."""
+"""The broker: admission within the staleness budget, groups, advantages, rejection, packing, receipts. No torch."""

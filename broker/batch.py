@@ -92,7 +92,7 @@ def reject(batch: Batch, log_p: NDArray[np.float32], version: int, seed: int, lo
     """Optimal budgeted rejection of every trainable token under scores ``log_p[N]`` of ``version``."""
     on = np.flatnonzero(batch.trainable)
     owner = np.repeat(np.arange(len(batch.groups)), np.diff(batch.cu_seqlens))[on]
-    position = (on - batch.cu_seqlens[:-1][owner]).astype(np.int64)
+    position = (on - batch.cu_seqlens[:-1][owner]).astype(np.int32)
     scores = np.minimum(log_p[on], np.float32(0))  # rounding may lift a certain token above 0
     nan = np.isnan(scores)
     scores = np.where(nan, np.float32(-np.inf), scores)

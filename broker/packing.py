@@ -23,7 +23,9 @@ def balance(lengths: NDArray[np.int64], ranks: int) -> list[NDArray[np.int64]]:
     return [np.array(sorted(part), np.int64) for part in assigned]
 
 
-def token_index(cu_seqlens: NDArray[np.int64], members: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def token_index(
+    cu_seqlens: NDArray[np.int64], members: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Positions of the tokens of ``members`` in the packed batch, and the members' own offsets."""
     lengths = np.diff(cu_seqlens)[members]
     offsets = np.concatenate(([0], np.cumsum(lengths)))

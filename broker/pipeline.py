@@ -124,7 +124,8 @@ class Pipeline:
         if len(trajectory.token_ids) > self.config.rollout.max_length:
             return f"{len(trajectory.token_ids)} tokens, more than rollout allows ({self.config.rollout.max_length})"
         if trajectory.topk_ids.shape[1] != self.config.rollout.top_logprobs:
-            return f"{trajectory.topk_ids.shape[1]} alternatives a token, rollout.top_logprobs={self.config.rollout.top_logprobs}"
+            asked = self.config.rollout.top_logprobs
+            return f"{trajectory.topk_ids.shape[1]} alternatives a token, rollout.top_logprobs={asked}"
         is_new, complete = self.book.add(trajectory)
         if not is_new:
             self.counts["repeats"] += 1
@@ -206,7 +207,9 @@ class Pipeline:
         if result.version < request.min_version:
             raise DataError(f"score_result: scored by version {result.version}, asked for {request.min_version}")
         self._scoring = None
-        decision = reject(batch, result.log_p, result.version, self.config.run.seed, float(np.log(self.config.obrs.threshold)))
+        decision = reject(
+            batch, result.log_p, result.version, self.config.run.seed, float(np.log(self.config.obrs.threshold))
+        )
         self._finish(batch, decision)
 
     def _finish(self, batch: Batch, decision: Decision) -> None:

@@ -38,7 +38,9 @@ class RunFiles:
                 run_id, generation = str(known["run_id"]), int(known["generation"]) + 1
                 self.started_at = float(known["started_at"])
             except (ValueError, KeyError, TypeError) as error:
-                raise ProtocolError(f"{path} is damaged ({error}); move {self.directory} away to start a new run") from error
+                raise ProtocolError(
+                    f"{path} is damaged ({error}); move {self.directory} away to start a new run"
+                ) from error
         write_json(path, {"run_id": run_id, "generation": generation, "started_at": self.started_at})
         return run_id, generation
 

@@ -144,10 +144,10 @@ class BrokerService:
         deadline = time.monotonic() + FAREWELL_S
         while self.roster.all() and time.monotonic() < deadline:
             for identity, message in self.router.receive(TURN_S):
-                peer = self.roster.get(identity)
-                if peer is not None and isinstance(message, wire.Bye):
+                known = self.roster.get(identity) is not None
+                if known and isinstance(message, wire.Bye):
                     self.roster.remove(identity)
-                elif peer is not None and isinstance(message, wire.Trajectories):
+                elif known and isinstance(message, wire.Trajectories):
                     self._receive(identity, message)
 
     # ---- peers ----------------------------------------------------------------------------------
@@ -188,7 +188,9 @@ class BrokerService:
             self.pipeline.start_at(hello.version)
             self.weights.published = max(self.weights.published, hello.version)
         if known is None:
-            log.info("%s %s joined (version %d, %s pid %d)", hello.role, hello.name, hello.version, hello.host, hello.pid)
+            log.info(
+                "%s %s joined (version %d, %s pid %d)", hello.role, hello.name, hello.version, hello.host, hello.pid
+            )
         self.router.send(
             identity, wire.Welcome(self.files.run_id, self.weights.published, self.config.broker.heartbeat_s)
         )
@@ -241,7 +243,9 @@ class BrokerService:
         if self._score_sent is not None and self._score_sent[0] == peer.identity:
             self._score_sent = None
         level = logging.INFO if orderly else logging.WARNING
-        log.log(level, "%s %s left: %s%s", peer.role, peer.name, reason, f"; {given_up} groups given up" if given_up else "")
+        log.log(
+            level, "%s %s left: %s%s", peer.role, peer.name, reason, f"; {given_up} groups given up" if given_up else ""
+        )
 
     def _on_heartbeat(self, peer: Peer, message: wire.Heartbeat) -> None:
         peer.version = max(peer.version, message.version)
@@ -313,7 +317,9 @@ class BrokerService:
         if not replicas:
             return
         if self._score_sent is not None:
-            log.warning("no scores within %.0f s (broker.score_timeout_s): asking again", self.config.broker.score_timeout_s)
+            log.warning(
+                "no scores within %.0f s (broker.score_timeout_s): asking again", self.config.broker.score_timeout_s
+            )
         chosen = replicas[self._next_replica % len(replicas)]
         self._next_replica += 1
         self._score_sent = (chosen.identity, now)

@@ -50,7 +50,7 @@ class _Layout:
 
 
 @cache
-def _layout(kind: type[Any]) -> _Layout:
+def _layout(kind: Any) -> _Layout:
     hints = typing.get_type_hints(kind)
     arrays, plain = {}, {}
     for f in dataclasses.fields(kind):
@@ -63,7 +63,8 @@ def _layout(kind: type[Any]) -> _Layout:
 
 def encode(message: Any) -> list[Any]:
     """Frames of ``message``: bytes and array memory, ready for ``send_multipart(copy=False)``."""
-    layout = _layout(type(message))
+    kind: Any = type(message)
+    layout = _layout(kind)
     plain = {name: getattr(message, name) for name in layout.plain}
     arrays = {}
     for name, (dtype, ndim) in layout.arrays.items():
@@ -86,7 +87,7 @@ def encode(message: Any) -> list[Any]:
     else:
         for frame, (name, value) in enumerate(arrays.items()):
             table.append([name, value.dtype.str, list(value.shape), frame, 0])
-            payload.append(memoryview(value.reshape(-1).view(np.uint8)))
+            payload.append(value.reshape(-1).view(np.uint8).data)
     header = msgpack.packb({"w": WIRE_VERSION, "t": message.TAG, "h": plain, "a": table})
     return [header, *payload]
 
@@ -98,7 +99,7 @@ def decode(frames: Sequence[Any], kinds: dict[str, type[Any]]) -> Any:
     :class:`common.errors.DataError`.
     """
     head = _header(frames)
-    kind = kinds.get(head["t"])
+    kind: Any = kinds.get(head["t"])
     if kind is None:
         raise WireError(f"message {head['t']!r} is not expected here; expected one of {', '.join(sorted(kinds))}")
     layout = _layout(kind)
@@ -122,7 +123,9 @@ def _header(frames: Sequence[Any]) -> dict[str, Any]:
     if not isinstance(head, dict) or set(head) != {"w", "t", "h", "a"}:
         raise WireError("header must be a map of w, t, h and a")
     if head["w"] != WIRE_VERSION:
-        raise WireError(f"wire version {head['w']!r}, this process speaks {WIRE_VERSION}; run the same croupier on both ends")
+        raise WireError(
+            f"wire version {head['w']!r}, this process speaks {WIRE_VERSION}; run the same croupier on both ends"
+        )
     if not isinstance(head["t"], str) or not isinstance(head["h"], dict) or not isinstance(head["a"], list):
         raise WireError("header fields have the wrong types")
     return head
@@ -158,7 +161,9 @@ def _matches(value: Any, annotation: Any) -> bool:
 
 
 def _array_fields(tag: str, table: list[Any], payload: Sequence[Any], layout: _Layout) -> dict[str, Any]:
-    if len(table) > MAX_ARRAYS or [row[0] if isinstance(row, list) and row else None for row in table] != list(layout.arrays):
+    if len(table) > MAX_ARRAYS or [row[0] if isinstance(row, list) and row else None for row in table] != list(
+        layout.arrays
+    ):
         raise WireError(f"{tag}: arrays must be exactly {', '.join(layout.arrays) or 'none'}, in this order")
     values: dict[str, Any] = {}
     for row in table:
@@ -175,14 +180,18 @@ def _array_fields(tag: str, table: list[Any], payload: Sequence[Any], layout: _L
         ):
             raise WireError(f"{tag}.{name}: shape {shape!r}, needs {ndim} axes")
         if not isinstance(frame, int) or not isinstance(offset, int) or not 0 <= frame < len(payload) or offset < 0:
-            raise WireError(f"{tag}.{name}: frame {frame!r} at {offset!r} is not in the message of {len(payload)} payload frames")
+            raise WireError(
+                f"{tag}.{name}: frame {frame!r} at {offset!r} is not in the message of {len(payload)} payload frames"
+            )
         count = 1
         for n in shape:
             count *= n
         need = count * np.dtype(expected_dtype).itemsize
         buffer = memoryview(payload[frame])
         if offset + need > buffer.nbytes:
-            raise WireError(f"{tag}.{name}: shape {shape} needs {need} bytes at {offset}, the frame has {buffer.nbytes}")
+            raise WireError(
+                f"{tag}.{name}: shape {shape} needs {need} bytes at {offset}, the frame has {buffer.nbytes}"
+            )
         view = np.frombuffer(buffer, dtype=expected_dtype, count=count, offset=offset).reshape(shape)
         view.flags.writeable = False
         values[name] = view

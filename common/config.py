@@ -145,7 +145,10 @@ class LossSection:
         _require(0 <= self.clip_low < 1, "loss.clip_low", self.clip_low, "must lie in [0, 1)")
         _require(self.clip_high >= 0, "loss.clip_high", self.clip_high, "must not be negative")
         _require(
-            self.weight_cap is None or self.weight_cap > 0, "loss.weight_cap", self.weight_cap, "must be positive or null"
+            self.weight_cap is None or self.weight_cap > 0,
+            "loss.weight_cap",
+            self.weight_cap,
+            "must be positive or null",
         )
         _require(self.balance >= 0, "loss.balance", self.balance, "must not be negative")
 
@@ -231,7 +234,9 @@ class LearnerSection:
     def __post_init__(self) -> None:
         """Validate."""
         _require(self.ranks >= 1, "learner.ranks", self.ranks, "must be at least 1")
-        _require(self.micro_batch_tokens >= 1, "learner.micro_batch_tokens", self.micro_batch_tokens, "must be positive")
+        _require(
+            self.micro_batch_tokens >= 1, "learner.micro_batch_tokens", self.micro_batch_tokens, "must be positive"
+        )
         _require(self.checkpoint_keep >= 1, "learner.checkpoint_keep", self.checkpoint_keep, "must be at least 1")
 
 

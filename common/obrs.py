@@ -25,12 +25,14 @@ def log_acceptance(log_p: Floats, log_q: Floats, log_threshold: float) -> Floats
     """``log a = min(0, log p - log q - log lam)``, float32 ``[N]``; ``log_p`` may be -inf (then -inf)."""
     threshold = np.float32(log_threshold)
     # p = q with lam = 1 must give exactly 0, so subtract before the threshold does.
-    return np.minimum(np.float32(0), (log_p - log_q) - threshold)
+    result: Floats = np.minimum(np.float32(0), (log_p - log_q) - threshold)
+    return result
 
 
 def log_inclusion(log_p: Floats, log_q: Floats, log_threshold: float) -> Floats:
     """``log m = min(log q, log p - log lam)``, float32 ``[N]`` (algorithms.md 1.4)."""
-    return np.minimum(log_q, log_p - np.float32(log_threshold))
+    result: Floats = np.minimum(log_q, log_p - np.float32(log_threshold))
+    return result
 
 
 def coins(

@@ -7,6 +7,7 @@ acknowledged, and the broker tells repeats by their ids. Both ends bound their q
 its main thread computes. Messages cross to the main thread through a queue.
 """
 
+import contextlib
 import logging
 import queue
 import threading
@@ -169,10 +170,8 @@ class BrokerLink:
         with self._lock:
             self._outbox.append(frames)
             if not self._wake_send.closed:
-                try:
+                with contextlib.suppress(zmq.Again):  # the thread has plenty of wake-ups waiting already
                     self._wake_send.send(b"", flags=zmq.NOBLOCK)
-                except zmq.Again:
-                    pass  # the thread has plenty of wake-ups waiting already
 
     def receive(self, timeout_s: float = 0.0) -> Any | None:
         """The next message, or None after ``timeout_s``. Raises what the broker refused us for."""

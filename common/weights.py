@@ -172,7 +172,7 @@ class WeightReceiver:
                 staged = self._receive(job, publish)
                 self.log.debug("version %d arrived in %.3f s", publish.version, time.perf_counter() - started)
                 self._staged.put(staged)
-            except Exception as error:  # torch raises RuntimeError and its subclasses; all mean: not received
+            except Exception as error:  # noqa: BLE001  # torch raises RuntimeError and its subclasses; all mean: not received
                 self._drop_collective()
                 self.log.warning("version %d did not arrive: %s", publish.version, error)
                 self._send(ReceiveFailed(job.epoch, publish.version, str(error)[:500]))

@@ -190,7 +190,9 @@ class Trajectories:
         if self.channels.shape[1] != len(self.channel_names):
             raise DataError(f"trajectories: {self.channels.shape[1]} reward channels, {len(self.channel_names)} names")
         if self.topk_ids.shape != self.topk_log_q.shape:
-            raise DataError(f"trajectories: topk_ids {self.topk_ids.shape} and topk_log_q {self.topk_log_q.shape} differ")
+            raise DataError(
+                f"trajectories: topk_ids {self.topk_ids.shape} and topk_log_q {self.topk_log_q.shape} differ"
+            )
 
     def faults(self, vocab_size: int, newest_version: int) -> dict[int, str]:
         """What is wrong with the contents, by trajectory; an empty dict if nothing is."""
@@ -203,7 +205,7 @@ class Trajectories:
                 found.setdefault(int(b), text)
 
         note(~np.isfinite(self.log_q), "log_q is NaN or infinite")
-        note(self.log_q > LOG_Q_TOLERANCE, "log_q is positive: no log-probability")
+        note(np.asarray(self.log_q > LOG_Q_TOLERANCE, np.bool_), "log_q is positive: no log-probability")
         note((self.token_ids < 0) | (self.token_ids >= vocab_size), f"token id outside the vocabulary of {vocab_size}")
         note(self.trainable > 1, "trainable must be 0 or 1")
         note(on & (self.versions < 0), "a sampled token has no version")
@@ -492,6 +494,7 @@ TO_BROKER: dict[str, type[Any]] = {
 FROM_BROKER: dict[str, type[Any]] = {
     m.TAG: m
     for m in (
-        Welcome, Refused, WhoAreYou, Pong, Stop, Grant, Ack, ScoreRequest, Shard, Waiting, Prepare, Go, PublishDone, Resync,
+        Welcome, Refused, WhoAreYou, Pong, Stop, Grant, Ack, ScoreRequest, Shard, Waiting, Prepare, Go, PublishDone,
+        Resync,
     )
 }  # fmt: skip

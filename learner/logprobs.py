@@ -75,7 +75,7 @@ def token_logprobs(
     hidden: Tensor, head: Tensor, targets: Tensor, temperature: float, chunk: int
 ) -> tuple[Tensor, Tensor]:
     """``(log p[N] with gradient, entropy[N] without)`` of ``targets[N]`` given ``hidden[N, C]``, ``head[V, C]``."""
-    result: tuple[Tensor, Tensor] = _TokenLogprobs.apply(hidden, head, targets, temperature, chunk)
+    result: tuple[Tensor, Tensor] = _TokenLogprobs.apply(hidden, head, targets, temperature, chunk)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -10,7 +10,13 @@ class Optimizer:
     """AdamW over a model's named parameters; :meth:`step` expects gradients summed over ranks."""
 
     def __init__(
-        self, model: nn.Module, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, warmup_steps: int
+        self,
+        model: nn.Module,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        warmup_steps: int,
     ) -> None:
         self.names = [name for name, _ in model.named_parameters()]
         self.parameters = [parameter for _, parameter in model.named_parameters()]

@@ -48,7 +48,7 @@ class PolicyScorer:
         self.version = 0
 
     @torch.no_grad()
-    def score(self, request: wire.ScoreRequest) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+    def score(self, request: wire.ScoreRequest) -> tuple[np.ndarray, np.ndarray]:
         """``log p`` of every wanted token ``[N]`` and at its alternatives ``[N, k]``; 0 elsewhere."""
         device = self.model.device
         vocab_size = self.model.config.vocab_size
@@ -75,7 +75,9 @@ class PolicyScorer:
         received = dict(unpack(staged.buckets))
         if set(targets) != set(received):
             odd = sorted(set(targets) ^ set(received))[:3]
-            raise DataError(f"version {staged.version}: tensors {odd} are missing or unknown; is model.path the learner's?")
+            raise DataError(
+                f"version {staged.version}: tensors {odd} are missing or unknown; is model.path the learner's?"
+            )
         for name, tensor in received.items():
             targets[name].copy_(tensor)
         self.version = staged.version

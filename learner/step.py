@@ -78,11 +78,25 @@ def train_step(
     the weights by the balance loss alone.
     """
     optimizer.zero_grad()
-    sums = {n: 0.0 for n in ("policy", "balance", "entropy", "scored", "accepted", "clipped", "ratio", "weight", "weight_squared", "kl")}
+    sums = {
+        n: 0.0
+        for n in (
+            "policy",
+            "balance",
+            "entropy",
+            "scored",
+            "accepted",
+            "clipped",
+            "ratio",
+            "weight",
+            "weight_squared",
+            "kl",
+        )
+    }
     counts = torch.zeros(expert_fraction.shape, dtype=torch.int64, device=model.device)
     for first, last in micro_batches(batch.cu_seqlens, settings.micro_batch_tokens):
         loss, part, part_counts = _forward(model, batch, first, last, expert_fraction, settings)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         counts += part_counts
         for name, value in part.items():
             sums[name] += value

@@ -168,7 +168,7 @@ def to_batch(shard: wire.Shard, device: torch.device) -> StepBatch:
     """The shard's arrays as tensors; advantages spread over each trajectory's tokens."""
     lengths = np.diff(shard.cu_seqlens)
 
-    def tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:  # type: ignore[type-arg]
+    def tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
         return torch.from_numpy(np.array(array)).to(device=device, dtype=dtype)
 
     return StepBatch(
@@ -185,7 +185,9 @@ def to_batch(shard: wire.Shard, device: torch.device) -> StepBatch:
     )
 
 
-def _connect(config: RunConfig, parallel: DataParallel, version: int, run_id: str, stop: StopFlag) -> tuple[BrokerLink, int]:
+def _connect(
+    config: RunConfig, parallel: DataParallel, version: int, run_id: str, stop: StopFlag
+) -> tuple[BrokerLink, int]:
     """Say Hello; returns the link and the newest version that was published so far (-1: told to stop)."""
     hello = wire.Hello(
         role="learner",

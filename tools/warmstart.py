@@ -105,7 +105,7 @@ def build(config: RunConfig, vocab_size: int, eos_id: int, pad_id: int) -> Qwen3
             max_position_embeddings=MAX_POSITIONS,
             rope_theta=ROPE_THETA,
             tie_word_embeddings=False,
-            initializer_range=float(__import__("os").environ.get("IR","0.02")),
+            initializer_range=float(__import__("os").environ.get("IR", "0.02")),
             router_aux_loss_coef=BALANCE,
             output_router_logits=True,
             eos_token_id=eos_id,

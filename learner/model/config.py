@@ -82,7 +82,9 @@ class ModelConfig:
                 rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
                 rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10000.0))),
                 tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
-                num_experts=int(hf.get("num_experts") or hf.get("num_local_experts") or 0) if hf["model_type"] == "qwen3_moe" else 0,
+                num_experts=int(hf.get("num_experts") or hf.get("num_local_experts") or 0)
+                if hf["model_type"] == "qwen3_moe"
+                else 0,
                 num_experts_per_tok=int(hf.get("num_experts_per_tok") or 0),
                 moe_intermediate_size=int(hf.get("moe_intermediate_size") or 0),
                 norm_topk_prob=bool(hf.get("norm_topk_prob", False)),

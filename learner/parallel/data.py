@@ -34,7 +34,9 @@ class DataParallel:
         if "RANK" not in os.environ:
             return cls(0, 1, device)
         if len(present) < len(NEEDED):
-            raise ConfigError(f"{', '.join(set(NEEDED) - set(present))} not set beside RANK: start the ranks with torchrun")
+            raise ConfigError(
+                f"{', '.join(set(NEEDED) - set(present))} not set beside RANK: start the ranks with torchrun"
+            )
         if on_gpu:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
@@ -79,7 +81,9 @@ class DataParallel:
         try:
             dist.barrier()
         except RuntimeError as error:
-            raise DeadlineError(f"rank {self.rank}: not every rank arrived within {COLLECTIVE_TIMEOUT_S:.0f} s: {error}") from error
+            raise DeadlineError(
+                f"rank {self.rank}: not every rank arrived within {COLLECTIVE_TIMEOUT_S:.0f} s: {error}"
+            ) from error
 
     def differing_ranks(self, model: nn.Module) -> list[int]:
         """Ranks whose parameters are not bit for bit those of rank 0; empty when all agree."""

@@ -36,7 +36,9 @@ class WeightGroup:
         self._store = store
         self._group: Any
         if backend == "nccl":
-            self._group = dist.ProcessGroupNCCL(prefix, rank, world, timeout)
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            self._group = dist.ProcessGroupNCCL(prefix, rank, world, options)
         else:
             self._group = dist.ProcessGroupGloo(prefix, rank, world, timeout)
 
@@ -52,7 +54,7 @@ class WeightGroup:
 
     def view(self, tensor: torch.Tensor) -> memoryview:
         """The bytes of a bucket."""
-        return memoryview(tensor.cpu().numpy())
+        return tensor.cpu().numpy().data
 
     def receive_digest(self) -> str:
         """The learner's digest, in hex."""
@@ -70,9 +72,7 @@ class WeightGroup:
 def join(prepare: Prepare, deadline_s: float, device: torch.device) -> WeightGroup:
     """A receiver joins the group that ``prepare`` describes."""
     publish = prepare.publish
-    store = dist.TCPStore(
-        publish["host"], publish["port"], is_master=False, timeout=timedelta(seconds=deadline_s)
-    )
+    store = dist.TCPStore(publish["host"], publish["port"], is_master=False, timeout=timedelta(seconds=deadline_s))
     return WeightGroup(store, prepare.epoch, prepare.rank, prepare.world, publish["backend"], deadline_s, device)
 
 

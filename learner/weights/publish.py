@@ -63,9 +63,7 @@ class WeightPublisher:
         began = time.perf_counter()
         named = [(name, tensor.detach()) for name, tensor in tensors]
         listing = [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in named]
-        self._send(
-            Publish(version, self._host, self._store.port, self._backend, self._bucket_bytes, listing)
-        )
+        self._send(Publish(version, self._host, self._store.port, self._backend, self._bucket_bytes, listing))
         deadline = time.monotonic() + BROKER_ATTEMPTS * self._deadline_s
         while time.monotonic() < deadline:
             if should_stop():
@@ -79,8 +77,9 @@ class WeightPublisher:
                     return time.perf_counter() - began
             elif message is not None:
                 other(message)
+        waited = BROKER_ATTEMPTS * self._deadline_s
         raise DeadlineError(
-            f"version {version}: the broker did not start the publish within {BROKER_ATTEMPTS * self._deadline_s:.0f} s "
+            f"version {version}: the broker did not start the publish within {waited:.0f} s "
             "(weights.deadline_s); its log names the receiver that it waits for"
         )
 

@@ -139,7 +139,9 @@ def test_a_synchronous_run_from_the_first_grant_to_the_last_stop(make):
     evaluated = []
     for step in range(STEPS + 1):
         grants = []
-        while sum(len(g.groups) for g in grants) < (B if step < STEPS else 0) or (step in (0, 4) and not evaluated[-1:] == [step]):
+        while sum(len(g.groups) for g in grants) < (B if step < STEPS else 0) or (
+            step in (0, 4) and evaluated[-1:] != [step]
+        ):
             grant = actor.expect(wire.Grant)
             grants.append(grant)
             assert grant.min_version == step
@@ -216,9 +218,8 @@ def test_bad_trajectories_are_nacked_by_name_and_the_run_goes_on(make):
     status = broker.status()
     assert status["bad_messages"] == {"ProtocolError": 1}
     assert sum(status["trajectories_refused"].values()) == G
-    assert (
-        status["trajectories_acked"]
-        == status["trajectories_trained"] + status["trajectories_queued"] + sum(status["trajectories_dropped"].values())
+    assert status["trajectories_acked"] == status["trajectories_trained"] + status["trajectories_queued"] + sum(
+        status["trajectories_dropped"].values()
     )
     for peer in (learner, actor):
         peer.link.close()

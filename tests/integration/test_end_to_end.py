@@ -46,7 +46,12 @@ def command(tmp_path, model, *overrides):
 
 def launch(tmp_path, model, *overrides, timeout=100):
     done = subprocess.run(
-        command(tmp_path, model, *overrides), cwd=ROOT, env=environment(), timeout=timeout, capture_output=True, text=True
+        command(tmp_path, model, *overrides),
+        cwd=ROOT,
+        env=environment(),
+        timeout=timeout,
+        capture_output=True,
+        text=True,
     )
     return done, tmp_path / "smoke"
 
@@ -109,7 +114,13 @@ def test_synchronous_runs_of_one_actor_repeat_their_reward_curve(tmp_path, model
     curves = []
     for name in ("one", "two"):
         done, run = launch(
-            tmp_path, model, f"run.name={name}", "run.steps=6", "staleness.budget=0", "actor.count=1", "evaluation.every=3"
+            tmp_path,
+            model,
+            f"run.name={name}",
+            "run.steps=6",
+            "staleness.budget=0",
+            "actor.count=1",
+            "evaluation.every=3",
         )
         run = tmp_path / name
         assert done.returncode == 0, explain(done, run)
@@ -125,7 +136,11 @@ def test_synchronous_runs_of_one_actor_repeat_their_reward_curve(tmp_path, model
 
 def test_ctrl_c_ends_everything_within_ten_seconds_and_leaves_the_report(tmp_path, model):
     running = subprocess.Popen(
-        command(tmp_path, model, "run.steps=100000"), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command(tmp_path, model, "run.steps=100000"),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     run = tmp_path / "smoke"
     try:

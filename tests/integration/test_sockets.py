@@ -48,14 +48,14 @@ def test_a_link_waits_for_a_broker_that_starts_later_and_greets_one_that_comes_b
         for life in (1, 2):
             router = RouterSocket(address)
             if life == 2:  # the new broker does not know the peer
-                assert until(lambda: any(not isinstance(m, wire.Hello) for _, m in router.receive(0.05)))
+                assert until(lambda r=router: any(not isinstance(m, wire.Hello) for _, m in r.receive(0.05)))
                 router.send(identity, wire.WhoAreYou())  # noqa: F821
             (identity, greeting), *_ = [x for x in collect(router, 1) if isinstance(x[1], wire.Hello)]
             assert greeting.name == "a0"
             router.send(identity, wire.Welcome("run", 3, 0.1))
             assert link.wait_welcome(5.0).version == 3
             link.send(wire.GroupFailed(5, "x"))
-            assert until(lambda: any(getattr(m, "group", None) == 5 for _, m in router.receive(0.05)))
+            assert until(lambda r=router: any(getattr(m, "group", None) == 5 for _, m in r.receive(0.05)))
             router.close()
         assert link.run_id == "run"
     finally:

@@ -39,17 +39,18 @@ class Relay:
                 sender, message = self.incoming.get(timeout=0.02)
             except queue.Empty:
                 continue
-            c, names, now = self.coordinator, sorted(self.receivers), time.monotonic()
-            self.deliver(
-                {
-                    wire.Publish: lambda: c.on_publish(message, names, now),
-                    wire.Ready: lambda: c.on_ready(message, sender, now),
-                    wire.Published: lambda: c.on_published(message),
-                    wire.PublishFailed: lambda: c.on_publish_failed(message, names, now),
-                    wire.Applied: lambda: c.on_applied(message, sender),
-                    wire.ReceiveFailed: lambda: c.on_receive_failed(message, sender),
-                }[type(message)]()
-            )
+            self.deliver(self.answer(sender, message))
+
+    def answer(self, sender, message):
+        c, names, now = self.coordinator, sorted(self.receivers), time.monotonic()
+        return {
+            wire.Publish: lambda: c.on_publish(message, names, now),
+            wire.Ready: lambda: c.on_ready(message, sender, now),
+            wire.Published: lambda: c.on_published(message),
+            wire.PublishFailed: lambda: c.on_publish_failed(message, names, now),
+            wire.Applied: lambda: c.on_applied(message, sender),
+            wire.ReceiveFailed: lambda: c.on_receive_failed(message, sender),
+        }[type(message)]()
 
     def deliver(self, outgoing):
         for name, message in outgoing:
@@ -66,9 +67,7 @@ class Relay:
             except queue.Empty:
                 return None
 
-        return WeightPublisher(
-            lambda m: self.incoming.put((LEARNER, m)), receive, "127.0.0.1", 0.001, DEADLINE_S, CPU
-        )
+        return WeightPublisher(lambda m: self.incoming.put((LEARNER, m)), receive, "127.0.0.1", 0.001, DEADLINE_S, CPU)
 
     def add(self, name, join=None):
         join = join or (lambda p: GroupCollective(p, DEADLINE_S, CPU))
@@ -164,7 +163,9 @@ def test_without_receivers_publishing_returns_at_once(relay):
 
 
 def test_buckets_respect_the_bound_and_large_tensors_get_their_own():
-    plan = plan_buckets([["a", "float32", [4]], ["b", "float32", [1000]], ["c", "bfloat16", [3]], ["d", "float32", []]], 64)
+    plan = plan_buckets(
+        [["a", "float32", [4]], ["b", "float32", [1000]], ["c", "bfloat16", [3]], ["d", "float32", []]], 64
+    )
     assert [[s.name for s in b.slots] for b in plan] == [["a"], ["b"], ["c", "d"]]
     assert plan[2].slots[1].offset % 16 == 0 and plan[2].nbytes == 32
     with pytest.raises(WeightsError, match="int3"):

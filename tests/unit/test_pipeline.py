@@ -5,10 +5,19 @@ import pytest
 
 from broker.pipeline import Pipeline
 from common import wire
-from common.config import AdvantageSection, BrokerSection, ObrsSection, RolloutSection, RunConfig, RunSection, StalenessSection
+from common.config import (
+    AdvantageSection,
+    BrokerSection,
+    ObrsSection,
+    RolloutSection,
+    RunConfig,
+    RunSection,
+    StalenessSection,
+)
 from common.errors import DataError, ProtocolError
 
 G = 3
+TOKEN_FIELDS = ("token_ids", "trainable", "log_q", "versions", "topk_ids", "topk_log_q")
 
 
 def config(**sections):
@@ -78,9 +87,10 @@ def test_arrival_order_changes_nothing():
                 whole = trajectories(group)
                 a, b = whole.cu_seqlens[sibling], whole.cu_seqlens[sibling + 1]
                 part = wire.Trajectories(
-                    "r", ["correct"], whole.groups[:1], np.array([sibling], np.int32), whole.rewards[sibling : sibling + 1],
+                    "r", ["correct"], whole.groups[:1], np.array([sibling], np.int32),
+                    whole.rewards[sibling : sibling + 1],
                     whole.channels[:1], whole.finish[:1], np.array([0, b - a], np.int32),
-                    *(getattr(whole, f)[a:b] for f in ("token_ids", "trainable", "log_q", "versions", "topk_ids", "topk_log_q")),
+                    *(getattr(whole, name)[a:b] for name in TOKEN_FIELDS),
                 )  # fmt: skip
                 part.check()
                 assert pipeline.admit(part, "a", 0).reasons == [""]

@@ -120,8 +120,7 @@ def test_gym_never_trains_on_a_held_out_question(text_dir: Path) -> None:
 
 
 def test_gym_refuses_a_data_set_whose_questions_are_all_held_out(text_dir: Path) -> None:
-    params = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
-    task = make_task("gym:chain_sum", str(text_dir), 0, params)
+    task = make_task("gym:prime_factorization", str(text_dir), 0, {"min_value": 2, "max_value": 30})
     with pytest.raises(TaskError, match="also held out"):
         for index in range(50):
             task.prompt(index, "train")
