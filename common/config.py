@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -158,6 +158,8 @@ class OptimSection:
     """AdamW."""
 
     lr: float = 3e-4
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # from the warm-up's end to run.steps
+    min_lr_ratio: float = 0.1  # of lr, where a schedule ends
     beta1: float = 0.9
     beta2: float = 0.99
     eps: float = 1e-8
@@ -168,6 +170,8 @@ class OptimSection:
     def __post_init__(self) -> None:
         """Validate."""
         _require(0 < self.lr < math.inf, "optim.lr", self.lr, "must be positive")
+        _require(0 <= self.min_lr_ratio <= 1, "optim.min_lr_ratio", self.min_lr_ratio, "must lie in [0, 1]")
+        _require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "must not be negative")
         _require(self.max_grad_norm > 0, "optim.max_grad_norm", self.max_grad_norm, "must be positive")
 
 
@@ -350,6 +354,15 @@ def _check_keys(given: Mapping[Any, Any], schema: Any, prefix: str, source: str)
             _check_keys(value, child, f"{prefix}{key}.", source)
 
 
+def _spell_off(given: DictConfig, schema: Any) -> None:
+    """YAML reads a bare ``off`` as false; where the schema knows "off", that was meant."""
+    for f in fields(schema):
+        if f.name in given and is_dataclass(f.type):
+            _spell_off(given[f.name], f.type)
+        elif f.name in given and given[f.name] is False and "off" in get_args(f.type):
+            given[f.name] = "off"
+
+
 def _read(path: Path) -> DictConfig:
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; configs/ holds the examples")
@@ -372,8 +385,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             raise ConfigError(f"override {override!r}: must read section.key=value")
     file = _read(Path(path))
     dotlist = OmegaConf.from_dotlist(list(overrides))
-    _check_keys(OmegaConf.to_container(file), RunConfig, "", str(path))  # type: ignore[arg-type]
-    _check_keys(OmegaConf.to_container(dotlist), RunConfig, "", "override")  # type: ignore[arg-type]
+    for part, source in ((file, str(path)), (dotlist, "override")):
+        _check_keys(OmegaConf.to_container(part), RunConfig, "", source)  # type: ignore[arg-type]
+        _spell_off(part, RunConfig)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(RunConfig), file, dotlist)
         config = OmegaConf.to_object(merged)

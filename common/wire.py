@@ -205,13 +205,13 @@ class Trajectories:
                 found.setdefault(int(b), text)
 
         note(~np.isfinite(self.log_q), "log_q is NaN or infinite")
-        note(np.asarray(self.log_q > LOG_Q_TOLERANCE, np.bool_), "log_q is positive: no log-probability")
+        note(self.log_q > LOG_Q_TOLERANCE, "log_q is positive: no log-probability")
         note((self.token_ids < 0) | (self.token_ids >= vocab_size), f"token id outside the vocabulary of {vocab_size}")
         note(self.trainable > 1, "trainable must be 0 or 1")
         note(on & (self.versions < 0), "a sampled token has no version")
         note(on & (self.versions > newest_version), f"version from the future (newest is {newest_version})")
         if self.topk_log_q.shape[1]:
-            note(~np.isfinite(self.topk_log_q).all(axis=1), "topk_log_q is NaN or infinite")
+            note(np.asarray(~np.isfinite(self.topk_log_q).all(axis=1)), "topk_log_q is NaN or infinite")
         for b in np.flatnonzero(~np.isfinite(self.rewards) | ~np.isfinite(self.channels).all(axis=1)):
             found.setdefault(int(b), "reward is NaN or infinite")
         counts = np.bincount(owner[on], minlength=len(self.groups))

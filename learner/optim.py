@@ -1,29 +1,45 @@
-"""AdamW with global gradient clipping and a linear warm-up."""
+"""AdamW with global gradient clipping, a warm-up and a decay."""
 
 import math
 
 import torch
 from torch import Tensor, nn
 
+from common.config import OptimSection
+
+
+def learning_rate(config: OptimSection, update: int, total: int) -> float:
+    """The rate of update ``update`` (from 0) of ``total``: linear warm-up, then ``optim.schedule``."""
+    if update < config.warmup_steps:
+        return config.lr * (update + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    progress = min(1.0, (update - config.warmup_steps) / max(1, total - 1 - config.warmup_steps))
+    left = 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * left)
+
 
 class Optimizer:
     """AdamW over a model's named parameters; :meth:`step` expects gradients summed over ranks."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-        warmup_steps: int,
-    ) -> None:
+    def __init__(self, model: nn.Module, config: OptimSection, total_steps: int) -> None:
         self.names = [name for name, _ in model.named_parameters()]
         self.parameters = [parameter for _, parameter in model.named_parameters()]
-        self.lr, self.warmup_steps = lr, warmup_steps
+        self.config, self.total_steps = config, total_steps
         self.steps = 0  # updates applied
         self.skipped = 0  # updates refused because a gradient was not finite
-        self._adam = torch.optim.AdamW(self.parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        self._adam = torch.optim.AdamW(
+            self.parameters,
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+
+    @property
+    def lr(self) -> float:
+        """The rate of the next update."""
+        return learning_rate(self.config, self.steps, self.total_steps)
 
     def zero_grad(self) -> None:
         """Gradients that no token reaches stay zeros, so that all ranks reduce the same tensors."""
@@ -37,19 +53,18 @@ class Optimizer:
         """Every gradient, in parameter order."""
         return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
 
-    def step(self, max_grad_norm: float) -> float:
-        """Clip to ``max_grad_norm`` and update; returns the norm before clipping.
+    def step(self) -> float:
+        """Clip to ``optim.max_grad_norm`` and update; returns the norm before clipping.
 
         A norm that is not finite changes nothing and is counted in ``skipped``.
         """
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         value = float(norm)
         if not math.isfinite(value):
             self.skipped += 1
             return value
-        scale = min(1.0, (self.steps + 1) / self.warmup_steps) if self.warmup_steps > 0 else 1.0
         for group in self._adam.param_groups:
-            group["lr"] = self.lr * scale
+            group["lr"] = self.lr
         self._adam.step()
         self.steps += 1
         return value

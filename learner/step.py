@@ -48,7 +48,13 @@ class StepSettings:
     temperature: float
     micro_batch_tokens: int
     logprob_chunk: int
-    max_grad_norm: float
+
+
+# Added up over micro-batches and ranks; policy_loss explains the last six.
+SUMMED = (
+    "policy", "balance", "entropy", "scored",
+    "accepted", "clipped", "ratio", "weight", "weight_squared", "kl",
+)  # fmt: skip
 
 
 def micro_batches(cu_seqlens: NDArray[np.int32], limit: int) -> Iterator[tuple[int, int]]:
@@ -78,21 +84,7 @@ def train_step(
     the weights by the balance loss alone.
     """
     optimizer.zero_grad()
-    sums = {
-        n: 0.0
-        for n in (
-            "policy",
-            "balance",
-            "entropy",
-            "scored",
-            "accepted",
-            "clipped",
-            "ratio",
-            "weight",
-            "weight_squared",
-            "kl",
-        )
-    }
+    sums = dict.fromkeys(SUMMED, 0.0)
     counts = torch.zeros(expert_fraction.shape, dtype=torch.int64, device=model.device)
     for first, last in micro_batches(batch.cu_seqlens, settings.micro_batch_tokens):
         loss, part, part_counts = _forward(model, batch, first, last, expert_fraction, settings)
@@ -101,9 +93,12 @@ def train_step(
         for name, value in part.items():
             sums[name] += value
     parallel.all_reduce_sum([*optimizer.grads(), counts])
-    grad_norm = optimizer.step(settings.max_grad_norm)
+    lr = optimizer.lr
+    grad_norm = optimizer.step()
     sums = parallel.sum_floats(sums)
-    return _metrics(sums, grad_norm, counts, settings, optimizer), _fractions(counts, expert_fraction)
+    metrics = _metrics(sums, counts, settings)
+    metrics |= {"grad_norm": grad_norm, "lr": lr, "skipped_updates": float(optimizer.skipped)}
+    return metrics, _fractions(counts, expert_fraction)
 
 
 def _forward(
@@ -148,9 +143,7 @@ def _fractions(counts: Tensor, previous: Tensor) -> Tensor:
     return torch.where(totals > 0, counts / totals.clamp_min(1), previous)
 
 
-def _metrics(
-    sums: dict[str, float], grad_norm: float, counts: Tensor, settings: StepSettings, optimizer: Optimizer
-) -> dict[str, float]:
+def _metrics(sums: dict[str, float], counts: Tensor, settings: StepSettings) -> dict[str, float]:
     accepted = max(1.0, sums["accepted"])
     squared = accepted * sums["weight_squared"]
     load = counts.float()
@@ -159,7 +152,6 @@ def _metrics(
         "loss": sums["policy"] + settings.balance * sums["balance"],
         "policy_loss": sums["policy"],
         "balance_loss": sums["balance"],
-        "grad_norm": grad_norm,
         "entropy": sums["entropy"] / max(1.0, sums["scored"]),
         "clip_fraction": sums["clipped"] / accepted,
         "ratio_mean": sums["ratio"] / accepted,
@@ -167,5 +159,4 @@ def _metrics(
         "weight_ess": sums["weight"] ** 2 / squared if squared > 0 else 0.0,
         "kl_to_behaviour": sums["kl"] / accepted,
         "expert_load_max": float(busiest),
-        "skipped_updates": float(optimizer.skipped),
     }

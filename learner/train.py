@@ -55,15 +55,17 @@ class Learner:
     optimizer: Optimizer
     link: BrokerLink
     expert_fraction: torch.Tensor  # [L, E] of the last step
-    step: int = 0
-    resync: str = ""
+    step: int = 0  # the next to train; the weights are version ``step``
+    published: int = 0  # newest version that the fleet was sent
+    resync: str = ""  # why somebody asked to be sent it again
+    publish_seconds: float = 0.0
 
     def run(self) -> None:
         """Train every step, then stay until the broker says Stop."""
         config = self.config
         feed = Feed(self.link, self.parallel.rank, self.parallel.world, config.learner.wait_s, self._stopping)
         publisher = self._publisher() if self.parallel.rank == 0 else None
-        if publisher is not None and self.step > self._published:
+        if publisher is not None and self.step > self.published:
             self._publish(publisher, self.step)
         other = self._other(publisher)
         while self.step < config.run.steps and not self._stopping():
@@ -79,17 +81,14 @@ class Learner:
             metrics |= {"seconds_fetch": fetched - began, "seconds_train": time.perf_counter() - fetched}
             self.step += 1
             if publisher is not None:
-                feed.commit(self.step - 1, metrics | {"seconds_publish": self._last_publish})
-                if self.step > self._published:
+                feed.commit(self.step - 1, metrics | {"seconds_publish": self.publish_seconds})
+                if self.step > self.published:
                     self._publish(publisher, self.step)
             if self._checkpoint_due():
                 self._checkpoint(feed)
         self._farewell(feed, other)
 
     # ---- weights --------------------------------------------------------------------------------
-
-    _published: int = 0
-    _last_publish: float = 0.0
 
     def _publisher(self) -> WeightPublisher:
         weights = self.config.weights
@@ -100,8 +99,8 @@ class Learner:
     def _publish(self, publisher: WeightPublisher, version: int) -> None:
         self.resync = ""  # whoever asked gets it now
         self.link.set_version(version)
-        self._last_publish = publisher.publish(version, hf_tensors(self.model), self._note, self._stopping)
-        self._published = max(self._published, version)
+        self.publish_seconds = publisher.publish(version, hf_tensors(self.model), self._note, self._stopping)
+        self.published = max(self.published, version)
 
     def _note(self, message: Any) -> None:
         match message:
@@ -113,7 +112,7 @@ class Learner:
     def _other(self, publisher: WeightPublisher | None) -> Callable[[Any], None]:
         def handle(message: Any) -> None:
             self._note(message)
-            if self.resync and publisher is not None and self.step >= self._published:
+            if self.resync and publisher is not None and self.step >= self.published:
                 log.info("sending version %d again: %s", self.step, self.resync)
                 self._publish(publisher, self.step)
 
@@ -160,7 +159,6 @@ def settings_of(config: RunConfig) -> StepSettings:
         temperature=config.rollout.temperature,
         micro_batch_tokens=config.learner.micro_batch_tokens,
         logprob_chunk=config.learner.logprob_chunk,
-        max_grad_norm=config.optim.max_grad_norm,
     )
 
 
@@ -230,10 +228,7 @@ def _train(config: RunConfig, parallel: DataParallel, stop: StopFlag) -> None:
     device = pick_device()
     model = Decoder(ModelConfig.from_hf_dir(config.model.path)).to(device)
     load_hf(config.model.path, model)
-    o = config.optim
-    optimizer = Optimizer(
-        model, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, warmup_steps=o.warmup_steps
-    )
+    optimizer = Optimizer(model, config.optim, config.run.steps)
     step, run_id = 0, ""
     expert_fraction = model.uniform_expert_fraction()
     found = _find_checkpoint(config)
@@ -244,9 +239,7 @@ def _train(config: RunConfig, parallel: DataParallel, stop: StopFlag) -> None:
     link, published = _connect(config, parallel, step, run_id, stop)
     try:
         if published >= 0:
-            learner = Learner(config, stop, parallel, device, model, optimizer, link, expert_fraction, step)
-            learner._published = published
-            learner.run()
+            Learner(config, stop, parallel, device, model, optimizer, link, expert_fraction, step, published).run()
     finally:
         link.close("finished" if not stop.is_set else "stopped")
 

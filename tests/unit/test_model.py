@@ -1,0 +1,231 @@
+"""The decoder against transformers' own model: logits, gradients, files both ways, packing."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
+
+from common.errors import ModelError
+from learner.hf import hf_tensors, load_hf, save_hf
+from learner.model.attention import PackPlan
+from learner.model.config import ModelConfig
+from learner.model.decoder import Decoder
+
+SHAPE = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,  # far from uniform, so that wrong attention shows
+    "pad_token_id": None,
+}
+MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+CONFIGS = {
+    "moe": Qwen3MoeConfig(**SHAPE, **MOE),
+    "moe_unnormalised_mixed_layers": Qwen3MoeConfig(
+        **SHAPE, **{**MOE, "norm_topk_prob": False, "num_experts": 5, "num_experts_per_tok": 3}, mlp_only_layers=[1]
+    ),
+    "moe_tied": Qwen3MoeConfig(**SHAPE, **MOE, tie_word_embeddings=True, decoder_sparse_step=2),
+    "dense": Qwen3Config(**SHAPE, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+}
+LENGTHS = (7, 1, 19, 7, 12)
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    torch.set_num_threads(1)
+    out = {}
+    for seed, (name, config) in enumerate(CONFIGS.items()):
+        torch.manual_seed(seed)
+        out[name] = tmp_path_factory.mktemp(name)
+        model = AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():  # norms start at one: make them matter
+            if parameter.ndim == 1:
+                parameter.data.uniform_(0.5, 1.5)
+        model.save_pretrained(out[name])
+    return out
+
+
+def ours(directory):
+    model = Decoder(ModelConfig.from_hf_dir(directory))
+    load_hf(directory, model)
+    return model
+
+
+def reference(directory):
+    return AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager", experts_implementation="eager")
+
+
+def pack(seed=0):
+    generator = np.random.default_rng(seed)
+    token_ids = torch.from_numpy(generator.integers(0, SHAPE["vocab_size"], sum(LENGTHS)))
+    return token_ids, np.concatenate(([0], np.cumsum(LENGTHS))).astype(np.int32)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_and_gradients_are_those_of_transformers(directories, name):
+    model, hf = ours(directories[name]), reference(directories[name])
+    token_ids, offsets = pack()
+    weights = torch.randn(len(token_ids), SHAPE["vocab_size"], generator=torch.Generator().manual_seed(1))
+    logits = model.hidden(token_ids, offsets).hidden @ model.head.T
+    parts = [hf(token_ids[None, a:b]).logits[0] for a, b in zip(offsets, offsets[1:], strict=False)]
+    expected = torch.cat(parts)
+    assert torch.allclose(logits, expected, rtol=1e-5, atol=1e-5 * float(expected.detach().abs().max()))
+    (logits * weights).sum().backward()
+    (expected * weights).sum().backward()
+    theirs = {n: p.grad for n, p in hf.named_parameters()}
+    named = gradients_by_hf_name(model)
+    assert len(named) == sum(1 for _ in hf_tensors(model))
+    for their_name, grad in flatten_experts(theirs, hf.config).items():
+        scale = grad.abs().max().clamp_min(1e-3)
+        assert torch.allclose(named[their_name], grad, rtol=1e-4, atol=1e-5 * float(scale)), their_name
+
+
+def gradients_by_hf_name(model):
+    """Gradients under their HF names: the views of hf_tensors over a copy that holds gradients."""
+    shadow = Decoder(model.config)
+    for theirs, parameter in zip(shadow.parameters(), model.parameters(), strict=True):
+        theirs.data.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    return dict(hf_tensors(shadow))
+
+
+def flatten_experts(grads, config):
+    """transformers keeps experts stacked; files and our names have one tensor each."""
+    out = {}
+    for name, grad in grads.items():
+        if name.endswith("experts.gate_up_proj"):
+            for e, both in enumerate(grad):
+                gate, up = both.chunk(2)
+                out[f"{name[: -len('gate_up_proj')]}{e}.gate_proj.weight"] = gate
+                out[f"{name[: -len('gate_up_proj')]}{e}.up_proj.weight"] = up
+        elif name.endswith("experts.down_proj"):
+            for e, down in enumerate(grad):
+                out[f"{name[: -len('down_proj')]}{e}.down_proj.weight"] = down
+        else:
+            out[name] = grad
+    return out
+
+
+def test_packed_sequences_are_those_run_one_by_one(directories):
+    model = ours(directories["moe"])
+    token_ids, offsets = pack()
+    together = model.hidden(token_ids, offsets)
+    apart = [model.hidden(token_ids[a:b], [0, b - a]) for a, b in zip(offsets, offsets[1:], strict=False)]
+    assert torch.allclose(together.hidden, torch.cat([f.hidden for f in apart]), rtol=1e-5, atol=1e-5)
+    assert torch.equal(together.counts_LE, sum(f.counts_LE for f in apart))
+    assert torch.allclose(together.prob_sums_LE, sum(f.prob_sums_LE for f in apart), atol=1e-4)
+    assert together.counts_LE.sum(dim=1).tolist() == [sum(LENGTHS) * MOE["num_experts_per_tok"]] * 3
+
+
+def test_a_later_token_and_a_neighbour_change_nothing(directories):
+    model = ours(directories["moe"])
+    token_ids, offsets = pack()
+    changed = token_ids.clone()
+    changed[offsets[2] + 10 :] = 0
+    before, after = (model.hidden(t, offsets).hidden for t in (token_ids, changed))
+    same = slice(0, int(offsets[2]) + 10)
+    assert torch.allclose(before[same], after[same], atol=1e-6)
+    assert not torch.allclose(before[int(offsets[2]) + 10 :], after[int(offsets[2]) + 10 :], atol=1e-2)
+
+
+def test_grouped_experts_are_the_sliced_ones(directories):
+    token_ids, offsets = pack()
+    results = []
+    for grouped in (False, True):
+        model = ours(directories["moe"])
+        model.use_grouped_experts(grouped)
+        hidden = model.hidden(token_ids, offsets).hidden
+        hidden.square().sum().backward()
+        results.append((hidden.detach(), [p.grad for p in model.parameters() if p.grad is not None]))
+    assert torch.allclose(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
+    for sliced, grouped in zip(results[0][1], results[1][1], strict=True):
+        assert torch.allclose(sliced, grouped, rtol=1e-4, atol=1e-5 * float(sliced.abs().max() + 1))
+
+
+def test_an_empty_pack_runs_and_reaches_no_weight(directories):
+    model = ours(directories["moe"])
+    forward = model.hidden(torch.zeros(0, dtype=torch.int64), [0])
+    assert forward.hidden.shape == (0, SHAPE["hidden_size"])
+    (forward.hidden.sum() + forward.prob_sums_LE.sum()).backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_plan_covers_every_token_once():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        lengths = rng.integers(0, 30, rng.integers(1, 12))
+        offsets = np.concatenate(([0], np.cumsum(lengths)))
+        plan = PackPlan.of(offsets, torch.device("cpu"))
+        assert len(set(plan.scatter.tolist())) == offsets[-1]
+        assert plan.gather[plan.scatter].tolist() == list(range(offsets[-1]))
+        assert plan.positions.tolist() == [i for n in lengths for i in range(n)]
+        assert sum(b * t for b, t in plan.shapes) <= 1.2 * offsets[-1] + 1
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_exported_directory_loads_in_transformers_with_the_same_logits(directories, tmp_path, name, monkeypatch):
+    monkeypatch.setattr("learner.hf.SHARD_BYTES", 30_000)  # several files and an index
+    model = ours(directories[name])
+    save_hf(model, directories[name], tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    token_ids, _ = pack()
+    with torch.no_grad():
+        there = reference(tmp_path / "out")(token_ids[None]).logits
+        here = reference(directories[name])(token_ids[None]).logits
+    assert torch.equal(there, here)
+    again = ours(tmp_path / "out")
+    for (name_a, a), (name_b, b) in zip(hf_tensors(model), hf_tensors(again), strict=True):
+        assert name_a == name_b
+        assert torch.equal(a, b)
+
+
+def test_a_half_directory_says_what_is_missing(directories, tmp_path):
+    with pytest.raises(ModelError, match=r"no such directory.*tools\.warmstart"):
+        ModelConfig.from_hf_dir(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"config\.json is missing"):
+        ModelConfig.from_hf_dir(tmp_path / "empty")
+    source = json.loads((directories["moe"] / "config.json").read_text())
+    half = tmp_path / "half"
+    half.mkdir()
+    (half / "config.json").write_text(json.dumps(source))
+    with pytest.raises(ModelError, match=r"none of model\.safetensors"):
+        ModelConfig.from_hf_dir(half)
+    (half / "config.json").write_text(json.dumps(source)[:-20])
+    (half / "model.safetensors").write_bytes((directories["moe"] / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(ModelError, match="not valid JSON"):
+        ModelConfig.from_hf_dir(half)
+    (half / "config.json").write_text(json.dumps(source))
+    with pytest.raises(ModelError, match=r"half.*copy the whole directory again"):
+        load_hf(half, Decoder(ModelConfig.from_hf_dir(half)))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "gpt2"}, "model_type='gpt2'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type='yarn'"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+    ],
+)
+def test_an_unsupported_architecture_is_refused_by_name(directories, change, words):
+    source = json.loads((directories["moe"] / "config.json").read_text())
+    with pytest.raises(ModelError, match=words):
+        ModelConfig.from_dict({**source, **change}, "config.json")
+
+
+def test_weights_of_another_shape_are_refused_by_name(directories):
+    config = ModelConfig.from_hf_dir(directories["moe"])
+    wider = Decoder(ModelConfig(**{**vars(config), "moe_intermediate_size": 32}))
+    with pytest.raises(ModelError, match=r"experts\.0\..*has shape"):
+        load_hf(directories["moe"], wider)
+    deeper = Decoder(ModelConfig(**{**vars(config), "num_hidden_layers": 4}))
+    with pytest.raises(ModelError, match=r"tensors are missing, among them model\.layers\.3"):
+        load_hf(directories["moe"], deeper)
