@@ -34,7 +34,6 @@ CHECK_EVERY = 4  # steps between two looks at the held-out reward: it rises from
 CHECK_PROMPTS = 512  # one standard error is .018 at a reward of .2
 CHECK_LOSS = 0.9  # nats a token, above which no answer can be right and sampling is not worth its time
 BALANCE = 0.01  # coefficient of the load-balancing loss, as in training
-INIT_STD = 0.02
 MAX_POSITIONS = 64
 ROPE_THETA = 10_000.0
 LIMIT_S = 120.0
@@ -106,7 +105,6 @@ def build(config: RunConfig, vocab_size: int, eos_id: int, pad_id: int) -> Qwen3
             max_position_embeddings=MAX_POSITIONS,
             rope_theta=ROPE_THETA,
             tie_word_embeddings=False,
-            initializer_range=INIT_STD,
             router_aux_loss_coef=BALANCE,
             output_router_logits=True,
             eos_token_id=eos_id,

@@ -1,0 +1,88 @@
+"""Configuration: one schema, near names, ranges, and what YAML does to words."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.config import RunConfig, load, to_yaml
+from common.errors import ConfigError
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "run.yaml"
+    file.write_text("run:\n  name: x\n  steps: 7\n")
+    return file
+
+
+def test_overrides_win_over_the_file_and_the_file_over_the_defaults(path: Path) -> None:
+    config = load(path, ["run.steps=9", "staleness.budget=0"])
+    assert (config.run.name, config.run.steps, config.staleness.budget) == ("x", 9, 0)
+    assert config.rollout == RunConfig().rollout
+
+
+def test_what_is_written_loads_as_what_was(path: Path, tmp_path: Path) -> None:
+    config = load(path, ["obrs.mode=off", "loss.weight_cap=2.5", "task.params={a: 1}", "task.reward_weights={b: 2.0}"])
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(to_yaml(config))
+    assert load(copy) == config
+
+
+def test_a_bare_off_is_a_word_and_not_false(path: Path) -> None:
+    path.write_text("obrs:\n  mode: off\n")
+    assert load(path).obrs.mode == load(path, ["obrs.mode=off"]).obrs.mode == "off"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("staleness.bugdet=3", r"override: unknown key staleness\.bugdet; did you mean 'budget'\?"),
+        ("stalenes.budget=3", r"override: unknown section stalenes; did you mean 'staleness'\?"),
+        ("run.steps=many", r"run\.steps: .*many"),
+        ("run.steps=0", r"run\.steps=0: must be"),
+        ("staleness.budget=-1", r"staleness\.budget=-1: must"),
+        ("obrs.mode=sometimes", r"obrs\.mode: .*sometimes"),
+        ("obrs.mode=true", r"obrs\.mode: "),
+        ("obrs.threshold=0", r"obrs\.threshold=0.*: must lie in"),
+        ("optim.lr=-1", r"optim\.lr=-1.*: must be positive"),
+        ("optim.min_lr_ratio=2", r"optim\.min_lr_ratio=2.*: must lie in"),
+        ("run=3", "override: run is a section and needs keys"),
+        ("run.steps", "must read section.key=value"),
+        ("actor.max_sequences=2", r"actor\.max_sequences=2: must hold one whole group"),
+    ],
+)
+def test_a_wrong_override_is_refused_by_name(path: Path, override: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load(path, [override])
+
+
+def test_a_wrong_file_is_refused_by_name(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such file"):
+        load(tmp_path / "nowhere.yaml")
+    for content, words in (
+        ("run: [1", "not valid YAML"),
+        ("- 1\n- 2\n", "must hold sections"),
+        ("run:\n  stepz: 3\n", r"run\.yaml: unknown key run\.stepz; did you mean 'steps'"),
+        ("learner: 3\n", "learner is a section"),
+        ("rollout:\n  temperature: warm\n", r"rollout\.temperature: .*warm"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ConfigError, match=words):
+            load(path)
+
+
+def test_rejection_off_cannot_anchor_at_the_version_that_nobody_scores(path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"loss\.anchor='broker'.*set obrs\.mode=threshold"):
+        load(path, ["obrs.mode=off", "loss.anchor=broker"])
+
+
+@given(st.text(alphabet="abcdefghijklmnopqrstuvwxyz_", min_size=1, max_size=12))
+def test_no_unknown_key_passes(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
+    file = tmp_path_factory.getbasetemp() / "empty.yaml"
+    file.write_text("{}\n")
+    known = name in {"steps", "name", "seed", "dir"} or hasattr(RunConfig().run, name)
+    if not known:
+        with pytest.raises(ConfigError, match=f"unknown key run.{name}"):
+            load(file, [f"run.{name}=1"])

@@ -1,0 +1,61 @@
+"""What an actor keeps until the broker has it."""
+
+import numpy as np
+import pytest
+
+from actor.engine.base import Completion
+from actor.outbox import Finished, Outbox, pack
+from common import wire
+
+
+def finished(group: int, sibling: int, prompt: int = 3, tokens: int = 4, reason: str = "stop") -> Finished:
+    base = 100 * group + 10 * sibling
+    completion = Completion(
+        request_id=0,
+        sibling=sibling,
+        token_ids=np.arange(base, base + tokens, dtype=np.int32),
+        logprobs=-np.arange(tokens, dtype=np.float32) / 8,
+        versions=np.full(tokens, group, np.int32),
+        topk_ids=np.full((tokens, 2), base, np.int32),
+        topk_logprobs=np.full((tokens, 2), -0.5, np.float32),
+        finish_reason=reason,
+    )
+    prompt_ids = np.arange(prompt, dtype=np.int32)
+    return Finished(group, prompt_ids, completion, {"right": 1.0, "short": float(sibling)}, float(sibling) / 2)
+
+
+def ack(pairs: list[tuple[int, int]], reasons: list[str] | None = None) -> wire.Ack:
+    groups, siblings = np.array(pairs, np.int64).reshape(-1, 2).T
+    return wire.Ack(groups=groups, siblings=siblings.astype(np.int32), reasons=reasons or [""] * len(pairs))
+
+
+def test_many_trajectories_travel_as_one_message() -> None:
+    message = pack("r", ("right", "short"), [finished(7, 0), finished(7, 1, prompt=1, tokens=2, reason="length")])
+    message.check()
+    assert message.cu_seqlens.tolist() == [0, 7, 10]
+    assert message.token_ids.tolist() == [0, 1, 2, 700, 701, 702, 703, 0, 710, 711]
+    assert message.trainable.tolist() == [0, 0, 0, 1, 1, 1, 1, 0, 1, 1]
+    assert message.versions.tolist() == [-1, -1, -1, 7, 7, 7, 7, -1, 7, 7]
+    assert message.log_q.tolist() == pytest.approx([0, 0, 0, 0, -1 / 8, -2 / 8, -3 / 8, 0, 0, -1 / 8])
+    assert message.topk_ids[:, 0].tolist() == [0, 0, 0, 700, 700, 700, 700, 0, 710, 710]
+    assert message.channels.tolist() == [[1.0, 0.0], [1.0, 1.0]]
+    assert message.rewards.tolist() == [0.0, 0.5]
+    assert [wire.FINISH_REASONS[i] for i in message.finish] == ["stop", "length"]
+    assert message.faults(1000, 7) == {}
+
+
+def test_a_message_stays_until_each_of_its_trajectories_is_acknowledged() -> None:
+    outbox = Outbox()
+    first = pack("r", ("right", "short"), [finished(1, 0), finished(1, 1)])
+    second = pack("r", ("right", "short"), [finished(2, 0)])
+    outbox.add(first)
+    outbox.add(second)
+    assert len(outbox) == 3
+    assert outbox.nbytes > 0
+    assert outbox.acknowledge(ack([(1, 1)])) == []
+    assert outbox.unacknowledged() == [first, second]
+    assert outbox.acknowledge(ack([(1, 0), (1, 0), (9, 9)])) == []  # repeated and unknown acks are harmless
+    assert outbox.unacknowledged() == [second]
+    assert outbox.acknowledge(ack([(2, 0)], ["log_q is NaN or infinite"])) == [(2, 0, "log_q is NaN or infinite")]
+    assert outbox.unacknowledged() == []
+    assert len(outbox) == outbox.nbytes == 0

@@ -1,0 +1,77 @@
+"""The policy replica's scorer: what it says is the model's own log-probability, under the version it names."""
+
+import numpy as np
+import pytest
+import torch
+
+from common import wire
+from common.errors import DataError
+from common.weights import StagedWeights, plan_buckets
+from learner.hf import hf_tensors
+from learner.score import PolicyScorer
+from tests.unit.test_step import CONFIG, model_of
+
+LENGTHS = (6, 1, 9)
+
+
+def request(topk=0, temperature=0.8):
+    rng = np.random.default_rng(0)
+    n = sum(LENGTHS)
+    offsets = np.concatenate(([0], np.cumsum(LENGTHS))).astype(np.int32)
+    wanted = np.ones(n, np.uint8)
+    wanted[offsets[:-1]] = 0
+    wanted[2] = 0
+    ids = rng.permuted(np.tile(np.arange(CONFIG.vocab_size), (n, 1)), axis=1)[:, :topk].astype(np.int32)
+    return wire.ScoreRequest(1, 0, temperature, offsets, rng.integers(0, 19, n).astype(np.int32), wanted, ids)
+
+
+@pytest.mark.parametrize("topk", [0, 3])
+@pytest.mark.parametrize("chunk", [4, 512])
+def test_scores_are_those_of_each_sequence_alone(topk, chunk):
+    model, asked = model_of(), request(topk)
+    log_p, at = PolicyScorer(model, chunk).score(asked)
+    for a, b in zip(asked.cu_seqlens, asked.cu_seqlens[1:], strict=False):
+        with torch.no_grad():
+            tokens = torch.from_numpy(asked.token_ids[a:b].astype(np.int64))
+            logits = model.hidden(tokens, [0, b - a]).hidden @ model.head.T
+            whole = (logits / asked.temperature).log_softmax(1).numpy()
+        for t in range(a, b):
+            if not asked.wanted[t]:
+                assert log_p[t] == 0
+                assert not at[t].any()
+            else:
+                row = whole[t - a - 1]
+                assert log_p[t] == pytest.approx(row[asked.token_ids[t]], abs=1e-5)
+                assert at[t] == pytest.approx(row[asked.topk_ids[t]], abs=1e-5)
+
+
+def test_an_id_outside_the_vocabulary_is_refused():
+    asked = request()
+    asked.token_ids[3] = 19
+    with pytest.raises(DataError, match="outside the vocabulary of 19"):
+        PolicyScorer(model_of(), 8).score(asked)
+
+
+def test_a_swap_takes_every_tensor_or_none():
+    scorer = PolicyScorer(model_of(0), 64)
+    new = model_of(1)
+    tensors = list(hf_tensors(new))
+    scorer.swap(staged(tensors, 5))
+    assert scorer.version == 5
+    assert all(torch.equal(a, b) for a, b in zip(scorer.model.parameters(), new.parameters(), strict=True))
+    with pytest.raises(DataError, match=r"lm_head\.weight.* missing or unknown"):
+        scorer.swap(staged(tensors[:-1], 6))
+    assert scorer.version == 5
+
+
+def staged(tensors, version):
+    """As a receiver leaves them: flat buckets of bytes."""
+    described = [(name, "float32", tuple(tensor.shape)) for name, tensor in tensors]
+    values = dict(tensors)
+    received = []
+    for bucket in plan_buckets(described, 2000):
+        flat = torch.zeros(bucket.nbytes, dtype=torch.uint8)
+        for slot in bucket.slots:
+            flat[slot.offset : slot.offset + slot.nbytes] = values[slot.name].reshape(-1).view(torch.uint8)
+        received.append((bucket, flat))
+    return StagedWeights(1, version, "", received)
