@@ -19,6 +19,7 @@ from common.wire import Applied, Go, Prepare, Publish, PublishDone, Published, P
 LEARNER = "learner"  # the addressee of messages for the learner's rank 0
 Outgoing = list[tuple[str, Any]]
 MAX_ATTEMPTS = 5
+EPOCHS_A_GENERATION = 1_000_000
 
 
 @dataclasses.dataclass
@@ -37,10 +38,11 @@ class _Attempt:
 class PublishCoordinator:
     """At most one version is under way."""
 
-    def __init__(self, deadline_s: float) -> None:
+    def __init__(self, deadline_s: float, generation: int = 0) -> None:
+        """``generation``: how often this run's broker has started; no epoch number comes twice in a run."""
         self.deadline_s = deadline_s
         self.log = logging.getLogger("broker.weights")
-        self.epoch = 0
+        self.epoch = generation * EPOCHS_A_GENERATION
         self.published = 0  # newest version that was settled
         self.history: list[int] = []  # versions in the order they were first settled
         self.late: dict[str, int] = {}  # receivers dropped for lateness, with how often
@@ -82,7 +84,8 @@ class PublishCoordinator:
     def on_publish(self, message: Publish, receivers: list[str], now: float) -> Outgoing:
         """The learner offers a version."""
         if self._attempt is not None:
-            self._queued = message
+            if self._attempt.publish != message:  # else it was offered twice, around a reconnect
+                self._queued = message
             return []
         self._dropped = []
         return self._begin(message, receivers, now, 1)

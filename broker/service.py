@@ -62,7 +62,7 @@ class BrokerService:
         self.router = RouterSocket(config.broker.address)
         self.files = RunFiles(config.run.path)
         self.pipeline = Pipeline(config, vocab_size, self.files.generation)
-        self.weights = PublishCoordinator(config.weights.deadline_s)
+        self.weights = PublishCoordinator(config.weights.deadline_s, self.files.generation)
         self.schedule = EvaluationSchedule(config.evaluation, config.run.steps)
         self.roster = Roster()
         self.errors: Counter[str] = Counter()

@@ -21,7 +21,7 @@ def run_process(
     parser.add_argument("config", help="the run's YAML file")
     parser.add_argument("--name", default=default_name, help="this process's name in the run")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     die_with_parent()
     log = setup_logging(options.name or program)
     stop = StopFlag().install()

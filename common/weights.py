@@ -14,6 +14,7 @@ import hashlib
 import logging
 import math
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -66,6 +67,12 @@ def plan_buckets(tensors: Sequence[Sequence[Any]], bucket_bytes: int) -> list[Bu
     if slots:
         buckets.append(Bucket(offset, tuple(slots)))
     return buckets
+
+
+def brief(error: BaseException) -> str:
+    """What a collective says of its failure, without source paths and advice for its own developers."""
+    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return re.sub(r"^(\[[^]]*\]\s*)+", "", first.split(". This is typically")[0])[:500]
 
 
 class WeightDigest:
@@ -174,8 +181,9 @@ class WeightReceiver:
                 self._staged.put(staged)
             except Exception as error:  # noqa: BLE001  # torch raises RuntimeError and its subclasses; all mean: not received
                 self._drop_collective()
-                self.log.warning("version %d did not arrive: %s", publish.version, error)
-                self._send(ReceiveFailed(job.epoch, publish.version, str(error)[:500]))
+                reason = brief(error)
+                self.log.warning("version %d did not arrive: %s", publish.version, reason)
+                self._send(ReceiveFailed(job.epoch, publish.version, reason))
 
     def _receive(self, job: Prepare, publish: Publish) -> StagedWeights:
         if self._collective is None or self._collective[0] != job.epoch:

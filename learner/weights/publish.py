@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from common.errors import DeadlineError
-from common.weights import Bucket, WeightDigest, plan_buckets
-from common.wire import Go, Publish, PublishDone, Published, PublishFailed
+from common.weights import Bucket, WeightDigest, brief, plan_buckets
+from common.wire import Go, Publish, PublishDone, Published, PublishFailed, Welcome
 from learner.weights.group import WeightGroup
 
 MEGABYTE = 1 << 20
@@ -63,7 +63,8 @@ class WeightPublisher:
         began = time.perf_counter()
         named = [(name, tensor.detach()) for name, tensor in tensors]
         listing = [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in named]
-        self._send(Publish(version, self._host, self._store.port, self._backend, self._bucket_bytes, listing))
+        offer = Publish(version, self._host, self._store.port, self._backend, self._bucket_bytes, listing)
+        self._send(offer)
         deadline = time.monotonic() + BROKER_ATTEMPTS * self._deadline_s
         while time.monotonic() < deadline:
             if should_stop():
@@ -72,6 +73,8 @@ class WeightPublisher:
             if isinstance(message, Go) and message.version == version:
                 if self._collective(message, listing, dict(named), began):
                     return time.perf_counter() - began
+            elif isinstance(message, Welcome):  # a broker that came back knows of no offer
+                self._send(offer)
             elif isinstance(message, PublishDone):
                 if message.version == version:  # nobody to send to, or nobody left
                     return time.perf_counter() - began
@@ -98,8 +101,9 @@ class WeightPublisher:
             self._group[1].send_digest(digest.hex())
         except RuntimeError as error:  # what torch's process groups raise for a lost or late member
             self._close_group()
-            log.warning("publish of version %d to %s broke: %s", go.version, ", ".join(go.members), error)
-            self._send(PublishFailed(go.epoch, go.version, str(error)[:500]))
+            reason = brief(error)
+            log.warning("publish of version %d to %s broke: %s", go.version, ", ".join(go.members), reason)
+            self._send(PublishFailed(go.epoch, go.version, reason))
             return False
         self._send(Published(go.epoch, go.version, digest.hex(), time.perf_counter() - began))
         return True

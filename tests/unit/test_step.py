@@ -98,9 +98,7 @@ def alone():
 
 def rank_main(rank, port, out):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
-    )
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     parallel = DataParallel(rank, 2, torch.device("cpu"))
     results = {}
     for name, (shares, accepted) in CASES.items():

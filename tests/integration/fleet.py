@@ -1,0 +1,97 @@
+"""A run whose processes are started, killed and started again one by one, as users do."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from common.config import load, to_yaml
+
+ROOT = Path(__file__).parents[2]
+BRIEF = ("warmstart.target_reward=0.0",)
+
+
+def free_address():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{s.getsockname()[1]}"
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def make_model(path):
+    """A barely warmed-up model: these tests prove plumbing, not learning."""
+    subprocess.run(
+        [sys.executable, "-m", "tools.warmstart", "configs/smoke.yaml", f"model.path={path}", *BRIEF],
+        cwd=ROOT, env=environment(), check=True, timeout=100, capture_output=True,
+    )  # fmt: skip
+    return path
+
+
+class Fleet:
+    """Processes of one configuration, by name."""
+
+    def __init__(self, directory, model, *overrides):
+        self.directory = directory
+        base = [f"run.dir={directory}", f"model.path={model}", f"broker.address={free_address()}", *BRIEF]
+        config = load(ROOT / "configs/smoke.yaml", [*base, *overrides])
+        self.config, self.run = config, config.run.path
+        self.file = directory / "run.yaml"
+        self.file.write_text(to_yaml(config))
+        self.running = {}
+
+    def start(self, name, *overrides, ranks=0):
+        """``broker``, ``learner``, ``replica-N`` or ``actor-N``; ``ranks`` uses torchrun."""
+        module = {"replica": "learner.score"}.get(name.split("-")[0], name.split("-")[0])
+        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks else []
+        named = ["--name", name] if "-" in name else []
+        with self.log(name).open("ab") as log:
+            self.running[name] = subprocess.Popen(
+                [sys.executable, "-m", *torchrun, module, str(self.file), *named, *overrides],
+                cwd=ROOT, env=environment(), stderr=log, stdout=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+        return self.running[name]
+
+    def log(self, name):
+        return self.directory / f"{name}.log"
+
+    def kill(self, name, number=signal.SIGKILL):
+        os.killpg(self.running[name].pid, number)
+        return self.running[name].wait(20)
+
+    def wait(self, name, timeout=60):
+        return self.running[name].wait(timeout)
+
+    def steps(self):
+        return [x for x in self.metrics() if x["kind"] == "step"]
+
+    def metrics(self):
+        file = self.run / "metrics.jsonl"
+        return [json.loads(x) for x in file.read_text().splitlines()] if file.exists() else []
+
+    def status(self):
+        return json.loads((self.run / "status.json").read_text())
+
+    def wait_for_step(self, step, timeout=60):
+        deadline = time.monotonic() + timeout
+        while not any(s["step"] >= step for s in self.steps()):
+            assert time.monotonic() < deadline, self.words()
+            time.sleep(0.05)
+
+    def words(self):
+        return "\n".join(f"== {p.name}\n{p.read_text()[-2000:]}" for p in sorted(self.directory.glob("*.log")))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.running.values():
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
