@@ -6,6 +6,7 @@ import subprocess
 import time
 
 import pytest
+
 from tests.integration.fleet import Fleet, make_model
 
 PARTS = ("broker", "learner", "replica-0", "actor-0")

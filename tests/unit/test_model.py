@@ -1,5 +1,6 @@
 """The decoder against transformers' own model: logits, gradients, files both ways, packing."""
 
+import itertools
 import json
 
 import numpy as np
@@ -74,7 +75,7 @@ def test_logits_and_gradients_are_those_of_transformers(directories, name):
     token_ids, offsets = pack()
     weights = torch.randn(len(token_ids), SHAPE["vocab_size"], generator=torch.Generator().manual_seed(1))
     logits = model.hidden(token_ids, offsets).hidden @ model.head.T
-    parts = [hf(token_ids[None, a:b]).logits[0] for a, b in zip(offsets, offsets[1:], strict=False)]
+    parts = [hf(token_ids[None, a:b]).logits[0] for a, b in itertools.pairwise(offsets)]
     expected = torch.cat(parts)
     assert torch.allclose(logits, expected, rtol=1e-5, atol=1e-5 * float(expected.detach().abs().max()))
     (logits * weights).sum().backward()
@@ -116,7 +117,7 @@ def test_packed_sequences_are_those_run_one_by_one(directories):
     model = ours(directories["moe"])
     token_ids, offsets = pack()
     together = model.hidden(token_ids, offsets)
-    apart = [model.hidden(token_ids[a:b], [0, b - a]) for a, b in zip(offsets, offsets[1:], strict=False)]
+    apart = [model.hidden(token_ids[a:b], [0, b - a]) for a, b in itertools.pairwise(offsets)]
     assert torch.allclose(together.hidden, torch.cat([f.hidden for f in apart]), rtol=1e-5, atol=1e-5)
     assert torch.equal(together.counts_LE, sum(f.counts_LE for f in apart))
     assert torch.allclose(together.prob_sums_LE, sum(f.prob_sums_LE for f in apart), atol=1e-4)
