@@ -18,6 +18,7 @@ BLUE, ORANGE, GREEN, RED = "#2563eb", "#ea7317", "#0e9f6e", "#d64545"
 SIZE = (8.0, 4.2)  # inches
 DPI = 130
 SMOOTH = 9  # steps in the running mean drawn over a noisy curve
+KL_FLOOR = 1e-7  # nats; below it a divergence is a rounding error
 
 
 def plot_all(run_dir: Path, records: list[Record], budget: int) -> list[str]:
@@ -149,6 +150,7 @@ def _kl(axes: Axes, steps: Sequence[Record]) -> None:
             _noisy(axes, positive, key, color, label)
     if axes.lines:
         axes.set_yscale("log")
+        axes.set_ylim(bottom=max(KL_FLOOR, axes.get_ylim()[0]))
         _legend(axes)
     else:
         axes.text(

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,32 +10,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.integration.fleet import BRIEF, ROOT, environment, free_address
+
 REPORT = ("summary.json", "report.md", "metrics.jsonl", "status.json", "config.yaml")
-
-
-def free_address():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{s.getsockname()[1]}"
-
-
-def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A barely warmed-up model: these tests prove plumbing, not learning."""
-    path = tmp_path_factory.mktemp("model") / "sort6"
-    subprocess.run(
-        [sys.executable, "-m", "tools.warmstart", "configs/smoke.yaml", f"model.path={path}", *BRIEF],
-        cwd=ROOT, env=environment(), check=True, timeout=100, capture_output=True,
-    )  # fmt: skip
-    return path
-
-
-BRIEF = ("warmstart.target_reward=0.0",)
 
 
 def command(tmp_path, model, *overrides):

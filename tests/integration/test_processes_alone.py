@@ -7,14 +7,9 @@ import time
 
 import pytest
 
-from tests.integration.fleet import Fleet, make_model
+from tests.integration.fleet import Fleet
 
 PARTS = ("broker", "learner", "replica-0", "actor-0")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("model") / "sort6")
 
 
 def test_any_order_will_do_and_two_ranks_train_as_told(tmp_path, model):

@@ -6,6 +6,8 @@ from rich.console import Console
 from common.errors import CroupierError
 from tools.bench.harness import REGISTRY, measure, show
 
+PIPE_COLUMNS = 160  # of a table that goes to a file or a pipe
+
 
 def main(arguments: list[str] | None = None) -> int:
     listing = "\n".join(f"  {name:8}{what}" for name, (_, what, _) in REGISTRY.items())
@@ -28,7 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
     if given.json:
         print("\n".join(row.to_json() for row in rows))
     else:
-        show(rows, Console())
+        console = Console()
+        show(rows, console if console.is_terminal else Console(width=PIPE_COLUMNS))
     return 0
 
 
