@@ -1,7 +1,9 @@
 """A run whose processes are started, killed and started again one by one, as users do."""
 
+import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -16,9 +18,11 @@ BRIEF = ("warmstart.target_reward=0.0",)
 
 
 def free_address():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{s.getsockname()[1]}"
+    """Below the ephemeral ports: a peer that waits for its broker must not be handed the broker's own port."""
+    while True:
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", random.randrange(10_000, 16_000)))
+            return f"tcp://127.0.0.1:{s.getsockname()[1]}"
 
 
 def environment():

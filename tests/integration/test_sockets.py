@@ -1,6 +1,5 @@
 """Real sockets: Hello, reconnection, refusal, hostile bytes."""
 
-import socket
 import time
 
 import numpy as np
@@ -10,12 +9,7 @@ import zmq
 from common import wire
 from common.errors import DeadlineError, ProtocolError, WireError
 from common.sockets import BrokerLink, RouterSocket
-
-
-def free_address():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{s.getsockname()[1]}"
+from tests.integration.fleet import free_address
 
 
 def hello(name="a0"):
