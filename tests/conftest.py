@@ -1,8 +1,12 @@
 """What tests of every kind share."""
 
+import hypothesis
 import pytest
 
 from tests.integration.fleet import make_model
+
+hypothesis.settings.register_profile("repeatable", derandomize=True, database=None)
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

@@ -62,7 +62,11 @@ def test_loss_and_gradient_are_those_of_a_loop(seed, anchor, low, high, cap, spr
         logp, log_q, log_m, log_p_v, log_prox, advantages, accept, 31, anchor, low, high, cap
     )  # fmt: skip
     assert loss.item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
-    assert leaf.grad.tolist() == pytest.approx(gradient, rel=1e-3, abs=1e-5)
+    reference = {"behaviour": log_q, "broker": log_p_v, "proximal": log_prox}[anchor]
+    rho = (logp - reference).exp()
+    at_a_kink = ((rho - (1 - low)).abs() < 1e-4) | ((rho - (1 + high)).abs() < 1e-4)  # either side is right there
+    for ours, theirs, kink in zip(leaf.grad.tolist(), gradient, at_a_kink.tolist(), strict=True):
+        assert kink or ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
     assert stats.accepted.item() == accept.sum().item()
 
 
