@@ -91,13 +91,11 @@ def accept_all(batch: Batch) -> Decision:
 def reject(batch: Batch, log_p: NDArray[np.float32], version: int, seed: int, log_threshold: float) -> Decision:
     """Optimal budgeted rejection of every trainable token under scores ``log_p[N]`` of ``version``."""
     on = np.flatnonzero(batch.trainable)
-    owner = np.repeat(np.arange(len(batch.groups)), np.diff(batch.cu_seqlens))[on]
-    position = (on - batch.cu_seqlens[:-1][owner]).astype(np.int32)
     scores = np.minimum(log_p[on], np.float32(0))  # rounding may lift a certain token above 0
     nan = np.isnan(scores)
     scores = np.where(nan, np.float32(-np.inf), scores)
     log_q = batch.log_q[on]
-    uniforms = coins(seed, batch.groups[owner], batch.siblings[owner], position, version)
+    uniforms = coins(seed, batch.groups, batch.siblings, np.diff(batch.cu_seqlens), version)[on]
     thinning = thin(scores, log_q, uniforms, log_threshold)
     decision = _spread(batch, on, thinning, scores, version, int(nan.sum()))
     decision.divergence = divergence(scores, log_q, thinning)

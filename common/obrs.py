@@ -36,18 +36,28 @@ def log_inclusion(log_p: Floats, log_q: Floats, log_threshold: float) -> Floats:
 
 
 def coins(
-    seed: int, group: NDArray[np.int64], sibling: NDArray[np.int32], position: NDArray[np.int32], version: int
+    seed: int, groups: NDArray[np.int64], siblings: NDArray[np.int32], lengths: NDArray[np.int64], version: int
 ) -> Floats:
-    """Uniform float32 in (0, 1) for each token, a pure function of its identity (algorithms.md 1.4).
+    """Uniform float32 in (0, 1) for every token of ``B`` packed trajectories, ``[sum of lengths]``.
 
-    ``group`` and ``sibling`` name the trajectory, ``position`` the token in it, ``version`` the
-    policy version that scored it; all arrays ``[N]``. Order, sharding and batch layout cannot
-    matter.
+    ``groups[B]`` and ``siblings[B]`` name the trajectories, ``lengths[B]`` counts their tokens,
+    ``version`` is the policy that scored them (algorithms.md 1.4). The coin of a token is a pure
+    function of (seed, version, group, sibling, position): word ``position % 4`` of the Philox
+    block ``position // 4``. Order, sharding and batch layout cannot matter.
     """
-    group = np.asarray(group, np.int64)
-    return coin_uniforms(
-        seed, STREAM_COINS + version, position, sibling, group & 0xFFFFFFFF, (group >> 32) & 0xFFFFFFFF
-    )
+    lengths = np.asarray(lengths, np.int64)
+    blocks = -(-lengths // 4)
+    owner = np.repeat(np.arange(len(blocks)), blocks)
+    first = np.cumsum(blocks) - blocks  # block at which each trajectory starts
+    block = np.arange(len(owner)) - first[owner]
+    group = np.asarray(groups, np.int64)[owner]
+    drawn = coin_uniforms(
+        seed, STREAM_COINS + version, block, np.asarray(siblings)[owner], group & 0xFFFFFFFF, (group >> 32) & 0xFFFFFFFF
+    ).reshape(-1)
+    if len(drawn) == int(lengths.sum()):
+        return drawn
+    position = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return drawn[np.repeat(4 * first, lengths) + position]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from common.obrs import (
     thin,
     wilson_interval,
 )
+from common.philox import STREAM_COINS, philox4x32
 
 P = np.array([0.50, 0.25, 0.15, 0.08, 0.02])
 Q = np.array([0.40, 0.10, 0.30, 0.15, 0.05])
@@ -58,7 +59,7 @@ def test_thin_equals_the_naive_loop():
 
 def test_equal_policies_accept_everything_with_weight_one_bitwise():
     lq = np.log(np.random.default_rng(1).uniform(1e-6, 1, 100_000)).astype(np.float32)
-    u = coins(0, np.arange(100_000), np.zeros(100_000, np.int32), np.arange(100_000, dtype=np.int32), 3)
+    u = coins(0, np.arange(100), np.zeros(100, np.int32), np.full(100, 1000), 3)
     result = thin(lq, lq, u, 0.0)
     assert result.accept.all()
     assert (result.log_m == lq).all()
@@ -76,22 +77,33 @@ def test_impossible_token_is_rejected_and_absurd_densities_are_named():
         check_scores(lp, lq[:1])
 
 
-def test_coins_ignore_order_and_depend_on_every_part_of_the_identity():
-    n = 1000
+def naive_coin(seed, group, sibling, position, version):
+    """One token's coin, from the reference cipher."""
+    word = philox4x32((seed, STREAM_COINS + version), position // 4, sibling, group & 0xFFFFFFFF, group >> 32)[
+        position % 4
+    ]
+    return (int(word >> np.uint64(9)) + 0.5) * 2.0**-23
+
+
+def test_coins_are_a_function_of_the_tokens_identity_alone():
     rng = np.random.default_rng(2)
-    group, sibling = rng.integers(0, 1 << 40, n), rng.integers(0, 8, n).astype(np.int32)
-    position = rng.integers(0, 4096, n).astype(np.int32)
-    base = coins(5, group, sibling, position, 9)
-    order = rng.permutation(n)
-    assert (coins(5, group[order], sibling[order], position[order], 9) == base[order]).all()
+    groups, siblings = rng.integers(0, 1 << 40, 40), rng.integers(0, 8, 40).astype(np.int32)
+    lengths = rng.integers(0, 30, 40)
+    base = np.split(coins(5, groups, siblings, lengths, 9), np.cumsum(lengths)[:-1])
+    for g, s, n, drawn in zip(groups.tolist(), siblings.tolist(), lengths.tolist(), base, strict=True):
+        assert drawn.tolist() == [naive_coin(5, g, s, t, 9) for t in range(n)]
+    order = rng.permutation(40)
+    again = coins(5, groups[order], siblings[order], lengths[order], 9)
+    assert again.tolist() == np.concatenate([base[i] for i in order]).tolist()
+    together = np.concatenate(base)
     for other in (
-        coins(6, group, sibling, position, 9),
-        coins(5, group + (1 << 33), sibling, position, 9),
-        coins(5, group, sibling + 1, position, 9),
-        coins(5, group, sibling, position + 1, 9),
-        coins(5, group, sibling, position, 10),
+        coins(6, groups, siblings, lengths, 9),
+        coins(5, groups + (1 << 33), siblings, lengths, 9),
+        coins(5, groups, siblings + 8, lengths, 9),
+        coins(5, groups, siblings, lengths, 10),
     ):
-        assert (other != base).mean() > 0.99
+        assert (other != together).mean() > 0.99
+    assert len(coins(5, groups[:0], siblings[:0], lengths[:0], 9)) == 0
 
 
 def test_unbiased_whatever_policy_the_learner_weighs_with_later():

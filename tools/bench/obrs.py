@@ -19,15 +19,14 @@ def run(reps: int) -> list[Row]:
     log_q = -random.exponential(1.0, TOKENS).astype(np.float32)
     log_p = np.minimum(log_q + random.normal(0, 0.1, TOKENS).astype(np.float32), np.float32(0))
     uniforms = random.uniform(1e-6, 1 - 1e-6, TOKENS).astype(np.float32)
-    group = np.repeat(np.arange(SHAPE[0], dtype=np.int64), SHAPE[1])
-    sibling = np.zeros(TOKENS, np.int32)
-    position = np.tile(np.arange(SHAPE[1], dtype=np.int32), SHAPE[0])
+    groups, siblings = np.arange(SHAPE[0], dtype=np.int64), np.zeros(SHAPE[0], np.int32)
+    lengths = np.full(SHAPE[0], SHAPE[1], np.int64)
 
     def naive() -> object:
         return uniforms < np.minimum(1.0, np.exp(log_p) / (1.0 * np.exp(log_q)))
 
     def toss() -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-        return coins(0, group, sibling, position, 7)
+        return coins(0, groups, siblings, lengths, 7)
 
     work: dict[str, Callable[[], object]] = {
         "plain": lambda: np.minimum(np.exp(log_p - log_q), WEIGHT_CAP),
