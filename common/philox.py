@@ -81,8 +81,7 @@ def coin_uniforms(seed: int, stream: int, c0: Any, c1: Any, c2: Any, c3: Any) ->
     words = philox4x32((seed, stream), c0, c1, c2, c3)
     uniforms = np.empty((*words[0].shape, len(words)), np.float32)
     for place, word in enumerate(words):
-        np.add(
-            np.right_shift(word, np.uint64(9), out=word), np.float32(0.5), out=uniforms[..., place], casting="unsafe"
-        )
+        uniforms[..., place] = word >> np.uint64(9)
+    uniforms += np.float32(0.5)
     uniforms *= np.float32(2.0**-23)
     return uniforms
