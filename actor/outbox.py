@@ -87,6 +87,10 @@ class Outbox:
         """What a broker that came back must be sent again, oldest first."""
         return [message for message, _, _ in self._messages.values()]
 
+    def groups(self) -> set[int]:
+        """Groups of which something is not acknowledged."""
+        return {group for group, _ in self._owner}
+
     @property
     def nbytes(self) -> int:
         """Bytes held."""

@@ -9,6 +9,7 @@
 The engine decodes everything in flight together; nothing waits for a group, a grant or a publish.
 """
 
+import dataclasses
 import logging
 import os
 import secrets
@@ -132,7 +133,7 @@ class ActorService:
     def _handle(self, message: object) -> None:
         match message:
             case wire.Grant():
-                self._grants.append(message)
+                self._grants.append(self._unknown(message))
             case wire.Ack():
                 for group, sibling, reason in self.outbox.acknowledge(message):
                     self.counters["refused"] += 1
@@ -166,6 +167,15 @@ class ActorService:
         self.receiver.applied(staged)
 
     # ---- rollouts -------------------------------------------------------------------------------
+
+    def _unknown(self, grant: wire.Grant) -> wire.Grant:
+        """``grant`` without the groups that we have: a broker that came back grants what we owe again."""
+        queued = {group for waiting in self._grants for group in waiting.groups.tolist()}
+        have = queued | self._left.keys() | self.outbox.groups()
+        if not have.isdisjoint(grant.groups.tolist()):
+            new = np.array([group not in have for group in grant.groups.tolist()], np.bool_)
+            grant = dataclasses.replace(grant, groups=grant.groups[new], prompts=grant.prompts[new])
+        return grant
 
     def _startable(self) -> bool:
         return bool(self._grants) and self._grants[0].min_version <= self.engine.version

@@ -35,6 +35,7 @@ class Batch:
     versions: NDArray[np.int32]  # [N]
     topk_ids: NDArray[np.int32]  # [N, k]
     topk_log_q: NDArray[np.float32]  # [N, k]
+    sources: list[tuple[int, int]]  # [B] where the journal holds each trajectory
 
     @property
     def nbytes(self) -> int:
@@ -63,6 +64,7 @@ def collate(step: int, members: Sequence[Trajectory], group_size: int, kind: Kin
         versions=np.concatenate([t.versions for t in ordered]),
         topk_ids=np.concatenate([t.topk_ids for t in ordered]),
         topk_log_q=np.concatenate([t.topk_log_q for t in ordered]),
+        sources=[t.source for t in ordered],
     )
 
 

@@ -16,11 +16,11 @@ class Evaluation:
 class EvaluationSchedule:
     """At version 0, every ``every`` versions and at the last one; one at a time."""
 
-    def __init__(self, section: EvaluationSection, last_version: int) -> None:
+    def __init__(self, section: EvaluationSection, last_version: int, first_id: int = 0) -> None:
         self.section = section
         self.last_version = last_version
         self.results: list[tuple[int, float]] = []  # (version, mean reward)
-        self._next_id = 0
+        self._next_id = first_id
         self._asked: dict[str, Evaluation] = {}  # by actor
         self._covered = -1  # newest version asked for
 
@@ -54,6 +54,11 @@ class EvaluationSchedule:
         asked = self._asked.pop(actor, None)
         if asked is not None:
             self._covered = asked.version - 1
+
+    def restore(self, results: list[tuple[int, float]]) -> None:
+        """Take up where a broker that ended left off; what it had asked for is asked again."""
+        self.results = [(int(version), float(reward)) for version, reward in results]
+        self._covered = max((version for version, _ in self.results), default=-1)
 
     @property
     def pending(self) -> bool:

@@ -3,13 +3,14 @@
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from common.wire import Trajectories
 
-TOMBSTONES_KEPT = 100_000  # late messages of older groups are refused as unknown, with the same effect
+TOMBSTONES_KEPT = 20_000  # late messages of older groups are refused as unknown, with the same effect
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Trajectory:
     topk_ids: NDArray[np.int32]  # [T, k]
     topk_log_q: NDArray[np.float32]  # [T, k]
     truncated: bool
+    source: tuple[int, int] = (-1, 0)  # the journal's event that brought it, and its place in that message
 
     @property
     def nbytes(self) -> int:
@@ -44,7 +46,7 @@ class Trajectory:
         return int(self.trainable.sum())
 
 
-def unpack(message: Trajectories, index: int) -> Trajectory:
+def unpack(message: Trajectories, index: int, seq: int = -1) -> Trajectory:
     """Trajectory ``index`` of a batch, without a copy."""
     a, b = int(message.cu_seqlens[index]), int(message.cu_seqlens[index + 1])
     return Trajectory(
@@ -58,6 +60,7 @@ def unpack(message: Trajectories, index: int) -> Trajectory:
         topk_ids=message.topk_ids[a:b],
         topk_log_q=message.topk_log_q[a:b],
         truncated=bool(message.finish[index] == 1),
+        source=(seq, index),
     )
 
 
@@ -113,6 +116,10 @@ class GroupBook:
         """Siblings in order."""
         return [t for _, t in sorted(self._groups[group].members.items())]
 
+    def groups(self) -> list[int]:
+        """Every group granted and not assembled."""
+        return list(self._groups)
+
     def prompt(self, group: int) -> int:
         """The group's prompt."""
         return self._groups[group].prompt
@@ -133,6 +140,10 @@ class GroupBook:
     def is_done(self, group: int) -> bool:
         """Whether the group was assembled (and not given up)."""
         return self._tombstones.get(group) == ""
+
+    def actors(self) -> set[str]:
+        """Who owes siblings of a group."""
+        return {e.actor for e in self._groups.values() if len(e.members) < self.group_size}
 
     def of_actor(self, actor: str, incomplete: Callable[[int], bool] | None = None) -> list[int]:
         """Groups that ``actor`` still owes siblings of."""
@@ -155,6 +166,22 @@ class GroupBook:
 
     def __contains__(self, group: int) -> bool:
         return group in self._groups
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`restore` needs; trajectories by their source."""
+        groups = [
+            [e.group, e.prompt, e.actor, e.min_version, [list(t.source) for _, t in sorted(e.members.items())]]
+            for e in self._groups.values()
+        ]
+        return {"groups": groups, "tombstones": list(self._tombstones.items())}
+
+    def restore(self, state: dict[str, Any], load: Callable[[int, int], Trajectory]) -> None:
+        """Take up where :meth:`state` was written; ``load`` finds a trajectory by its source."""
+        self._tombstones = OrderedDict((int(g), str(r)) for g, r in state["tombstones"])
+        self._groups = {}
+        for group, prompt, actor, min_version, sources in state["groups"]:
+            members = [load(seq, index) for seq, index in sources]
+            self._groups[group] = Group(group, prompt, actor, min_version, {t.sibling: t for t in members})
 
     def _bury(self, group: int, reason: str) -> None:
         self._tombstones[group] = reason

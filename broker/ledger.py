@@ -12,6 +12,7 @@ and nothing needs to be discarded for age. With budget 0 it is synchronous train
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from common.errors import DataError
 
@@ -94,6 +95,18 @@ class StalenessLedger:
             if entry.deadline < self.next_step:
                 raise DataError(f"group {group} was due at step {entry.deadline}, not {self.next_step}")
         self.next_step += 1
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`restore` needs."""
+        return {
+            "next_step": self.next_step,
+            "outstanding": [[i, g.deadline, g.complete] for i, g in self._outstanding.items()],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up where :meth:`state` was written."""
+        self.next_step = int(state["next_step"])
+        self._outstanding = {i: _Outstanding(deadline, complete) for i, deadline, complete in state["outstanding"]}
 
     def waiting_for(self) -> str:
         """What keeps the next step from being assembled, in words."""

@@ -9,13 +9,14 @@ or a file.
 """
 
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from broker.batch import Batch, Decision, accept_all, collate, make_shards, reject
-from broker.groups import GroupBook, unpack
+from broker.groups import GroupBook, Trajectory, unpack
 from broker.ledger import StalenessLedger
 from broker.receipts import receipt
 from common.config import RunConfig
@@ -29,10 +30,14 @@ BYTES_PER_ALTERNATIVE = 8
 
 
 @dataclass
-class _Step:
+class DecidedStep:
+    """A step whose coins were tossed, until the learner needs it no more."""
+
     batch: Batch
     decision: Decision
     receipt: dict[str, Any]
+    score_seq: int  # the journal's event with the scores; -1 with rejection off
+    log_threshold: float
     shards: list[Shard] | None = None
     committed: bool = False
 
@@ -40,7 +45,7 @@ class _Step:
 class Pipeline:
     """What the broker knows of the run's data."""
 
-    def __init__(self, config: RunConfig, vocab_size: int, generation: int = 0) -> None:
+    def __init__(self, config: RunConfig, vocab_size: int) -> None:
         self.config = config
         self.vocab_size = vocab_size
         rollout = config.rollout
@@ -49,9 +54,9 @@ class Pipeline:
         self.counts: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
-        self._steps: dict[int, _Step] = {}
+        self._steps: dict[int, DecidedStep] = {}
         self._scoring: tuple[Batch, ScoreRequest] | None = None
-        self._next_group = generation << 32
+        self._next_group = 0
         self._next_prompt = 0
         self._retry: deque[tuple[int, int]] = deque()  # (prompt, failures so far)
         self._failures: Counter[int] = Counter()
@@ -59,6 +64,10 @@ class Pipeline:
         self.committed_step = -1
 
     # ---- grants ---------------------------------------------------------------------------------
+
+    def begin(self, generation: int) -> None:
+        """Number groups apart from those of an earlier broker of this run that kept no journal."""
+        self._next_group = generation << 32
 
     def start_at(self, step: int) -> None:
         """The learner's first step; everything before it belongs to an earlier life of the run."""
@@ -89,16 +98,23 @@ class Pipeline:
 
     def _groups_that_fit(self) -> int:
         """Groups whose largest possible size still fits in the queue's bound, those promised counted in full."""
+        free = self.config.broker.queue_mb * MEGABYTE - self.queue_bytes
+        return max(0, int(free // self.largest_group) - self.ledger.promised)
+
+    @property
+    def largest_group(self) -> int:
+        """Bytes of a group whose every sibling is as long as it may be."""
         rollout = self.config.rollout
         per_token = BYTES_PER_TOKEN + BYTES_PER_ALTERNATIVE * rollout.top_logprobs
-        largest = rollout.group_size * rollout.max_length * per_token
-        free = self.config.broker.queue_mb * MEGABYTE - self.queue_bytes
-        return max(0, int(free // largest) - self.ledger.promised)
+        return rollout.group_size * rollout.max_length * per_token
 
     # ---- admission ------------------------------------------------------------------------------
 
-    def admit(self, message: Trajectories, actor: str, newest_version: int) -> Ack:
-        """Take what is sound, refuse the rest by name; a refused sibling gives its group up."""
+    def admit(self, message: Trajectories, actor: str, newest_version: int, seq: int = -1) -> Ack:
+        """Take what is sound, refuse the rest by name; a refused sibling gives its group up.
+
+        ``seq`` is the number under which the journal holds the message.
+        """
         faults = message.faults(self.vocab_size, newest_version)
         reasons = []
         for index in range(len(message.groups)):
@@ -108,7 +124,7 @@ class Pipeline:
                 self.counts["repeats"] += 1
                 reason = ""
             elif not reason:
-                reason = faults.get(index, "") or self._admit_one(message, index)
+                reason = faults.get(index, "") or self._admit_one(message, index, seq)
                 if reason:
                     self.give_up(group, "refused_sibling")
             if reason:
@@ -116,8 +132,8 @@ class Pipeline:
             reasons.append(reason)
         return Ack(reasons, message.groups, message.siblings)
 
-    def _admit_one(self, message: Trajectories, index: int) -> str:
-        trajectory = unpack(message, index)
+    def _admit_one(self, message: Trajectories, index: int, seq: int) -> str:
+        trajectory = unpack(message, index, seq)
         oldest = trajectory.oldest_version
         if oldest < self.book.min_version(trajectory.group):
             return f"sampled by version {oldest}, older than the grant's {self.book.min_version(trajectory.group)}"
@@ -173,13 +189,21 @@ class Pipeline:
         step = self.ledger.next_step
         members = [t for group in chosen for t in self.book.take(group)]
         self.ledger.assembled(chosen)
-        advantage = self.config.advantage
-        batch = collate(step, members, self.config.rollout.group_size, advantage.kind, advantage.epsilon)
+        batch = self._collate(step, members)
         if self.config.obrs.mode == "off":
-            self._finish(batch, accept_all(batch))
+            self._finish(batch, accept_all(batch), -1, 0.0)
             return None
-        request = ScoreRequest(
-            request=self._next_request,
+        self._scoring = (batch, self._score_request(batch, self._next_request, min_version))
+        self._next_request += 1
+        return self._scoring[1]
+
+    def _collate(self, step: int, members: list[Trajectory]) -> Batch:
+        advantage = self.config.advantage
+        return collate(step, members, self.config.rollout.group_size, advantage.kind, advantage.epsilon)
+
+    def _score_request(self, batch: Batch, number: int, min_version: int) -> ScoreRequest:
+        return ScoreRequest(
+            request=number,
             min_version=min_version,
             temperature=self.config.rollout.temperature,
             cu_seqlens=batch.cu_seqlens.astype(np.int32),
@@ -187,16 +211,13 @@ class Pipeline:
             wanted=batch.trainable,
             topk_ids=batch.topk_ids[:, :0],
         )
-        self._next_request += 1
-        self._scoring = (batch, request)
-        return request
 
     @property
     def scoring(self) -> ScoreRequest | None:
         """The request under way."""
         return self._scoring[1] if self._scoring else None
 
-    def scored(self, result: ScoreResult) -> None:
+    def scored(self, result: ScoreResult, seq: int = -1) -> None:
         """Toss the coins of the batch that was scored. Stale answers are ignored."""
         if self._scoring is None or self._scoring[1].request != result.request:
             self.counts["late_scores"] += 1
@@ -207,16 +228,18 @@ class Pipeline:
         if result.version < request.min_version:
             raise DataError(f"score_result: scored by version {result.version}, asked for {request.min_version}")
         self._scoring = None
-        decision = reject(
-            batch, result.log_p, result.version, self.config.run.seed, float(np.log(self.config.obrs.threshold))
-        )
-        self._finish(batch, decision)
+        self._finish(batch, *self._decide(batch, result, seq, float(np.log(self.config.obrs.threshold))))
 
-    def _finish(self, batch: Batch, decision: Decision) -> None:
+    def _decide(self, batch: Batch, result: ScoreResult, seq: int, log_threshold: float) -> tuple[Decision, int, float]:
+        decision = reject(batch, result.log_p, result.version, self.config.run.seed, log_threshold)
+        return decision, seq, log_threshold
+
+    def _finish(self, batch: Batch, decision: Decision, score_seq: int, log_threshold: float) -> None:
         self.counts["tokens_proposed"] += decision.proposed
         self.counts["tokens_accepted"] += decision.accepted
         self.counts["unscorable"] += decision.unscorable
-        self._steps[batch.step] = _Step(batch, decision, receipt(batch, decision, self.config.obrs.threshold))
+        line = receipt(batch, decision, float(np.exp(log_threshold)))
+        self._steps[batch.step] = DecidedStep(batch, decision, line, score_seq, log_threshold)
 
     # ---- serving --------------------------------------------------------------------------------
 
@@ -233,6 +256,20 @@ class Pipeline:
         if entry.shards is None or len(entry.shards) != world:
             entry.shards = make_shards(entry.batch, entry.decision, world, self.config.rollout.temperature)
         return entry.shards[rank]
+
+    def has_shards(self, step: int, world: int) -> bool:
+        """Whether the step's shards for ``world`` ranks were made already."""
+        entry = self._steps.get(step)
+        return entry is not None and entry.shards is not None and len(entry.shards) == world
+
+    def step(self, step: int) -> DecidedStep | None:
+        """What is held of a decided step."""
+        return self._steps.get(step)
+
+    @property
+    def scoring_step(self) -> int | None:
+        """The step whose scores are awaited."""
+        return self._scoring[0].step if self._scoring else None
 
     def _being_scored(self, step: int) -> bool:
         return self._scoring is not None and self._scoring[0].step == step
@@ -261,6 +298,65 @@ class Pipeline:
                 return
             held -= self._steps[step].batch.nbytes
             del self._steps[step]
+
+    # ---- state ----------------------------------------------------------------------------------
+
+    def sources(self) -> list[int]:
+        """Numbers of the journal's events that hold what is not trained and checkpointed yet."""
+        found = [t.source[0] for group in self.book.groups() for t in self.book.members(group)]
+        batches = [entry.batch for entry in self._steps.values()] + ([self._scoring[0]] if self._scoring else [])
+        found += [seq for batch in batches for seq, _ in batch.sources]
+        found += [entry.score_seq for entry in self._steps.values()]
+        return sorted({seq for seq in found if seq >= 0})
+
+    def state(self) -> dict[str, Any]:
+        """Everything that :meth:`restore` needs, small: trajectories and scores by their place in the journal."""
+        return {
+            "ledger": self.ledger.state(),
+            "book": self.book.state(),
+            "counts": dict(self.counts),
+            "dropped": dict(self.dropped),
+            "refused": dict(self.refused),
+            "next_group": self._next_group,
+            "next_prompt": self._next_prompt,
+            "retry": [list(r) for r in self._retry],
+            "failures": list(self._failures.items()),
+            "next_request": self._next_request,
+            "committed_step": self.committed_step,
+            "steps": [
+                [step, [list(s) for s in e.batch.sources], e.score_seq, e.log_threshold, e.committed]
+                for step, e in self._steps.items()
+            ],
+            "scoring": [
+                self._scoring[0].step, [list(s) for s in self._scoring[0].sources],
+                self._scoring[1].request, self._scoring[1].min_version,
+            ] if self._scoring else None,
+        }  # fmt: skip
+
+    def restore(
+        self, state: dict[str, Any], load: Callable[[int, int], Trajectory], scores: Callable[[int], ScoreResult]
+    ) -> None:
+        """Take up where :meth:`state` was written; every decision comes out as it did, bit for bit."""
+        self.ledger.restore(state["ledger"])
+        self.book.restore(state["book"], load)
+        self.counts, self.dropped, self.refused = (Counter(state[k]) for k in ("counts", "dropped", "refused"))
+        self._next_group, self._next_prompt = state["next_group"], state["next_prompt"]
+        self._retry = deque((prompt, failures) for prompt, failures in state["retry"])
+        self._failures = Counter(dict(state["failures"]))
+        self._next_request, self.committed_step = state["next_request"], state["committed_step"]
+        counts = Counter(self.counts)
+        for step, sources, seq, log_threshold, committed in state["steps"]:
+            batch = self._collate(step, [load(*s) for s in sources])
+            if seq < 0:
+                self._finish(batch, accept_all(batch), -1, 0.0)
+            else:
+                self._finish(batch, *self._decide(batch, scores(seq), seq, log_threshold))
+            self._steps[step].committed = committed
+        self.counts = counts
+        if state["scoring"] is not None:
+            step, sources, number, min_version = state["scoring"]
+            batch = self._collate(step, [load(*s) for s in sources])
+            self._scoring = (batch, self._score_request(batch, number, min_version))
 
     # ---- figures --------------------------------------------------------------------------------
 

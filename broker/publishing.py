@@ -52,6 +52,18 @@ class PublishCoordinator:
         self._group: tuple[list[str], str, int] | None = None
         self._dropped: list[str] = []
 
+    def restore(self, history: list[int]) -> None:
+        """Versions that an earlier life of the broker settled."""
+        self.history = list(history)
+        self.published = max(self.history, default=0)
+
+    def known(self, version: int) -> None:
+        """The learner says that ``version`` is out; the broker may have ended before it heard."""
+        if version > self.published:
+            if self.history:
+                self.history += range(self.published + 1, version + 1)
+            self.published = version
+
     @property
     def busy(self) -> bool:
         """Whether a version is under way."""

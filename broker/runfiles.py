@@ -53,6 +53,15 @@ class RunFiles:
         self._metrics.write(json.dumps({"kind": kind, "time_s": round(self.seconds(), 3), **values}) + "\n")
         self._metrics.flush()
 
+    def last_step(self) -> int:
+        """The newest step that metrics.jsonl has a line for, -1 for none; a line cut short is ignored."""
+        last = -1
+        with (self.directory / "metrics.jsonl").open() as lines:
+            for line in lines:
+                if line.startswith('{"kind": "step"') and line.endswith("}\n"):
+                    last = max(last, int(json.loads(line)["step"]))
+        return last
+
     def status_due(self) -> bool:
         """Whether status.json should be written now."""
         return time.monotonic() >= self._next_status

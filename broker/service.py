@@ -11,7 +11,6 @@ whole batches.
 import json
 import logging
 import time
-from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,13 @@ from typing import Any
 import numpy as np
 
 from broker.evaluation import EvaluationSchedule
+from broker.figures import Figures
+from broker.journal import Journal
+from broker.outlet import Outlet
 from broker.peers import Peer, Roster
 from broker.pipeline import Pipeline
 from broker.publishing import LEARNER, Outgoing, PublishCoordinator
+from broker.recorder import Recorder, recover
 from broker.runfiles import RunFiles
 from common import wire
 from common.config import RunConfig
@@ -31,7 +34,8 @@ from common.sockets import RouterSocket
 
 TURN_S = 0.05
 WAITING_EVERY_S = 1.0  # how often a parked learner is told what it waits for
-RATE_WINDOW_S = 10.0
+JOURNAL = "journal"  # within the run directory
+HELD_TURN_S = 0.001  # while answers wait for the disk
 FAREWELL_S = 3.0  # how long to wait for Byes at the end
 WORD_EVERY_S = 10.0  # a log line while nothing can be done
 
@@ -61,11 +65,12 @@ class BrokerService:
         vocab_size = read_vocab_size(config.model.path)
         self.router = RouterSocket(config.broker.address)
         self.files = RunFiles(config.run.path)
-        self.pipeline = Pipeline(config, vocab_size, self.files.generation)
+        self.pipeline = Pipeline(config, vocab_size)
+        journal = self._journal()
+        self.figures = Figures()
         self.weights = PublishCoordinator(config.weights.deadline_s, self.files.generation)
-        self.schedule = EvaluationSchedule(config.evaluation, config.run.steps)
+        self.schedule = EvaluationSchedule(config.evaluation, config.run.steps, self.files.generation << 16)
         self.roster = Roster()
-        self.errors: Counter[str] = Counter()
         self.phase = "waiting"
         self.learner_seen = False
         self._fetches: dict[bytes, tuple[wire.Fetch, float]] = {}
@@ -74,11 +79,15 @@ class BrokerService:
         self._next_pong = 0.0
         self._next_word = time.monotonic() + WORD_EVERY_S
         self._resync_asked: dict[str, tuple[int, float]] = {}
-        self._rate: deque[tuple[float, int]] = deque()
-        self._last_step: dict[str, Any] = {}
-        self._lag_sum, self._lag_tokens, self._lag_max = 0.0, 0, 0
-        self._score_seconds = 0.0
-        self._actor_seconds = 0.0
+        self._noted = 0  # versions of the history that the journal has
+        self._sessions: dict[str, str] = {}  # of actors, also from before a restart
+        self._awaited: dict[str, float] = {}  # actors that owe groups since before a restart, and until when
+        self.recorder = Recorder(self.pipeline, journal, self._state)
+        self.outlet = Outlet(self.recorder)
+        if journal is not None and journal.last >= 0:
+            self._recover(journal)
+        else:
+            self.recorder.begin(self.files.generation)
         self._handlers: dict[type[Any], Callable[[Peer, Any], None]] = {
             wire.Heartbeat: self._on_heartbeat,
             wire.Bye: lambda peer, m: self._lose(peer, m.reason or "bye", orderly=True),
@@ -88,7 +97,7 @@ class BrokerService:
             wire.ScoreResult: self._on_scores,
             wire.Fetch: self._on_fetch,
             wire.Commit: self._on_commit,
-            wire.Checkpointed: lambda peer, m: self.pipeline.checkpointed(m.step),
+            wire.Checkpointed: lambda peer, m: self.recorder.checkpointed(m.step),
             wire.Publish: self._on_publish,
             wire.Published: self._on_published,
             wire.PublishFailed: self._on_publish_failed,
@@ -111,17 +120,21 @@ class BrokerService:
             self.files.status(self.status())
             self.files.close()
             self.router.close()
+            if self.recorder.journal is not None:
+                self.recorder.journal.close()
 
     def turn(self) -> None:
         """One turn of the loop."""
-        for identity, message in self.router.receive(TURN_S):
+        for identity, message in self.router.receive(HELD_TURN_S if self.outlet.holding else TURN_S):
             self._receive(identity, message)
+        self.outlet.release()
         now = time.monotonic()
         self._look_after_peers(now)
         self._dispatch(self.weights.on_tick(self.roster.receivers(), now))
         self._request_scores(now)
         self._grant()
         self._serve(now)
+        self.outlet.release()
         if self.files.status_due():
             self.files.status(self.status())
         if now > self._next_word:
@@ -140,8 +153,11 @@ class BrokerService:
 
     def _farewell(self) -> None:
         for peer in self.roster.all():
-            self.router.send(peer.identity, wire.Stop(self.phase))
+            self._send(peer, wire.Stop(self.phase))
         deadline = time.monotonic() + FAREWELL_S
+        while self.outlet.holding and time.monotonic() < deadline:
+            self.outlet.release()
+            time.sleep(HELD_TURN_S)
         while self.roster.all() and time.monotonic() < deadline:
             for identity, message in self.router.receive(TURN_S):
                 known = self.roster.get(identity) is not None
@@ -149,6 +165,66 @@ class BrokerService:
                     self.roster.remove(identity)
                 elif known and isinstance(message, wire.Trajectories):
                     self._receive(identity, message)
+            self.outlet.release()
+
+    def _send(self, peer: Peer, message: Any) -> None:
+        """To ``peer``, once everything decided so far is on disk; an unreachable peer is lost."""
+
+        def action() -> None:
+            if not self.router.send(peer.identity, message) and self.roster.get(peer.identity) is peer:
+                self._lose(peer, "its connection closed")
+
+        self.outlet.do(action)
+
+    # ---- after a restart ------------------------------------------------------------------------
+
+    def _journal(self) -> Journal | None:
+        limit = self.config.broker.journal_mb
+        return Journal(self.files.directory / JOURNAL, self.files.run_id, limit) if limit > 0 else None
+
+    def _state(self) -> dict[str, Any]:
+        """What the broker must find again beside the pipeline."""
+        return {
+            "figures": self.figures.state(),
+            "published": self.weights.history,
+            "evaluated": [list(r) for r in self.schedule.results],
+            "sessions": self._sessions,
+            "learner_seen": self.learner_seen,
+        }
+
+    def _recover(self, journal: Journal) -> None:
+        found = recover(self.pipeline, journal)
+        state = found.service
+        published, evaluated = list(state.get("published", [])), list(state.get("evaluated", []))
+        self._sessions, self.learner_seen = dict(state.get("sessions", {})), bool(state.get("learner_seen", False))
+        if "figures" in state:
+            self.figures.restore(state["figures"])
+        for what, values in found.notes:
+            match what:
+                case "published":
+                    published.append(values["version"])
+                case "evaluated":
+                    evaluated.append([values["version"], values["reward"]])
+                case "joined":
+                    self._sessions[values["actor"]] = values["session"]
+                case "learner":
+                    self.learner_seen = True
+        self.weights.restore(published)
+        self._noted = len(self.weights.history)
+        self.schedule.restore(evaluated)
+        written = self.files.last_step()
+        for receipt, metrics in found.commits:
+            line = self.figures.committed(receipt, metrics, self.pipeline, self.roster)
+            if receipt["step"] > written:
+                self.files.metric("step", line)
+        for odd in found.differences[:5]:
+            log.warning("the journal was decided differently by the program that wrote it: %s", odd)
+        deadline = time.monotonic() + self.config.broker.peer_timeout_s
+        self._awaited = {e: deadline for e in self.pipeline.book.actors()}
+        log.info(
+            "recovered from the journal: %d events, step %d next, %d trajectories waiting",
+            found.events, self.pipeline.committed_step + 1, self.pipeline.queued,
+        )  # fmt: skip
 
     # ---- peers ----------------------------------------------------------------------------------
 
@@ -156,7 +232,7 @@ class BrokerService:
         peer = self.roster.get(identity)
         if isinstance(message, Exception):
             who = peer.name if peer else identity[:40].decode(errors="replace")
-            self.errors[type(message).__name__] += 1
+            self.figures.errors[type(message).__name__] += 1
             log.warning("bad message from %s: %s", who, message)
             return
         if isinstance(message, wire.Hello):
@@ -169,7 +245,7 @@ class BrokerService:
         try:
             self._handlers[type(message)](peer, message)
         except (DataError, ProtocolError) as error:
-            self.errors[type(error).__name__] += 1
+            self.figures.errors[type(error).__name__] += 1
             log.warning("%s from %s: %s", message.TAG, peer.name, error)
             if isinstance(message, wire.Fetch):
                 self.router.send(identity, wire.Refused(str(error)))
@@ -177,23 +253,50 @@ class BrokerService:
     def _on_hello(self, identity: bytes, hello: wire.Hello) -> None:
         reason = self._objection(identity, hello)
         if reason:
-            self.errors["refused_hello"] += 1
+            self.figures.errors["refused_hello"] += 1
             log.warning("refused %s %s: %s", hello.role, hello.name, reason)
             self.router.send(identity, wire.Refused(reason))
             return
         known = self.roster.get(identity)
         self.roster.add(Peer(identity, hello, time.monotonic(), hello.version))
-        if hello.role == "learner" and hello.rank == 0 and not self.learner_seen:
-            self.learner_seen = True
-            self.pipeline.start_at(hello.version)
-            self.weights.published = max(self.weights.published, hello.version)
+        if hello.role == "learner" and hello.rank == 0:
+            self._on_learner(hello.version)
         if known is None:
             log.info(
                 "%s %s joined (version %d, %s pid %d)", hello.role, hello.name, hello.version, hello.host, hello.pid
             )
-        self.router.send(
-            identity, wire.Welcome(self.files.run_id, self.weights.published, self.config.broker.heartbeat_s)
-        )
+        peer = self.roster.get(identity)
+        if peer is not None:
+            self._send(peer, wire.Welcome(self.files.run_id, self.weights.published, self.config.broker.heartbeat_s))
+            if hello.role == "actor":
+                self._on_actor(peer)
+
+    def _on_learner(self, version: int) -> None:
+        """``version``: the newest that it has offered, so all steps before it are trained."""
+        if not self.learner_seen:
+            self.learner_seen = True
+            self.recorder.note("learner", {})
+            self.recorder.start_at(version)
+        for step in range(self.pipeline.committed_step + 1, version):
+            self._commit(step, {})  # the broker ended before it heard of these
+        self.weights.known(version)
+        self._note_published()
+
+    def _on_actor(self, peer: Peer) -> None:
+        """A process of its name before it takes its groups with it; what it owes itself is granted again."""
+        name, session = peer.name, peer.hello.session
+        if self._sessions.get(name, session) != session:
+            given_up = self.recorder.actor_lost(name)
+            log.info("%s is a new process: %d groups of the one before given up", name, given_up)
+        if self._sessions.get(name) != session:
+            self._sessions[name] = session
+            self.recorder.note("joined", {"actor": name, "session": session})
+        self._awaited.pop(name, None)
+        owed = self.pipeline.book.of_actor(name)
+        for version in sorted({self.pipeline.book.min_version(g) for g in owed}):
+            groups = [g for g in owed if self.pipeline.book.min_version(g) == version]
+            prompts = [self.pipeline.book.prompt(g) for g in groups]
+            self._send(peer, wire.Grant(version, -1, 0, np.array(groups, np.int64), np.array(prompts, np.int64)))
 
     def _objection(self, identity: bytes, hello: wire.Hello) -> str:
         if hello.role not in ("actor", "replica", "learner"):
@@ -223,6 +326,10 @@ class BrokerService:
             for peer in self.roster.all():
                 if not self.router.send(peer.identity, wire.Pong(self.weights.published)):
                     self._lose(peer, "its connection closed")
+        for name in [n for n, deadline in self._awaited.items() if now > deadline]:
+            del self._awaited[name]
+            given_up = self.recorder.actor_lost(name)
+            log.warning("%s did not come back after the restart: %d groups given up", name, given_up)
         for peer in self.roster.silent(now, self.config.broker.peer_timeout_s):
             self._lose(peer, f"silent for {now - peer.heard:.0f} s (broker.peer_timeout_s)")
 
@@ -234,7 +341,7 @@ class BrokerService:
         now = time.monotonic()
         given_up = 0
         if peer.role == "actor":
-            given_up = self.pipeline.actor_lost(peer.name)
+            given_up = self.recorder.actor_lost(peer.name)
             self.schedule.lost(peer.name)
         if peer.role == "learner" and peer.hello.rank == 0:
             self.weights.on_learner_lost()
@@ -259,29 +366,28 @@ class BrokerService:
     def _on_trajectories(self, peer: Peer, message: wire.Trajectories) -> None:
         if message.run_id != self.files.run_id:
             raise ProtocolError(f"trajectories of run {message.run_id}, this broker serves {self.files.run_id}")
-        ack = self.pipeline.admit(message, peer.name, self._newest_version())
+        ack = self.recorder.admit(message, peer.name, self._newest_version())
         for reason, group, sibling in zip(ack.reasons, ack.groups, ack.siblings, strict=True):
             if reason and reason not in ("unknown_group", "actor_lost", "refused_sibling"):
                 log.warning("refused trajectory %d.%d of %s: %s", group, sibling, peer.name, reason)
-        self.router.send(peer.identity, ack)
+        self._send(peer, ack)
 
     def _on_group_failed(self, peer: Peer, message: wire.GroupFailed) -> None:
         log.warning("%s gave group %d up: %s", peer.name, message.group, message.reason)
-        self.pipeline.give_up(message.group, "actor_failed")
+        self.recorder.give_up(message.group, "actor_failed")
 
     def _on_evaluation(self, peer: Peer, message: wire.EvaluationResult) -> None:
         reward = float(message.rewards.mean()) if len(message.rewards) else 0.0
         if self.schedule.result(peer.name, message.evaluation, message.version_min, reward):
-            self.files.metric(
-                "eval",
-                {
-                    "version": message.version_min,
-                    "version_max": message.version_max,
-                    "reward": reward,
-                    "prompts": len(message.rewards),
-                    "length_mean": float(message.lengths.mean()) if len(message.lengths) else 0.0,
-                },
-            )
+            self.recorder.note("evaluated", {"version": message.version_min, "reward": reward})
+            line = {
+                "version": message.version_min,
+                "version_max": message.version_max,
+                "reward": reward,
+                "prompts": len(message.rewards),
+                "length_mean": float(message.lengths.mean()) if len(message.lengths) else 0.0,
+            }
+            self.outlet.do(lambda: self.files.metric("eval", line))
             log.info("version %d: held-out reward %.3f", message.version_min, reward)
 
     def _grant(self) -> None:
@@ -296,19 +402,19 @@ class BrokerService:
         share = -(-self.pipeline.ledger.grantable(version) // len(serving))
         for index, peer in enumerate(serving):
             free = peer.hello.capacity - self.pipeline.book.in_flight(peer.name)
-            grant = None if hold else self.pipeline.grant(peer.name, min(share, free), version)
+            grant = None if hold else self.recorder.grant(peer.name, min(share, free), version)
             if evaluate and index == 0:
                 asked = self.schedule.ask(peer.name, version)
                 none = np.zeros(0, np.int64)
                 grant = grant or wire.Grant(version, -1, 0, none, none)
                 grant.evaluation, grant.evaluation_prompts = asked.id, self.config.evaluation.prompts
             if grant is not None:
-                self.router.send(peer.identity, grant)
+                self._send(peer, grant)
 
     # ---- scores ---------------------------------------------------------------------------------
 
     def _request_scores(self, now: float) -> None:
-        request = self.pipeline.assemble(self.weights.published) or self.pipeline.scoring
+        request = self.recorder.assemble(self.weights.published) or self.pipeline.scoring
         if request is None:
             return
         if self._score_sent is not None and now - self._score_sent[1] < self.config.broker.score_timeout_s:
@@ -323,12 +429,12 @@ class BrokerService:
         chosen = replicas[self._next_replica % len(replicas)]
         self._next_replica += 1
         self._score_sent = (chosen.identity, now)
-        self.router.send(chosen.identity, request)
+        self._send(chosen, request)
 
     def _on_scores(self, peer: Peer, message: wire.ScoreResult) -> None:
-        self.pipeline.scored(message)
+        self.recorder.scored(message)
         self._score_sent = None
-        self._score_seconds += message.seconds
+        self.figures.score_seconds += message.seconds
 
     # ---- learner --------------------------------------------------------------------------------
 
@@ -341,43 +447,33 @@ class BrokerService:
 
     def _serve(self, now: float) -> None:
         for identity, (fetch, told) in list(self._fetches.items()):
+            peer = self.roster.get(identity)
+            if peer is None:
+                del self._fetches[identity]
+                continue
             try:
-                shard = self.pipeline.shard(fetch.step, fetch.rank, fetch.world)
+                shard = self.recorder.shard(fetch.step, fetch.rank, fetch.world)
             except ProtocolError as error:
-                self.router.send(identity, wire.Refused(str(error)))
+                self._send(peer, wire.Refused(str(error)))
                 del self._fetches[identity]
                 continue
             if shard is not None:
                 self.phase = "running"
-                self.router.send(identity, shard)
+                self._send(peer, shard)
                 del self._fetches[identity]
             elif now - told > WAITING_EVERY_S:
-                self.router.send(identity, wire.Waiting(fetch.step, self.waiting_for()))
+                self._send(peer, wire.Waiting(fetch.step, self.waiting_for()))
                 self._fetches[identity] = (fetch, now)
 
     def _on_commit(self, peer: Peer, message: wire.Commit) -> None:
-        receipt = self.pipeline.commit(message.step)
+        self._commit(message.step, message.metrics)
+
+    def _commit(self, step: int, metrics: dict[str, float]) -> None:
+        receipt = self.recorder.commit(step, metrics)
         if receipt is None:
             return
-        lags = {int(k): v for k, v in receipt["lag_histogram"].items()}
-        self._lag_sum += sum(k * v for k, v in lags.items())
-        self._lag_tokens += sum(lags.values())
-        self._lag_max = max(self._lag_max, *lags)
-        actor_seconds = sum(p.counters.get("seconds_decode", 0.0) for p in self.roster.role("actor"))
-        line = {
-            **receipt,
-            "version": message.version,
-            "tokens_generated": self.pipeline.counts["tokens_generated"],
-            "queue_bytes": self.pipeline.queue_bytes,
-            "queue_groups": self.pipeline.ledger.queued,
-            "in_flight_groups": self.pipeline.ledger.promised,
-            "seconds_rollout": max(0.0, actor_seconds - self._actor_seconds),
-            "seconds_score": self._score_seconds,
-            **message.metrics,
-        }
-        self._actor_seconds, self._score_seconds = actor_seconds, 0.0
-        self._last_step = line
-        self.files.metric("step", line)
+        line = self.figures.committed(receipt, metrics, self.pipeline, self.roster)
+        self.outlet.do(lambda: self.files.metric("step", line))
 
     # ---- weights --------------------------------------------------------------------------------
 
@@ -401,9 +497,15 @@ class BrokerService:
     def _dispatch(self, outgoing: Outgoing) -> None:
         for name, message in outgoing:
             peer = self.roster.learner() if name == LEARNER else self.roster.named(name)
-            if peer is not None and not self.router.send(peer.identity, message):
-                self._lose(peer, "its connection closed")
+            if peer is not None:
+                self._send(peer, message)
+        self._note_published()
         self._resync()
+
+    def _note_published(self) -> None:
+        for version in self.weights.history[self._noted :]:
+            self.recorder.note("published", {"version": version})
+        self._noted = len(self.weights.history)
 
     def _resync(self) -> None:
         """Ask the learner for its current version again when a receiver lacks it."""
@@ -421,7 +523,7 @@ class BrokerService:
         asked, when = self._resync_asked.get(key, (-1, 0.0))
         if behind and (asked != version or now - when > self.config.weights.deadline_s):
             self._resync_asked = {key: (version, now)}
-            self.router.send(learner.identity, wire.Resync(f"{', '.join(behind)} lack version {version}"))
+            self._send(learner, wire.Resync(f"{', '.join(behind)} lack version {version}"))
 
     # ---- figures --------------------------------------------------------------------------------
 
@@ -443,11 +545,6 @@ class BrokerService:
 
     def status(self) -> dict[str, Any]:
         """What status.json holds."""
-        counts, now = self.pipeline.counts, time.monotonic()
-        self._rate.append((now, counts["tokens_generated"]))
-        while len(self._rate) > 2 and now - self._rate[0][0] > RATE_WINDOW_S:
-            self._rate.popleft()
-        (t0, n0), (t1, n1) = self._rate[0], self._rate[-1]
         return {
             "run_id": self.files.run_id,
             "phase": "evaluating" if self.phase == "running" and self.schedule.pending else self.phase,
@@ -456,29 +553,9 @@ class BrokerService:
             "steps": self.config.run.steps,
             "version": self.weights.published,
             "versions_published": self.weights.history,
-            "reward": self._last_step.get("reward"),
-            "lag_mean": self._lag_sum / self._lag_tokens if self._lag_tokens else 0.0,
-            "lag_max": self._lag_max,
-            "acceptance": self._last_step.get("acceptance"),
-            "tokens_generated": counts["tokens_generated"],
-            "tokens_proposed": counts["tokens_proposed"],
-            "tokens_accepted": counts["tokens_accepted"],
-            "tokens_per_s": (n1 - n0) / (t1 - t0) if t1 > t0 else 0.0,
-            "queue_groups": self.pipeline.ledger.queued,
-            "queue_bytes": self.pipeline.queue_bytes,
-            "in_flight_groups": self.pipeline.ledger.promised,
-            "peers": [
-                {"peer": p.name, "role": p.role, "version": p.version, "silent_s": round(now - p.heard, 2)}
-                for p in self.roster.all()
-            ],
-            "trajectories_acked": counts["trajectories_acked"],
-            "trajectories_trained": counts["trajectories_trained"],
-            "trajectories_queued": self.pipeline.queued,
-            "trajectories_dropped": dict(self.pipeline.dropped),
-            "trajectories_refused": dict(self.pipeline.refused),
-            "bad_messages": dict(self.errors),
             "receivers_late": self.weights.late,
             "evaluations": [{"version": v, "reward": r} for v, r in self.schedule.results],
+            **self.figures.status(self.pipeline, self.roster),
         }
 
 

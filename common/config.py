@@ -181,6 +181,7 @@ class BrokerSection:
 
     address: str = "tcp://127.0.0.1:5700"
     queue_mb: float = 256.0  # trajectories waiting to be trained; a full queue stops the grants
+    journal_mb: float = 2048.0  # on disk in the run directory, before anything is acknowledged; 0 keeps no journal
     retain_mb: float = 256.0  # committed shards kept for a learner that resumes
     heartbeat_s: float = 1.0
     peer_timeout_s: float = 15.0  # a silent peer is dropped and its groups are granted again

@@ -12,7 +12,8 @@
     ├── ProtocolError     the other side refused us, or spoke out of turn
     ├── DeadlineError     a wait ran out; the message names who was late
     ├── WeightsError      a weight publish or reload failed
-    └── CheckpointError   a checkpoint that is damaged or belongs to another run
+    ├── CheckpointError   a checkpoint that is damaged or belongs to another run
+    └── JournalError      the broker's journal cannot be written, read or is another run's
 """
 
 
@@ -58,3 +59,7 @@ class WeightsError(CroupierError, RuntimeError):
 
 class CheckpointError(CroupierError, RuntimeError):
     """A checkpoint that is damaged or belongs to another run."""
+
+
+class JournalError(CroupierError, RuntimeError):
+    """The broker's journal cannot be written or read, or belongs to another run."""

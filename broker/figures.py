@@ -1,0 +1,90 @@
+"""What the broker counts for people: one line a step, and status.json."""
+
+import time
+from collections import Counter, deque
+from typing import Any
+
+from broker.peers import Roster
+from broker.pipeline import Pipeline
+
+RATE_WINDOW_S = 10.0
+
+
+class Figures:
+    """Running sums that outlive a restart through :meth:`state`."""
+
+    def __init__(self) -> None:
+        self.errors: Counter[str] = Counter()
+        self.last_step: dict[str, Any] = {}
+        self.score_seconds = 0.0
+        self._lag_sum, self._lag_tokens, self._lag_max = 0.0, 0, 0
+        self._actor_seconds = 0.0
+        self._rate: deque[tuple[float, int]] = deque()
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`restore` needs."""
+        return {"lag": [self._lag_sum, self._lag_tokens, self._lag_max], "last_step": self.last_step}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up where :meth:`state` was written."""
+        self._lag_sum, self._lag_tokens, self._lag_max = state["lag"]
+        self.last_step = state["last_step"]
+
+    def count(self, receipt: dict[str, Any]) -> None:
+        """Add a trained step's lags."""
+        lags = {int(k): v for k, v in receipt["lag_histogram"].items()}
+        self._lag_sum += sum(k * v for k, v in lags.items())
+        self._lag_tokens += sum(lags.values())
+        self._lag_max = max(self._lag_max, *lags)
+
+    def committed(
+        self, receipt: dict[str, Any], metrics: dict[str, float], pipeline: Pipeline, roster: Roster
+    ) -> dict[str, Any]:
+        """The step's line for metrics.jsonl: its receipt, the queues, the learner's own figures."""
+        self.count(receipt)
+        actor_seconds = sum(p.counters.get("seconds_decode", 0.0) for p in roster.role("actor"))
+        line = {
+            **receipt,
+            "version": receipt["step"] + 1,
+            "tokens_generated": pipeline.counts["tokens_generated"],
+            "queue_bytes": pipeline.queue_bytes,
+            "queue_groups": pipeline.ledger.queued,
+            "in_flight_groups": pipeline.ledger.promised,
+            "seconds_rollout": max(0.0, actor_seconds - self._actor_seconds),
+            "seconds_score": self.score_seconds,
+            **metrics,
+        }
+        self._actor_seconds, self.score_seconds = actor_seconds, 0.0
+        self.last_step = line
+        return line
+
+    def status(self, pipeline: Pipeline, roster: Roster) -> dict[str, Any]:
+        """The counted part of status.json."""
+        counts, now = pipeline.counts, time.monotonic()
+        self._rate.append((now, counts["tokens_generated"]))
+        while len(self._rate) > 2 and now - self._rate[0][0] > RATE_WINDOW_S:
+            self._rate.popleft()
+        (t0, n0), (t1, n1) = self._rate[0], self._rate[-1]
+        return {
+            "reward": self.last_step.get("reward"),
+            "lag_mean": self._lag_sum / self._lag_tokens if self._lag_tokens else 0.0,
+            "lag_max": self._lag_max,
+            "acceptance": self.last_step.get("acceptance"),
+            "tokens_generated": counts["tokens_generated"],
+            "tokens_proposed": counts["tokens_proposed"],
+            "tokens_accepted": counts["tokens_accepted"],
+            "tokens_per_s": (n1 - n0) / (t1 - t0) if t1 > t0 else 0.0,
+            "queue_groups": pipeline.ledger.queued,
+            "queue_bytes": pipeline.queue_bytes,
+            "in_flight_groups": pipeline.ledger.promised,
+            "peers": [
+                {"peer": p.name, "role": p.role, "version": p.version, "silent_s": round(now - p.heard, 2)}
+                for p in roster.all()
+            ],
+            "trajectories_acked": counts["trajectories_acked"],
+            "trajectories_trained": counts["trajectories_trained"],
+            "trajectories_queued": pipeline.queued,
+            "trajectories_dropped": dict(pipeline.dropped),
+            "trajectories_refused": dict(pipeline.refused),
+            "bad_messages": dict(self.errors),
+        }

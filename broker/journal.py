@@ -1,0 +1,266 @@
+"""What the broker was told, on disk before anybody is answered: an append-only log in LMDB.
+
+::
+
+    append(kind, head, frames) -> seq          the loop, at once, nothing written yet
+    [thread] one transaction per group of events, fsync -> durable = seq
+    the loop sends the answers that waited for seq
+
+A group commit is one LMDB value, a *chunk*: its events' headers, then their frames end to end. One
+large value is written at 0.8 of the speed of a bare append and fsync, many small ones at 0.3
+(docs/decisions/0008). Chunks are deleted whole, and LMDB uses their pages again, so the file stays
+within its bound.
+"""
+
+import logging
+import struct
+import threading
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import msgpack
+
+from common.errors import JournalError
+
+MEGABYTE = 1 << 20
+CHUNK_BYTES = 4 * MEGABYTE  # a group commit is cut here
+SLACK = 1.5  # map size over the bound on what is kept: LMDB needs room to copy and to fragment
+MAP_RESERVE = 64 * MEGABYTE
+CLOSE_S = 10.0
+KEY = struct.Struct(">Q")
+ALIGNMENT = 64  # frames start at multiples, so that arrays in them are aligned
+IDENTITY = b"\0"  # sorts before every event, so that events can be appended
+FORMAT = 1
+
+log = logging.getLogger("broker.journal")
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that the broker was told or decided. ``frames`` are copies, safe to keep."""
+
+    seq: int
+    kind: str
+    head: dict[str, Any]  # msgpack-able
+    frames: list[bytes]
+
+
+def _pack(events: Sequence[tuple[str, dict[str, Any], list[memoryview]]]) -> bytes:
+    """A chunk: length of the table, the table, then every frame at a multiple of ALIGNMENT."""
+    table = msgpack.packb([[kind, head, [f.nbytes for f in frames]] for kind, head, frames in events])
+    start = KEY.size + len(table)
+    parts: list[Any] = [KEY.pack(len(table)), table, b"\0" * (-start % ALIGNMENT)]
+    for _, _, frames in events:
+        for frame in frames:
+            parts += [frame, b"\0" * (-frame.nbytes % ALIGNMENT)]
+    return b"".join(parts)
+
+
+def _unpack(first: int, chunk: memoryview, only: int | None = None) -> Iterator[Event]:
+    (length,) = KEY.unpack(chunk[: KEY.size])
+    table = msgpack.unpackb(chunk[KEY.size : KEY.size + length], strict_map_key=False)
+    offset = KEY.size + length
+    offset += -offset % ALIGNMENT
+    for index, (kind, head, sizes) in enumerate(table):
+        frames = []
+        for size in sizes:
+            if only is None or first + index == only:
+                frames.append(bytes(chunk[offset : offset + size]))
+            offset += size + (-size % ALIGNMENT)
+        if only is None or first + index == only:
+            yield Event(first + index, kind, head, frames)
+
+
+class Journal:
+    """One writer (a thread of its own), any number of readers in other processes."""
+
+    def __init__(self, directory: Path, run_id: str, limit_mb: float, read_only: bool = False) -> None:
+        """Open or create ``directory``. Raises :class:`JournalError` if it is another run's or damaged."""
+        self.directory = directory
+        self.limit_bytes = int(limit_mb * MEGABYTE)
+        if read_only and not (directory / "data.mdb").is_file():
+            raise JournalError(f"{directory}: no journal there; it is written by the broker (broker.journal_mb > 0)")
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self._env = lmdb.open(
+                str(directory), map_size=int(self.limit_bytes * SLACK) + MAP_RESERVE, meminit=False,
+                readonly=read_only, lock=True, readahead=False,
+            )  # fmt: skip
+            self._check(run_id, read_only)
+        except lmdb.Error as error:
+            raise JournalError(f"{directory}: cannot be opened ({error}); move it away to begin anew") from error
+        self._chunks: list[tuple[int, int]] = []  # (first seq, bytes), ascending
+        self._list()
+        self.last = self._last_seq()
+        self.durable = self.last
+        self._pending: list[tuple[str, dict[str, Any], list[memoryview]]] = []
+        self._pending_bytes = 0
+        self._prunes: list[list[int]] = []
+        self._error: JournalError | None = None
+        self._closing = False
+        self._wake = threading.Condition()
+        self._thread: threading.Thread | None = None
+        if not read_only:
+            self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+            self._thread.start()
+
+    def _check(self, run_id: str, read_only: bool) -> None:
+        with self._env.begin(write=not read_only) as txn:
+            known = txn.get(IDENTITY)
+            if known is None and not read_only:
+                txn.put(IDENTITY, f"{FORMAT} {run_id}".encode())
+                return
+            written = (known or b"").decode(errors="replace").split(" ")
+        if written[0] != str(FORMAT):
+            raise JournalError(f"{self.directory}: format {written[0]!r}, this version reads {FORMAT}")
+        if run_id and written[-1] != run_id:
+            raise JournalError(
+                f"{self.directory}: belongs to run {written[-1]}, not {run_id}; move it away or use another run.name"
+            )
+
+    def _list(self) -> None:
+        with self._env.begin(buffers=True) as txn, txn.cursor() as cursor:
+            for key, value in cursor:
+                if len(key) == KEY.size:
+                    self._chunks.append((KEY.unpack(key)[0], len(value)))
+
+    def _last_seq(self) -> int:
+        if not self._chunks:
+            return -1
+        first, _ = self._chunks[-1]
+        return first + sum(1 for _ in self._events_of(first, only=-1, count=True)) - 1
+
+    def _events_of(self, first: int, only: int | None = None, count: bool = False) -> Iterator[Any]:
+        with self._env.begin(buffers=True) as txn:
+            value = txn.get(KEY.pack(first))
+            if value is None:
+                return
+            if count:
+                chunk = memoryview(value)
+                (length,) = KEY.unpack(chunk[: KEY.size])
+                yield from msgpack.unpackb(chunk[KEY.size : KEY.size + length], strict_map_key=False)
+            else:
+                yield from list(_unpack(first, memoryview(value), only))
+
+    # ---- writing --------------------------------------------------------------------------------
+
+    def append(self, kind: str, head: dict[str, Any], frames: Sequence[Any] = ()) -> int:
+        """Queue an event for the next group commit; returns its number. Frames must not change."""
+        self.check()
+        views = [memoryview(f).cast("B") for f in frames]
+        with self._wake:
+            self._pending.append((kind, head, views))
+            self._pending_bytes += sum(v.nbytes for v in views)
+            self.last += 1
+            return self.last
+
+    def flush(self) -> None:
+        """Let the thread commit what was appended."""
+        with self._wake:
+            self._wake.notify()
+
+    def check(self) -> None:
+        """Raise what stopped the thread, if anything did."""
+        if self._error is not None:
+            raise self._error
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the chunks kept, and of what waits to be written."""
+        return sum(size for _, size in self._chunks) + self._pending_bytes
+
+    def prune(self, needed: Sequence[int], before: int) -> None:
+        """Delete the chunks of events older than ``before`` that hold none of ``needed``."""
+        firsts = [first for first, _ in self._chunks]
+        keep = {bisect_right(firsts, seq) - 1 for seq in needed}
+        gone = [first for index, first in enumerate(firsts[:-1]) if firsts[index + 1] <= before and index not in keep]
+        if gone:
+            with self._wake:
+                self._prunes.append(gone)
+                self._wake.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._pending or self._prunes or self._closing):
+                    self._wake.wait()
+                events, self._pending = self._pending, []
+                nbytes, self._pending_bytes = self._pending_bytes, 0
+                prunes, self._prunes = self._prunes, []
+                if self._closing and not events and not prunes:
+                    return
+            try:
+                for gone in prunes:
+                    self._delete(gone)
+                self._commit(events)
+            except (lmdb.Error, OSError) as error:
+                log.error("%s", error)
+                self._error = JournalError(
+                    f"{self.directory}: {nbytes} bytes could not be written ({error}); make room on the disk or raise "
+                    "broker.journal_mb, then start the broker again: nothing acknowledged is lost"
+                )
+                return
+
+    def _commit(self, events: list[tuple[str, dict[str, Any], list[memoryview]]]) -> None:
+        start = 0
+        while start < len(events):
+            end, size = start, 0
+            while end < len(events) and (end == start or size < CHUNK_BYTES):
+                size += sum(f.nbytes for f in events[end][2])
+                end += 1
+            first = self.durable + 1
+            value = _pack(events[start:end])
+            with self._env.begin(write=True) as txn:
+                if not txn.put(KEY.pack(first), value, append=True):
+                    raise lmdb.KeyExistsError(f"event {first} is there already")
+            self._chunks.append((first, len(value)))
+            self.durable = first + (end - start) - 1
+            start = end
+
+    def _delete(self, firsts: list[int]) -> None:
+        with self._env.begin(write=True) as txn:
+            for first in firsts:
+                txn.delete(KEY.pack(first))
+        dead = set(firsts)
+        self._chunks = [c for c in self._chunks if c[0] not in dead]
+
+    def close(self) -> None:
+        """Commit what waits and close."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if self._thread is not None:
+            self._thread.join(CLOSE_S)
+        self._env.close()
+
+    # ---- reading --------------------------------------------------------------------------------
+
+    def events(self, first: int = 0) -> Iterator[Event]:
+        """Every event kept from number ``first`` on, in order; pruned ones are missing."""
+        for start, _ in list(self._chunks):
+            index = bisect_right([c for c, _ in self._chunks], first) - 1
+            if index >= 0 and start < self._chunks[index][0]:
+                continue
+            for event in self._events_of(start):
+                if event.seq >= first:
+                    yield event
+
+    def event(self, seq: int) -> Event:
+        """One event. Raises :class:`JournalError` if it was pruned."""
+        index = bisect_right(self._chunks, (seq, 1 << 62)) - 1
+        if index >= 0:
+            for found in self._events_of(self._chunks[index][0], seq):
+                return found  # type: ignore[no-any-return]
+        raise JournalError(f"{self.directory}: event {seq} is not there any more")
+
+    def latest(self, kind: str) -> int | None:
+        """The number of the newest event of ``kind``; None if there is none."""
+        for first, _ in reversed(self._chunks):
+            kinds = [str(found) for found, *_ in self._events_of(first, count=True)]
+            if kind in kinds:
+                return first + len(kinds) - 1 - kinds[::-1].index(kind)
+        return None

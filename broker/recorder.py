@@ -1,0 +1,293 @@
+"""The pipeline with a memory: everything that changes it is written down and can be applied again.
+
+::
+
+    Recorder.admit(...) -> journal.append("admit", ...) -> pipeline.admit(...)
+    recover(journal)    -> newest snapshot, then apply(event) for every event after it
+
+The pipeline is a deterministic function of these events, so a broker that was killed comes back
+exactly where it was, and ``tools.replay`` can check every decision. Digests of what was decided
+are events too; they change nothing and are compared when the events are applied again.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from broker.groups import Trajectory, unpack
+from broker.journal import Event, Journal
+from broker.pipeline import Pipeline
+from common import wire
+from common.codec import decode, encode
+from common.errors import JournalError
+
+SNAPSHOT_BYTES = 64 << 20  # of journal between two snapshots
+SNAPSHOT_STEPS = 64
+JOURNALED = 1.5  # bytes written for a byte of trajectory: scores, tables and padding on top
+CHECKS = ("decided", "served")
+
+log = logging.getLogger("broker.recorder")
+
+
+def digest(*arrays: Any) -> str:
+    """BLAKE2b-128 over the bytes of ``arrays``, in hex."""
+    found = hashlib.blake2b(digest_size=16)
+    for array in arrays:
+        found.update(np.ascontiguousarray(array).data)
+    return found.hexdigest()
+
+
+def decision_digests(pipeline: Pipeline, step: int) -> dict[str, Any]:
+    """What was decided for ``step``, a digest a part: a difference can be named."""
+    entry = pipeline.step(step)
+    if entry is None:
+        return {"step": step, "existence": "not decided"}
+    batch, decision = entry.batch, entry.decision
+    return {
+        "step": step,
+        "grouping": digest(batch.groups, batch.siblings, batch.cu_seqlens, batch.token_ids, batch.trainable),
+        "advantages": digest(batch.rewards, batch.advantages),
+        "threshold": float(entry.log_threshold).hex(),
+        "coins": digest(decision.accept),
+        "log_m": digest(decision.log_m, decision.log_p),
+    }
+
+
+def shard_digests(shards: Iterable[wire.Shard]) -> list[str]:
+    """Of every byte that each rank is sent."""
+    return [digest(*(np.frombuffer(f, np.uint8) for f in encode(shard))) for shard in shards]
+
+
+def apply(pipeline: Pipeline, event: Event) -> Any:
+    """Do again what ``event`` did; returns what the pipeline returned. Checks change nothing."""
+    head = event.head
+    match event.kind:
+        case "begin":
+            return pipeline.begin(head["generation"])
+        case "start_at":
+            return pipeline.start_at(head["step"])
+        case "grant":
+            return pipeline.grant(head["actor"], head["count"], head["version"])
+        case "admit":
+            message = decode(event.frames, wire.TO_BROKER)
+            return pipeline.admit(message, head["actor"], head["newest"], event.seq)
+        case "give_up":
+            return pipeline.give_up(head["group"], head["reason"])
+        case "actor_lost":
+            return pipeline.actor_lost(head["actor"])
+        case "assemble":
+            return pipeline.assemble(head["version"])
+        case "scored":
+            return pipeline.scored(decode(event.frames, wire.TO_BROKER), event.seq)
+        case "commit":
+            return pipeline.commit(head["step"])
+        case "checkpointed":
+            return pipeline.checkpointed(head["step"])
+        case _:
+            return None
+
+
+def difference(pipeline: Pipeline, event: Event, ranks: int) -> str:
+    """What a check event finds different now, in words; "" if nothing is."""
+    if event.kind == "decided":
+        now = decision_digests(pipeline, event.head["step"])
+        parts = [k for k in now if now[k] != event.head.get(k)]
+        return f"step {event.head['step']}: {', '.join(parts)}" if parts else ""
+    if event.kind == "served":
+        step, world = event.head["step"], event.head["world"]
+        shards = [s for r in range(world) if (s := pipeline.shard(step, r, world)) is not None]
+        odd = [r for r, (a, b) in enumerate(zip(shard_digests(shards), event.head["shards"], strict=True)) if a != b]
+        return f"step {step}: shards of ranks {odd}" if odd else ""
+    return ""
+
+
+@dataclass
+class Recovered:
+    """What a broker that comes back needs beside its pipeline."""
+
+    events: int = 0
+    commits: list[tuple[dict[str, Any], dict[str, float]]] = field(default_factory=list)  # receipt, learner's metrics
+    service: dict[str, Any] = field(default_factory=dict)  # as the service gave it to the snapshot
+    notes: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # the service's own events since
+    differences: list[str] = field(default_factory=list)
+
+
+def load_snapshot(pipeline: Pipeline, journal: Journal, event: Event) -> None:
+    """Bring ``pipeline`` to the state of a ``snapshot`` event."""
+    messages: dict[int, Any] = {}
+
+    def message(seq: int) -> Any:
+        if seq not in messages:
+            messages[seq] = decode(journal.event(seq).frames, wire.TO_BROKER)
+        return messages[seq]
+
+    def load(seq: int, index: int) -> Trajectory:
+        return unpack(message(seq), index, seq)
+
+    pipeline.restore(event.head["pipeline"], load, message)
+
+
+def recover(pipeline: Pipeline, journal: Journal) -> Recovered:
+    """Bring ``pipeline`` to where the journal ends."""
+    found = Recovered()
+    start = journal.latest("snapshot")
+    if start is not None:
+        event = journal.event(start)
+        load_snapshot(pipeline, journal, event)
+        found.service = event.head["service"]
+    for event in journal.events(0 if start is None else start + 1):
+        found.events += 1
+        result = apply(pipeline, event)
+        if event.kind == "commit" and result is not None:
+            found.commits.append((result, event.head["metrics"]))
+        elif event.kind == "note":
+            found.notes.append((event.head["what"], event.head["values"]))
+        elif event.kind in CHECKS and (odd := difference(pipeline, event, 0)):
+            found.differences.append(odd)
+    return found
+
+
+class Recorder:
+    """The pipeline's changing methods, each written to the journal first (or at once after)."""
+
+    def __init__(
+        self, pipeline: Pipeline, journal: Journal | None, service_state: Callable[[], dict[str, Any]]
+    ) -> None:
+        self.pipeline, self.journal = pipeline, journal
+        self._service_state = service_state
+        self._snapshot_at = (journal.used_bytes if journal else 0, pipeline.committed_step)
+
+    @property
+    def last(self) -> int:
+        """The number of the newest event."""
+        return self.journal.last if self.journal else -1
+
+    @property
+    def durable(self) -> int:
+        """The number up to which everything is on disk."""
+        return self.journal.durable if self.journal else -1
+
+    def flush(self) -> None:
+        """Let the journal commit what was written; raises what stopped it."""
+        if self.journal is not None:
+            self.journal.check()
+            self.journal.flush()
+
+    def _write(self, kind: str, head: dict[str, Any], message: Any = None) -> int:
+        if self.journal is None:
+            return -1
+        return self.journal.append(kind, head, encode(message) if message is not None else ())
+
+    def note(self, what: str, values: dict[str, Any]) -> None:
+        """Something that the service must find again and the pipeline does not know."""
+        self._write("note", {"what": what, "values": values})
+
+    def begin(self, generation: int) -> None:
+        """See :meth:`Pipeline.begin`; the first event of every journal."""
+        self._write("begin", {"generation": generation})
+        self.pipeline.begin(generation)
+
+    def start_at(self, step: int) -> None:
+        """See :meth:`Pipeline.start_at`."""
+        self._write("start_at", {"step": step})
+        self.pipeline.start_at(step)
+
+    def room(self) -> int:
+        """Groups that may still be promised before the journal is full, at their largest."""
+        if self.journal is None:
+            return 1 << 30
+        free = self.journal.limit_bytes - self.journal.used_bytes
+        return max(0, int(free // (self.pipeline.largest_group * JOURNALED)) - self.pipeline.ledger.promised)
+
+    def grant(self, actor: str, count: int, version: int) -> wire.Grant | None:
+        """See :meth:`Pipeline.grant`; written down if something was granted. A full journal grants nothing."""
+        granted = self.pipeline.grant(actor, min(count, self.room()), version)
+        if granted is not None:
+            self._write("grant", {"actor": actor, "count": len(granted.groups), "version": version})
+        return granted
+
+    def admit(self, message: wire.Trajectories, actor: str, newest_version: int) -> wire.Ack:
+        """See :meth:`Pipeline.admit`."""
+        seq = self._write("admit", {"actor": actor, "newest": newest_version}, message)
+        return self.pipeline.admit(message, actor, newest_version, seq)
+
+    def give_up(self, group: int, reason: str) -> None:
+        """See :meth:`Pipeline.give_up`."""
+        self._write("give_up", {"group": group, "reason": reason})
+        self.pipeline.give_up(group, reason)
+
+    def actor_lost(self, actor: str) -> int:
+        """See :meth:`Pipeline.actor_lost`."""
+        self._write("actor_lost", {"actor": actor})
+        return self.pipeline.actor_lost(actor)
+
+    def assemble(self, min_version: int) -> wire.ScoreRequest | None:
+        """See :meth:`Pipeline.assemble`; written down if a step was assembled."""
+        step = self.pipeline.ledger.next_step
+        request = self.pipeline.assemble(min_version)
+        if self.pipeline.ledger.next_step > step:
+            self._write("assemble", {"version": min_version})
+            if request is None:
+                self._decided(step)
+        return request
+
+    def scored(self, result: wire.ScoreResult) -> None:
+        """See :meth:`Pipeline.scored`; an answer that is refused or late is not written down."""
+        seq = -1 if self.journal is None else self.journal.last + 1
+        scoring = self.pipeline.scoring_step
+        self.pipeline.scored(result, seq)
+        if scoring is not None and self.pipeline.scoring_step is None:
+            self._write("scored", {}, result)
+            self._decided(scoring)
+
+    def _decided(self, step: int) -> None:
+        if self.journal is not None:
+            self._write("decided", decision_digests(self.pipeline, step))
+
+    def shard(self, step: int, rank: int, world: int) -> wire.Shard | None:
+        """See :meth:`Pipeline.shard`; the digests of a step's shards are written down when they are made."""
+        made = self.pipeline.has_shards(step, world)
+        shard = self.pipeline.shard(step, rank, world)
+        if shard is not None and not made and self.journal is not None:
+            shards = [s for r in range(world) if (s := self.pipeline.shard(step, r, world)) is not None]
+            self._write("served", {"step": step, "world": world, "shards": shard_digests(shards)})
+        return shard
+
+    def commit(self, step: int, metrics: dict[str, float]) -> dict[str, Any] | None:
+        """See :meth:`Pipeline.commit`."""
+        self._write("commit", {"step": step, "metrics": metrics})
+        receipt = self.pipeline.commit(step)
+        self._snapshot_if_due()
+        return receipt
+
+    def checkpointed(self, step: int) -> None:
+        """See :meth:`Pipeline.checkpointed`; makes room in the journal if it is half full."""
+        self._write("checkpointed", {"step": step})
+        self.pipeline.checkpointed(step)
+        self.make_room()
+
+    def make_room(self) -> None:
+        """Delete what nobody will ask for again, once the journal is half full."""
+        if self.journal is None or self.journal.used_bytes < self.journal.limit_bytes / 2:
+            return
+        seq = self.snapshot()
+        self.journal.prune(self.pipeline.sources(), seq)
+
+    def _snapshot_if_due(self) -> None:
+        if self.journal is None:
+            return
+        used, step = self._snapshot_at
+        if self.journal.used_bytes - used >= SNAPSHOT_BYTES or self.pipeline.committed_step - step >= SNAPSHOT_STEPS:
+            self.snapshot()
+
+    def snapshot(self) -> int:
+        """Write the whole state; returns the event's number."""
+        if self.journal is None:
+            raise JournalError("there is no journal (broker.journal_mb=0)")
+        seq = self._write("snapshot", {"pipeline": self.pipeline.state(), "service": self._service_state()})
+        self._snapshot_at = (self.journal.used_bytes, self.pipeline.committed_step)
+        return seq

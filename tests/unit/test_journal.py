@@ -1,0 +1,142 @@
+"""The journal: what is durable is there, in order, whatever happens to the process; disk use is bounded."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from broker.journal import MEGABYTE, Event, Journal
+from common.errors import JournalError
+
+
+def settle(journal: Journal, timeout: float = 10.0) -> None:
+    journal.flush()
+    deadline = time.monotonic() + timeout
+    while journal.durable < journal.last:
+        journal.check()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def fill(journal: Journal, count: int, size: int = 100, start: int = 0) -> list[bytes]:
+    written = []
+    for i in range(start, start + count):
+        frame = np.random.default_rng(i).bytes(size)
+        assert journal.append("admit" if i % 3 else "commit", {"i": i}, [frame, b"x" * (i % 5)]) == i
+        written.append(frame)
+        if i % 7 == 0:
+            settle(journal)
+    settle(journal)
+    return written
+
+
+def test_events_come_back_in_order_with_their_frames(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, "r", 8)
+    frames = fill(journal, 40)
+    journal.close()
+    journal = Journal(tmp_path, "r", 8)
+    assert journal.last == journal.durable == 39
+    events = list(journal.events())
+    assert [e.seq for e in events] == [e.head["i"] for e in events] == list(range(40))
+    assert [e.frames for e in events] == [[f, b"x" * (i % 5)] for i, f in enumerate(frames)]
+    assert [e.seq for e in journal.events(17)] == list(range(17, 40))
+    assert journal.event(23) == Event(23, "admit", {"i": 23}, [frames[23], b"x" * 3])
+    assert journal.latest("commit") == 39
+    assert journal.latest("nothing") is None
+    fill(journal, 5, start=40)
+    assert [e.seq for e in journal.events(38)] == list(range(38, 45))
+    journal.close()
+
+
+def test_pruning_keeps_what_is_needed_and_the_file_stays_within_its_bound(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, "r", 4)
+    kept: list[int] = []
+    for round_ in range(60):  # 60 MB through a journal of 4
+        start = journal.last + 1
+        fill(journal, 10, 100_000, start)
+        kept = [*kept[-1:], start + 3]
+        journal.prune(kept, journal.last)
+        settle(journal)
+        assert journal.used_bytes <= 4 * MEGABYTE, round_
+    time.sleep(0.05)
+    for seq in kept:
+        assert journal.event(seq).seq == seq
+    with pytest.raises(JournalError, match="event 5 is not there any more"):
+        journal.event(5)
+    assert (tmp_path / "data.mdb").stat().st_size < 120 * MEGABYTE
+    journal.close()
+
+
+def test_a_full_journal_says_so_and_keeps_what_was_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("broker.journal.MAP_RESERVE", 0)
+    journal = Journal(tmp_path, "r", 1)
+    with pytest.raises(JournalError, match=r"could not be written.*broker\.journal_mb.*nothing acknowledged is lost"):
+        for i in range(100):
+            journal.append("admit", {"i": i}, [b"y" * 100_000])
+            settle(journal)
+    durable = journal.durable
+    journal.close()
+    again = Journal(tmp_path, "r", 1)
+    assert [e.seq for e in again.events()] == list(range(durable + 1))
+    again.close()
+
+
+def test_another_runs_journal_is_refused(tmp_path: Path) -> None:
+    Journal(tmp_path, "one", 4).close()
+    with pytest.raises(JournalError, match="belongs to run one, not two"):
+        Journal(tmp_path, "two", 4)
+    (tmp_path / "data.mdb").write_bytes(b"not a database" * 1000)
+    with pytest.raises(JournalError, match=r"cannot be opened.*move it away"):
+        Journal(tmp_path, "one", 4)
+    with pytest.raises(JournalError, match="no journal there"):
+        Journal(tmp_path / "nowhere", "", 4, read_only=True)
+
+
+def test_a_reader_sees_a_living_writers_events(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, "r", 4)
+    fill(journal, 10)
+    script = (
+        "import sys; from pathlib import Path; from broker.journal import Journal\n"
+        "j = Journal(Path(sys.argv[1]), '', 4, read_only=True); print([e.seq for e in j.events()]); j.close()"
+    )
+    said = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=30)
+    assert said.stdout.strip() == str(list(range(10))), said.stderr
+    journal.close()
+
+
+WRITER = """
+import os, sys
+from pathlib import Path
+from broker.journal import Journal
+journal = Journal(Path(sys.argv[1]), "r", 64)
+while True:
+    for _ in range(5):
+        journal.append("admit", {"i": journal.last + 1}, [os.urandom(20_000)])
+    journal.flush()
+    print(journal.durable, flush=True)
+"""
+
+
+def test_what_was_durable_when_the_process_was_killed_is_there(tmp_path: Path) -> None:
+    for life in range(4):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE)
+        assert writer.stdout is not None
+        said = -1
+        for line in writer.stdout:
+            said = int(line)
+            if said > 100 * (life + 1):
+                break
+        os.kill(writer.pid, signal.SIGKILL)
+        rest = writer.stdout.read().split(b"\n")[:-1]
+        writer.stdout.close()
+        writer.wait()
+        said = max([said, *map(int, rest)])
+        journal = Journal(tmp_path, "r", 64)
+        assert journal.last >= said
+        assert [e.head["i"] for e in journal.events()] == list(range(journal.last + 1))
+        journal.close()
