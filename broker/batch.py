@@ -5,7 +5,8 @@ not of when they arrived.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,9 @@ from broker.groups import Trajectory
 from broker.packing import balance, token_index
 from common.obrs import Divergence, Thinning, coins, divergence, thin
 from common.wire import Shard
+from common.zbounds import enumerated_acceptance, interpolate, kappa, z_bounds
+
+ZWeight = Literal["none", "context", "batch"]
 
 
 @dataclass
@@ -80,6 +84,8 @@ class Decision:
     accepted: int
     unscorable: int  # NaN scores of the replica, treated as rejected
     divergence: Divergence | None  # None with rejection off
+    denominator: int  # what the loss is divided by
+    z: dict[str, float] = field(default_factory=dict)  # means of the acceptance bounds, where alternatives are known
 
 
 def accept_all(batch: Batch) -> Decision:
@@ -87,21 +93,94 @@ def accept_all(batch: Batch) -> Decision:
     on = batch.trainable == 1
     count = int(on.sum())
     log_q = np.where(on, batch.log_q, np.float32(0))
-    return Decision(-1, on.astype(np.uint8), log_q, log_q, count, count, 0, None)
+    return Decision(-1, on.astype(np.uint8), log_q, log_q, count, count, 0, None, count)
 
 
-def reject(batch: Batch, log_p: NDArray[np.float32], version: int, seed: int, log_threshold: float) -> Decision:
-    """Optimal budgeted rejection of every trainable token under scores ``log_p[N]`` of ``version``."""
+@dataclass(frozen=True)
+class Scores:
+    """What the policy replica said of a batch."""
+
+    version: int
+    log_p: NDArray[np.float32]  # [N]
+    topk_log_p: NDArray[np.float32]  # [N, k] at the batch's alternatives
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a batch is thinned."""
+
+    seed: int
+    log_threshold: float
+    z_weight: ZWeight = "none"
+    kappa: bool = False  # the paper's debias of Z instead of interpolation between its bounds
+
+
+def trainable_scores(batch: Batch, scores: Scores) -> tuple[NDArray[np.float32], NDArray[np.float32], int]:
+    """``(log p, log q)`` of the trainable tokens and how many scores were NaN (made -inf: rejected)."""
     on = np.flatnonzero(batch.trainable)
-    scores = np.minimum(log_p[on], np.float32(0))  # rounding may lift a certain token above 0
-    nan = np.isnan(scores)
-    scores = np.where(nan, np.float32(-np.inf), scores)
-    log_q = batch.log_q[on]
+    log_p = np.minimum(scores.log_p[on], np.float32(0))  # rounding may lift a certain token above 0
+    nan = np.isnan(log_p)
+    return np.where(nan, np.float32(-np.inf), log_p), batch.log_q[on], int(nan.sum())
+
+
+def reject(batch: Batch, scored: Scores, rule: Rule) -> Decision:
+    """Optimal budgeted rejection of every trainable token (algorithms.md 1.4, 1.11).
+
+    With a Z weight the shipped ``log m`` is ``log m - log Z``, so that a learner that weighs by
+    ``pi / m`` weighs by ``Z pi / m`` without knowing of it; ``batch`` divides by the accepted
+    tokens instead of all (algorithms.md 1.4, 1.6).
+    """
+    on = np.flatnonzero(batch.trainable)
+    version, seed, log_threshold = scored.version, rule.seed, rule.log_threshold
+    scores, log_q, unscorable = trainable_scores(batch, scored)
     uniforms = coins(seed, batch.groups, batch.siblings, np.diff(batch.cu_seqlens), version)[on]
     thinning = thin(scores, log_q, uniforms, log_threshold)
-    decision = _spread(batch, on, thinning, scores, version, int(nan.sum()))
+    decision = _spread(batch, on, thinning, scores, version, unscorable)
     decision.divergence = divergence(scores, log_q, thinning)
+    z = _bounds(batch, scored, on, scores, log_q, rule, decision)
+    if rule.z_weight == "context":
+        _divide(decision, on, z)
+    elif rule.z_weight == "batch" and decision.accepted:
+        _divide(decision, on, np.full(len(on), decision.divergence.expected_acceptance, np.float32))
+        decision.denominator = decision.accepted
     return decision
+
+
+def _divide(decision: Decision, on: NDArray[np.int64], z: NDArray[np.float32]) -> None:
+    """``log m -= log z`` on accepted tokens."""
+    log_z = np.log(np.maximum(z, np.float32(1e-30)))
+    decision.log_m[on] -= np.where(decision.accept[on] == 1, log_z, np.float32(0))
+
+
+def _bounds(
+    batch: Batch,
+    scored: Scores,
+    on: NDArray[np.int64],
+    log_p: NDArray[np.float32],
+    log_q: NDArray[np.float32],
+    rule: Rule,
+    decision: Decision,
+) -> NDArray[np.float32]:
+    """Z of each trainable token from its alternatives (algorithms.md 1.5, 1.6); ones where there are none."""
+    if not batch.topk_ids.shape[1] or not len(on) or decision.divergence is None:
+        return np.ones(len(on), np.float32)
+    inside = (batch.topk_ids[on] == batch.token_ids[on][:, None]).any(axis=1)
+    topk_log_q, topk_log_p = batch.topk_log_q[on], np.minimum(scored.topk_log_p[on], np.float32(0))
+    bounds = z_bounds(topk_log_q, topk_log_p, log_q, log_p, inside, rule.log_threshold)
+    expected = decision.divergence.expected_acceptance
+    z, theta = interpolate(bounds.core, bounds.upper, expected)
+    paper, factor = kappa(bounds.core, expected)
+    decision.z = {
+        "z_lower": float(bounds.core.mean()),
+        "z_upper": float(bounds.upper.mean()),
+        "topk_missing_mass": float(bounds.missing_q.mean()),
+        "z_theta": float(theta),
+        "z_kappa": float(factor),
+        "acceptance_enumerated": enumerated_acceptance(
+            topk_log_q, topk_log_p, log_q, log_p, inside, rule.log_threshold
+        ),
+    }
+    return paper if rule.kappa else z
 
 
 def _spread(
@@ -113,7 +192,7 @@ def _spread(
     accept[on] = thinning.accept
     log_m[on] = np.where(thinning.accept, thinning.log_m, np.float32(0))
     log_p[on] = np.where(thinning.accept, scores, np.float32(0))
-    return Decision(version, accept, log_m, log_p, len(on), int(thinning.accept.sum()), unscorable, None)
+    return Decision(version, accept, log_m, log_p, len(on), int(thinning.accept.sum()), unscorable, None, len(on))
 
 
 def make_shards(batch: Batch, decision: Decision, world: int, temperature: float) -> list[Shard]:
@@ -126,7 +205,7 @@ def make_shards(batch: Batch, decision: Decision, world: int, temperature: float
                 step=batch.step,
                 rank=rank,
                 world=world,
-                denominator=decision.proposed,
+                denominator=decision.denominator,
                 tokens_global=len(batch.token_ids),
                 temperature=temperature,
                 groups=batch.groups[members],

@@ -10,15 +10,16 @@ or a file.
 
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from broker.batch import Batch, Decision, accept_all, collate, make_shards, reject
+from broker.batch import Batch, Decision, Rule, Scores, accept_all, collate, make_shards, reject, trainable_scores
 from broker.groups import GroupBook, Trajectory, unpack
 from broker.ledger import StalenessLedger
 from broker.receipts import receipt
+from common.budget import BudgetController
 from common.config import RunConfig
 from common.errors import DataError, ProtocolError
 from common.wire import Ack, Grant, ScoreRequest, ScoreResult, Shard, Trajectories
@@ -27,6 +28,11 @@ MEGABYTE = 1 << 20
 PROMPT_RETRIES = 3  # a prompt whose groups failed this often is left out
 BYTES_PER_TOKEN = 13  # ids, flag, log q and version of a token without alternatives
 BYTES_PER_ALTERNATIVE = 8
+
+
+def scores_of(result: ScoreResult) -> Scores:
+    """The arrays of an answer of the replica."""
+    return Scores(result.version, result.log_p, result.topk_log_p)
 
 
 @dataclass
@@ -40,6 +46,12 @@ class DecidedStep:
     log_threshold: float
     shards: list[Shard] | None = None
     committed: bool = False
+    following: dict[str, Any] = field(default_factory=dict)  # what the step taught the next one; in the receipt too
+
+    def follow(self, following: dict[str, Any]) -> None:
+        """Note what the next step's rule took from this one."""
+        self.following = following
+        self.receipt.update(following)
 
 
 class Pipeline:
@@ -62,6 +74,8 @@ class Pipeline:
         self._failures: Counter[int] = Counter()
         self._next_request = 0
         self.committed_step = -1
+        obrs = config.obrs
+        self._controller = BudgetController(obrs.budget, window=obrs.window) if obrs.mode == "budget" else None
 
     # ---- grants ---------------------------------------------------------------------------------
 
@@ -209,7 +223,7 @@ class Pipeline:
             cu_seqlens=batch.cu_seqlens.astype(np.int32),
             token_ids=batch.token_ids,
             wanted=batch.trainable,
-            topk_ids=batch.topk_ids[:, :0],
+            topk_ids=batch.topk_ids,
         )
 
     @property
@@ -225,14 +239,33 @@ class Pipeline:
         batch, request = self._scoring
         if len(result.log_p) != len(batch.token_ids):
             raise DataError(f"score_result: {len(result.log_p)} scores for {len(batch.token_ids)} tokens")
+        if result.topk_log_p.shape != batch.topk_ids.shape:
+            raise DataError(f"score_result: alternatives {result.topk_log_p.shape}, asked {batch.topk_ids.shape}")
         if result.version < request.min_version:
             raise DataError(f"score_result: scored by version {result.version}, asked for {request.min_version}")
         self._scoring = None
-        self._finish(batch, *self._decide(batch, result, seq, float(np.log(self.config.obrs.threshold))))
+        self._finish(batch, *self._decide(batch, result, seq, self.log_threshold))
+        if self._controller is not None:
+            log_p, log_q, _ = trainable_scores(batch, scores_of(result))
+            choice = self._controller.update(log_p, log_q)  # for the next step: coins never see their own batch
+            if choice is not None:
+                following = {
+                    "threshold_next": float(np.exp(choice.log_threshold)),
+                    "budget_feasible": choice.feasible,
+                }
+                self._steps[batch.step].follow(following)
 
     def _decide(self, batch: Batch, result: ScoreResult, seq: int, log_threshold: float) -> tuple[Decision, int, float]:
-        decision = reject(batch, result.log_p, result.version, self.config.run.seed, log_threshold)
-        return decision, seq, log_threshold
+        obrs = self.config.obrs
+        rule = Rule(self.config.run.seed, log_threshold, obrs.z_weight, obrs.z_kappa)
+        return reject(batch, scores_of(result), rule), seq, log_threshold
+
+    @property
+    def log_threshold(self) -> float:
+        """log lambda of the next step to be thinned."""
+        if self._controller is not None:
+            return self._controller.log_threshold
+        return float(np.log(self.config.obrs.threshold))
 
     def _finish(self, batch: Batch, decision: Decision, score_seq: int, log_threshold: float) -> None:
         self.counts["tokens_proposed"] += decision.proposed
@@ -323,8 +356,9 @@ class Pipeline:
             "failures": list(self._failures.items()),
             "next_request": self._next_request,
             "committed_step": self.committed_step,
+            "threshold": self._controller_state(),
             "steps": [
-                [step, [list(s) for s in e.batch.sources], e.score_seq, e.log_threshold, e.committed]
+                [step, [list(s) for s in e.batch.sources], e.score_seq, e.log_threshold, e.committed, e.following]
                 for step, e in self._steps.items()
             ],
             "scoring": [
@@ -332,6 +366,12 @@ class Pipeline:
                 self._scoring[1].request, self._scoring[1].min_version,
             ] if self._scoring else None,
         }  # fmt: skip
+
+    def _controller_state(self) -> list[Any] | None:
+        if self._controller is None:
+            return None
+        state = self._controller.state()
+        return [state["log_threshold"], [np.asarray(r, np.float32).tobytes() for r in state["log_ratios"]]]
 
     def restore(
         self, state: dict[str, Any], load: Callable[[int, int], Trajectory], scores: Callable[[int], ScoreResult]
@@ -344,14 +384,19 @@ class Pipeline:
         self._retry = deque((prompt, failures) for prompt, failures in state["retry"])
         self._failures = Counter(dict(state["failures"]))
         self._next_request, self.committed_step = state["next_request"], state["committed_step"]
+        if self._controller is not None and state["threshold"] is not None:
+            log_threshold, ratios = state["threshold"]
+            arrays = [np.frombuffer(r, np.float32) for r in ratios]
+            self._controller.restore({"log_threshold": log_threshold, "log_ratios": arrays})
         counts = Counter(self.counts)
-        for step, sources, seq, log_threshold, committed in state["steps"]:
+        for step, sources, seq, log_threshold, committed, following in state["steps"]:
             batch = self._collate(step, [load(*s) for s in sources])
             if seq < 0:
                 self._finish(batch, accept_all(batch), -1, 0.0)
             else:
                 self._finish(batch, *self._decide(batch, scores(seq), seq, log_threshold))
             self._steps[step].committed = committed
+            self._steps[step].follow(following)
         self.counts = counts
         if state["scoring"] is not None:
             step, sources, number, min_version = state["scoring"]

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from broker.audit import audit
 from broker.batch import Batch, Decision
 from common.obrs import wilson_interval
 
@@ -46,9 +47,8 @@ def receipt(batch: Batch, decision: Decision, threshold: float) -> dict[str, Any
     line["kl_before"] = estimates.kl_before if estimates else None
     line["kl_after"] = estimates.kl_after if estimates else None
     line["ess"] = estimates.ess if estimates else None
-    if batch.topk_log_q.shape[1]:
-        inside = np.exp(batch.topk_log_q[on].astype(np.float64)).sum(axis=1)
-        line["topk_missing_mass"] = float(np.clip(1.0 - inside, 0.0, 1.0).mean())
-    else:
-        line["topk_missing_mass"] = None
+    line["audit"] = audit(batch, decision) if scored else None
+    line["denominator"] = decision.denominator
+    for name in ("z_lower", "z_upper", "z_theta", "z_kappa", "acceptance_enumerated", "topk_missing_mass"):
+        line[name] = decision.z.get(name)
     return line

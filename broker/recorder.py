@@ -91,7 +91,7 @@ def apply(pipeline: Pipeline, event: Event) -> Any:
             return None
 
 
-def difference(pipeline: Pipeline, event: Event, ranks: int) -> str:
+def difference(pipeline: Pipeline, event: Event) -> str:
     """What a check event finds different now, in words; "" if nothing is."""
     if event.kind == "decided":
         now = decision_digests(pipeline, event.head["step"])
@@ -146,7 +146,7 @@ def recover(pipeline: Pipeline, journal: Journal) -> Recovered:
             found.commits.append((result, event.head["metrics"]))
         elif event.kind == "note":
             found.notes.append((event.head["what"], event.head["values"]))
-        elif event.kind in CHECKS and (odd := difference(pipeline, event, 0)):
+        elif event.kind in CHECKS and (odd := difference(pipeline, event)):
             found.differences.append(odd)
     return found
 

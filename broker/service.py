@@ -246,6 +246,8 @@ class BrokerService:
             self._handlers[type(message)](peer, message)
         except (DataError, ProtocolError) as error:
             self.figures.errors[type(error).__name__] += 1
+            if isinstance(message, wire.ScoreResult):
+                self._score_sent = None  # ask again, the next replica if there is one
             log.warning("%s from %s: %s", message.TAG, peer.name, error)
             if isinstance(message, wire.Fetch):
                 self.router.send(identity, wire.Refused(str(error)))

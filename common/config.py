@@ -112,14 +112,20 @@ class StalenessSection:
 class ObrsSection:
     """Optimal budgeted rejection (algorithms.md 1). ``off`` accepts all and needs no replica."""
 
-    mode: Literal["off", "threshold"] = "threshold"
-    threshold: float = 1.0  # the paper's lambda
+    mode: Literal["off", "threshold", "budget"] = "threshold"
+    threshold: float = 1.0  # mode threshold: the paper's lambda
+    budget: float = 0.9  # mode budget: the share of tokens to accept; lambda follows, one step behind
+    window: int = 1  # mode budget: steps that lambda is estimated from
+    z_weight: Literal["none", "context", "batch"] = "none"  # none is exact; context is the paper's loss
+    z_kappa: bool = False  # z_weight context: the paper's debias of Z instead of interpolating between bounds
 
     def __post_init__(self) -> None:
         """Validate."""
         _require(
             0.01 <= self.threshold <= 100, "obrs.threshold", self.threshold, "must lie in [0.01, 100]; 1 is the default"
         )
+        _require(0 < self.budget <= 1, "obrs.budget", self.budget, "is a share of the tokens: above 0, at most 1")
+        _require(1 <= self.window <= 64, "obrs.window", self.window, "must lie in [1, 64] steps")
 
 
 @dataclass(frozen=True)
@@ -323,6 +329,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Validate what spans sections."""
+        _require(
+            self.obrs.z_weight != "context" or self.rollout.top_logprobs > 0,
+            "obrs.z_weight",
+            self.obrs.z_weight,
+            "the acceptance of a context is bounded from its alternatives; set rollout.top_logprobs (20, say)",
+        )
         _require(
             not (self.obrs.mode == "off" and self.loss.anchor == "broker"),
             "loss.anchor",

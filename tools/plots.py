@@ -186,3 +186,30 @@ def _optimizer(axes: Axes, steps: Sequence[Record]) -> None:
     _noisy(other, steps, "loss", ORANGE, "loss")
     other.set_ylabel("loss", color=ORANGE)
     _legend(axes, other)
+
+
+def plot_replay(run_dir: Path, rows: Sequence[Record]) -> Path:
+    """``replay.png``: acceptance and remaining divergence, then and under the other settings."""
+    figure = Figure(figsize=(SIZE[0], 1.6 * SIZE[1]), dpi=DPI, layout="constrained")
+    upper, lower = figure.subplots(2, 1)
+    x = [row["step"] for row in rows]
+    _dress(upper, "Accepted share")
+    for key, color, label in (("acceptance_then", BLUE, "as it was"), ("acceptance", ORANGE, "other settings")):
+        upper.plot(x, [row[key] for row in rows], color=color, linewidth=1.6, label=label)
+    _legend(upper)
+    _dress(lower, "Divergence from the learner")
+    drawn = (
+        ("kl_before", RED, "before"),
+        ("kl_then", BLUE, "after, as it was"),
+        ("kl", ORANGE, "after, other settings"),
+    )
+    for key, color, label in drawn:
+        positive = [(row["step"], row[key]) for row in rows if row[key] > 0]
+        lower.plot([p[0] for p in positive], [p[1] for p in positive], color=color, linewidth=1.2, label=label)
+    lower.set_yscale("log")
+    lower.set_ylim(bottom=max(KL_FLOOR, lower.get_ylim()[0]))
+    lower.set_ylabel("KL, nats a token", color=MUTED)
+    _legend(lower)
+    path = run_dir / "replay.png"
+    figure.savefig(path)
+    return path

@@ -125,7 +125,11 @@ def _what(config: RunConfig | None) -> str:
     if config is None:
         return "The configuration is missing, so what was run is not known."
     mode = "synchronous" if config.staleness.budget == 0 else f"staleness budget {config.staleness.budget}"
-    rejection = "no rejection" if config.obrs.mode == "off" else f"rejection at λ = {config.obrs.threshold:g}"
+    rejection = {
+        "off": "no rejection",
+        "threshold": f"rejection at λ = {config.obrs.threshold:g}",
+        "budget": f"rejection to accept {config.obrs.budget:g} of the tokens",
+    }[config.obrs.mode]
     return (
         f"Task `{config.task.name}`, model `{config.model.path}`, {config.run.steps} steps of "
         f"{config.rollout.groups_per_step} groups × {config.rollout.group_size}, {mode}, {rejection}, "

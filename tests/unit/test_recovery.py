@@ -1,0 +1,185 @@
+"""A broker that was killed at any instant comes back where it was, and a replay finds the same decisions."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from broker.journal import Journal
+from broker.pipeline import Pipeline
+from broker.recorder import Recorder, apply, decision_digests, difference, recover, shard_digests
+from common import wire
+from common.config import BrokerSection, ObrsSection, RolloutSection, RunConfig, RunSection, StalenessSection
+
+B, G, STEPS, VOCAB = 3, 2, 6, 16
+
+
+def config(**sections) -> RunConfig:
+    base = {
+        "run": RunSection(seed=5, steps=STEPS),
+        "rollout": RolloutSection(groups_per_step=B, group_size=G, max_prompt_tokens=3, max_tokens=5),
+        "staleness": StalenessSection(2),
+        "broker": BrokerSection(assemble_ahead=1, retain_mb=4.0),
+    }
+    return RunConfig(**{**base, **sections})
+
+
+CONFIGS = {
+    "threshold": config(),
+    "off": config(obrs=ObrsSection(mode="off")),
+    "budget": config(obrs=ObrsSection(mode="budget", budget=0.7, window=2)),
+}
+
+
+def rollouts(group: int, siblings: list[int], version: int, seed: int) -> wire.Trajectories:
+    rng = np.random.default_rng((seed, group, *siblings))
+    lengths = rng.integers(3, 8, len(siblings))
+    offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+    n = int(offsets[-1])
+    on = np.ones(n, np.uint8)
+    on[offsets[:-1]] = 0
+    return wire.Trajectories(
+        "r", ["correct"], np.full(len(siblings), group), np.array(siblings, np.int32),
+        rng.integers(0, 2, len(siblings)).astype(np.float32), np.zeros((len(siblings), 1), np.float32),
+        np.zeros(len(siblings), np.uint8), offsets, rng.integers(0, VOCAB, n).astype(np.int32), on,
+        np.where(on, -rng.random(n), 0).astype(np.float32), np.where(on, version, -1).astype(np.int32),
+        np.zeros((n, 0), np.int32), np.zeros((n, 0), np.float32),
+    )  # fmt: skip
+
+
+def drive(recorder: Recorder, rng: np.random.Generator, published: list[int], turns: int, flights: list) -> None:
+    """A random life: grants, arrivals in pieces and repeats, lost actors, scores, commits, checkpoints."""
+    pipeline = recorder.pipeline
+    for _ in range(turns):
+        match rng.integers(0, 8):
+            case 0 | 1:
+                actor = f"a{rng.integers(0, 2)}"
+                grant = recorder.grant(actor, int(rng.integers(1, 4)), published[0])
+                if grant is not None:
+                    flights += [(int(g), actor, s, published[0]) for g in grant.groups for s in range(G)]
+            case 2 | 3 if flights:
+                group, actor, sibling, version = flights.pop(int(rng.integers(0, len(flights))))
+                message = rollouts(group, [sibling], version, 1)
+                for _ in range(1 + (rng.random() < 0.2)):
+                    recorder.admit(message, actor, published[0])
+            case 4 if rng.random() < 0.2:
+                recorder.actor_lost(f"a{rng.integers(0, 2)}")
+            case 5:
+                request = recorder.assemble(published[0])
+                if request is not None and rng.random() < 0.5:
+                    score(recorder, request, published[0])
+            case 6 if pipeline.scoring is not None:
+                score(recorder, pipeline.scoring, published[0])
+            case 7:
+                step = pipeline.committed_step + 1
+                if recorder.shard(step, 0, 2) is not None and step == published[0]:
+                    recorder.commit(step, {"loss": float(step)})
+                    published[0] += 1
+                    if rng.random() < 0.3:
+                        recorder.checkpointed(step)
+                    if rng.random() < 0.3 and recorder.journal is not None:
+                        recorder.snapshot()
+
+
+def score(recorder: Recorder, request: wire.ScoreRequest, version: int) -> None:
+    rng = np.random.default_rng(request.request)
+    log_p = np.where(request.wanted, -rng.random(len(request.token_ids)) * 1.5, 0).astype(np.float32)
+    result = wire.ScoreResult(
+        request.request, max(version, request.min_version), 0.1, log_p, np.zeros((len(log_p), 0), np.float32)
+    )
+    recorder.scored(result)
+
+
+def settle(journal: Journal) -> None:
+    journal.flush()
+    while journal.durable < journal.last:
+        journal.check()
+
+
+def fingerprint(pipeline: Pipeline) -> dict:
+    """Everything that later decisions and answers depend on."""
+    state = pipeline.state()
+    steps = [s[0] for s in state["steps"]]
+    state["digests"] = [decision_digests(pipeline, s) for s in steps]
+    state["shards"] = [shard_digests([pipeline.shard(s, r, 2) for r in range(2)]) for s in steps]
+    state["receipts"] = [pipeline.step(s).receipt for s in steps]
+    return state
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 1 << 30), lives=st.lists(st.integers(1, 120), min_size=1, max_size=4))
+def test_a_broker_killed_at_any_instant_comes_back_where_it_was(tmp_path: Path, name: str, seed: int, lives: list[int]):
+    directory = tmp_path / f"{seed}-{len(lives)}-{lives[0]}-{len(list(tmp_path.iterdir()))}"
+    rng, published, flights = np.random.default_rng(seed), [0], []
+    before = None
+    for turns in lives:
+        journal = Journal(directory, "r", 64)
+        pipeline = Pipeline(CONFIGS[name], VOCAB)
+        if journal.last >= 0:
+            found = recover(pipeline, journal)
+            assert found.differences == []
+            assert fingerprint(pipeline) == before
+        recorder = Recorder(pipeline, journal, dict)
+        if journal.last < 0:
+            recorder.begin(0)
+        drive(recorder, rng, published, turns, flights)
+        settle(journal)
+        before = fingerprint(pipeline)
+        assert pipeline.queued == pipeline.held()
+        journal.close()
+    journal = Journal(directory, "", 64, read_only=True)
+    again = Pipeline(CONFIGS[name], VOCAB)
+    for event in journal.events():
+        apply(again, event)
+        assert difference(again, event) == ""
+    assert {**fingerprint(again), "counts": 0} == {**before, "counts": 0}
+    journal.close()
+
+
+def test_a_changed_decision_is_named(tmp_path: Path):
+    journal = Journal(tmp_path / "j", "r", 64)
+    recorder = Recorder(Pipeline(CONFIGS["threshold"], VOCAB), journal, dict)
+    recorder.begin(0)
+    drive(recorder, np.random.default_rng(3), [0], 400, [])
+    settle(journal)
+    for change, part in (
+        ({"obrs": ObrsSection(threshold=2.0)}, "threshold"),
+        ({"run": dataclasses.replace(CONFIGS["threshold"].run, seed=6)}, "coins"),
+    ):
+        other = Pipeline(config(**change), VOCAB)
+        odd = ""
+        for event in journal.events():
+            apply(other, event)
+            odd = odd or difference(other, event)
+        assert odd.startswith("step 0: ")
+        assert part in odd
+        assert "grouping" not in odd
+    journal.close()
+
+
+def test_pruning_keeps_all_that_a_restart_needs(tmp_path: Path):
+    journal = Journal(tmp_path / "j", "r", 64)
+    pipeline = Pipeline(CONFIGS["threshold"], VOCAB)
+    recorder = Recorder(pipeline, journal, dict)
+    recorder.begin(0)
+    rng, published, flights = np.random.default_rng(4), [0], []
+    for _ in range(12):
+        drive(recorder, rng, published, 25, flights)
+        settle(journal)
+        seq = recorder.snapshot()
+        settle(journal)
+        journal.prune(pipeline.sources(), seq)
+    drive(recorder, rng, published, 10, flights)
+    settle(journal)
+    before, kept = fingerprint(pipeline), sum(1 for _ in journal.events())
+    journal.close()
+    journal = Journal(tmp_path / "j", "r", 64)
+    again = Pipeline(CONFIGS["threshold"], VOCAB)
+    recover(again, journal)
+    assert fingerprint(again) == before
+    assert kept < journal.last
+    journal.close()
