@@ -240,21 +240,31 @@ class ActorService:
             if completion.request_id >= EVALUATION_ID:
                 self._collect_evaluation(completion)
             else:
-                finished.append(self._score(completion))
                 self.counters["tokens"] += len(completion.token_ids)
+                scored = self._score(completion)
+                if scored is not None:
+                    finished.append(scored)
         if finished:
             message = pack(self.link.run_id, self.task.channels, finished)
             self.outbox.add(message)
             self.link.send(message)
 
-    def _score(self, completion: Completion) -> Finished:
+    def _score(self, completion: Completion) -> Finished | None:
+        """None if the task's own code failed: that is not the policy's fault, and costs one sibling."""
         group = completion.request_id
         item = self._prompts[group]
-        channels = self.task.reward(item, completion.token_ids)
-        reward = combine(channels, self.config.task.reward_weights)
         self._left[group] -= 1
         if self._left[group] == 0:
             del self._left[group], self._prompts[group]
+        try:
+            channels = self.task.reward(item, completion.token_ids)
+            reward = combine(channels, self.config.task.reward_weights)
+        except Exception as error:  # noqa: BLE001  # a verifier is foreign code
+            self.counters["reward_failures"] += 1
+            reason = f"reward of {self.config.task.name}: {type(error).__name__}: {error}"
+            log.warning("trajectory %d.%d: %s", group, completion.sibling, reason)
+            self.link.send(wire.GroupFailed(group, reason[:500], completion.sibling))
+            return None
         return Finished(group, item.prompt_ids, completion, channels, reward)
 
     def _collect_evaluation(self, completion: Completion) -> None:

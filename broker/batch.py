@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from broker.advantages import Kind, group_advantages
+from broker.advantages import Kind, group_advantages, without_signal
 from broker.groups import Trajectory
 from broker.packing import balance, token_index
 from common.obrs import Divergence, Thinning, coins, divergence, thin
@@ -39,6 +39,7 @@ class Batch:
     versions: NDArray[np.int32]  # [N]
     topk_ids: NDArray[np.int32]  # [N, k]
     topk_log_q: NDArray[np.float32]  # [N, k]
+    actors: list[str]  # [B] who sampled each
     sources: list[tuple[int, int]]  # [B] where the journal holds each trajectory
 
     @property
@@ -48,26 +49,44 @@ class Batch:
         return sum(a.nbytes for a in arrays)
 
 
-def collate(step: int, members: Sequence[Trajectory], group_size: int, kind: Kind, epsilon: float) -> Batch:
-    """Pack whole groups, their advantages computed before any rejection."""
+def collate(
+    step: int,
+    members: Sequence[Trajectory],
+    group_size: int,
+    kind: Kind,
+    epsilon: float,
+    mask_silent: bool = False,
+) -> Batch:
+    """Pack whole groups, their advantages computed before any rejection.
+
+    ``mask_silent`` takes the tokens of groups without signal out of the loss and its denominator,
+    unless no group has any.
+    """
     ordered = sorted(members, key=lambda t: (t.group, t.sibling))
     rewards = np.array([t.reward for t in ordered], np.float32)
+    groups = np.array([t.group for t in ordered], np.int64)
+    sizes = np.unique(groups, return_counts=True)[1]
+    trainable = np.concatenate([t.trainable for t in ordered])
+    if mask_silent and not (silent := without_signal(rewards, sizes)).all():
+        trainable = np.where(np.repeat(np.repeat(silent, sizes), [len(t.token_ids) for t in ordered]), 0, trainable)
+        trainable = trainable.astype(np.uint8)
     lengths = np.array([len(t.token_ids) for t in ordered], np.int64)
     return Batch(
         step=step,
         group_size=group_size,
-        groups=np.array([t.group for t in ordered], np.int64),
+        groups=groups,
         siblings=np.array([t.sibling for t in ordered], np.int32),
         rewards=rewards,
-        advantages=group_advantages(rewards.reshape(-1, group_size), kind, epsilon).reshape(-1),
+        advantages=group_advantages(rewards, sizes, group_size, kind, epsilon),
         truncated=np.array([t.truncated for t in ordered], np.bool_),
         cu_seqlens=np.concatenate(([0], np.cumsum(lengths))),
         token_ids=np.concatenate([t.token_ids for t in ordered]),
-        trainable=np.concatenate([t.trainable for t in ordered]),
+        trainable=trainable,
         log_q=np.concatenate([t.log_q for t in ordered]),
         versions=np.concatenate([t.versions for t in ordered]),
         topk_ids=np.concatenate([t.topk_ids for t in ordered]),
         topk_log_q=np.concatenate([t.topk_log_q for t in ordered]),
+        actors=[t.actor for t in ordered],
         sources=[t.source for t in ordered],
     )
 

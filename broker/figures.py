@@ -46,6 +46,8 @@ class Figures:
         line = {
             **receipt,
             "version": receipt["step"] + 1,
+            "dropped": dict(pipeline.dropped),
+            "tokens_dropped": pipeline.counts["tokens_dropped"],
             "tokens_generated": pipeline.counts["tokens_generated"],
             "queue_bytes": pipeline.queue_bytes,
             "queue_groups": pipeline.ledger.queued,

@@ -27,6 +27,7 @@ class Trajectory:
     topk_ids: NDArray[np.int32]  # [T, k]
     topk_log_q: NDArray[np.float32]  # [T, k]
     truncated: bool
+    actor: str = ""
     source: tuple[int, int] = (-1, 0)  # the journal's event that brought it, and its place in that message
 
     @property
@@ -46,7 +47,7 @@ class Trajectory:
         return int(self.trainable.sum())
 
 
-def unpack(message: Trajectories, index: int, seq: int = -1) -> Trajectory:
+def unpack(message: Trajectories, index: int, actor: str = "", seq: int = -1) -> Trajectory:
     """Trajectory ``index`` of a batch, without a copy."""
     a, b = int(message.cu_seqlens[index]), int(message.cu_seqlens[index + 1])
     return Trajectory(
@@ -60,6 +61,7 @@ def unpack(message: Trajectories, index: int, seq: int = -1) -> Trajectory:
         topk_ids=message.topk_ids[a:b],
         topk_log_q=message.topk_log_q[a:b],
         truncated=bool(message.finish[index] == 1),
+        actor=actor,
         source=(seq, index),
     )
 
@@ -73,6 +75,11 @@ class Group:
     actor: str
     min_version: int
     members: dict[int, Trajectory] = field(default_factory=dict)
+    failed: set[int] = field(default_factory=set)  # siblings that will never come
+
+    def is_settled(self, group_size: int) -> bool:
+        """Whether nothing more is to come."""
+        return len(self.members) + len(self.failed) >= group_size
 
 
 class GroupBook:
@@ -101,12 +108,24 @@ class GroupBook:
         return ""
 
     def add(self, trajectory: Trajectory) -> tuple[bool, bool]:
-        """Take a trajectory; returns (is new, its group is now complete)."""
+        """Take a trajectory; returns (is new, its group is now settled)."""
         entry = self._groups[trajectory.group]
-        if trajectory.sibling in entry.members:
+        if trajectory.sibling in entry.members or trajectory.sibling in entry.failed:
             return False, False
         entry.members[trajectory.sibling] = trajectory
-        return True, len(entry.members) == self.group_size
+        return True, entry.is_settled(self.group_size)
+
+    def fail(self, group: int, sibling: int) -> bool:
+        """``sibling`` (-1: all that are missing) will never come; returns whether the group is settled by that."""
+        entry = self._groups[group]
+        missing = set(range(self.group_size)) - entry.members.keys()
+        before = entry.is_settled(self.group_size)
+        entry.failed |= missing if sibling < 0 else missing & {sibling}
+        return entry.is_settled(self.group_size) and not before
+
+    def enough(self, group: int) -> bool:
+        """Whether more than half of the siblings are valid, so that the rest may be made up for (algorithms.md 3.3)."""
+        return 2 * len(self._groups[group].members) > self.group_size
 
     def min_version(self, group: int) -> int:
         """The oldest version that the group's grant allows."""
@@ -143,16 +162,16 @@ class GroupBook:
 
     def actors(self) -> set[str]:
         """Who owes siblings of a group."""
-        return {e.actor for e in self._groups.values() if len(e.members) < self.group_size}
+        return {e.actor for e in self._groups.values() if not e.is_settled(self.group_size)}
 
     def of_actor(self, actor: str, incomplete: Callable[[int], bool] | None = None) -> list[int]:
         """Groups that ``actor`` still owes siblings of."""
-        owed = [g for g, e in self._groups.items() if e.actor == actor and len(e.members) < self.group_size]
+        owed = [g for g, e in self._groups.items() if e.actor == actor and not e.is_settled(self.group_size)]
         return [g for g in owed if incomplete is None or incomplete(g)]
 
     def in_flight(self, actor: str) -> int:
         """How many groups ``actor`` has not finished."""
-        return sum(e.actor == actor and len(e.members) < self.group_size for e in self._groups.values())
+        return sum(e.actor == actor and not e.is_settled(self.group_size) for e in self._groups.values())
 
     @property
     def nbytes(self) -> int:
@@ -170,7 +189,14 @@ class GroupBook:
     def state(self) -> dict[str, Any]:
         """What :meth:`restore` needs; trajectories by their source."""
         groups = [
-            [e.group, e.prompt, e.actor, e.min_version, [list(t.source) for _, t in sorted(e.members.items())]]
+            [
+                e.group,
+                e.prompt,
+                e.actor,
+                e.min_version,
+                [list(t.source) for _, t in sorted(e.members.items())],
+                sorted(e.failed),
+            ]
             for e in self._groups.values()
         ]
         return {"groups": groups, "tombstones": list(self._tombstones.items())}
@@ -179,9 +205,9 @@ class GroupBook:
         """Take up where :meth:`state` was written; ``load`` finds a trajectory by its source."""
         self._tombstones = OrderedDict((int(g), str(r)) for g, r in state["tombstones"])
         self._groups = {}
-        for group, prompt, actor, min_version, sources in state["groups"]:
+        for group, prompt, actor, min_version, sources, failed in state["groups"]:
             members = [load(seq, index) for seq, index in sources]
-            self._groups[group] = Group(group, prompt, actor, min_version, {t.sibling: t for t in members})
+            self._groups[group] = Group(group, prompt, actor, min_version, {t.sibling: t for t in members}, set(failed))
 
     def _bury(self, group: int, reason: str) -> None:
         self._tombstones[group] = reason

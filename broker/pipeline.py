@@ -25,6 +25,7 @@ from common.errors import DataError, ProtocolError
 from common.wire import Ack, Grant, ScoreRequest, ScoreResult, Shard, Trajectories
 
 MEGABYTE = 1 << 20
+RESAMPLE_STEPS = 8  # steps' worth of groups without signal in a row, after which they are trained after all
 PROMPT_RETRIES = 3  # a prompt whose groups failed this often is left out
 BYTES_PER_TOKEN = 13  # ids, flag, log q and version of a token without alternatives
 BYTES_PER_ALTERNATIVE = 8
@@ -74,6 +75,7 @@ class Pipeline:
         self._failures: Counter[int] = Counter()
         self._next_request = 0
         self.committed_step = -1
+        self._silent = 0  # groups without signal in a row
         obrs = config.obrs
         self._controller = BudgetController(obrs.budget, window=obrs.window) if obrs.mode == "budget" else None
 
@@ -138,7 +140,7 @@ class Pipeline:
                 self.counts["repeats"] += 1
                 reason = ""
             elif not reason:
-                reason = faults.get(index, "") or self._admit_one(message, index, seq)
+                reason = faults.get(index, "") or self._admit_one(message, index, actor, seq)
                 if reason:
                     self.give_up(group, "refused_sibling")
             if reason:
@@ -146,8 +148,8 @@ class Pipeline:
             reasons.append(reason)
         return Ack(reasons, message.groups, message.siblings)
 
-    def _admit_one(self, message: Trajectories, index: int, seq: int) -> str:
-        trajectory = unpack(message, index, seq)
+    def _admit_one(self, message: Trajectories, index: int, actor: str, seq: int) -> str:
+        trajectory = unpack(message, index, actor, seq)
         oldest = trajectory.oldest_version
         if oldest < self.book.min_version(trajectory.group):
             return f"sampled by version {oldest}, older than the grant's {self.book.min_version(trajectory.group)}"
@@ -163,28 +165,59 @@ class Pipeline:
         self.counts["trajectories_acked"] += 1
         self.counts["tokens_generated"] += trajectory.sampled_tokens
         if complete:
-            members = self.book.members(trajectory.group)
-            self.ledger.complete(trajectory.group, min(t.oldest_version for t in members))
+            self._settle(trajectory.group, "sibling_failed")
         return ""
 
-    def give_up(self, group: int, reason: str) -> None:
-        """The group will never be complete: count what had arrived, free its place, grant its prompt again."""
+    def _settle(self, group: int, reason: str) -> None:
+        """Nothing more will come of ``group``: train what there is of it, or give it up."""
+        if not self.book.enough(group):
+            self.give_up(group, reason)
+            return
+        members = self.book.members(group)
+        if self.config.advantage.zero_signal == "resample" and self._resample(members):
+            self.give_up(group, "no_signal", again=False)
+            return
+        self.ledger.complete(group, min(t.oldest_version for t in members))
+
+    def _resample(self, members: list[Trajectory]) -> bool:
+        """Whether a group without signal is replaced by another prompt's; not for ever."""
+        rewards = [t.reward for t in members]
+        if max(rewards) > min(rewards):
+            self._silent = 0
+            return False
+        self._silent += 1
+        return self._silent <= RESAMPLE_STEPS * self.config.rollout.groups_per_step
+
+    def failed(self, group: int, sibling: int, reason: str) -> None:
+        """``sibling`` of ``group`` (-1: all that are missing) will never come."""
+        if group not in self.book:
+            return
+        self.counts["siblings_failed"] += 1
+        if self.book.fail(group, sibling):
+            self._settle(group, reason)
+
+    def give_up(self, group: int, reason: str, again: bool = True) -> None:
+        """Drop the group: count what had arrived, free its place, grant its prompt ``again``."""
         if group not in self.book:
             return
         prompt, arrived = self.book.tombstone(group, reason)
         self.ledger.release(group)
         self.dropped[reason] += len(arrived)
+        self.counts["tokens_dropped"] += sum(t.sampled_tokens for t in arrived)
         self.counts["groups_given_up"] += 1
+        if not again:
+            return
         self._failures[prompt] += 1
         if self._failures[prompt] < PROMPT_RETRIES:
             self._retry.append((prompt, self._failures[prompt]))
 
     def actor_lost(self, actor: str) -> int:
-        """Give up what a lost actor owed; returns how many groups."""
+        """Nothing more will come of what a lost actor owed; returns how many groups were given up for it."""
         owed = self.book.of_actor(actor)
         for group in owed:
-            self.give_up(group, "actor_lost")
-        return len(owed)
+            self.book.fail(group, -1)
+            self._settle(group, "actor_lost")
+        return sum(group not in self.book for group in owed)
 
     # ---- assembly -------------------------------------------------------------------------------
 
@@ -213,7 +246,8 @@ class Pipeline:
 
     def _collate(self, step: int, members: list[Trajectory]) -> Batch:
         advantage = self.config.advantage
-        return collate(step, members, self.config.rollout.group_size, advantage.kind, advantage.epsilon)
+        mask = advantage.zero_signal == "mask"
+        return collate(step, members, self.config.rollout.group_size, advantage.kind, advantage.epsilon, mask)
 
     def _score_request(self, batch: Batch, number: int, min_version: int) -> ScoreRequest:
         return ScoreRequest(
@@ -299,6 +333,10 @@ class Pipeline:
         """What is held of a decided step."""
         return self._steps.get(step)
 
+    def scoring_batch(self) -> Batch | None:
+        """The batch whose scores are awaited."""
+        return self._scoring[0] if self._scoring else None
+
     @property
     def scoring_step(self) -> int | None:
         """The step whose scores are awaited."""
@@ -356,6 +394,7 @@ class Pipeline:
             "failures": list(self._failures.items()),
             "next_request": self._next_request,
             "committed_step": self.committed_step,
+            "silent": self._silent,
             "threshold": self._controller_state(),
             "steps": [
                 [step, [list(s) for s in e.batch.sources], e.score_seq, e.log_threshold, e.committed, e.following]
@@ -384,6 +423,7 @@ class Pipeline:
         self._retry = deque((prompt, failures) for prompt, failures in state["retry"])
         self._failures = Counter(dict(state["failures"]))
         self._next_request, self.committed_step = state["next_request"], state["committed_step"]
+        self._silent = state["silent"]
         if self._controller is not None and state["threshold"] is not None:
             log_threshold, ratios = state["threshold"]
             arrays = [np.frombuffer(r, np.float32) for r in ratios]

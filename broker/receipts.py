@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from broker.advantages import without_signal
 from broker.audit import audit
 from broker.batch import Batch, Decision
 from common.obrs import wilson_interval
@@ -15,7 +16,7 @@ def receipt(batch: Batch, decision: Decision, threshold: float) -> dict[str, Any
     on = batch.trainable == 1
     lags = batch.step - batch.versions[on]
     lengths = np.add.reduceat(on.astype(np.int64), batch.cu_seqlens[:-1])
-    by_group = batch.rewards.reshape(-1, batch.group_size)
+    sizes = np.unique(batch.groups, return_counts=True)[1]
     scored = decision.divergence is not None
     low, high = wilson_interval(decision.accepted, decision.proposed)
     line: dict[str, Any] = {
@@ -23,7 +24,8 @@ def receipt(batch: Batch, decision: Decision, threshold: float) -> dict[str, Any
         "trajectories": len(batch.groups),
         "reward": float(batch.rewards.mean()),
         "reward_std": float(batch.rewards.std()),
-        "groups_without_signal": int((by_group.max(axis=1) == by_group.min(axis=1)).sum()),
+        "groups_padded": int((sizes < batch.group_size).sum()),
+        "groups_without_signal": int(without_signal(batch.rewards, sizes).sum()),
         "advantage_positive": float((batch.advantages > 0).mean()),
         "advantage_negative": float((batch.advantages < 0).mean()),
         "lag_mean": float(lags.mean()),
@@ -46,6 +48,8 @@ def receipt(batch: Batch, decision: Decision, threshold: float) -> dict[str, Any
     line["acceptance_expected"] = estimates.expected_acceptance if estimates else None
     line["kl_before"] = estimates.kl_before if estimates else None
     line["kl_after"] = estimates.kl_after if estimates else None
+    line["kl_before_se"] = estimates.kl_before_se if estimates else None
+    line["kl_after_se"] = estimates.kl_after_se if estimates else None
     line["ess"] = estimates.ess if estimates else None
     line["audit"] = audit(batch, decision) if scored else None
     line["denominator"] = decision.denominator

@@ -75,8 +75,8 @@ def apply(pipeline: Pipeline, event: Event) -> Any:
         case "admit":
             message = decode(event.frames, wire.TO_BROKER)
             return pipeline.admit(message, head["actor"], head["newest"], event.seq)
-        case "give_up":
-            return pipeline.give_up(head["group"], head["reason"])
+        case "failed":
+            return pipeline.failed(head["group"], head["sibling"], head["reason"])
         case "actor_lost":
             return pipeline.actor_lost(head["actor"])
         case "assemble":
@@ -119,14 +119,18 @@ class Recovered:
 def load_snapshot(pipeline: Pipeline, journal: Journal, event: Event) -> None:
     """Bring ``pipeline`` to the state of a ``snapshot`` event."""
     messages: dict[int, Any] = {}
+    actors: dict[int, str] = {}
 
     def message(seq: int) -> Any:
         if seq not in messages:
-            messages[seq] = decode(journal.event(seq).frames, wire.TO_BROKER)
+            stored = journal.event(seq)
+            messages[seq] = decode(stored.frames, wire.TO_BROKER)
+            actors[seq] = stored.head.get("actor", "")
         return messages[seq]
 
     def load(seq: int, index: int) -> Trajectory:
-        return unpack(message(seq), index, seq)
+        found = message(seq)
+        return unpack(found, index, actors[seq], seq)
 
     pipeline.restore(event.head["pipeline"], load, message)
 
@@ -215,10 +219,10 @@ class Recorder:
         seq = self._write("admit", {"actor": actor, "newest": newest_version}, message)
         return self.pipeline.admit(message, actor, newest_version, seq)
 
-    def give_up(self, group: int, reason: str) -> None:
-        """See :meth:`Pipeline.give_up`."""
-        self._write("give_up", {"group": group, "reason": reason})
-        self.pipeline.give_up(group, reason)
+    def failed(self, group: int, sibling: int, reason: str) -> None:
+        """See :meth:`Pipeline.failed`."""
+        self._write("failed", {"group": group, "sibling": sibling, "reason": reason})
+        self.pipeline.failed(group, sibling, reason)
 
     def actor_lost(self, actor: str) -> int:
         """See :meth:`Pipeline.actor_lost`."""

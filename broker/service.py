@@ -19,10 +19,11 @@ import numpy as np
 
 from broker.evaluation import EvaluationSchedule
 from broker.figures import Figures
+from broker.honesty import Honesty
 from broker.journal import Journal
 from broker.outlet import Outlet
 from broker.peers import Peer, Roster
-from broker.pipeline import Pipeline
+from broker.pipeline import Pipeline, scores_of
 from broker.publishing import LEARNER, Outgoing, PublishCoordinator
 from broker.recorder import Recorder, recover
 from broker.runfiles import RunFiles
@@ -68,6 +69,7 @@ class BrokerService:
         self.pipeline = Pipeline(config, vocab_size)
         journal = self._journal()
         self.figures = Figures()
+        self.honesty = Honesty(config.broker.verify_rate, config.run.seed)
         self.weights = PublishCoordinator(config.weights.deadline_s, self.files.generation)
         self.schedule = EvaluationSchedule(config.evaluation, config.run.steps, self.files.generation << 16)
         self.roster = Roster()
@@ -375,8 +377,9 @@ class BrokerService:
         self._send(peer, ack)
 
     def _on_group_failed(self, peer: Peer, message: wire.GroupFailed) -> None:
-        log.warning("%s gave group %d up: %s", peer.name, message.group, message.reason)
-        self.recorder.give_up(message.group, "actor_failed")
+        what = f"group {message.group}" if message.sibling < 0 else f"trajectory {message.group}.{message.sibling}"
+        log.warning("%s failed at %s: %s", peer.name, what, message.reason)
+        self.recorder.failed(message.group, message.sibling, "environment")
 
     def _on_evaluation(self, peer: Peer, message: wire.EvaluationResult) -> None:
         reward = float(message.rewards.mean()) if len(message.rewards) else 0.0
@@ -434,8 +437,13 @@ class BrokerService:
         self._send(chosen, request)
 
     def _on_scores(self, peer: Peer, message: wire.ScoreResult) -> None:
+        step = self.pipeline.scoring_step
         self.recorder.scored(message)
         self._score_sent = None
+        decided = None if step is None else self.pipeline.step(step)
+        if decided is not None:
+            for sentence in self.honesty.check(decided.batch, scores_of(message)):
+                log.warning("%s", sentence)
         self.figures.score_seconds += message.seconds
 
     # ---- learner --------------------------------------------------------------------------------
@@ -557,6 +565,7 @@ class BrokerService:
             "versions_published": self.weights.history,
             "receivers_late": self.weights.late,
             "evaluations": [{"version": v, "reward": r} for v, r in self.schedule.results],
+            "suspects": self.honesty.suspects,
             **self.figures.status(self.pipeline, self.roster),
         }
 

@@ -134,6 +134,7 @@ class AdvantageSection:
 
     kind: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
     epsilon: float = 1e-6  # added to the group's standard deviation
+    zero_signal: Literal["keep", "mask", "resample"] = "keep"  # groups of equal rewards; resample: DAPO's
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,7 @@ class BrokerSection:
     peer_timeout_s: float = 15.0  # a silent peer is dropped and its groups are granted again
     assemble_ahead: int = 1  # versions between scoring and training; 0 scores with the learner's own, at its pace
     score_timeout_s: float = 60.0
+    verify_rate: float = 0.25  # share of the trajectories whose claimed probabilities are checked against the scores
 
     def __post_init__(self) -> None:
         """Validate."""

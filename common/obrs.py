@@ -96,6 +96,8 @@ class Divergence:
     kl_after: float  # KL(p || q after rejection), nats a token
     expected_acceptance: float  # mean a, free of coin noise
     ess: float  # normalised effective sample size of the accepted tokens' weights p/m
+    kl_before_se: float = 0.0  # standard errors, tokens taken as independent
+    kl_after_se: float = 0.0
 
 
 def divergence(log_p: Floats, log_q: Floats, thinning: Thinning) -> Divergence:
@@ -112,7 +114,8 @@ def divergence(log_p: Floats, log_q: Floats, thinning: Thinning) -> Divergence:
     a = np.exp(thinning.log_a.astype(np.float64))
     mean_a = float(a.mean())
     if mean_a == 0.0:
-        return Divergence(_mean_kl_term(lp - lq, np.ones_like(lq)), 0.0, 0.0, 0.0)
+        before, error = _mean_kl_term(lp - lq, np.ones_like(lq))
+        return Divergence(before, 0.0, 0.0, 0.0, error)
     possible = a > 0  # elsewhere p and m are both 0
     log_weight = np.full_like(lp, -np.inf)
     np.subtract(lp, thinning.log_m, out=log_weight, where=possible)
@@ -121,14 +124,19 @@ def divergence(log_p: Floats, log_q: Floats, thinning: Thinning) -> Divergence:
     total = float(weight.sum())
     accepted = int(thinning.accept.sum())
     ess = total**2 / (accepted * float((weight**2).sum())) if accepted and total > 0 else 0.0
-    return Divergence(_mean_kl_term(lp - lq, np.ones_like(lq)), _mean_kl_term(log_ratio_after, a), mean_a, ess)
+    before, before_se = _mean_kl_term(lp - lq, np.ones_like(lq))
+    after, after_se = _mean_kl_term(log_ratio_after, a)
+    return Divergence(before, after, mean_a, ess, before_se, after_se)
 
 
-def _mean_kl_term(log_ratio: NDArray[np.float64], weights: NDArray[np.float64]) -> float:
+def _mean_kl_term(log_ratio: NDArray[np.float64], weights: NDArray[np.float64]) -> tuple[float, float]:
+    """Weighted mean of ``r log r - r + 1`` and its standard error."""
     finite = np.where(np.isfinite(log_ratio), log_ratio, 0.0)
     ratio = np.where(np.isneginf(log_ratio), 0.0, np.exp(finite))
     terms = ratio * finite - ratio + 1.0
-    return float((weights * terms).sum() / weights.sum())
+    total = float(weights.sum())
+    mean = float((weights * terms).sum()) / total
+    return mean, float(np.sqrt(np.square(weights * (terms - mean)).sum())) / total
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:

@@ -238,11 +238,12 @@ class Ack:
 
 @dataclass
 class GroupFailed(_Unchecked):
-    """The actor gives a group up (environment or engine failure)."""
+    """Trajectories that will never come, through no fault of the policy (environment or engine failure)."""
 
     TAG: ClassVar[str] = "group_failed"
     group: int
     reason: str
+    sibling: int = -1  # -1: all that are missing
 
 
 @dataclass

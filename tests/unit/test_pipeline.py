@@ -214,10 +214,10 @@ def test_a_lost_actor_leaves_no_phantom_reservation():
     pipeline = Pipeline(config(), 16)
     pipeline.grant("a", 2, 0)
     pipeline.grant("b", 2, 0)
-    pipeline.admit(trajectories(0, siblings=[0, 2]), "a", 0)
+    pipeline.admit(trajectories(0, siblings=[2]), "a", 0)
     assert pipeline.grant("b", 10, 0) is None
     assert pipeline.actor_lost("a") == 2
-    assert pipeline.dropped == {"actor_lost": 2}
+    assert pipeline.dropped == {"actor_lost": 1}
     assert pipeline.grant("b", 10, 0).prompts.tolist() == [0, 1]
     assert set(pipeline.admit(trajectories(0), "a", 0).reasons) == {"actor_lost"}
     assert_books_balance(pipeline)
@@ -284,3 +284,73 @@ def test_other_advantages(kind, expected):
     pipeline.grant("a", 10, 0)
     step = run_step(pipeline, [trajectories(0, rewards=[1, 0, 0]), trajectories(1)])
     np.testing.assert_allclose(pipeline.shard(step, 0, 1).advantages[:G], expected, rtol=1e-6)
+
+
+def test_more_than_half_of_a_group_is_trained_with_the_weight_of_the_whole():
+    pipeline = Pipeline(config(), 16)
+    pipeline.grant("a", 4, 0)
+    for group in (1, 2, 3):
+        pipeline.admit(trajectories(group), "a", 0)
+    rewards = [1.0, 0.0, 0.5]
+    pipeline.admit(trajectories(0, siblings=[2, 0], rewards=[rewards[2], rewards[0]]), "a", 0)
+    assert pipeline.ledger.queued == 3
+    assert pipeline.actor_lost("a") == 0
+    assert pipeline.ledger.queued == 4
+    assert pipeline.admit(trajectories(0, siblings=[1]), "a", 0).reasons == [""]  # late: acknowledged, not trained
+    request = pipeline.assemble(0)
+    pipeline.scored(scores(request, np.where(request.wanted == 1, -1.0, 0.0)))
+    batch = pipeline.step(0).batch
+    mine = batch.advantages[batch.groups == 0]
+    assert batch.siblings[batch.groups == 0].tolist() == [0, 2]
+    assert mine.tolist() == pytest.approx([G / 2, -G / 2], rel=1e-4)  # (R - mean) / std over two, times G / n
+    assert pipeline.step(0).receipt["groups_padded"] == 1
+    assert pipeline.commit(0)["trajectories"] == len(batch.groups)
+    assert_books_balance(pipeline)
+
+
+def test_a_failed_sibling_costs_itself_and_too_many_cost_the_group():
+    pipeline = Pipeline(config(), 16)
+    pipeline.grant("a", 2, 0)
+    pipeline.failed(0, 1, "environment")
+    pipeline.admit(trajectories(0, siblings=[0, 2]), "a", 0)
+    assert pipeline.ledger.queued == 1
+    pipeline.failed(1, 0, "environment")
+    pipeline.failed(1, 0, "environment")
+    pipeline.admit(trajectories(1, siblings=[1]), "a", 0)
+    pipeline.failed(1, 2, "environment")
+    assert pipeline.ledger.promised == 0
+    assert pipeline.dropped == {"environment": 1}
+    assert pipeline.grant("b", 10, 0).prompts.tolist()[0] == 1  # asked again
+    assert_books_balance(pipeline)
+
+
+@pytest.mark.parametrize("kind", ["mask", "resample"])
+def test_groups_without_signal_are_masked_or_replaced(kind):
+    pipeline = Pipeline(config(advantage=AdvantageSection(zero_signal=kind)), 16)
+    mixed = [1.0] + [0.0] * (G - 1)
+    pipeline.grant("a", 4, 0)
+    for group in range(4):
+        pipeline.admit(trajectories(group, rewards=[1.0] * G if group == 2 else mixed), "a", 0)
+    if kind == "resample":
+        assert pipeline.dropped == {"no_signal": G}
+        assert pipeline.ledger.queued == 3
+        pipeline.admit(trajectories(int(pipeline.grant("a", 4, 0).groups[0]), rewards=mixed), "a", 0)
+        assert pipeline.ledger.queued == 4
+        return
+    request = pipeline.assemble(0)
+    batch = pipeline.scoring_batch()
+    silent = np.repeat(batch.groups == 2, np.diff(batch.cu_seqlens))
+    assert not request.wanted[silent].any()
+    assert request.wanted[~silent].any()
+
+
+def test_resampling_ends_when_nothing_has_a_signal():
+    pipeline = Pipeline(config(advantage=AdvantageSection(zero_signal="resample")), 16)
+    for _ in range(200):
+        grant = pipeline.grant("a", 4, 0)
+        if grant is None:
+            break
+        for group in grant.groups.tolist():
+            pipeline.admit(trajectories(int(group), rewards=[0.0] * G), "a", 0)
+    assert grant is None
+    assert pipeline.ledger.queued > 0

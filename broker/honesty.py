@@ -1,0 +1,92 @@
+"""Can what an actor says of its sampling be true?
+
+For tokens really drawn from q, the mean of ``p/q`` is the mass that p has where q has any: 1 up to
+noise, whatever p is. An actor that reports another q (raw logits, a wrong temperature, made-up
+numbers) shows a mean that is not 1. Every scored batch is a test, on a random sample of its
+trajectories; no old weights are needed.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from broker.batch import Batch, Scores, trainable_scores
+
+SIGMA = 6.0  # beyond the noise of the mean
+LEAST = 0.05  # ... and at least this far from 1
+FEWEST = 2000  # tokens before an actor is judged
+LARGEST_RATIO = 20.0  # p/q is cut here: one wild token must not hide or make a case
+FORGET = 0.9  # of the past, a batch
+
+
+@dataclass
+class Account:
+    """Discounted sums over an actor's checked tokens, of ``min(p/q, LARGEST_RATIO)``."""
+
+    tokens: float = 0.0
+    total: float = 0.0
+    squares: float = 0.0
+
+    @property
+    def mean(self) -> float:
+        """Mean of p/q."""
+        return self.total / self.tokens if self.tokens else 1.0
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean."""
+        if not self.tokens:
+            return 0.0
+        return float(np.sqrt(max(self.squares / self.tokens - self.mean**2, 0.0) / self.tokens))
+
+    @property
+    def is_suspect(self) -> bool:
+        """The claimed q cannot be true."""
+        return self.tokens >= FEWEST and abs(self.mean - 1.0) > max(LEAST, SIGMA * self.error)
+
+
+class Honesty:
+    """One account an actor."""
+
+    def __init__(self, rate: float, seed: int) -> None:
+        """``rate``: share of the trajectories that are checked."""
+        self.rate, self._seed = rate, seed
+        self.accounts: dict[str, Account] = {}
+        self._known: set[str] = set()
+
+    def check(self, batch: Batch, scored: Scores) -> list[str]:
+        """Add a scored batch; returns a sentence for each actor that has just become suspect."""
+        if self.rate <= 0:
+            return []
+        log_p, log_q, _ = trainable_scores(batch, scored)
+        ratio = np.exp(np.minimum(log_p.astype(np.float64) - log_q, np.log(LARGEST_RATIO)))
+        owner = np.repeat(np.arange(len(batch.groups)), np.diff(batch.cu_seqlens))[batch.trainable == 1]
+        sampled = np.random.default_rng((self._seed, batch.step)).random(len(batch.groups)) < self.rate
+        said = []
+        for actor in sorted(set(batch.actors)):
+            mine = np.array([a == actor for a in batch.actors], np.bool_) & sampled
+            said += self._add(actor, ratio[mine[owner]])
+        return said
+
+    def _add(self, actor: str, ratio: NDArray[np.float64]) -> list[str]:
+        account = self.accounts.setdefault(actor, Account())
+        account.tokens = FORGET * account.tokens + len(ratio)
+        account.total = FORGET * account.total + float(ratio.sum())
+        account.squares = FORGET * account.squares + float(np.square(ratio).sum())
+        if not account.is_suspect:
+            self._known.discard(actor)
+            return []
+        if actor in self._known:
+            return []
+        self._known.add(actor)
+        return [
+            f"{actor} claims probabilities that cannot be those it sampled with: the mean of p/q over "
+            f"{account.tokens:.0f} tokens is {account.mean:.3f} ± {account.error:.3f}, it must be 1; "
+            "check its temperature, top-p and which logprobs its engine returns"
+        ]
+
+    @property
+    def suspects(self) -> dict[str, float]:
+        """Actors whose claims cannot be true, with their mean of p/q."""
+        return {name: round(a.mean, 4) for name, a in self.accounts.items() if a.is_suspect}

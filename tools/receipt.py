@@ -1,0 +1,146 @@
+"""Read the receipt of one batch: what it was, how old, what rejection took from it and what that bought.
+
+::
+
+    python -m tools.receipt RUN_DIR              the last step
+    python -m tools.receipt RUN_DIR --step 12
+    python -m tools.receipt RUN_DIR --audit      whose tokens were rejected, over the whole run
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from common.errors import ConfigError, CroupierError
+from tools.run_files import Record, of_kind, read_metrics
+
+PIPE_COLUMNS = 120
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m tools.receipt", description="Read the receipt of a batch.")
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--step", type=int, help="which step (default: the last)")
+    parser.add_argument("--audit", action="store_true", help="acceptance by length, reward and lag over all steps")
+    given = parser.parse_args(arguments)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=PIPE_COLUMNS)
+    try:
+        steps = of_kind(read_metrics(given.run_dir), "step")
+        if not steps:
+            raise ConfigError(f"{given.run_dir}: no step was trained yet, or this is no run directory")
+        if given.audit:
+            console.print(audit_table(steps))
+            return 0
+        wanted = steps[-1]["step"] if given.step is None else given.step
+        found = [step for step in steps if step["step"] == wanted]
+        if not found:
+            raise ConfigError(f"step {wanted}: has no receipt; steps {steps[0]['step']} to {steps[-1]['step']} have")
+        console.print(receipt_table(found[0]))
+    except CroupierError as error:
+        console.print(f"{type(error).__name__}: {error}", style="red", markup=False)
+        return 2
+    return 0
+
+
+def receipt_table(line: Record) -> Table:
+    """One step's receipt in words."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2), show_header=False, title=f"receipt of step {line['step']}")
+    table.add_column(style="dim")
+    table.add_column()
+    for label, value in _lines(line):
+        table.add_row(label, value)
+    return table
+
+
+def _lines(line: Record) -> list[tuple[str, str]]:
+    lags = ", ".join(f"{lag}: {count:,}" for lag, count in line["lag_histogram"].items())
+    rows = [
+        (
+            "batch",
+            f"{line['trajectories']} trajectories, {line['tokens']:,} tokens, {line['tokens_proposed']:,} sampled",
+        ),
+        (
+            "reward",
+            f"{line['reward']:.3f} ± {line['reward_std']:.3f}; {line['groups_without_signal']} groups all alike",
+        ),
+        ("lag in versions", f"mean {line['lag_mean']:.2f}, oldest {line['lag_max']}  (tokens: {lags})"),
+        ("length", f"mean {line['length_mean']:.1f}, longest {line['length_max']}, cut {line['truncated']:.1%}"),
+    ]
+    if line.get("scored_by_version") is None:
+        return [*rows, ("rejection", "off: every token was trained")]
+    rows += [
+        ("scored by", f"version {line['scored_by_version']}, λ = {line['threshold']:.4f}" + _next(line)),
+        (
+            "accepted",
+            f"{line['tokens_accepted']:,} = {line['acceptance']:.4f}, 95 % interval {line['acceptance_low']:.4f} to "
+            f"{line['acceptance_high']:.4f}; expected without coins {line['acceptance_expected']:.4f}",
+        ),
+        ("KL to the policy", f"{line['kl_before']:.3e} before, {line['kl_after']:.3e} after, nats a token" + _se(line)),
+        (
+            "effective sample size",
+            f"{line['ess']:.3f} a trained token, {line['ess'] * line['acceptance']:.3f} a generated one",
+        ),
+    ]
+    if line.get("z_lower") is not None:
+        rows.append((
+            "acceptance bounds",
+            f"{line['z_lower']:.4f} to {line['z_upper']:.4f} from the alternatives, which miss "
+            f"{line['topk_missing_mass']:.4f} of q; θ = {line['z_theta']:.3f}, κ = {line['z_kappa']:.3f}",
+        ))  # fmt: skip
+    if line["unscorable"]:
+        rows.append(("unscorable", f"{line['unscorable']} tokens whose score was NaN: rejected"))
+    drops = ", ".join(f"{reason}: {count}" for reason, count in (line.get("dropped") or {}).items())
+    rows.append(("dropped so far", drops or "nothing"))
+    warnings = (line.get("audit") or {}).get("warnings", [])
+    rows.append(("audit", "; ".join(warnings) or "no stratum stands out"))
+    return rows
+
+
+def _next(line: Record) -> str:
+    if line.get("threshold_next") is None:
+        return ""
+    return f", next {line['threshold_next']:.4f}" + ("" if line["budget_feasible"] else "; the budget cannot be met")
+
+
+def _se(line: Record) -> str:
+    return (
+        f" (± {line['kl_before_se']:.1e}, ± {line['kl_after_se']:.1e})" if line.get("kl_before_se") is not None else ""
+    )
+
+
+def audit_table(steps: Sequence[Record]) -> Table:
+    """Acceptance by stratum, summed over steps, beside the rest of the run."""
+    sums: dict[tuple[str, str], list[float]] = {}
+    warned: dict[tuple[str, str], int] = {}
+    for step in steps:
+        audit = step.get("audit") or {"strata": {}, "warnings": []}
+        for name, values in audit["strata"].items():
+            for value, (tokens, rate, _) in values.items():
+                entry = sums.setdefault((name, value), [0.0, 0.0])
+                entry[0] += tokens
+                entry[1] += tokens * rate
+        for warning in audit["warnings"]:
+            name, _, rest = warning.partition(" ")
+            key = (name, rest.partition(":")[0])
+            warned[key] = warned.get(key, 0) + 1
+    table = Table(box=None, pad_edge=False, padding=(0, 2), title="acceptance by stratum")
+    for title in ("stratum", "value", "tokens", "accepted", "from the rest", "steps with a warning"):
+        table.add_column(title, header_style="dim", justify="left" if title == "stratum" else "right")
+    for (name, value), (tokens, accepted) in sorted(sums.items(), key=lambda item: (item[0][0], int(item[0][1]))):
+        others = [v for k, v in sums.items() if k[0] == name and k[1] != value]
+        rest = sum(v[1] for v in others) / max(1.0, sum(v[0] for v in others))
+        rate = accepted / tokens
+        change = f"{rate - rest:+.4f}" if others else "–"
+        table.add_row(name, value, f"{tokens:,.0f}", f"{rate:.4f}", change, str(warned.get((name, value), 0)))
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())
