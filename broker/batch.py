@@ -6,14 +6,14 @@ not of when they arrived.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from broker.advantages import Kind, group_advantages, without_signal
 from broker.groups import Trajectory
-from broker.packing import balance, token_index
+from broker.packing import balance, runs
 from common.obrs import Divergence, Thinning, coins, divergence, thin
 from common.wire import Shard
 from common.zbounds import enumerated_acceptance, interpolate, kappa, z_bounds
@@ -37,16 +37,30 @@ class Batch:
     trainable: NDArray[np.uint8]  # [N]
     log_q: NDArray[np.float32]  # [N]
     versions: NDArray[np.int32]  # [N]
-    topk_ids: NDArray[np.int32]  # [N, k]
-    topk_log_q: NDArray[np.float32]  # [N, k]
+    members: list[Trajectory]  # [B]; the alternatives stay in the frames that they arrived in
     actors: list[str]  # [B] who sampled each
     sources: list[tuple[int, int]]  # [B] where the journal holds each trajectory
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        arrays = (self.token_ids, self.trainable, self.log_q, self.versions, self.topk_ids, self.topk_log_q)
-        return sum(a.nbytes for a in arrays)
+        arrays = (self.token_ids, self.trainable, self.log_q, self.versions)
+        return sum(a.nbytes for a in arrays) + sum(t.topk_ids.nbytes + t.topk_log_q.nbytes for t in self.members)
+
+    @property
+    def topk_ids(self) -> NDArray[np.int32]:
+        """``[N, k]``, copied together at every call."""
+        return np.concatenate([t.topk_ids for t in self.members])
+
+    @property
+    def topk_log_q(self) -> NDArray[np.float32]:
+        """``[N, k]``, copied together at every call."""
+        return np.concatenate([t.topk_log_q for t in self.members])
+
+    @property
+    def alternatives(self) -> int:
+        """k."""
+        return self.members[0].topk_ids.shape[1] if self.members else 0
 
 
 def collate(
@@ -84,8 +98,7 @@ def collate(
         trainable=trainable,
         log_q=np.concatenate([t.log_q for t in ordered]),
         versions=np.concatenate([t.versions for t in ordered]),
-        topk_ids=np.concatenate([t.topk_ids for t in ordered]),
-        topk_log_q=np.concatenate([t.topk_log_q for t in ordered]),
+        members=ordered,
         actors=[t.actor for t in ordered],
         sources=[t.source for t in ordered],
     )
@@ -181,7 +194,7 @@ def _bounds(
     decision: Decision,
 ) -> NDArray[np.float32]:
     """Z of each trainable token from its alternatives (algorithms.md 1.5, 1.6); ones where there are none."""
-    if not batch.topk_ids.shape[1] or not len(on) or decision.divergence is None:
+    if not batch.alternatives or not len(on) or decision.divergence is None:
         return np.ones(len(on), np.float32)
     inside = (batch.topk_ids[on] == batch.token_ids[on][:, None]).any(axis=1)
     topk_log_q, topk_log_p = batch.topk_log_q[on], np.minimum(scored.topk_log_p[on], np.float32(0))
@@ -216,9 +229,17 @@ def _spread(
 
 def make_shards(batch: Batch, decision: Decision, world: int, temperature: float) -> list[Shard]:
     """One shard a rank, balanced by tokens. The denominator counts every trainable token (algorithms.md 1.8)."""
+    log_q = np.where(batch.trainable == 1, batch.log_q, np.float32(0))
+    lengths = np.diff(batch.cu_seqlens)
     shards = []
-    for rank, members in enumerate(balance(np.diff(batch.cu_seqlens), world)):
-        index, offsets = token_index(batch.cu_seqlens, members)
+    for rank, members in enumerate(balance(lengths, world)):
+        ranges = [(int(batch.cu_seqlens[a]), int(batch.cu_seqlens[b])) for a, b in runs(members)]
+
+        def part(array: NDArray[Any], ranges: list[tuple[int, int]] = ranges) -> NDArray[Any]:
+            if len(ranges) == 1:
+                return array[ranges[0][0] : ranges[0][1]]
+            return np.concatenate([array[a:b] for a, b in ranges]) if ranges else array[:0]
+
         shards.append(
             Shard(
                 step=batch.step,
@@ -230,13 +251,13 @@ def make_shards(batch: Batch, decision: Decision, world: int, temperature: float
                 groups=batch.groups[members],
                 siblings=batch.siblings[members],
                 advantages=batch.advantages[members],
-                cu_seqlens=offsets.astype(np.int32),
-                token_ids=batch.token_ids[index],
-                trainable=batch.trainable[index],
-                accept=decision.accept[index],
-                log_q=np.where(batch.trainable[index] == 1, batch.log_q[index], np.float32(0)),
-                log_m=decision.log_m[index],
-                log_p=decision.log_p[index],
+                cu_seqlens=np.concatenate(([0], np.cumsum(lengths[members]))).astype(np.int32),
+                token_ids=part(batch.token_ids),
+                trainable=part(batch.trainable),
+                accept=part(decision.accept),
+                log_q=part(log_q),
+                log_m=part(decision.log_m),
+                log_p=part(decision.log_p),
             )
         )
     return shards

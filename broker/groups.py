@@ -27,6 +27,8 @@ class Trajectory:
     topk_ids: NDArray[np.int32]  # [T, k]
     topk_log_q: NDArray[np.float32]  # [T, k]
     truncated: bool
+    oldest_version: int  # of its oldest sampled token
+    sampled_tokens: int
     actor: str = ""
     source: tuple[int, int] = (-1, 0)  # the journal's event that brought it, and its place in that message
 
@@ -36,19 +38,17 @@ class Trajectory:
         per_token = (self.token_ids, self.trainable, self.log_q, self.versions, self.topk_ids, self.topk_log_q)
         return sum(a.nbytes for a in per_token)
 
-    @property
-    def oldest_version(self) -> int:
-        """The version of its oldest sampled token."""
-        return int(self.versions[self.trainable == 1].min())
 
-    @property
-    def sampled_tokens(self) -> int:
-        """Trainable tokens."""
-        return int(self.trainable.sum())
+def unpack_all(message: Trajectories, actor: str = "", seq: int = -1) -> list[Trajectory]:
+    """The trajectories of a message, without a copy."""
+    oldest, sampled = (part.tolist() for part in message.summary)
+    return [unpack(message, i, oldest[i], sampled[i], actor, seq) for i in range(len(oldest))]
 
 
-def unpack(message: Trajectories, index: int, actor: str = "", seq: int = -1) -> Trajectory:
-    """Trajectory ``index`` of a batch, without a copy."""
+def unpack(
+    message: Trajectories, index: int, oldest_version: int, sampled_tokens: int, actor: str, seq: int
+) -> Trajectory:
+    """Trajectory ``index`` of a message, without a copy."""
     a, b = int(message.cu_seqlens[index]), int(message.cu_seqlens[index + 1])
     return Trajectory(
         group=int(message.groups[index]),
@@ -61,6 +61,8 @@ def unpack(message: Trajectories, index: int, actor: str = "", seq: int = -1) ->
         topk_ids=message.topk_ids[a:b],
         topk_log_q=message.topk_log_q[a:b],
         truncated=bool(message.finish[index] == 1),
+        oldest_version=oldest_version,
+        sampled_tokens=sampled_tokens,
         actor=actor,
         source=(seq, index),
     )

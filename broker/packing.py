@@ -23,11 +23,10 @@ def balance(lengths: NDArray[np.int64], ranks: int) -> list[NDArray[np.int64]]:
     return [np.array(sorted(part), np.int64) for part in assigned]
 
 
-def token_index(
-    cu_seqlens: NDArray[np.int64], members: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Positions of the tokens of ``members`` in the packed batch, and the members' own offsets."""
-    lengths = np.diff(cu_seqlens)[members]
-    offsets = np.concatenate(([0], np.cumsum(lengths)))
-    within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
-    return np.repeat(cu_seqlens[:-1][members], lengths) + within, offsets
+def runs(members: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Ascending ``members`` as ranges of consecutive trajectories, so that they can be copied in one piece each."""
+    if not len(members):
+        return []
+    cuts = np.flatnonzero(np.diff(members) != 1) + 1
+    firsts, lasts = members[np.concatenate(([0], cuts))], members[np.concatenate((cuts - 1, [len(members) - 1]))]
+    return list(zip(firsts.tolist(), (lasts + 1).tolist(), strict=True))

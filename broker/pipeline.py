@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from broker.batch import Batch, Decision, Rule, Scores, accept_all, collate, make_shards, reject, trainable_scores
-from broker.groups import GroupBook, Trajectory, unpack
+from broker.groups import GroupBook, Trajectory, unpack_all
 from broker.ledger import StalenessLedger
 from broker.receipts import receipt
 from common.budget import BudgetController
@@ -132,6 +132,7 @@ class Pipeline:
         ``seq`` is the number under which the journal holds the message.
         """
         faults = message.faults(self.vocab_size, newest_version)
+        trajectories = unpack_all(message, actor, seq)
         reasons = []
         for index in range(len(message.groups)):
             group, sibling = int(message.groups[index]), int(message.siblings[index])
@@ -140,7 +141,7 @@ class Pipeline:
                 self.counts["repeats"] += 1
                 reason = ""
             elif not reason:
-                reason = faults.get(index, "") or self._admit_one(message, index, actor, seq)
+                reason = faults.get(index, "") or self._admit_one(trajectories[index])
                 if reason:
                     self.give_up(group, "refused_sibling")
             if reason:
@@ -148,8 +149,7 @@ class Pipeline:
             reasons.append(reason)
         return Ack(reasons, message.groups, message.siblings)
 
-    def _admit_one(self, message: Trajectories, index: int, actor: str, seq: int) -> str:
-        trajectory = unpack(message, index, actor, seq)
+    def _admit_one(self, trajectory: Trajectory) -> str:
         oldest = trajectory.oldest_version
         if oldest < self.book.min_version(trajectory.group):
             return f"sampled by version {oldest}, older than the grant's {self.book.min_version(trajectory.group)}"
@@ -273,8 +273,9 @@ class Pipeline:
         batch, request = self._scoring
         if len(result.log_p) != len(batch.token_ids):
             raise DataError(f"score_result: {len(result.log_p)} scores for {len(batch.token_ids)} tokens")
-        if result.topk_log_p.shape != batch.topk_ids.shape:
-            raise DataError(f"score_result: alternatives {result.topk_log_p.shape}, asked {batch.topk_ids.shape}")
+        asked = (len(batch.token_ids), batch.alternatives)
+        if result.topk_log_p.shape != asked:
+            raise DataError(f"score_result: alternatives {result.topk_log_p.shape}, asked {asked}")
         if result.version < request.min_version:
             raise DataError(f"score_result: scored by version {result.version}, asked for {request.min_version}")
         self._scoring = None

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from broker.groups import Trajectory, unpack
+from broker.groups import Trajectory, unpack_all
 from broker.journal import Event, Journal
 from broker.pipeline import Pipeline
 from common import wire
@@ -118,21 +118,19 @@ class Recovered:
 
 def load_snapshot(pipeline: Pipeline, journal: Journal, event: Event) -> None:
     """Bring ``pipeline`` to the state of a ``snapshot`` event."""
-    messages: dict[int, Any] = {}
-    actors: dict[int, str] = {}
-
-    def message(seq: int) -> Any:
-        if seq not in messages:
-            stored = journal.event(seq)
-            messages[seq] = decode(stored.frames, wire.TO_BROKER)
-            actors[seq] = stored.head.get("actor", "")
-        return messages[seq]
+    trajectories: dict[int, list[Trajectory]] = {}
 
     def load(seq: int, index: int) -> Trajectory:
-        found = message(seq)
-        return unpack(found, index, actors[seq], seq)
+        if seq not in trajectories:
+            stored = journal.event(seq)
+            trajectories[seq] = unpack_all(decode(stored.frames, wire.TO_BROKER), stored.head["actor"], seq)
+        return trajectories[seq][index]
 
-    pipeline.restore(event.head["pipeline"], load, message)
+    def scores(seq: int) -> wire.ScoreResult:
+        found: wire.ScoreResult = decode(journal.event(seq).frames, wire.TO_BROKER)
+        return found
+
+    pipeline.restore(event.head["pipeline"], load, scores)
 
 
 def recover(pipeline: Pipeline, journal: Journal) -> Recovered:

@@ -419,7 +419,11 @@ class BrokerService:
     # ---- scores ---------------------------------------------------------------------------------
 
     def _request_scores(self, now: float) -> None:
-        request = self.recorder.assemble(self.weights.published) or self.pipeline.scoring
+        step = -1
+        while self.pipeline.ledger.next_step > step:  # with rejection off several may be due
+            step = self.pipeline.ledger.next_step
+            self.recorder.assemble(self.weights.published)
+        request = self.pipeline.scoring
         if request is None:
             return
         if self._score_sent is not None and now - self._score_sent[1] < self.config.broker.score_timeout_s:

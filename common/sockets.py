@@ -23,6 +23,8 @@ from common.wire import FROM_BROKER, TO_BROKER, Bye, Heartbeat, Hello, Pong, Ref
 
 HIGH_WATER_MARK = 1000  # messages a socket buffers; beyond it sends wait in the outbox
 MAX_MESSAGE_BYTES = 1 << 30
+RECEIVE_MESSAGES = 64  # taken at once, so that answers and weights do not wait behind a flood
+RECEIVE_BYTES = 16 << 20
 LINGER_MS = 500  # how long a closing socket tries to deliver
 POLL_S = 0.2
 RECONNECT_MS = 100
@@ -86,7 +88,7 @@ class RouterSocket:
         self._outbox.pop(identity, None)
 
     def receive(self, timeout_s: float) -> list[tuple[bytes, Any]]:
-        """Everything that has arrived, waiting at most ``timeout_s`` for the first.
+        """What has arrived, up to a bound, waiting at most ``timeout_s`` for the first.
 
         Each item is the sender's identity with a message, or with the exception that its bytes
         caused (:class:`WireError`, :class:`DataError`).
@@ -95,12 +97,14 @@ class RouterSocket:
         received: list[tuple[bytes, Any]] = []
         if not self._socket.poll(int(timeout_s * 1000)):
             return received
-        for _ in range(HIGH_WATER_MARK):
+        nbytes = 0
+        while len(received) < RECEIVE_MESSAGES and nbytes < RECEIVE_BYTES:
             try:
                 frames = self._socket.recv_multipart(flags=zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 break
             identity = bytes(frames[0].buffer)
+            nbytes += sum(len(f) for f in frames)
             try:
                 received.append((identity, decode([f.buffer for f in frames[1:]], TO_BROKER)))
             except (WireError, DataError) as error:

@@ -16,7 +16,9 @@ the token that they describe: ``log_q[t]`` belongs to ``token_ids[t]``. ``N`` co
 trajectories, ``k`` the alternatives of ``rollout.top_logprobs`` (0 where none were asked for).
 """
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,6 +29,7 @@ from common.errors import DataError
 
 FINISH_REASONS = ("stop", "length")
 LOG_Q_TOLERANCE = 1e-6
+NEVER = (1 << 31) - 1  # a version that no policy has
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -194,10 +197,57 @@ class Trajectories:
                 f"trajectories: topk_ids {self.topk_ids.shape} and topk_log_q {self.topk_log_q.shape} differ"
             )
 
+    @cached_property
+    def summary(self) -> tuple[Int32, Int32]:
+        """Each trajectory's oldest version (of a sampled token) and its count of sampled tokens, ``[B]`` each.
+
+        A trajectory without a sampled token has the oldest version NEVER.
+        """
+        lengths = np.diff(self.cu_seqlens)
+        full = np.flatnonzero(lengths)
+        oldest, sampled = np.full(len(lengths), NEVER, np.int32), np.zeros(len(lengths), np.int32)
+        if len(full):
+            starts = self.cu_seqlens[:-1][full]
+            versions = np.where(self.trainable == 1, self.versions, np.int32(NEVER))
+            oldest[full] = np.minimum.reduceat(versions, starts)
+            sampled[full] = np.add.reduceat(self.trainable, starts, dtype=np.int32)
+        return oldest, sampled
+
     def faults(self, vocab_size: int, newest_version: int) -> dict[int, str]:
         """What is wrong with the contents, by trajectory; an empty dict if nothing is."""
+        return {} if self._is_sound(vocab_size, newest_version) else self._find_faults(vocab_size, newest_version)
+
+    def _is_sound(self, vocab_size: int, newest_version: int) -> bool:
+        """Every check in as few passes as will do; sums and extremes carry NaN and infinity along."""
+        if not len(self.token_ids):
+            return False
+        oldest, _ = self.summary
+        starts = self.cu_seqlens[:-1]
+        return bool(
+            math.isfinite(float(self.log_q.sum()) + float(self.rewards.sum()) + float(self.channels.sum()))
+            and self.log_q.max() <= LOG_Q_TOLERANCE
+            and self.token_ids.min() >= 0
+            and self.token_ids.max() < vocab_size
+            and self.trainable.max() <= 1
+            and oldest.max() < NEVER
+            and oldest.min() >= 0
+            and self.versions.max() <= newest_version
+            and starts[-1] < len(self.token_ids)
+            and not self.trainable[starts].any()
+            and (
+                self.topk_ids.size == 0
+                or (
+                    math.isfinite(float(self.topk_log_q.sum()))
+                    and self.topk_ids.min() >= 0
+                    and self.topk_ids.max() < vocab_size
+                )
+            )
+        )
+
+    def _find_faults(self, vocab_size: int, newest_version: int) -> dict[int, str]:
         on = self.trainable == 1
-        owner = np.repeat(np.arange(len(self.groups)), np.diff(self.cu_seqlens))
+        lengths = np.diff(self.cu_seqlens)
+        owner = np.repeat(np.arange(len(self.groups)), lengths)
         found: dict[int, str] = {}
 
         def note(bad: NDArray[np.bool_], text: str) -> None:
@@ -206,19 +256,21 @@ class Trajectories:
 
         note(~np.isfinite(self.log_q), "log_q is NaN or infinite")
         note(self.log_q > LOG_Q_TOLERANCE, "log_q is positive: no log-probability")
-        note((self.token_ids < 0) | (self.token_ids >= vocab_size), f"token id outside the vocabulary of {vocab_size}")
+        outside = f"token id outside the vocabulary of {vocab_size}"
+        note((self.token_ids < 0) | (self.token_ids >= vocab_size), outside)
         note(self.trainable > 1, "trainable must be 0 or 1")
         note(on & (self.versions < 0), "a sampled token has no version")
         note(on & (self.versions > newest_version), f"version from the future (newest is {newest_version})")
         if self.topk_log_q.shape[1]:
             note(np.asarray(~np.isfinite(self.topk_log_q).all(axis=1)), "topk_log_q is NaN or infinite")
+            note(np.asarray(((self.topk_ids < 0) | (self.topk_ids >= vocab_size)).any(axis=1)), outside)
         for b in np.flatnonzero(~np.isfinite(self.rewards) | ~np.isfinite(self.channels).all(axis=1)):
             found.setdefault(int(b), "reward is NaN or infinite")
-        counts = np.bincount(owner[on], minlength=len(self.groups))
-        for b in np.flatnonzero(counts == 0):
-            found.setdefault(int(b), "no trainable token")
-        for b in np.flatnonzero(self.trainable[np.minimum(self.cu_seqlens[:-1], max(0, len(on) - 1))] == 1):
-            found.setdefault(int(b), "the first token cannot be trainable: nothing comes before it")
+        for b in np.flatnonzero(self.summary[1] == 0):
+            found.setdefault(int(b), "no sampled token")
+        for b in np.flatnonzero(lengths):
+            if self.trainable[self.cu_seqlens[b]]:
+                found.setdefault(int(b), "the first token is sampled from nothing: a prompt is needed")
         return found
 
 

@@ -33,10 +33,21 @@ def batch_of(
         rows = np.arange(length)
         members.append(
             Trajectory(
-                index // 4, index % 4, float(rng.integers(0, 2)), tokens.astype(np.int32), np.ones(length, np.uint8),
-                claimed[rows, tokens].astype(np.float32), np.zeros(length, np.int32), np.zeros((length, 0), np.int32),
-                np.zeros((length, 0), np.float32), False, actor, (index, 0),
-            )  # fmt: skip
+                index // 4,
+                index % 4,
+                float(rng.integers(0, 2)),
+                tokens.astype(np.int32),
+                np.ones(length, np.uint8),
+                claimed[rows, tokens].astype(np.float32),
+                np.zeros(length, np.int32),
+                np.zeros((length, 0), np.int32),
+                np.zeros((length, 0), np.float32),
+                False,
+                0,
+                length,
+                actor,
+                (index, 0),
+            )
         )
         scores.append(log_p[rows, tokens])
     log_p = np.concatenate(scores).astype(np.float32)

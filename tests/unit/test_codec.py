@@ -138,7 +138,7 @@ def test_lengths_that_disagree_are_named():
         (lambda m: m.versions.__setitem__(4, -1), "no version"),
         (lambda m: m.token_ids.__setitem__(4, 10**6), "vocabulary"),
         (lambda m: m.rewards.__setitem__(0, np.inf), "reward"),
-        (lambda m: m.trainable.__setitem__(slice(0, 6), 0), "no trainable"),
+        (lambda m: m.trainable.__setitem__(slice(0, 6), 0), "no sampled"),
         (lambda m: m.trainable.__setitem__(slice(0, 6), 1), "first token"),
     ],
 )

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker.packing import balance, token_index
+from broker.packing import balance, runs
 
 
 @settings(max_examples=100, deadline=None)
@@ -33,9 +33,10 @@ def test_near_the_optimum_found_by_brute_force():
         assert max(lengths[p].sum() for p in balance(lengths, 2)) <= best * 7 / 6 + 1e-9
 
 
-def test_token_index_gathers_whole_trajectories():
-    cu = np.array([0, 2, 2, 5])
-    index, offsets = token_index(cu, np.array([0, 2]))
-    assert index.tolist() == [0, 1, 2, 3, 4] and offsets.tolist() == [0, 2, 5]
-    index, offsets = token_index(cu, np.array([], np.int64))
-    assert len(index) == 0 and offsets.tolist() == [0]
+def test_runs_are_the_members_in_pieces_of_neighbours():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        members = np.flatnonzero(rng.random(30) < rng.random())
+        found = runs(members)
+        assert [i for a, b in found for i in range(a, b)] == members.tolist()
+        assert all(b < c for (_, b), (c, _) in itertools.pairwise(found))

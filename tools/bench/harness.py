@@ -18,6 +18,11 @@ from rich.table import Table
 REGISTRY = {  # name -> (module, what it measures, default repeats); imported when asked for
     "loop": ("tools.bench.loop", "completion tokens/s of the whole loop beside bare generation and bare training", 3),
     "obrs": ("tools.bench.obrs", "rejection arithmetic at [64, 4096]", 15),
+    "broker": (
+        "tools.bench.broker",
+        "socket, admission, journal, packing, rejection; beside raw sockets and disk",
+        3,
+    ),
     "codec": ("tools.bench.codec", "encode + decode of 2,048-token trajectories", 15),
 }
 
