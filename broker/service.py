@@ -81,6 +81,7 @@ class BrokerService:
         self._next_pong = 0.0
         self._next_word = time.monotonic() + WORD_EVERY_S
         self._resync_asked: dict[str, tuple[int, float]] = {}
+        self._sending = 0  # newest version whose collective was started
         self._noted = 0  # versions of the history that the journal has
         self._sessions: dict[str, str] = {}  # of actors, also from before a restart
         self._awaited: dict[str, float] = {}  # actors that owe groups since before a restart, and until when
@@ -192,6 +193,7 @@ class BrokerService:
             "evaluated": [list(r) for r in self.schedule.results],
             "sessions": self._sessions,
             "learner_seen": self.learner_seen,
+            "sending": self._sending,
         }
 
     def _recover(self, journal: Journal) -> None:
@@ -199,6 +201,7 @@ class BrokerService:
         state = found.service
         published, evaluated = list(state.get("published", [])), list(state.get("evaluated", []))
         self._sessions, self.learner_seen = dict(state.get("sessions", {})), bool(state.get("learner_seen", False))
+        self._sending = int(state.get("sending", 0))
         if "figures" in state:
             self.figures.restore(state["figures"])
         for what, values in found.notes:
@@ -209,6 +212,8 @@ class BrokerService:
                     evaluated.append([values["version"], values["reward"]])
                 case "joined":
                     self._sessions[values["actor"]] = values["session"]
+                case "sending":
+                    self._sending = values["version"]
                 case "learner":
                     self.learner_seen = True
         self.weights.restore(published)
@@ -365,7 +370,7 @@ class BrokerService:
     # ---- rollouts -------------------------------------------------------------------------------
 
     def _newest_version(self) -> int:
-        return max(self.weights.published, self.weights.under_way)
+        return max(self.weights.published, self.weights.under_way, self._sending)
 
     def _on_trajectories(self, peer: Peer, message: wire.Trajectories) -> None:
         if message.run_id != self.files.run_id:
@@ -509,6 +514,10 @@ class BrokerService:
         self._dispatch(self.weights.on_applied(message, peer.name))
 
     def _dispatch(self, outgoing: Outgoing) -> None:
+        going = [message.version for _, message in outgoing if isinstance(message, wire.Go)]
+        if going and max(going) > self._sending:
+            self._sending = max(going)  # written down before anybody can have it
+            self.recorder.note("sending", {"version": self._sending})
         for name, message in outgoing:
             peer = self.roster.learner() if name == LEARNER else self.roster.named(name)
             if peer is not None:

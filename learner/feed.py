@@ -11,6 +11,7 @@ from common.sockets import BrokerLink
 
 POLL_S = 0.2
 WORD_EVERY_S = 10.0
+ASK_AGAIN_S = 3.0
 
 log = logging.getLogger("learner.feed")
 
@@ -32,16 +33,17 @@ class Feed:
         """
         request = wire.Fetch(step, self._rank, self._world)
         self.link.send(request)
-        began = time.monotonic()
+        began = asked = time.monotonic()
         detail, next_word = "the broker has said nothing", began + WORD_EVERY_S
         while not self._should_stop() and not self.stopped:
             match message := self.link.receive(POLL_S):
                 case wire.Shard() if message.step == step:
                     return message
                 case wire.Waiting():
-                    detail = f"the broker waits for {message.detail}"
+                    detail, asked = f"the broker waits for {message.detail}", time.monotonic()
                 case wire.Welcome():  # a broker that came back knows of no fetch
                     self.link.send(request)
+                    asked = time.monotonic()
                 case wire.Stop():
                     self.stopped = True
                 case None:
@@ -49,6 +51,9 @@ class Feed:
                 case _:
                     other(message)
             now = time.monotonic()
+            if now - asked > ASK_AGAIN_S:  # a broker that works says every second what it waits for
+                self.link.send(request)
+                asked = now
             if now > next_word:
                 log.info("step %d: waiting since %.0f s; %s", step, now - began, detail)
                 next_word = now + WORD_EVERY_S

@@ -1,0 +1,132 @@
+"""Processes killed and stopped at random moments, a full disk, peers that say nothing: nothing acknowledged is lost.
+
+``make chaos`` runs all of it; ``make test`` the short ones.
+"""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import zmq
+
+from broker.journal import Journal
+from common.config import load
+from tests.integration.fleet import ROOT, Fleet, environment
+from tools.replay import verify
+
+PARTS = ("broker", "learner", "replica-0", "actor-0", "actor-1")
+QUICK = (
+    "broker.heartbeat_s=0.3", "broker.peer_timeout_s=2.5", "weights.deadline_s=3", "learner.checkpoint_every=3",
+    "broker.score_timeout_s=3", "evaluation.prompts=8", "learner.wait_s=60", "actor.wait_s=60",
+)  # fmt: skip
+
+pytestmark = pytest.mark.chaos
+
+
+def assert_nothing_lost_nothing_twice(fleet):
+    """The invariants of every run, read from what it left behind."""
+    status, steps = fleet.status(), fleet.steps()
+    assert [s["step"] for s in steps] == list(range(fleet.config.run.steps)), fleet.words()
+    assert max(s["lag_max"] for s in steps) <= fleet.config.staleness.budget
+    assert sum(s["trajectories"] for s in steps) == status["trajectories_trained"]
+    dropped = sum(status["trajectories_dropped"].values())
+    assert status["trajectories_acked"] == status["trajectories_trained"] + dropped + status["trajectories_queued"]
+    versions = status["versions_published"]
+    assert versions == list(range(1, fleet.config.run.steps + 1))
+    journal = Journal(fleet.run / "journal", "", 64, read_only=True)
+    verdict = verify(load(fleet.file), journal)
+    journal.close()
+    assert verdict.difference == ""
+    assert verdict.decisions >= fleet.config.run.steps
+
+
+def start(fleet, name):
+    fleet.start(name, *(["learner.resume=true"] if name == "learner" else []))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("seed", range(4))
+def test_random_kills_and_stops(tmp_path, model, seed):
+    rng = np.random.default_rng(seed)
+    with Fleet(tmp_path, model, "run.steps=120", *QUICK) as fleet:
+        for name in PARTS:
+            start(fleet, name)
+        fleet.wait_for_step(2)
+        for _ in range(6):
+            victim = PARTS[rng.integers(0, len(PARTS))]
+            time.sleep(float(rng.uniform(0.0, 0.7)))
+            if fleet.running[victim].poll() is not None:
+                continue  # the run is over
+            if rng.random() < 0.5:
+                fleet.kill(victim)
+                time.sleep(float(rng.uniform(0.0, 1.0)))
+                start(fleet, victim)
+            else:
+                os.killpg(fleet.running[victim].pid, signal.SIGSTOP)
+                time.sleep(float(rng.uniform(0.5, 4.0)))
+                os.killpg(fleet.running[victim].pid, signal.SIGCONT)
+        assert [fleet.wait(name, 120) for name in PARTS] == [0] * len(PARTS), fleet.words()
+        assert_nothing_lost_nothing_twice(fleet)
+
+
+@pytest.mark.parametrize("victim", ["broker", "learner"])
+def test_a_kill_in_the_middle_loses_nothing(tmp_path, model, victim):
+    with Fleet(tmp_path, model, "run.steps=24", *QUICK) as fleet:
+        for name in PARTS[:-1]:
+            start(fleet, name)
+        for step in (5, 12):
+            fleet.wait_for_step(step)
+            fleet.kill(victim)
+            start(fleet, victim)
+        assert [fleet.wait(name) for name in PARTS[:-1]] == [0] * 4, fleet.words()
+        assert_nothing_lost_nothing_twice(fleet)
+
+
+def test_a_full_disk_ends_the_broker_with_a_remedy_and_loses_nothing(tmp_path, model):
+    """A file-size limit stands in for the disk: write returns an error at the same place."""
+    with Fleet(tmp_path, model, "run.steps=40", *QUICK) as fleet:
+        for name in PARTS[1:-1]:
+            start(fleet, name)
+        log = fleet.log("broker").open("ab")
+        limited = subprocess.Popen(
+            [sys.executable, "-m", "broker", str(fleet.file)], cwd=ROOT, env=environment(), stderr=log,
+            stdout=subprocess.DEVNULL, start_new_session=True,
+            preexec_fn=lambda: (
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+                resource.setrlimit(resource.RLIMIT_FSIZE, (160_000, 160_000)),
+            ),
+        )  # fmt: skip
+        log.close()
+        fleet.running["limited"] = limited
+        assert limited.wait(60) == 1, fleet.words()
+        said = fleet.log("broker").read_text()
+        assert "could not be written" in said
+        assert "make room on the disk" in said
+        fleet.start("broker")
+        assert [fleet.wait(name) for name in PARTS[:-1]] == [0] * 4, fleet.words()
+        assert_nothing_lost_nothing_twice(fleet)
+
+
+def test_peers_that_say_nothing_or_nonsense_disturb_nobody(tmp_path, model):
+    with Fleet(tmp_path, model, "run.steps=16", *QUICK) as fleet, zmq.Context() as context:
+        fleet.start("broker")
+        silent, noisy = context.socket(zmq.DEALER), context.socket(zmq.DEALER)
+        for socket in (silent, noisy):
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.connect(fleet.config.broker.address)
+        for name in PARTS[1:-1]:
+            start(fleet, name)
+        while fleet.running["broker"].poll() is None:
+            noisy.send_multipart([os.urandom(50), os.urandom(500)])
+            time.sleep(0.01)
+        assert [fleet.wait(name) for name in PARTS[:-1]] == [0] * 4, fleet.words()
+        assert fleet.status()["bad_messages"]["WireError"] > 10
+        assert_nothing_lost_nothing_twice(fleet)
+        silent.close()
+        noisy.close()
