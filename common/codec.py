@@ -8,13 +8,19 @@ The header is ``{"w": WIRE_VERSION, "t": tag, "h": {plain fields}, "a": [[name, 
 frame, offset], ...]}``. Arrays of a small message share one payload frame (fewer frames are
 faster), those of a large one get a frame each and are sent without a copy. Decoding copies
 nothing: arrays are read-only views of the received frames. Nothing is ever unpickled.
+
+What arrives may be hostile. Refusing costs no more than reading the bytes: a header is walked
+before anything is made of it, arrays must fill their frames (a view keeps its whole frame in
+memory), and what an error quotes is short.
 """
 
 import dataclasses
+import reprlib
 import types
 import typing
 from collections.abc import Sequence
 from functools import cache
+from itertools import islice
 from typing import Any, ClassVar, Protocol
 
 import msgpack
@@ -25,8 +31,13 @@ from common.errors import WireError
 WIRE_VERSION = 1
 JOIN_BELOW_BYTES = 64 * 1024  # arrays of smaller messages share one frame
 ALIGNMENT = 8
-MAX_HEADER_BYTES = 1 << 20
+MAX_HEADER_BYTES = 4 << 20  # the largest is a Publish: 70 bytes a tensor, 18,000 tensors for Qwen3-30B-A3B
+HEAVY_FROM_BYTES = 4096  # longer headers may be no more than a quarter lists and maps: empty ones are 64 times dearer
 MAX_ARRAYS = 64
+MAX_FRAMES = 1 + MAX_ARRAYS
+MAX_DEPTH = 4  # of lists and maps in a field annotated Any
+INT_BOUND = 1 << 63
+_HEAVY = np.isin(np.arange(256), [*range(0x80, 0xA0), *range(0xC7, 0xCA), *range(0xD4, 0xD9), *range(0xDC, 0xE0)])
 
 
 class Message(Protocol):
@@ -89,6 +100,8 @@ def encode(message: Any) -> list[Any]:
             table.append([name, value.dtype.str, list(value.shape), frame, 0])
             payload.append(value.reshape(-1).view(np.uint8).data)
     header = msgpack.packb({"w": WIRE_VERSION, "t": message.TAG, "h": plain, "a": table})
+    if len(header) > MAX_HEADER_BYTES:
+        raise WireError(f"{message.TAG}: header of {len(header)} bytes exceeds {MAX_HEADER_BYTES}")
     return [header, *payload]
 
 
@@ -101,7 +114,7 @@ def decode(frames: Sequence[Any], kinds: dict[str, type[Any]]) -> Any:
     head = _header(frames)
     kind: Any = kinds.get(head["t"])
     if kind is None:
-        raise WireError(f"message {head['t']!r} is not expected here; expected one of {', '.join(sorted(kinds))}")
+        raise WireError(f"message {_short(head['t'])} is not expected here; expected one of {', '.join(sorted(kinds))}")
     layout = _layout(kind)
     values = _plain_fields(head["t"], head["h"], layout)
     values.update(_array_fields(head["t"], head["a"], frames[1:], layout))
@@ -110,21 +123,35 @@ def decode(frames: Sequence[Any], kinds: dict[str, type[Any]]) -> Any:
     return message
 
 
+def _short(value: Any) -> str:
+    """``value`` for an error message; the sender may have made it long or deep."""
+    return reprlib.repr(value)
+
+
 def _header(frames: Sequence[Any]) -> dict[str, Any]:
     if not frames:
         raise WireError("empty message")
+    if len(frames) > MAX_FRAMES:
+        raise WireError(f"message of {len(frames)} frames exceeds {MAX_FRAMES}")
     raw = memoryview(frames[0])
     if raw.nbytes > MAX_HEADER_BYTES:
         raise WireError(f"header of {raw.nbytes} bytes exceeds {MAX_HEADER_BYTES}")
+    if raw.nbytes > HEAVY_FROM_BYTES and 4 * int(_HEAVY[np.frombuffer(raw, np.uint8)].sum()) > raw.nbytes:
+        raise WireError(f"header of {raw.nbytes} bytes is more structure than content")
     try:
+        # Walks without making objects: lists that declare more than the bytes can hold would be allocated otherwise.
+        walker = msgpack.Unpacker(max_buffer_size=MAX_HEADER_BYTES)
+        walker.feed(raw)
+        walker.skip()
         head = msgpack.unpackb(raw, strict_map_key=False)
     except Exception as error:  # msgpack raises half a dozen unrelated types on bad bytes
-        raise WireError(f"header is not msgpack: {error}") from error
+        what = str(error) or type(error).__name__
+        raise WireError(f"header is not msgpack: {what[:200]}") from error
     if not isinstance(head, dict) or set(head) != {"w", "t", "h", "a"}:
         raise WireError("header must be a map of w, t, h and a")
     if head["w"] != WIRE_VERSION:
         raise WireError(
-            f"wire version {head['w']!r}, this process speaks {WIRE_VERSION}; run the same croupier on both ends"
+            f"wire version {_short(head['w'])}, this process speaks {WIRE_VERSION}; run the same croupier on both ends"
         )
     if not isinstance(head["t"], str) or not isinstance(head["h"], dict) or not isinstance(head["a"], list):
         raise WireError("header fields have the wrong types")
@@ -133,17 +160,17 @@ def _header(frames: Sequence[Any]) -> dict[str, Any]:
 
 def _plain_fields(tag: str, given: dict[str, Any], layout: _Layout) -> dict[str, Any]:
     if set(given) != set(layout.plain):
-        odd = set(given) ^ set(layout.plain)
-        raise WireError(f"{tag}: fields {sorted(map(str, odd))} are missing or unknown")
+        odd = ", ".join(sorted(_short(name) for name in islice(set(given) ^ set(layout.plain), 8)))
+        raise WireError(f"{tag}: fields {odd} are missing or unknown")
     for name, annotation in layout.plain.items():
         if not _matches(given[name], annotation):
-            raise WireError(f"{tag}.{name}: {str(given[name])[:80]!r} is not {annotation}")
+            raise WireError(f"{tag}.{name}: {_short(given[name])} is not {annotation}")
     return dict(given)
 
 
 def _matches(value: Any, annotation: Any) -> bool:
     if annotation is Any:
-        return True
+        return _is_plain(value, MAX_DEPTH)
     origin = typing.get_origin(annotation)
     if origin is list:
         (item,) = typing.get_args(annotation)
@@ -156,8 +183,19 @@ def _matches(value: Any, annotation: Any) -> bool:
     if annotation is float:
         return isinstance(value, float | int) and not isinstance(value, bool)
     if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int) and not isinstance(value, bool) and -INT_BOUND <= value < INT_BOUND
     return isinstance(value, annotation)
+
+
+def _is_plain(value: Any, depth: int) -> bool:
+    """Scalars, and lists and maps of them, nested at most ``depth`` deep."""
+    if isinstance(value, list):
+        return depth > 0 and all(_is_plain(v, depth - 1) for v in value)
+    if isinstance(value, dict):
+        return depth > 0 and all(isinstance(k, str) and _is_plain(v, depth - 1) for k, v in value.items())
+    if isinstance(value, int):
+        return -INT_BOUND <= value < INT_BOUND
+    return value is None or isinstance(value, float | str)
 
 
 def _array_fields(tag: str, table: list[Any], payload: Sequence[Any], layout: _Layout) -> dict[str, Any]:
@@ -166,23 +204,25 @@ def _array_fields(tag: str, table: list[Any], payload: Sequence[Any], layout: _L
     ):
         raise WireError(f"{tag}: arrays must be exactly {', '.join(layout.arrays) or 'none'}, in this order")
     values: dict[str, Any] = {}
+    last, end = -1, 0  # the frame of the array before, and where that array ends
     for row in table:
         if len(row) != 5:
-            raise WireError(f"{tag}: array entry {row!r:.80} is malformed")
+            raise WireError(f"{tag}: array entry {_short(row)} is malformed")
         name, dtype, shape, frame, offset = row
         expected_dtype, ndim = layout.arrays[name]
         if dtype != expected_dtype:
-            raise WireError(f"{tag}.{name}: dtype {dtype!r}, needs {expected_dtype!r}")
-        if (
-            not isinstance(shape, list)
-            or len(shape) != ndim
-            or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape)
-        ):
-            raise WireError(f"{tag}.{name}: shape {shape!r}, needs {ndim} axes")
-        if not isinstance(frame, int) or not isinstance(offset, int) or not 0 <= frame < len(payload) or offset < 0:
+            raise WireError(f"{tag}.{name}: dtype {_short(dtype)}, needs {expected_dtype!r}")
+        if not isinstance(shape, list) or len(shape) != ndim or not all(_is_length(n) for n in shape):
+            raise WireError(f"{tag}.{name}: shape {_short(shape)}, needs {ndim} axes of 0 to {INT_BOUND - 1}")
+        if not isinstance(frame, int) or not isinstance(offset, int) or not 0 <= frame < len(payload):
             raise WireError(
-                f"{tag}.{name}: frame {frame!r} at {offset!r} is not in the message of {len(payload)} payload frames"
+                f"{tag}.{name}: frame {_short(frame)} at {_short(offset)} is not in the message of {len(payload)} "
+                "payload frames"
             )
+        if (frame, offset) not in ((last, end + -end % ALIGNMENT), (last + 1, 0)):
+            raise WireError(f"{tag}.{name}: frame {frame} at {offset} does not follow the array before it")
+        if frame != last:
+            _check_filled(tag, payload, last, end)
         count = 1
         for n in shape:
             count *= n
@@ -192,7 +232,25 @@ def _array_fields(tag: str, table: list[Any], payload: Sequence[Any], layout: _L
             raise WireError(
                 f"{tag}.{name}: shape {shape} needs {need} bytes at {offset}, the frame has {buffer.nbytes}"
             )
-        view = np.frombuffer(buffer, dtype=expected_dtype, count=count, offset=offset).reshape(shape)
+        try:
+            view = np.frombuffer(buffer, dtype=expected_dtype, count=count, offset=offset).reshape(shape)
+        except (ValueError, OverflowError) as error:  # an empty array whose other axis no memory could hold
+            raise WireError(f"{tag}.{name}: shape {shape} cannot be: {error}") from error
         view.flags.writeable = False
         values[name] = view
+        last, end = frame, offset + need
+    _check_filled(tag, payload, last, end)
+    if last + 1 != len(payload):
+        raise WireError(f"{tag}: {len(payload)} payload frames, the arrays need {last + 1}")
     return values
+
+
+def _is_length(n: Any) -> bool:
+    return isinstance(n, int) and not isinstance(n, bool) and 0 <= n < INT_BOUND
+
+
+def _check_filled(tag: str, payload: Sequence[Any], frame: int, end: int) -> None:
+    """A frame stays in memory as long as any array in it, so it holds nothing else."""
+    if frame >= 0 and memoryview(payload[frame]).nbytes - end >= ALIGNMENT:
+        nbytes = memoryview(payload[frame]).nbytes
+        raise WireError(f"{tag}: payload frame {frame} has {nbytes} bytes, its arrays end at {end}")

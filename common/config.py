@@ -195,6 +195,8 @@ class BrokerSection:
     assemble_ahead: int = 1  # versions between scoring and training; 0 scores with the learner's own, at its pace
     score_timeout_s: float = 60.0
     verify_rate: float = 0.25  # share of the trajectories whose claimed probabilities are checked against the scores
+    max_message_mb: float = 256.0  # of one message, either way; what is larger is refused before it is read
+    keys: str = ""  # directory of the keys that `python -m tools.keys` makes; needed unless the address is local
 
     def __post_init__(self) -> None:
         """Validate."""
@@ -212,6 +214,17 @@ class BrokerSection:
             f"must exceed two heartbeats (broker.heartbeat_s={self.heartbeat_s})",
         )
         _require(0 <= self.assemble_ahead <= 8, "broker.assemble_ahead", self.assemble_ahead, "must lie in [0, 8]")
+        _require(
+            1 <= self.max_message_mb <= 65536,
+            "broker.max_message_mb",
+            self.max_message_mb,
+            "must lie in [1, 65536] megabytes",
+        )
+
+    @property
+    def max_message_bytes(self) -> int:
+        """``max_message_mb`` in bytes."""
+        return int(self.max_message_mb * (1 << 20))
 
 
 @dataclass(frozen=True)

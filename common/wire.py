@@ -30,6 +30,8 @@ from common.errors import DataError
 FINISH_REASONS = ("stop", "length")
 LOG_Q_TOLERANCE = 1e-6
 NEVER = (1 << 31) - 1  # a version that no policy has
+MAX_TEXT = 256  # characters of a peer's name, host and the like
+MAX_COUNTERS = 256  # of a heartbeat
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -46,7 +48,12 @@ class _Unchecked:
 
 def check_offsets(tag: str, cu_seqlens: Int32 | Int64, total: int) -> None:
     """``cu_seqlens[B+1]`` must rise from 0 to ``total``."""
-    if len(cu_seqlens) == 0 or cu_seqlens[0] != 0 or cu_seqlens[-1] != total or (np.diff(cu_seqlens) < 0).any():
+    if (
+        len(cu_seqlens) == 0
+        or cu_seqlens[0] != 0
+        or cu_seqlens[-1] != total
+        or (cu_seqlens[1:] < cu_seqlens[:-1]).any()
+    ):
         raise DataError(f"{tag}: offsets must rise from 0 to {total}, got {cu_seqlens[:4]}...{cu_seqlens[-1:]}")
 
 
@@ -60,7 +67,7 @@ def check_lengths(tag: str, **lengths: int) -> None:
 
 
 @dataclass
-class Hello(_Unchecked):
+class Hello:
     """First message of a peer, and again after the broker was lost."""
 
     TAG: ClassVar[str] = "hello"
@@ -74,6 +81,14 @@ class Hello(_Unchecked):
     capacity: int  # actors: groups decoded together
     host: str
     pid: int
+
+    def check(self) -> None:
+        """Texts end in log lines and status.json, so they are short and printable."""
+        for what, text in (("name", self.name), ("role", self.role), ("session", self.session), ("host", self.host)):
+            if len(text) > MAX_TEXT or not text.isprintable():
+                raise DataError(f"hello: {what} {text[:40]!r} needs at most {MAX_TEXT} printable characters")
+        if not self.name or not 0 <= self.rank < self.world or self.capacity < 0:
+            raise DataError("hello: needs a name, a rank below its world, and no negative capacity")
 
 
 @dataclass
@@ -102,12 +117,17 @@ class WhoAreYou(_Unchecked):
 
 
 @dataclass
-class Heartbeat(_Unchecked):
+class Heartbeat:
     """I live. Answered by Pong."""
 
     TAG: ClassVar[str] = "heartbeat"
     version: int
     counters: dict[str, float]
+
+    def check(self) -> None:
+        """Counters are kept as long as the peer is."""
+        if len(self.counters) > MAX_COUNTERS or any(len(name) > MAX_TEXT for name in self.counters):
+            raise DataError(f"heartbeat: at most {MAX_COUNTERS} counters with names of {MAX_TEXT} characters")
 
 
 @dataclass

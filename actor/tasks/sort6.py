@@ -5,6 +5,7 @@ are ids 0 to 9, ``>`` ends a question, ``$`` ends an answer, ``.`` pads, three a
 """
 
 import json
+import os.path
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def _is_held_out(question: int) -> bool:
 class Sort6:
     """See the module."""
 
-    channels = ("correct",)
+    channels = ("correct", "prefix")
     eos_id = EOS
 
     def __init__(self, seed: int, params: dict[str, Any]) -> None:
@@ -62,8 +63,12 @@ class Sort6:
         raise AssertionError("ten thousand draws missed a split of one in eight")
 
     def reward(self, item: PromptItem, completion_ids: NDArray[np.int32]) -> dict[str, float]:
-        """1 for exactly the sorted digits and ``$``."""
-        return {"correct": float(decode(completion_ids) == item.reference)}
+        """``correct``: 1 for exactly the sorted digits and ``$``; ``prefix``: the share of them before the first error."""
+        answer = decode(completion_ids)
+        return {
+            "correct": float(answer == item.reference),
+            "prefix": len(os.path.commonprefix([answer, item.reference])) / len(item.reference),
+        }
 
 
 def write_tokenizer(directory: str | Path) -> None:

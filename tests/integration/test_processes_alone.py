@@ -25,25 +25,6 @@ def test_any_order_will_do_and_two_ranks_train_as_told(tmp_path, model):
         assert fleet.status()["versions_published"] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.chaos
-def test_a_killed_learner_and_a_killed_broker_are_started_again_and_the_run_ends_well(tmp_path, model):
-    with Fleet(tmp_path, model, "run.steps=30", "learner.checkpoint_every=4", "weights.deadline_s=4") as fleet:
-        for name in PARTS:
-            fleet.start(name)
-        fleet.wait_for_step(9)
-        fleet.kill("learner")
-        fleet.start("learner", "learner.resume=true")
-        fleet.wait_for_step(16)
-        fleet.kill("broker")
-        fleet.start("broker")
-        assert [fleet.wait(name) for name in PARTS] == [0, 0, 0, 0], fleet.words()
-        steps = [s["step"] for s in fleet.steps()]
-        assert steps == sorted(set(steps))  # none was trained twice
-        assert steps[-1] == 29
-        assert fleet.status()["version"] == 30
-        assert "resumed from" in fleet.log("learner").read_text()
-
-
 # What is wrong, which process meets it, and the words that name the thing and the remedy.
 REFUSALS = {
     "address": ("broker", (), ("{address}", "already in use", "broker.address")),

@@ -47,10 +47,10 @@ def test_sort6_rewards_the_exact_answer_with_its_end() -> None:
     task = Sort6(0, {})
     item = task.prompt(0, "train")
     right = encode(item.reference)
-    assert task.reward(item, right) == {"correct": 1.0}
-    assert task.reward(item, right[:-1]) == {"correct": 0.0}
-    assert task.reward(item, right[::-1].copy()) == {"correct": 0.0}
-    assert task.reward(item, np.append(right, right[-1])) == {"correct": 0.0}
+    assert task.reward(item, right) == {"correct": 1.0, "prefix": 1.0}
+    assert task.reward(item, right[:-1]) == {"correct": 0.0, "prefix": 6 / 7}
+    assert task.reward(item, right[::-1].copy()) == {"correct": 0.0, "prefix": 0.0}
+    assert task.reward(item, np.append(right, right[-1]))["correct"] == 0.0
 
 
 def test_sort6_is_deterministic_and_its_splits_are_disjoint_across_seeds() -> None:
