@@ -29,9 +29,9 @@ from actor.weights import GroupCollective, bucket_tensors
 from common import wire
 from common.config import RunConfig
 from common.errors import ConfigError, CroupierError, TaskError
+from common.link import connect
 from common.philox import STREAM_EVALUATION, STREAM_SAMPLING
 from common.process import StopFlag
-from common.sockets import BrokerLink
 from common.weights import StagedWeights, WeightReceiver
 
 IDLE_WAIT_S = 0.01  # how long an idle actor blocks for a message before it looks for new weights
@@ -96,7 +96,7 @@ class ActorService:
             host=socket.gethostname(),
             pid=os.getpid(),
         )
-        self.link = BrokerLink(config.broker.address, hello)
+        self.link = connect(config.broker, hello)
         device = next(iter(self.engine.weight_targets().values())).device
         deadline = config.weights.deadline_s
         self.receiver = WeightReceiver(self.link.send, lambda prepare: GroupCollective(prepare, deadline, device))

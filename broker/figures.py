@@ -17,6 +17,7 @@ class Figures:
         self.errors: Counter[str] = Counter()
         self.last_step: dict[str, Any] = {}
         self.score_seconds = 0.0
+        self.decide_seconds = 0.0  # of thinning: coins, log m, receipt and audit of each batch
         self._lag_sum, self._lag_tokens, self._lag_max = 0.0, 0, 0
         self._actor_seconds = 0.0
         self._rate: deque[tuple[float, int]] = deque()
@@ -54,9 +55,10 @@ class Figures:
             "in_flight_groups": pipeline.ledger.promised,
             "seconds_rollout": max(0.0, actor_seconds - self._actor_seconds),
             "seconds_score": self.score_seconds,
+            "seconds_decide": self.decide_seconds,
             **metrics,
         }
-        self._actor_seconds, self.score_seconds = actor_seconds, 0.0
+        self._actor_seconds, self.score_seconds, self.decide_seconds = actor_seconds, 0.0, 0.0
         self.last_step = line
         return line
 

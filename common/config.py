@@ -195,6 +195,8 @@ class BrokerSection:
     assemble_ahead: int = 1  # versions between scoring and training; 0 scores with the learner's own, at its pace
     score_timeout_s: float = 60.0
     verify_rate: float = 0.25  # share of the trajectories whose claimed probabilities are checked against the scores
+    quarantine_after: int = 20  # offences of one peer within a minute, after which it is not listened to for a while
+    quarantine_s: float = 60.0
     max_message_mb: float = 256.0  # of one message, either way; what is larger is refused before it is read
     keys: str = ""  # directory of the keys that `python -m tools.keys` makes; needed unless the address is local
 
@@ -214,6 +216,8 @@ class BrokerSection:
             f"must exceed two heartbeats (broker.heartbeat_s={self.heartbeat_s})",
         )
         _require(0 <= self.assemble_ahead <= 8, "broker.assemble_ahead", self.assemble_ahead, "must lie in [0, 8]")
+        _require(self.quarantine_after >= 1, "broker.quarantine_after", self.quarantine_after, "must be at least 1")
+        _require(self.quarantine_s >= 0, "broker.quarantine_s", self.quarantine_s, "must not be negative")
         _require(
             1 <= self.max_message_mb <= 65536,
             "broker.max_message_mb",

@@ -7,7 +7,7 @@ from typing import Any
 
 from common import wire
 from common.errors import DeadlineError
-from common.sockets import BrokerLink
+from common.link import BrokerLink
 
 POLL_S = 0.2
 WORD_EVERY_S = 10.0

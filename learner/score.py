@@ -24,8 +24,8 @@ from common import wire
 from common.cli import run_process
 from common.config import RunConfig
 from common.errors import CroupierError, DataError
+from common.link import connect
 from common.process import StopFlag
-from common.sockets import BrokerLink
 from common.weights import StagedWeights, WeightReceiver
 from learner.device import pick_device
 from learner.hf import hf_tensors, load_hf
@@ -108,7 +108,7 @@ class ReplicaService:
             host=socket.gethostname(),
             pid=os.getpid(),
         )
-        self.link = BrokerLink(config.broker.address, hello)
+        self.link = connect(config.broker, hello)
         deadline = config.weights.deadline_s
         self.receiver = WeightReceiver(self.link.send, lambda prepare: join(prepare, deadline, device))
 

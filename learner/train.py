@@ -25,8 +25,8 @@ import torch
 from common import wire
 from common.config import RunConfig
 from common.errors import CheckpointError, ConfigError
+from common.link import BrokerLink, connect
 from common.process import StopFlag
-from common.sockets import BrokerLink
 from learner import checkpoint
 from learner.device import pick_device
 from learner.feed import Feed
@@ -199,7 +199,7 @@ def _connect(
         host=socket.gethostname(),
         pid=os.getpid(),
     )
-    link = BrokerLink(config.broker.address, hello)
+    link = connect(config.broker, hello)
     try:
         welcome = link.wait_welcome(config.learner.wait_s, lambda: stop.is_set)
     except BaseException:

@@ -5,7 +5,7 @@ are ids 0 to 9, ``>`` ends a question, ``$`` ends an answer, ``.`` pads, three a
 """
 
 import json
-import os.path
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +63,12 @@ class Sort6:
         raise AssertionError("ten thousand draws missed a split of one in eight")
 
     def reward(self, item: PromptItem, completion_ids: NDArray[np.int32]) -> dict[str, float]:
-        """``correct``: 1 for exactly the sorted digits and ``$``; ``prefix``: the share of them before the first error."""
+        """``correct``: 1 for exactly the sorted digits and ``$``; ``prefix``: their share before the first error."""
         answer = decode(completion_ids)
+        right = takewhile(bool, (given == wanted for given, wanted in zip(answer, item.reference, strict=False)))
         return {
             "correct": float(answer == item.reference),
-            "prefix": len(os.path.commonprefix([answer, item.reference])) / len(item.reference),
+            "prefix": sum(right) / len(item.reference),
         }
 
 

@@ -24,8 +24,8 @@ from common.config import (
     WeightsSection,
 )
 from common.errors import ModelError, ProtocolError
+from common.link import BrokerLink
 from common.process import StopFlag
-from common.sockets import BrokerLink
 
 G, B, STEPS = 2, 2, 4
 

@@ -8,7 +8,8 @@ import zmq
 
 from common import wire
 from common.errors import DeadlineError, ProtocolError, WireError
-from common.sockets import BrokerLink, RouterSocket
+from common.link import BrokerLink
+from common.sockets import RouterSocket
 from tests.integration.fleet import free_address
 
 

@@ -1,0 +1,140 @@
+"""Who is behind the socket: greeting, refusing, losing and quarantining peers.
+
+A peer that misbehaves again and again is not listened to for a while
+(``broker.quarantine_after``, ``broker.quarantine_s``); everybody else goes on undisturbed.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from broker.conduct import Conduct
+from broker.figures import Figures
+from broker.outlet import Outlet
+from broker.peers import Peer, Roster
+from common import wire
+from common.config import BrokerSection
+from common.sockets import RouterSocket
+
+log = logging.getLogger("broker.door")
+
+
+class Door:
+    """The roster of live peers, and the way to them."""
+
+    def __init__(
+        self, section: BrokerSection, router: RouterSocket, outlet: Outlet, figures: Figures, run_id: str
+    ) -> None:
+        self.section, self.router, self.outlet, self.figures, self.run_id = section, router, outlet, figures, run_id
+        self.roster = Roster()
+        self.conduct = Conduct(section.quarantine_after, quarantine_s=section.quarantine_s)
+        self.version = 0  # the newest published, for Pong and Welcome
+        self.on_joined: Callable[[Peer, bool], None] = lambda peer, known: None
+        self.on_left: Callable[[Peer], str] = lambda peer: ""
+        self._next_pong = 0.0
+
+    def receive(self, timeout_s: float) -> list[tuple[bytes, Any]]:
+        """See :meth:`RouterSocket.receive`; what comes from a peer in quarantine is dropped unread."""
+        now = time.monotonic()
+        return self.router.receive(timeout_s, lambda identity: self.conduct.is_quarantined(self.who(identity), now))
+
+    def who(self, identity: bytes) -> str:
+        """By whom an offence is remembered: the name that a key stands for, or else one process of that name."""
+        text = identity[: wire.MAX_TEXT].decode(errors="replace")
+        return text.partition("/")[0] if self.section.keys else text
+
+    def send(self, peer: Peer, message: Any) -> None:
+        """To ``peer``, once everything decided so far is on disk; an unreachable peer is lost."""
+
+        def action() -> None:
+            if not self.router.send(peer.identity, message) and self.roster.get(peer.identity) is peer:
+                self.lose(peer, "its connection closed")
+
+        self.outlet.do(action)
+
+    def send_at_once(self, identity: bytes, message: Any) -> bool:
+        """What says nothing about decisions need not wait for the disk."""
+        return self.router.send(identity, message)
+
+    def bad_message(self, identity: bytes, kind: str) -> None:
+        """A message that could not be taken; counted, and an offence."""
+        self.figures.errors[kind] += 1
+        self.offence(identity, kind)
+
+    def offence(self, identity: bytes, kind: str, times: int = 1) -> None:
+        """Count what ``identity`` did wrong; it is lost and muted if it goes on."""
+        now, who = time.monotonic(), self.who(identity)
+        if not any([self.conduct.offence(who, kind, now) for _ in range(times)]):
+            return
+        self.figures.errors["quarantined"] += 1
+        log.warning(
+            "%s is not listened to for %.0f s, after more than %d offences in %.0f s (broker.quarantine_after); "
+            "they were: %s", who[:80], self.conduct.quarantine_s, self.conduct.limit, self.conduct.window_s,
+            ", ".join(f"{k} {n}" for k, n in self.conduct.counts[who].items()),
+        )  # fmt: skip
+        peer = self.roster.get(identity)
+        if peer is not None:
+            self.lose(peer, "quarantined")
+
+    def hello(self, identity: bytes, hello: wire.Hello) -> None:
+        """Greet a new peer, or say why not."""
+        reason = self._objection(identity, hello)
+        if reason:
+            log.warning("refused %s %s: %s", hello.role, hello.name, reason)
+            self.router.send(identity, wire.Refused(reason))
+            self.bad_message(identity, "refused_hello")
+            return
+        known = self.roster.get(identity)
+        peer = Peer(identity, hello, time.monotonic(), hello.version)
+        self.roster.add(peer)
+        self.on_joined(peer, known is not None)
+        if known is None:
+            log.info(
+                "%s %s joined (version %d, %s pid %d)", hello.role, hello.name, hello.version, hello.host, hello.pid
+            )
+
+    def welcome(self, peer: Peer) -> None:
+        """The answer to a Hello."""
+        self.send(peer, wire.Welcome(self.run_id, self.version, self.section.heartbeat_s))
+
+    def _objection(self, identity: bytes, hello: wire.Hello) -> str:
+        if hello.role not in ("actor", "replica", "learner"):
+            return f"unknown role {hello.role!r}"
+        if hello.run_id and hello.run_id != self.run_id:
+            return (
+                f"it belongs to run {hello.run_id}, this broker serves run {self.run_id}; "
+                "restart it, or give it this run's checkpoint"
+            )
+        for other in self.roster.role(hello.role):
+            same_place = other.hello.session == hello.session
+            rival = other.hello.rank == 0 if hello.role == "learner" else other.hello.name == hello.name
+            if same_place or not rival or other.identity == identity:
+                continue
+            if self.router.send(other.identity, wire.Pong(self.version)):
+                what = "another learner" if hello.role == "learner" else f"another {hello.role} named {hello.name!r}"
+                return (
+                    f"{what} is connected ({other.hello.host} pid {other.hello.pid}); stop it first, or start a broker "
+                    "of its own for this one (broker.address)"
+                )
+            self.lose(other, "replaced by a new process")
+        return ""
+
+    def look_after(self, now: float) -> None:
+        """Pong to everybody in time; lose who is gone or silent."""
+        if now >= self._next_pong:
+            self._next_pong = now + self.section.heartbeat_s
+            for peer in self.roster.all():
+                if not self.router.send(peer.identity, wire.Pong(self.version)):
+                    self.lose(peer, "its connection closed")
+        for peer in self.roster.silent(now, self.section.peer_timeout_s):
+            self.lose(peer, f"silent for {now - peer.heard:.0f} s (broker.peer_timeout_s)")
+
+    def lose(self, peer: Peer, reason: str, orderly: bool = False) -> None:
+        """``peer`` is gone."""
+        if self.roster.remove(peer.identity) is None:
+            return
+        self.router.forget(peer.identity)
+        loss = self.on_left(peer)
+        level = logging.INFO if orderly else logging.WARNING
+        log.log(level, "%s %s left: %s%s", peer.role, peer.name, reason, f"; {loss}" if loss else "")

@@ -1,0 +1,128 @@
+"""The actors' side of the service: grants out, trajectories and evaluations in."""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from broker.door import Door
+from broker.evaluation import EvaluationSchedule
+from broker.peers import Peer
+from broker.recorder import Recorder
+from broker.runfiles import RunFiles
+from common import wire
+from common.config import RunConfig
+from common.errors import ProtocolError
+
+NOBODYS_FAULT = ("unknown_group", "actor_lost", "refused_sibling", "no_signal", "environment", "sibling_failed")
+
+log = logging.getLogger("broker.rollouts")
+
+
+class Rollouts:
+    """What actors are asked for, and what comes of it."""
+
+    def __init__(
+        self, config: RunConfig, recorder: Recorder, door: Door, files: RunFiles, newest_version: Callable[[], int]
+    ) -> None:
+        """``newest_version``: the newest that anybody may have sampled with."""
+        self.config, self.recorder, self.door, self.files = config, recorder, door, files
+        self.pipeline = recorder.pipeline
+        self.schedule = EvaluationSchedule(config.evaluation, config.run.steps, files.generation << 16)
+        self._newest_version = newest_version
+        self.sessions: dict[str, str] = {}  # of actors, also from before a restart
+        self._awaited: dict[str, float] = {}  # actors that owe groups since before a restart, and until when
+        self.handlers: dict[type[Any], Callable[[Peer, Any], None]] = {
+            wire.Trajectories: self._on_trajectories,
+            wire.GroupFailed: self._on_group_failed,
+            wire.EvaluationResult: self._on_evaluation,
+        }
+
+    def recovered(self) -> None:
+        """Actors of before the restart may come back within ``broker.peer_timeout_s``."""
+        deadline = time.monotonic() + self.config.broker.peer_timeout_s
+        self._awaited = {e: deadline for e in self.pipeline.book.actors()}
+
+    def joined(self, peer: Peer) -> None:
+        """A process of its name before it takes its groups with it; what it owes itself is granted again."""
+        name, session = peer.name, peer.hello.session
+        if self.sessions.get(name, session) != session:
+            given_up = self.recorder.actor_lost(name)
+            log.info("%s is a new process: %d groups of the one before given up", name, given_up)
+        if self.sessions.get(name) != session:
+            self.sessions[name] = session
+            self.recorder.note("joined", {"actor": name, "session": session})
+        self._awaited.pop(name, None)
+        owed = self.pipeline.book.of_actor(name)
+        for version in sorted({self.pipeline.book.min_version(g) for g in owed}):
+            groups = [g for g in owed if self.pipeline.book.min_version(g) == version]
+            prompts = [self.pipeline.book.prompt(g) for g in groups]
+            self.door.send(peer, wire.Grant(version, -1, 0, np.array(groups, np.int64), np.array(prompts, np.int64)))
+
+    def left(self, peer: Peer) -> str:
+        """Returns what its going costs, in words."""
+        given_up = self.recorder.actor_lost(peer.name)
+        self.schedule.lost(peer.name)
+        return f"{given_up} groups given up" if given_up else ""
+
+    def look_after_awaited(self, now: float) -> None:
+        """Give up on actors that did not come back after a restart."""
+        for name in [n for n, deadline in self._awaited.items() if now > deadline]:
+            del self._awaited[name]
+            given_up = self.recorder.actor_lost(name)
+            log.warning("%s did not come back after the restart: %d groups given up", name, given_up)
+
+    def _on_trajectories(self, peer: Peer, message: wire.Trajectories) -> None:
+        if message.run_id != self.files.run_id:
+            raise ProtocolError(f"trajectories of run {message.run_id}, this broker serves {self.files.run_id}")
+        ack = self.recorder.admit(message, peer.name, self._newest_version())
+        self.door.send(peer, ack)
+        faulty = 0
+        for reason, group, sibling in zip(ack.reasons, ack.groups, ack.siblings, strict=True):
+            if reason and reason not in NOBODYS_FAULT:
+                faulty += 1
+                log.warning("refused trajectory %d.%d of %s: %s", group, sibling, peer.name, reason)
+        if faulty:
+            self.door.offence(peer.identity, "refused_trajectory", faulty)
+
+    def _on_group_failed(self, peer: Peer, message: wire.GroupFailed) -> None:
+        what = f"group {message.group}" if message.sibling < 0 else f"trajectory {message.group}.{message.sibling}"
+        if self.pipeline.book.refusal(message.group, 0, peer.name) == "granted_to_another_actor":
+            raise ProtocolError(f"{what} was granted to another actor")
+        log.warning("%s failed at %s: %s", peer.name, what, message.reason)
+        self.recorder.failed(message.group, message.sibling, "environment")
+
+    def _on_evaluation(self, peer: Peer, message: wire.EvaluationResult) -> None:
+        reward = float(message.rewards.mean()) if len(message.rewards) else 0.0
+        if not self.schedule.result(peer.name, message.evaluation, message.version_min, reward):
+            return
+        self.recorder.note("evaluated", {"version": message.version_min, "reward": reward})
+        line = {
+            "version": message.version_min,
+            "version_max": message.version_max,
+            "reward": reward,
+            "prompts": len(message.rewards),
+            "length_mean": float(message.lengths.mean()) if len(message.lengths) else 0.0,
+        }
+        self.door.outlet.do(lambda: self.files.metric("eval", line))
+
+    def grant(self, version: int) -> None:
+        """Promise room to the actors that have ``version``, in equal shares."""
+        serving = [p for p in self.door.roster.role("actor") if p.version >= version]
+        if not serving:
+            return
+        evaluate = self.schedule.due(version)
+        hold = not self.schedule.first_done  # the starting model is evaluated before it changes
+        share = -(-self.pipeline.ledger.grantable(version) // len(serving))
+        for index, peer in enumerate(serving):
+            free = peer.hello.capacity - self.pipeline.book.in_flight(peer.name)
+            grant = None if hold else self.recorder.grant(peer.name, min(share, free), version)
+            if evaluate and index == 0:
+                asked = self.schedule.ask(peer.name, version)
+                none = np.zeros(0, np.int64)
+                grant = grant or wire.Grant(version, -1, 0, none, none)
+                grant.evaluation, grant.evaluation_prompts = asked.id, self.config.evaluation.prompts
+            if grant is not None:
+                self.door.send(peer, grant)

@@ -1,0 +1,169 @@
+"""The learner's and the replica's side of the service: scores in, shards out, commits in."""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from broker.door import Door
+from broker.figures import Figures
+from broker.honesty import Honesty
+from broker.peers import Peer
+from broker.pipeline import scores_of
+from broker.recorder import Recorder
+from broker.runfiles import RunFiles
+from common import wire
+from common.config import RunConfig
+from common.errors import DataError, ProtocolError
+
+WAITING_EVERY_S = 1.0  # how often a parked learner is told what it waits for
+
+log = logging.getLogger("broker.training")
+
+
+class Training:
+    """Steps: assembled, scored, served and committed."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        recorder: Recorder,
+        door: Door,
+        files: RunFiles,
+        figures: Figures,
+        waiting_for: Callable[[], str],
+    ) -> None:
+        self.config, self.recorder, self.door = config, recorder, door
+        self.files, self.figures, self._waiting_for = files, figures, waiting_for
+        self.pipeline = recorder.pipeline
+        self.honesty = Honesty(config.broker.verify_rate, config.run.seed)
+        self.learner_seen = False
+        self.serving = False  # a shard has left
+        self._fetches: dict[bytes, tuple[wire.Fetch, float]] = {}
+        self._score_sent: tuple[bytes, float] | None = None
+        self._next_replica = 0
+        self.handlers: dict[type[Any], Callable[[Peer, Any], None]] = {
+            wire.ScoreResult: self._on_scores,
+            wire.Fetch: self._on_fetch,
+            wire.Commit: lambda peer, m: self.commit(m.step, m.metrics),
+            wire.Checkpointed: lambda peer, m: self.recorder.checkpointed(m.step),
+        }
+
+    @property
+    def parked(self) -> bool:
+        """Whether a learner waits for a shard."""
+        return bool(self._fetches)
+
+    def learner_joined(self, version: int) -> None:
+        """``version``: the newest that it has offered, so all steps before it are trained."""
+        if not self.learner_seen:
+            self.learner_seen = True
+            self.recorder.note("learner", {})
+            self.recorder.start_at(version)
+        for step in range(self.pipeline.committed_step + 1, version):
+            self.commit(step, {})  # the broker ended before it heard of these
+
+    def left(self, peer: Peer) -> None:
+        """Nothing more is owed to it, or expected of it."""
+        self._fetches.pop(peer.identity, None)
+        if self._score_sent is not None and self._score_sent[0] == peer.identity:
+            self._score_sent = None
+
+    # ---- scores ---------------------------------------------------------------------------------
+
+    def request_scores(self, version: int, now: float) -> None:
+        """Assemble what is due at ``version`` and have it scored; ask another replica when one is late."""
+        step = -1
+        while self.pipeline.ledger.next_step > step:  # with rejection off several may be due
+            step = self.pipeline.ledger.next_step
+            self.recorder.assemble(version)
+        request = self.pipeline.scoring
+        if request is None:
+            return
+        timeout_s = self.config.broker.score_timeout_s
+        if self._score_sent is not None and now - self._score_sent[1] < timeout_s:
+            return
+        replicas = self.door.roster.role("replica")
+        if not replicas:
+            return
+        if self._score_sent is not None:
+            late = self.door.roster.get(self._score_sent[0])
+            log.warning(
+                "no scores from %s within %.0f s (broker.score_timeout_s): asking again",
+                late.name if late else "a replica", timeout_s,
+            )  # fmt: skip
+        chosen = replicas[self._next_replica % len(replicas)]
+        self._next_replica += 1
+        self._score_sent = (chosen.identity, now)
+        self.door.send(chosen, request)
+
+    def _on_scores(self, peer: Peer, message: wire.ScoreResult) -> None:
+        step = self.pipeline.scoring_step
+        started = time.perf_counter()
+        try:
+            self.recorder.scored(message)
+        except DataError:
+            self._score_sent = None  # ask again, the next replica if there is one
+            raise
+        self._score_sent = None
+        self.figures.decide_seconds += time.perf_counter() - started
+        decided = None if step is None else self.pipeline.step(step)
+        if decided is not None:
+            for sentence in self.honesty.check(decided.batch, scores_of(message)):
+                log.warning("%s", sentence)
+        self.figures.score_seconds += message.seconds
+
+    # ---- learner --------------------------------------------------------------------------------
+
+    def _on_fetch(self, peer: Peer, message: wire.Fetch) -> None:
+        try:
+            self._check_fetch(peer, message)
+        except ProtocolError as error:
+            self.door.send(peer, wire.Refused(str(error)))
+            raise
+        self._fetches[peer.identity] = (message, 0.0)
+
+    def _check_fetch(self, peer: Peer, message: wire.Fetch) -> None:
+        ranks = self.config.learner.ranks
+        if peer.role != "learner":
+            raise ProtocolError(f"a {peer.role} asks for shards of step {message.step}: only learners train")
+        if message.world != ranks:
+            raise ProtocolError(f"the learner runs {message.world} ranks, learner.ranks={ranks}; make them equal")
+        if message.rank != peer.hello.rank or not 0 <= message.rank < ranks:
+            raise ProtocolError(
+                f"rank {peer.hello.rank} of {peer.hello.world} asks for the shard of rank {message.rank} of {ranks}; "
+                "each rank fetches its own"
+            )
+        if not 0 <= message.step < self.config.run.steps:
+            raise ProtocolError(f"step {message.step} is none of this run's {self.config.run.steps} (run.steps)")
+
+    def serve(self, now: float) -> None:
+        """Send every shard that is wanted and ready."""
+        for identity, (fetch, told) in list(self._fetches.items()):
+            peer = self.door.roster.get(identity)
+            if peer is None:
+                del self._fetches[identity]
+                continue
+            try:
+                shard = self.recorder.shard(fetch.step, fetch.rank, fetch.world)
+            except ProtocolError as error:
+                del self._fetches[identity]
+                log.warning("fetch from %s: %s", peer.name, error)
+                self.door.send(peer, wire.Refused(str(error)))
+                self.door.bad_message(identity, "ProtocolError")
+                continue
+            if shard is not None:
+                self.serving = True
+                self.door.send(peer, shard)
+                self._fetches.pop(identity, None)
+            elif now - told > WAITING_EVERY_S:
+                self._fetches[identity] = (fetch, now)
+                self.door.send(peer, wire.Waiting(fetch.step, self._waiting_for()))
+
+    def commit(self, step: int, metrics: dict[str, float]) -> None:
+        """``step`` is trained."""
+        receipt = self.recorder.commit(step, metrics)
+        if receipt is None:
+            return
+        line = self.figures.committed(receipt, metrics, self.pipeline, self.door.roster)
+        self.door.outlet.do(lambda: self.files.metric("step", line))

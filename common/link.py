@@ -1,0 +1,257 @@
+"""A peer's end of ZeroMQ: a typed DEALER in a thread of its own.
+
+The thread keeps the heartbeat while the owner's main thread computes; messages cross to the main
+thread through a queue.
+"""
+
+import contextlib
+import logging
+import queue
+import re
+import struct
+import threading
+import time
+from collections import deque
+from typing import Any
+
+import zmq
+
+from common.codec import MAX_FRAMES, decode, encode
+from common.config import BrokerSection
+from common.errors import DataError, DeadlineError, ProtocolError, WireError
+from common.frames import (
+    FRAME_OVERHEAD,
+    HIGH_WATER_MARK,
+    LINGER_MS,
+    MAX_MESSAGE_BYTES,
+    check_size,
+    receive_frames,
+    send_frames,
+)
+from common.keys import ClientKeys, client_keys, fingerprint, require_keys
+from common.wire import FROM_BROKER, Bye, Heartbeat, Hello, Pong, Refused, Welcome, WhoAreYou
+
+POLL_S = 0.2
+RECONNECT_MS = 100
+SILENT_BROKER_S = 10.0  # without a sign of life the link says Hello again
+HANDSHAKE_EVENTS = (
+    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
+
+
+class BrokerLink:
+    """A peer's connection to the broker: Hello, heartbeats, reconnection, typed messages.
+
+    ``hello`` is sent at the start and whenever the broker does not know us; its ``version`` and
+    ``run_id`` are kept current through :meth:`set_version` and the Welcome. Every Welcome is also
+    handed to the owner, who then sends again what was never acknowledged.
+
+    ``keys`` (:func:`common.keys.client_keys`) may only be left out where the address is local.
+    """
+
+    def __init__(
+        self, address: str, hello: Hello, *, keys: ClientKeys | None = None, max_message_bytes: int | None = None
+    ) -> None:
+        require_keys(address, keys is not None)
+        self.address = address
+        self._keys = keys
+        self._limit = max_message_bytes or MAX_MESSAGE_BYTES
+        self._hint = ""  # why the last handshake failed
+        self.log = logging.getLogger(f"{hello.role}.link")
+        self.counters: dict[str, float] = {}
+        self._hello = hello
+        self._inbox: queue.Queue[Any] = queue.Queue()
+        self._outbox: deque[list[Any]] = deque()
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._welcomed = threading.Event()
+        self._heartbeat_s = 1.0
+        self._context = zmq.Context()
+        self._wake_receive: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
+        self._wake_send: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
+        self._wake_receive.bind("inproc://wake")
+        self._wake_send.connect("inproc://wake")
+        self._thread = threading.Thread(target=self._run, name="broker-link", daemon=True)
+        self._thread.start()
+
+    @property
+    def welcomed(self) -> bool:
+        """Whether the broker knows us at present."""
+        return self._welcomed.is_set()
+
+    @property
+    def run_id(self) -> str:
+        """The run that the broker told us of; empty before the first Welcome."""
+        return self._hello.run_id
+
+    def set_version(self, version: int) -> None:
+        """The weights that this peer now holds."""
+        self._hello.version = version
+
+    def send(self, message: Any) -> None:
+        """Queue a message; arrays must not be changed afterwards."""
+        frames = encode(message)
+        check_size(message, frames, self._limit)
+        with self._lock:
+            self._outbox.append(frames)
+            if not self._wake_send.closed:
+                with contextlib.suppress(zmq.Again):  # the thread has plenty of wake-ups waiting already
+                    self._wake_send.send(b"", flags=zmq.NOBLOCK)
+
+    def receive(self, timeout_s: float = 0.0) -> Any | None:
+        """The next message, or None after ``timeout_s``. Raises what the broker refused us for."""
+        try:
+            message = self._inbox.get(block=timeout_s > 0, timeout=timeout_s or None)
+        except queue.Empty:
+            return None
+        if isinstance(message, Refused):
+            raise ProtocolError(f"the broker at {self.address} refused this {self._hello.role}: {message.reason}")
+        if isinstance(message, Exception):
+            raise message
+        return message
+
+    def wait_welcome(self, wait_s: float, should_stop: Any = lambda: False) -> Welcome | None:
+        """Wait for the first Welcome; None if asked to stop. Says once a few seconds what it waits for."""
+        deadline = time.monotonic() + wait_s
+        next_word = time.monotonic() + 2.0
+        while time.monotonic() < deadline:
+            if should_stop():
+                return None
+            message = self.receive(POLL_S)
+            if isinstance(message, Welcome):
+                return message
+            if time.monotonic() > next_word:
+                self.log.info("waiting for a broker at %s", self.address)
+                next_word = time.monotonic() + 5.0
+        raise DeadlineError(
+            f"no broker answered at broker.address={self.address} within {wait_s:.0f} s; "
+            "start one with `python -m broker RUN.yaml` or correct the address" + self._hint
+        )
+
+    def close(self, reason: str | None = "") -> None:
+        """Say Bye with ``reason`` (nothing at all for None) and end the thread."""
+        if self._closing.is_set():
+            return
+        if self.welcomed and reason is not None:
+            self.send(Bye(reason))
+        self._closing.set()
+        self._thread.join(timeout=2.0)
+        with self._lock:
+            self._context.destroy(linger=LINGER_MS)
+
+    def _run(self) -> None:
+        socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
+        for option, value in (
+            (zmq.SNDHWM, HIGH_WATER_MARK),
+            (zmq.RCVHWM, HIGH_WATER_MARK),
+            (zmq.MAXMSGSIZE, self._limit + FRAME_OVERHEAD),
+            (zmq.LINGER, LINGER_MS),
+            (zmq.RECONNECT_IVL, RECONNECT_MS),
+            (zmq.RECONNECT_IVL_MAX, 10 * RECONNECT_MS),
+        ):
+            socket.setsockopt(option, value)
+        socket.setsockopt(zmq.IDENTITY, f"{self._hello.name}/{self._hello.session}/{self._hello.rank}".encode())
+        if self._keys is not None:
+            socket.curve_publickey = self._keys.public
+            socket.curve_secretkey = self._keys.secret
+            socket.curve_serverkey = self._keys.server
+        monitor: zmq.Socket[bytes] = socket.get_monitor_socket(HANDSHAKE_EVENTS)
+        socket.connect(self.address)
+        poller = zmq.Poller()
+        poller.register(socket, zmq.POLLIN)
+        poller.register(monitor, zmq.POLLIN)
+        poller.register(self._wake_receive, zmq.POLLIN)
+        next_beat, heard = 0.0, time.monotonic()
+        while True:
+            now = time.monotonic()
+            if now >= next_beat:
+                if now - heard > SILENT_BROKER_S:
+                    self._welcomed.clear()
+                beat = Heartbeat(self._hello.version, dict(self.counters)) if self.welcomed else self._hello
+                self._push(socket, encode(beat))
+                next_beat = now + self._heartbeat_s
+            ready = dict(poller.poll(int(POLL_S * 1000)))
+            if self._wake_receive in ready:
+                while self._wake_receive.poll(0):
+                    self._wake_receive.recv()
+            if monitor in ready:
+                self._note_handshakes(monitor)
+            if socket in ready:
+                heard = time.monotonic()
+                self._take(socket)
+            self._drain(socket)
+            if self._closing.is_set() and not self._outbox:
+                break
+            if self._closing.is_set() and not self.welcomed:
+                break
+        socket.disable_monitor()
+        monitor.close()
+        socket.close(linger=LINGER_MS)
+
+    def _note_handshakes(self, monitor: "zmq.Socket[bytes]") -> None:
+        while monitor.poll(0):
+            event, _ = struct.unpack("=Hi", monitor.recv_multipart()[0])
+            hint = "" if event == zmq.EVENT_HANDSHAKE_SUCCEEDED else f"; {self._handshake_failure(event)}"
+            if hint and hint != self._hint:
+                self.log.warning("%s: %s", self.address, hint[2:])
+            self._hint = hint
+
+    def _handshake_failure(self, event: int) -> str:
+        if self._keys is None:
+            return "something answers there, and not as a broker without keys would: set broker.keys if it has them"
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            return (
+                f"the broker there refuses the key {fingerprint(self._keys.public)} of {self._keys.name}, which may "
+                f"not be in its allow-list: on its machine `python -m tools.keys allow DIR {self._keys.name} FILE`"
+            )
+        return (
+            "something answers there, and not as the owner of server.pub would: copy server.pub from the broker's "
+            "machine again, and see that broker.keys is set there too"
+        )
+
+    def _take(self, socket: "zmq.Socket[bytes]") -> None:
+        for _ in range(HIGH_WATER_MARK):
+            try:
+                frames, fault = receive_frames(socket, MAX_FRAMES, self._limit)
+            except zmq.Again:
+                return
+            if fault:
+                self.log.warning("ignored a message from the broker: %s", fault)
+                continue
+            try:
+                message = decode([f.buffer for f in frames], FROM_BROKER)
+            except (WireError, DataError) as error:
+                self.log.warning("ignored a message from the broker: %s", error)
+                continue
+            if isinstance(message, WhoAreYou):
+                self._welcomed.clear()
+                self._push(socket, encode(self._hello))
+            elif isinstance(message, Welcome):
+                self._hello.run_id = message.run_id
+                self._heartbeat_s = message.heartbeat_s
+                self._welcomed.set()
+                self._inbox.put(message)
+            elif not isinstance(message, Pong):
+                self._inbox.put(message)
+
+    def _drain(self, socket: "zmq.Socket[bytes]") -> None:
+        while self._outbox and (self.welcomed or self._closing.is_set()):
+            if not self._push(socket, self._outbox[0]):
+                return
+            self._outbox.popleft()
+
+    def _push(self, socket: "zmq.Socket[bytes]", frames: list[Any]) -> bool:
+        try:
+            send_frames(socket, frames)
+        except zmq.Again:
+            return False
+        return True
+
+
+def connect(section: BrokerSection, hello: Hello) -> BrokerLink:
+    """A peer's link as ``section`` configures it; its key is named as the peer is, without a rank."""
+    keys = client_keys(section, re.sub(r"\.[0-9]+$", "", hello.name))
+    return BrokerLink(section.address, hello, keys=keys, max_message_bytes=section.max_message_bytes)
