@@ -61,7 +61,7 @@ class Distribution:
 
     def _on_publish(self, peer: Peer, message: wire.Publish) -> None:
         if peer is not self.door.roster.learner():
-            raise ProtocolError(f"{peer.role} {peer.name} offers version {message.version}: only the learner's rank 0")
+            raise ProtocolError(f"{peer.role} {peer.name} offers version {message.version}; only rank 0 may")
         newest = self.weights.newest_offered
         if message.version not in (newest, newest + 1):
             raise ProtocolError(f"version {message.version} offered after {newest}: versions come in order")

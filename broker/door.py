@@ -15,6 +15,7 @@ from broker.outlet import Outlet
 from broker.peers import Peer, Roster
 from common import wire
 from common.config import BrokerSection
+from common.curve import Seldom
 from common.sockets import RouterSocket
 
 log = logging.getLogger("broker.door")
@@ -33,6 +34,7 @@ class Door:
         self.on_joined: Callable[[Peer, bool], None] = lambda peer, known: None
         self.on_left: Callable[[Peer], str] = lambda peer: ""
         self._next_pong = 0.0
+        self._may_say = Seldom()
 
     def receive(self, timeout_s: float) -> list[tuple[bytes, Any]]:
         """See :meth:`RouterSocket.receive`; what comes from a peer in quarantine is dropped unread."""
@@ -57,9 +59,12 @@ class Door:
         """What says nothing about decisions need not wait for the disk."""
         return self.router.send(identity, message)
 
-    def bad_message(self, identity: bytes, kind: str) -> None:
-        """A message that could not be taken; counted, and an offence."""
+    def bad_message(self, identity: bytes, what: str, error: Exception) -> None:
+        """A message that could not be taken; counted, and an offence. Said once a minute about each kind and peer."""
+        kind, who = type(error).__name__, self.who(identity)
         self.figures.errors[kind] += 1
+        if self._may_say((who, kind)):
+            log.warning("%s from %s: %s", what, who[:80], error)
         self.offence(identity, kind)
 
     def offence(self, identity: bytes, kind: str, times: int = 1) -> None:
@@ -81,9 +86,11 @@ class Door:
         """Greet a new peer, or say why not."""
         reason = self._objection(identity, hello)
         if reason:
-            log.warning("refused %s %s: %s", hello.role, hello.name, reason)
+            if self._may_say((self.who(identity), "hello")):
+                log.warning("refused %s %s: %s", hello.role, hello.name, reason)
             self.router.send(identity, wire.Refused(reason))
-            self.bad_message(identity, "refused_hello")
+            self.figures.errors["refused_hello"] += 1
+            self.offence(identity, "refused_hello")
             return
         known = self.roster.get(identity)
         peer = Peer(identity, hello, time.monotonic(), hello.version)

@@ -37,6 +37,14 @@ HELD_TURN_S = 0.001  # while answers wait for the disk
 FAREWELL_S = 3.0  # how long to wait for Byes at the end
 WORD_EVERY_S = 10.0  # a log line while nothing can be done
 
+SENDERS: dict[type[Any], tuple[str, ...]] = {  # what is left out, everybody may send
+    **dict.fromkeys((wire.Trajectories, wire.GroupFailed, wire.EvaluationResult), ("actor",)),
+    **dict.fromkeys((wire.Ready, wire.Applied, wire.ReceiveFailed), ("actor", "replica")),
+    **dict.fromkeys((wire.Fetch, wire.Commit, wire.Checkpointed), ("learner",)),
+    **dict.fromkeys((wire.Publish, wire.Published, wire.PublishFailed), ("learner",)),
+    wire.ScoreResult: ("replica",),
+}
+
 log = logging.getLogger("broker")
 
 
@@ -216,8 +224,7 @@ class BrokerService:
     def _receive(self, identity: bytes, message: Any) -> None:
         peer = self.door.roster.get(identity)
         if isinstance(message, Exception):
-            log.warning("bad message from %s: %s", peer.name if peer else self.door.who(identity)[:40], message)
-            self.door.bad_message(identity, type(message).__name__)
+            self.door.bad_message(identity, "bad message", message)
             return
         if isinstance(message, wire.Hello):
             self.door.hello(identity, message)
@@ -227,10 +234,11 @@ class BrokerService:
             return
         peer.heard = time.monotonic()
         try:
+            if peer.role not in SENDERS.get(type(message), (peer.role,)):
+                raise ProtocolError(f"a {peer.role} has no business to send it")
             self._handlers[type(message)](peer, message)
         except (DataError, ProtocolError) as error:
-            log.warning("%s from %s: %s", message.TAG, peer.name, error)
-            self.door.bad_message(identity, type(error).__name__)
+            self.door.bad_message(identity, message.TAG, error)
 
     def _joined(self, peer: Peer, known: bool) -> None:
         if peer.role == "learner" and peer.hello.rank == 0:

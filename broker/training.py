@@ -125,8 +125,6 @@ class Training:
 
     def _check_fetch(self, peer: Peer, message: wire.Fetch) -> None:
         ranks = self.config.learner.ranks
-        if peer.role != "learner":
-            raise ProtocolError(f"a {peer.role} asks for shards of step {message.step}: only learners train")
         if message.world != ranks:
             raise ProtocolError(f"the learner runs {message.world} ranks, learner.ranks={ranks}; make them equal")
         if message.rank != peer.hello.rank or not 0 <= message.rank < ranks:
@@ -148,9 +146,8 @@ class Training:
                 shard = self.recorder.shard(fetch.step, fetch.rank, fetch.world)
             except ProtocolError as error:
                 del self._fetches[identity]
-                log.warning("fetch from %s: %s", peer.name, error)
                 self.door.send(peer, wire.Refused(str(error)))
-                self.door.bad_message(identity, "ProtocolError")
+                self.door.bad_message(identity, "fetch", error)
                 continue
             if shard is not None:
                 self.serving = True

@@ -160,7 +160,7 @@ class RouterSocket:
         try:
             return decode([f.buffer for f in frames[1:]], TO_BROKER)
         except (WireError, DataError) as error:
-            return error
+            return type(error)(str(error))  # its causes and their tracebacks would keep the message
 
     def _is_genuine(self, identity: bytes, frame: zmq.Frame, message: Any) -> bool:
         """Whether identity and Hello carry the name of the key that the connection was made with."""

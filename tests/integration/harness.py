@@ -1,0 +1,122 @@
+"""A broker in a thread, and hand-written peers without a model."""
+
+import json
+import socket
+import threading
+import time
+
+import numpy as np
+
+from broker.service import BrokerService
+from common import wire
+from common.config import (
+    BrokerSection,
+    EvaluationSection,
+    ModelSection,
+    ObrsSection,
+    RolloutSection,
+    RunConfig,
+    RunSection,
+    StalenessSection,
+    WeightsSection,
+)
+from common.link import connect
+from common.process import StopFlag
+
+G, B, STEPS = 2, 2, 4
+
+
+class Broker:
+    """A broker in a thread."""
+
+    def __init__(self, config):
+        self.config, self.stop = config, StopFlag()
+        self.service = BrokerService(config, self.stop)
+        self.thread = threading.Thread(target=self.service.run)
+        self.thread.start()
+
+    def end(self):
+        self.stop.set("test")
+        self.thread.join(10)
+        assert not self.thread.is_alive()
+
+    def status(self):
+        return json.loads((self.config.run.path / "status.json").read_text())
+
+
+class Peer:
+    """A link that collects what it is told."""
+
+    def __init__(
+        self, broker, role, name, session="s", rank=0, world=1, run_id="", version=0, capacity=8, section=None
+    ):
+        hello = wire.Hello(role, name, run_id, session, rank, world, version, capacity, "host", 1)
+        self.link = connect(section or broker.config.broker, hello)
+        self.link.wait_welcome(5)
+        self.stash = []  # what came while another kind was expected
+
+    def expect(self, kind, seconds=5.0):
+        found = next((m for m in self.stash if isinstance(m, kind)), None)
+        if found is not None:
+            self.stash = [m for m in self.stash if m is not found]
+            return found
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            message = self.link.receive(0.05)
+            if isinstance(message, kind):
+                return message
+            if message is not None:
+                self.stash.append(message)
+        raise AssertionError(f"no {kind.__name__} within {seconds} s")
+
+    def nothing(self, kind, seconds=0.4):
+        deadline = time.monotonic() + seconds
+        assert not any(isinstance(m, kind) for m in self.stash)
+        while time.monotonic() < deadline:
+            assert not isinstance(self.link.receive(0.05), kind)
+
+    def publish(self, version, receivers):
+        self.link.send(wire.Publish(version, "127.0.0.1", 1, "gloo", 1 << 20, [["w", "float32", [1]]]))
+        for receiver in receivers:
+            prepare = receiver.expect(wire.Prepare)
+            receiver.link.send(wire.Ready(prepare.epoch, version))
+        go = self.expect(wire.Go)
+        self.link.send(wire.Published(go.epoch, version, "d", 0.01))
+        for receiver in receivers:
+            receiver.expect(wire.Go)
+            receiver.link.send(wire.Applied(go.epoch, version, "d"))
+        self.expect(wire.PublishDone)
+
+
+def make_broker(directory, broker=None, **sections):
+    """A broker of a tiny run in ``directory``; ``broker`` are fields of its section, the others whole sections."""
+    model = directory / "model"
+    model.mkdir(exist_ok=True)
+    (model / "config.json").write_text('{"vocab_size": 16}')
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{s.getsockname()[1]}"
+    base = {
+        "run": RunSection(name="r", dir=str(directory), steps=STEPS),
+        "model": ModelSection(path=str(model)),
+        "rollout": RolloutSection(groups_per_step=B, group_size=G, max_prompt_tokens=2, max_tokens=2),
+        "staleness": StalenessSection(0),
+        "obrs": ObrsSection(mode="off"),
+        "broker": BrokerSection(**{"address": address, "heartbeat_s": 0.1, "peer_timeout_s": 1.5, **(broker or {})}),
+        "evaluation": EvaluationSection(prompts=0),
+        "weights": WeightsSection(deadline_s=1.0),
+    }
+    return Broker(RunConfig(**{**base, **sections}))
+
+
+def group(run_id, number, version=0, log_q=-0.5):
+    n = 4 * G
+    on = np.tile([0, 0, 1, 1], G).astype(np.uint8)
+    return wire.Trajectories(
+        run_id=run_id, channel_names=["correct"], groups=np.full(G, number, np.int64),
+        siblings=np.arange(G, dtype=np.int32), rewards=np.arange(G, dtype=np.float32),
+        channels=np.zeros((G, 1), np.float32), finish=np.zeros(G, np.uint8),
+        cu_seqlens=np.arange(0, n + 1, 4, dtype=np.int32), token_ids=np.zeros(n, np.int32), trainable=on,
+        log_q=np.where(on, log_q, 0).astype(np.float32), versions=np.where(on, version, -1).astype(np.int32),
+        topk_ids=np.zeros((n, 0), np.int32), topk_log_q=np.zeros((n, 0), np.float32),
+    )  # fmt: skip

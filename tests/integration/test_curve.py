@@ -1,0 +1,87 @@
+"""Keys over real sockets: who is let in, under which name, and what the others are told."""
+
+import time
+
+import pytest
+
+from common import keys as key_files
+from common import wire
+from common.config import BrokerSection
+from common.errors import ConfigError, DeadlineError
+from common.link import BrokerLink
+from common.sockets import RouterSocket
+from tests.integration.harness import Peer, make_broker
+from tools import keys
+
+
+@pytest.fixture
+def fleet(tmp_path):
+    keys.make(tmp_path / "keys", ["learner", "a0", "a1"])
+    broker = make_broker(tmp_path, broker={"keys": str(tmp_path / "keys")})
+    yield broker, tmp_path / "keys"
+    broker.end()
+
+
+def hello(role, name):
+    return wire.Hello(role, name, "", "t", 0, 1, 0, 8, "host", 1)
+
+
+def test_the_allowed_are_served_and_the_others_told_why(fleet, tmp_path):
+    broker, _ = fleet
+    learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
+    actor.expect(wire.Grant)
+    address, server = broker.config.broker.address, key_files.broker_keys(broker.config.broker).public
+    keys.make(tmp_path / "strange", ["x"])
+    stranger = key_files.client_keys(BrokerSection(address=address, keys=str(tmp_path / "strange")), "x")
+    cases = {
+        "tools.keys allow DIR x FILE": key_files.ClientKeys("x", stranger.public, stranger.secret, server),
+        "server.pub": stranger,  # believes in another broker
+        "without keys": None,
+    }
+    for words, mine in cases.items():
+        link = BrokerLink(address, hello("actor", "x"), keys=mine)
+        try:
+            with pytest.raises(DeadlineError, match=words):
+                link.wait_welcome(0.8)
+        finally:
+            link.close()
+    for peer in (learner, actor):
+        peer.link.close()
+
+
+def test_nobody_speaks_under_another_s_name(fleet):
+    broker, _ = fleet
+    learner, honest = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
+    section = broker.config.broker
+    liar = BrokerLink(section.address, hello("actor", "a0"), keys=key_files.client_keys(section, "a1"))
+    with pytest.raises(DeadlineError):
+        liar.wait_welcome(0.6)
+    liar.close()
+    assert broker.service.router.impostors["a1"] > 0
+    honest.expect(wire.Grant)
+    ranked = BrokerLink(section.address, hello("replica", "a1.3"), keys=key_files.client_keys(section, "a1"))
+    assert ranked.wait_welcome(3) is not None  # a rank of its own name
+    for link in (ranked, honest.link, learner.link):
+        link.close()
+
+
+def test_a_revoked_key_is_dropped_while_it_is_connected(fleet):
+    broker, directory = fleet
+    actor = Peer(broker, "actor", "a0")
+    keys.revoke(directory, "a0")
+    deadline = time.monotonic() + 6
+    while broker.service.router.impostors["revoked"] == 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    while broker.service.door.roster.role("actor"):
+        assert time.monotonic() < deadline, "still on the roster"
+        time.sleep(0.05)
+    actor.link.close(None)
+
+
+def test_no_address_beyond_the_machine_without_keys(tmp_path):
+    for make in (lambda a: RouterSocket(a), lambda a: BrokerLink(a, hello("actor", "a0"))):
+        with pytest.raises(ConfigError, match=r"broker\.keys=DIR"):
+            make("tcp://0.0.0.0:5555")
+    with pytest.raises(ConfigError, match=r"tools\.keys make"):
+        make_broker(tmp_path, broker={"address": "tcp://*:5555"})
