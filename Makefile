@@ -6,7 +6,7 @@ STAMP := $(VENV)/.croupier-stamp
 CONFIG ?= configs/quickstart.yaml
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test lint format bench doctor clean .venv
+.PHONY: help demo test chaos lint format bench doctor clean .venv
 
 help:  ## this list
 	@grep -hE '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z.]+):.*##/  make \1\t/'
@@ -35,6 +35,9 @@ lint: $(STAMP)  ## formatting, lint, types and the import rule
 
 test: lint  ## what CI runs: lint, then the fast tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)
+
+chaos: $(STAMP)  ## processes killed and stopped at random, networks cut (ten minutes; networks need root)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m chaos $(ARGS)
 
 format: $(STAMP)  ## let ruff rewrite the files
 	@$(BIN)/ruff check --fix .

@@ -208,8 +208,8 @@ class BrokerLink:
                 f"not be in its allow-list: on its machine `python -m tools.keys allow DIR {self._keys.name} FILE`"
             )
         return (
-            "something answers there, and not as the owner of server.pub would: copy server.pub from the broker's "
-            "machine again, and see that broker.keys is set there too"
+            "the handshake was broken off there: that broker is going down, has no keys (broker.keys), or is not the "
+            "owner of server.pub, which is then to be copied from its machine again"
         )
 
     def _take(self, socket: "zmq.Socket[bytes]") -> None:

@@ -41,7 +41,8 @@ def make_model(path):
 class Fleet:
     """Processes of one configuration, by name."""
 
-    def __init__(self, directory, model, *overrides):
+    def __init__(self, directory, model, *overrides, places=None, extra=None):
+        """``places``: command words before a process's own, by name; ``extra``: of the environment."""
         self.directory = directory
         base = [f"run.dir={directory}", f"model.path={model}", f"broker.address={free_address()}", *BRIEF]
         config = load(ROOT / "configs/smoke.yaml", [*base, *overrides])
@@ -49,16 +50,18 @@ class Fleet:
         self.file = directory / "run.yaml"
         self.file.write_text(to_yaml(config))
         self.running = {}
+        self.places, self.extra = places or {}, extra or {}
 
     def start(self, name, *overrides, ranks=0):
         """``broker``, ``learner``, ``replica-N`` or ``actor-N``; ``ranks`` uses torchrun."""
         module = {"replica": "learner.score"}.get(name.split("-")[0], name.split("-")[0])
         torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks else []
         named = ["--name", name] if "-" in name else []
+        words = [sys.executable, "-m", *torchrun, module, str(self.file), *named, *overrides]
         with self.log(name).open("ab") as log:
             self.running[name] = subprocess.Popen(
-                [sys.executable, "-m", *torchrun, module, str(self.file), *named, *overrides],
-                cwd=ROOT, env=environment(), stderr=log, stdout=subprocess.DEVNULL, start_new_session=True,
+                [*self.places.get(name, []), *words], cwd=ROOT, env={**environment(), **self.extra},
+                stderr=log, stdout=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
         return self.running[name]
 
@@ -85,6 +88,12 @@ class Fleet:
     def wait_for_step(self, step, timeout=60):
         deadline = time.monotonic() + timeout
         while not any(s["step"] >= step for s in self.steps()):
+            assert time.monotonic() < deadline, self.words()
+            time.sleep(0.05)
+
+    def wait_for_log(self, name, words, timeout=60):
+        deadline = time.monotonic() + timeout
+        while words not in (self.log(name).read_text() if self.log(name).exists() else ""):
             assert time.monotonic() < deadline, self.words()
             time.sleep(0.05)
 

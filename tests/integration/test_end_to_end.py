@@ -1,5 +1,6 @@
 """Real processes, from one command: the loop runs, its books balance, and it ends when told to."""
 
+import contextlib
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.fleet import BRIEF, ROOT, environment, free_address
+from tests.integration.fleet import BRIEF, ROOT, Fleet, environment, free_address
 
 REPORT = ("summary.json", "report.md", "metrics.jsonl", "status.json", "config.yaml")
 
@@ -88,22 +89,21 @@ def test_a_whole_run_keeps_its_promises(tmp_path, model):
 
 def test_synchronous_runs_of_one_actor_repeat_their_reward_curve(tmp_path, model):
     overrides = ("run.steps=6", "staleness.budget=0", "actor.count=1", "evaluation.every=3")
-    running = {
-        name: subprocess.Popen(
-            command(tmp_path, model, f"run.name={name}", *overrides),
-            cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for name in ("one", "two")
-    }  # fmt: skip
+    parts = ("broker", "learner", "replica-0", "actor-0")
     curves = []
-    for name, process in running.items():
-        output, _ = process.communicate(timeout=100)
-        run = tmp_path / name
-        assert process.returncode == 0, output[-3000:]
-        assert assert_books_balance(run)["lag_max"] == 0
-        curves.append([(s["reward"], s["loss"], s["tokens_accepted"]) for s in lines_of(run, "step")])
-        curves[-1] += [e["reward"] for e in lines_of(run, "eval")]
-        curves[-1] += [p["digest"] for p in lines_of(run, "publish")]
+    with contextlib.ExitStack() as stack:
+        fleets = []
+        for name in ("one", "two"):
+            (tmp_path / name).mkdir()
+            fleets.append(stack.enter_context(Fleet(tmp_path / name, model, *overrides)))
+            for part in parts:
+                fleets[-1].start(part)
+        for fleet in fleets:
+            assert [fleet.wait(part) for part in parts] == [0] * 4, fleet.words()
+            assert fleet.status()["lag_max"] == 0
+            curves.append([(s["reward"], s["loss"], s["tokens_accepted"]) for s in fleet.steps()])
+            curves[-1] += [x["reward"] for x in fleet.metrics() if x["kind"] == "eval"]
+            curves[-1] += [x["digest"] for x in fleet.metrics() if x["kind"] == "publish"]
     assert curves[0] == curves[1]
     assert all(0 < reward < 0.5 for reward, _, _ in curves[0][:6])  # there was something to repeat
 
