@@ -7,7 +7,8 @@ import pytest
 
 from tools.bench.__main__ import main
 from tools.bench.harness import REGISTRY, Row, interleave
-from tools.bench.loop import harmonic, loop_config, loop_figures
+from tools.bench.launching import loop_figures
+from tools.bench.loop import harmonic, loop_config
 
 
 def test_rows_are_json_with_the_promised_keys() -> None:
@@ -44,7 +45,7 @@ def test_unknown_names_and_repeats_are_refused(capsys: pytest.CaptureFixture[str
         with pytest.raises(SystemExit) as stopped:
             main(arguments)
         assert stopped.value.code == 2
-    assert set(REGISTRY) == {"loop", "obrs", "codec", "broker"}
+    assert set(REGISTRY) == {"loop", "obrs", "codec", "broker", "store"}
 
 
 def test_the_loop_bench_asks_for_the_bar_s_shape(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from common.config import BrokerSection, ObrsSection, RolloutSection, RunConfig,
 from common.obrs import coins, thin
 from common.sockets import RouterSocket
 from common.zbounds import z_bounds
+from tools.bench import thinning
 from tools.bench.harness import Row, interleave, rate
 
 TOKENS, TOPK, VOCAB = 2048, 20, 151_936
@@ -323,7 +324,7 @@ def run(reps: int) -> list[Row]:
     with tempfile.TemporaryDirectory(dir=".") as place:
         for topk, label, counts in ((0, "lean", (96, 48)), (TOPK, f"top-{TOPK}", (96, 12))):
             rows += _path_rows(topk, label, counts, Path(place), reps)
-    return [*rows, *decision_rows(5 * reps), memory_row(reps)]
+    return [*rows, *decision_rows(5 * reps), memory_row(reps), *thinning.run()]
 
 
 def _path_rows(topk: int, label: str, counts: tuple[int, int], place: Path, reps: int) -> list[Row]:

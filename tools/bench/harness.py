@@ -23,6 +23,7 @@ REGISTRY = {  # name -> (module, what it measures, default repeats); imported wh
         "socket, admission, journal, packing, rejection; beside raw sockets and disk",
         3,
     ),
+    "store": ("tools.bench.store", "LMDB and SQLite as the journal's store, beside append + fdatasync", 5),
     "codec": ("tools.bench.codec", "encode + decode of 2,048-token trajectories", 15),
 }
 

@@ -12,8 +12,6 @@ The limit is the harmonic combination 1 / (1/generate + 1/train): both share the
 
 import contextlib
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -34,20 +32,16 @@ from common.config import (
     RunSection,
     StalenessSection,
     TaskSection,
-    to_yaml,
 )
-from common.errors import EngineError
 from tools.bench.harness import Row, interleave
+from tools.bench.launching import launch, loop_figures
 from tools.preflight import free_port
-from tools.run_files import Record, last_lines, of_kind, read_metrics
 
 GROUPS, SIBLINGS, PROMPT, COMPLETION = 4, 4, 32, 128
 SEQUENCES = GROUPS * SIBLINGS
 TOKENS = SEQUENCES * COMPLETION  # completion tokens a step
 VOCABULARY = 4096
 STEPS = 12
-FIRST_STEP = 3  # the pipeline has filled by then
-LAUNCH_LIMIT_S = 300.0
 BAR = 0.6
 
 
@@ -180,39 +174,4 @@ def loop_config(folder: Path, model: Path, address: str) -> RunConfig:
 def loop_speed(folder: Path) -> tuple[float, dict[str, float]]:
     """Launch the real loop once; completion tokens/s in its steady state and the share of each room."""
     config = loop_config(folder, folder / "model", f"tcp://127.0.0.1:{free_port()}")
-    file, log = folder / "loop.yaml", folder / "launch.log"
-    file.write_text(to_yaml(config))
-    with log.open("wb") as output:
-        launcher = subprocess.Popen(
-            [sys.executable, "-m", "tools.launch", str(file)],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-        )
-        try:
-            code = launcher.wait(LAUNCH_LIMIT_S)
-        except subprocess.TimeoutExpired as late:
-            raise EngineError(f"the loop was not done after {LAUNCH_LIMIT_S:.0f} s:\n{_tail(log)}") from late
-        finally:
-            if launcher.poll() is None:
-                launcher.terminate()
-                launcher.wait()
-    if code != 0:
-        raise EngineError(f"tools.launch ended with exit code {code}:\n{_tail(log)}")
-    return loop_figures(of_kind(read_metrics(config.run.path), "step"), TOKENS)
-
-
-def _tail(log: Path) -> str:
-    return "\n".join(last_lines(log, 25))
-
-
-def loop_figures(steps: list[Record], tokens_per_step: int) -> tuple[float, dict[str, float]]:
-    """Speed and shares between ``FIRST_STEP`` and the last step; a share is a ``seconds_*`` key over wall time."""
-    steady = [step for step in steps if step["step"] >= FIRST_STEP]
-    if len(steady) < 2:
-        raise EngineError(f"{len(steps)} steps recorded, {FIRST_STEP + 1} are needed to measure a speed")
-    wall_s = steady[-1]["time_s"] - steady[0]["time_s"]
-    rooms = sorted({key for step in steady for key in step if key.startswith("seconds_")})
-    spent = {room: sum(step.get(room) or 0.0 for step in steady[1:]) for room in rooms}
-    shares = {room.removeprefix("seconds_"): seconds / wall_s for room, seconds in spent.items()}
-    return tokens_per_step * (len(steady) - 1) / wall_s, shares
+    return loop_figures(launch(config, folder), TOKENS)
