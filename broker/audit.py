@@ -21,7 +21,7 @@ LENGTH_BINS = 4
 
 def strata(batch: Batch) -> dict[str, NDArray[np.int64]]:
     """``name -> stratum of each trajectory [B]``: length quartile, sign of the advantage."""
-    lengths = np.add.reduceat(batch.trainable.astype(np.int64), batch.cu_seqlens[:-1])
+    lengths = batch.sampled_tokens()
     edges = np.quantile(lengths, np.linspace(0, 1, LENGTH_BINS + 1)[1:-1])
     return {
         "length": np.searchsorted(edges, lengths, side="left"),

@@ -41,6 +41,10 @@ class Batch:
     actors: list[str]  # [B] who sampled each
     sources: list[tuple[int, int]]  # [B] where the journal holds each trajectory
 
+    def sampled_tokens(self) -> NDArray[np.int64]:
+        """Trainable tokens of each trajectory ``[B]``."""
+        return np.add.reduceat(self.trainable.astype(np.int64), self.cu_seqlens[:-1])
+
     @property
     def nbytes(self) -> int:
         """Bytes held."""

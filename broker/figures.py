@@ -90,5 +90,8 @@ class Figures:
             "trajectories_queued": pipeline.queued,
             "trajectories_dropped": dict(pipeline.dropped),
             "trajectories_refused": dict(pipeline.refused),
+            "trajectories_by_length": {
+                kind: {str(length): n for length, n in sorted(bins.items())} for kind, bins in pipeline.lengths.items()
+            },
             "bad_messages": dict(self.errors),
         }

@@ -31,6 +31,11 @@ BYTES_PER_TOKEN = 13  # ids, flag, log q and version of a token without alternat
 BYTES_PER_ALTERNATIVE = 8
 
 
+def length_bin(tokens: int) -> int:
+    """Lengths are counted by powers of two: the bin is the smallest one not below ``tokens``."""
+    return 1 << max(0, tokens - 1).bit_length()
+
+
 def scores_of(result: ScoreResult) -> Scores:
     """The arrays of an answer of the replica."""
     return Scores(result.version, result.log_p, result.topk_log_p)
@@ -67,6 +72,7 @@ class Pipeline:
         self.counts: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
+        self.lengths: dict[str, Counter[int]] = {"trained": Counter(), "dropped": Counter()}  # see length_bin
         self._steps: dict[int, DecidedStep] = {}
         self._scoring: tuple[Batch, ScoreRequest] | None = None
         self._next_group = 0
@@ -204,6 +210,7 @@ class Pipeline:
         self.ledger.release(group)
         self.dropped[reason] += len(arrived)
         self.counts["tokens_dropped"] += sum(t.sampled_tokens for t in arrived)
+        self.lengths["dropped"].update(length_bin(t.sampled_tokens) for t in arrived)
         self.counts["groups_given_up"] += 1
         if not again:
             return
@@ -354,6 +361,7 @@ class Pipeline:
         entry.committed = True
         self.committed_step = max(self.committed_step, step)
         self.counts["trajectories_trained"] += len(entry.batch.groups)
+        self.lengths["trained"].update(length_bin(int(n)) for n in entry.batch.sampled_tokens())
         self._prune()
         return entry.receipt
 
@@ -389,6 +397,7 @@ class Pipeline:
             "counts": dict(self.counts),
             "dropped": dict(self.dropped),
             "refused": dict(self.refused),
+            "lengths": [[kind, list(bins.items())] for kind, bins in self.lengths.items()],
             "next_group": self._next_group,
             "next_prompt": self._next_prompt,
             "retry": [list(r) for r in self._retry],
@@ -420,6 +429,7 @@ class Pipeline:
         self.ledger.restore(state["ledger"])
         self.book.restore(state["book"], load)
         self.counts, self.dropped, self.refused = (Counter(state[k]) for k in ("counts", "dropped", "refused"))
+        self.lengths = {kind: Counter(dict(bins)) for kind, bins in state["lengths"]}
         self._next_group, self._next_prompt = state["next_group"], state["next_prompt"]
         self._retry = deque((prompt, failures) for prompt, failures in state["retry"])
         self._failures = Counter(dict(state["failures"]))

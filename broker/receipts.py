@@ -14,7 +14,7 @@ def receipt(batch: Batch, decision: Decision, threshold: float) -> dict[str, Any
     """One JSON object; rates are None with rejection off. Lags are in policy versions, per token."""
     on = batch.trainable == 1
     lags = batch.step - batch.versions[on]
-    lengths = np.add.reduceat(on.astype(np.int64), batch.cu_seqlens[:-1])
+    lengths = batch.sampled_tokens()
     sizes = np.unique(batch.groups, return_counts=True)[1]
     scored = decision.divergence is not None
     low, high = wilson_interval(decision.accepted, decision.proposed)

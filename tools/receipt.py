@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from common.errors import ConfigError, CroupierError
-from tools.run_files import Record, of_kind, read_metrics
+from tools.lengths import LengthRow, length_rows
+from tools.run_files import Record, of_kind, read_metrics, read_status
 
 PIPE_COLUMNS = 120
 
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError(f"{given.run_dir}: no step was trained yet, or this is no run directory")
         if given.audit:
             console.print(audit_table(steps))
+            console.print(length_table(length_rows(read_status(given.run_dir))))
             return 0
         wanted = steps[-1]["step"] if given.step is None else given.step
         found = [step for step in steps if step["step"] == wanted]
@@ -44,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError(f"step {wanted}: has no receipt; steps {steps[0]['step']} to {steps[-1]['step']} have")
         console.print(receipt_table(found[0]))
     except CroupierError as error:
-        console.print(f"{type(error).__name__}: {error}", style="red", markup=False)
+        console.print(f"{type(error).__name__}: {error}", style="red", markup=False, soft_wrap=True)
         return 2
     return 0
 
@@ -139,6 +141,17 @@ def audit_table(steps: Sequence[Record]) -> Table:
         rate = accepted / tokens
         change = f"{rate - rest:+.4f}" if others else "–"
         table.add_row(name, value, f"{tokens:,.0f}", f"{rate:.4f}", change, str(warned.get((name, value), 0)))
+    return table
+
+
+def length_table(rows: Sequence[LengthRow]) -> Table:
+    """Trained and dropped trajectories by length."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2), title="trajectories by sampled tokens")
+    for title in ("up to", "trained", "dropped", "drop rate", ""):
+        table.add_column(title, header_style="dim", justify="right")
+    for row in rows:
+        odd = "differs from the rest" if row.stands_out else ""
+        table.add_row(f"{row.longest:,}", f"{row.trained:,}", f"{row.dropped:,}", f"{row.drop_rate:.2%}", odd)
     return table
 
 

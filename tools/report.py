@@ -17,6 +17,7 @@ from typing import Literal, get_args
 
 from common.config import RunConfig, load
 from common.errors import CroupierError
+from tools.lengths import length_rows
 from tools.plots import plot_all
 from tools.run_files import CONFIG, LOGS, METRICS, REPORT, STATUS, SUMMARY, Record, of_kind, read_metrics, read_status
 
@@ -108,6 +109,7 @@ def _report(run_dir: Path, config: RunConfig | None, summary: Record, records: l
     lines += _staleness(summary, steps, curves)
     lines += _rejection(config, summary, steps, curves)
     lines += _receipt(summary)
+    lines += _lengths(read_status(run_dir))
     if "throughput.png" in curves:
         lines += [
             "## Speed and optimisation",
@@ -212,6 +214,17 @@ def _receipt(summary: Record) -> list[str]:
         ("Still queued at the end", f"{queued:,}"),
     ]
     return ["## Trajectories", "", *_table(rows), ""]
+
+
+def _lengths(status: Record) -> list[str]:
+    rows = length_rows(status)
+    if not any(row.dropped for row in rows):
+        return []
+    lines = ["| sampled tokens, up to | trained | dropped | drop rate |", "|---:|---:|---:|---:|"]
+    for row in rows:
+        warned = " **differs from the rest**" if row.stands_out else ""
+        lines.append(f"| {row.longest:,} | {row.trained:,} | {row.dropped:,} | {row.drop_rate:.2%}{warned} |")
+    return [*lines, ""]
 
 
 def _files(run_dir: Path) -> list[str]:

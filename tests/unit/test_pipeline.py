@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from broker.pipeline import Pipeline
+from broker.pipeline import Pipeline, length_bin
 from common import wire
 from common.config import (
     AdvantageSection,
@@ -320,6 +320,7 @@ def test_a_failed_sibling_costs_itself_and_too_many_cost_the_group():
     pipeline.failed(1, 2, "environment")
     assert pipeline.ledger.promised == 0
     assert pipeline.dropped == {"environment": 1}
+    assert sum(pipeline.lengths["dropped"].values()) == 1
     assert pipeline.grant("b", 10, 0).prompts.tolist()[0] == 1  # asked again
     assert_books_balance(pipeline)
 
@@ -354,3 +355,8 @@ def test_resampling_ends_when_nothing_has_a_signal():
             pipeline.admit(trajectories(int(group), rewards=[0.0] * G), "a", 0)
     assert grant is None
     assert pipeline.ledger.queued > 0
+
+
+@pytest.mark.parametrize(("tokens", "longest"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (1024, 1024), (1025, 2048)])
+def test_lengths_are_counted_by_powers_of_two(tokens, longest):
+    assert length_bin(tokens) == longest

@@ -1,0 +1,38 @@
+"""The receipt's reader: a step, the audit and drops by length, from a run directory."""
+
+import json
+
+from tools import receipt
+from tools.lengths import length_rows
+
+
+def status(trained, dropped):
+    return {"trajectories_by_length": {"trained": trained, "dropped": dropped}}
+
+
+def test_a_length_that_is_dropped_more_than_chance_stands_out():
+    rows = length_rows(status({"8": 900, "16": 450, "32": 40}, {"8": 9, "32": 60}))
+    assert [(r.longest, r.trained, r.dropped) for r in rows] == [(8, 900, 9), (16, 450, 0), (32, 40, 60)]
+    assert [r.stands_out for r in rows] == [True, True, True]
+    assert rows[2].drop_rate == 0.6
+
+
+def test_noise_and_small_numbers_do_not_stand_out():
+    assert not any(r.stands_out for r in length_rows(status({"8": 900, "16": 460}, {"8": 9, "16": 6})))
+    assert not any(r.stands_out for r in length_rows(status({"8": 900, "16": 3}, {"16": 3})))
+    assert length_rows({}) == []
+
+
+def test_the_command_reads_a_run_directory(tmp_path, capsys):
+    assert receipt.main([str(tmp_path)]) == 2
+    assert "no run directory" in capsys.readouterr().out.replace("\n", " ")
+    strata = {"strata": {"lag": {"0": [100, 0.9, 0.1], "2": [300, 0.7, 5.0]}}, "warnings": ["lag 2: acceptance 0.7"]}
+    step = {
+        "kind": "step", "time_s": 1.0, "step": 0, "audit": strata, "acceptance": 0.75, "lag_histogram": {"0": 1},
+    }  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(step) + "\n")
+    (tmp_path / "status.json").write_text(json.dumps(status({"8": 100}, {"16": 100})))
+    assert receipt.main([str(tmp_path), "--audit"]) == 0
+    shown = capsys.readouterr().out
+    assert "100.00%" in shown and "differs from the rest" in shown and "-0.2000" in shown
+    assert receipt.main([str(tmp_path), "--step", "7"]) == 2
