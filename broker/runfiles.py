@@ -25,8 +25,9 @@ class RunFiles:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
-        self.started_at = time.time()
+        self.started_at = now = time.time()  # noqa: TID251  the wall clock is asked once: it may jump
         self.run_id, self.generation = self._identify(directory / "run.json")
+        self._began = time.monotonic() - max(0.0, now - self.started_at)
         self._metrics = (directory / "metrics.jsonl").open("a")
         self._next_status = 0.0
 
@@ -46,7 +47,7 @@ class RunFiles:
 
     def seconds(self) -> float:
         """Since the run began."""
-        return time.time() - self.started_at
+        return time.monotonic() - self._began
 
     def metric(self, kind: str, values: dict[str, Any]) -> None:
         """Append one line."""
@@ -68,7 +69,10 @@ class RunFiles:
 
     def status(self, values: dict[str, Any]) -> None:
         """Replace status.json."""
-        write_json(self.directory / "status.json", {"time": time.time(), "started_at": self.started_at, **values})
+        write_json(
+            self.directory / "status.json",
+            {"time": self.started_at + self.seconds(), "started_at": self.started_at, **values},
+        )
         self._next_status = time.monotonic() + STATUS_EVERY_S
 
     def close(self) -> None:

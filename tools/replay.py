@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         alternative = Alternative(_altered(given.run_dir, config, given.overrides)) if given.overrides else None
         verdict = verify(config, journal, alternative)
     except CroupierError as error:
-        console.print(f"{type(error).__name__}: {error}", style="red", markup=False)
+        console.print(f"{type(error).__name__}: {error}", style="red", markup=False, soft_wrap=True)
         return 2
     since = "the beginning" if verdict.first == 0 else f"event {verdict.first} (older ones were pruned)"
     console.print(
@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{verdict.shards} sets of shards, {verdict.committed} commits"
     )
     if verdict.difference:
-        console.print(f"first difference: {verdict.difference}", style="red", markup=False)
+        console.print(f"first difference: {verdict.difference}", style="red", markup=False, soft_wrap=True)
         return 1
     console.print("every decision came out as it did then, bit for bit", style="green")
     if alternative is not None:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import zmq
 
-from common import wire
+from common import sockets, wire
+from common.codec import encode
 from common.errors import DeadlineError, ProtocolError, WireError
 from common.link import BrokerLink
 from common.sockets import RouterSocket
@@ -98,8 +99,6 @@ def test_hostile_bytes_are_errors_beside_good_messages_and_the_sender_lost_is_no
     try:
         peer.send_multipart([b"\x80\x04pickle"])
         peer.send_multipart([b""])
-        from common.codec import encode
-
         peer.send_multipart(encode(wire.Bye("x")))
         got = collect(router, 3)
         assert [type(m) for _, m in got] == [WireError, WireError, wire.Bye]
@@ -110,6 +109,22 @@ def test_hostile_bytes_are_errors_beside_good_messages_and_the_sender_lost_is_no
     finally:
         context.destroy(linger=0)
         router.close()
+
+
+def test_a_peer_that_stops_reading_counts_as_gone_and_what_waits_for_it_is_bounded(address, monkeypatch):
+    monkeypatch.setattr(sockets, "WAITING_MESSAGES", 200)
+    router = RouterSocket(address)
+    with zmq.Context() as context, context.socket(zmq.DEALER) as deaf:
+        deaf.setsockopt(zmq.LINGER, 0)
+        deaf.setsockopt(zmq.RCVHWM, 10)
+        deaf.setsockopt(zmq.IDENTITY, b"deaf")
+        deaf.connect(address)
+        deaf.send_multipart(encode(wire.Bye("x")))
+        collect(router, 1)
+        grant = wire.Grant(0, -1, 0, np.arange(500), np.arange(500))  # 8 kB
+        sent = next(n for n in range(20_000) if not router.send(b"deaf", grant))
+        assert sent > 1000  # the socket's own buffers come first
+    router.close()
 
 
 def test_large_arrays_survive_and_a_slow_peer_does_not_lose_messages(address):

@@ -1,0 +1,41 @@
+"""The run directory: time that does not jump, lines cut short, a damaged identity."""
+
+import json
+import time
+
+import pytest
+
+from broker.runfiles import RunFiles
+from common.errors import ProtocolError
+
+
+def test_a_clock_that_jumps_moves_no_time_stamp(tmp_path, monkeypatch):
+    files = RunFiles(tmp_path)
+    for jump in (0.0, -86_400.0, 86_400.0):
+        monkeypatch.setattr(time, "time", lambda jump=jump: 1.8e9 + jump)
+        files.metric("step", {"step": 1})
+        files.status({})
+    files.close()
+    times = [json.loads(line)["time_s"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert 0 <= times[0] <= times[1] <= times[2] < 60
+    monkeypatch.setattr(time, "time", lambda: 1.0)  # before the run began
+    again = RunFiles(tmp_path)
+    assert 0 <= again.seconds() < 60
+    again.close()
+
+
+def test_a_line_cut_short_is_no_step(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "step", "step": 3}\n{"kind": "step", "st')
+    files = RunFiles(tmp_path)
+    assert files.last_step() == 3
+    files.close()
+
+
+def test_a_run_keeps_its_name_and_counts_its_brokers(tmp_path):
+    first, second = RunFiles(tmp_path), RunFiles(tmp_path)
+    assert (first.run_id, first.generation, second.generation) == (second.run_id, 0, 1)
+    (tmp_path / "run.json").write_text("{")
+    for files in (first, second):
+        files.close()
+    with pytest.raises(ProtocolError, match="move .* away"):
+        RunFiles(tmp_path)
