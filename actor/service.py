@@ -45,6 +45,7 @@ log = logging.getLogger("actor")
 class _Evaluation:
     id: int
     items: dict[int, PromptItem]
+    prompts: int  # asked for; those without an item failed
     rewards: dict[int, float] = field(default_factory=dict)
     lengths: dict[int, int] = field(default_factory=dict)
     versions: list[int] = field(default_factory=list)
@@ -215,13 +216,14 @@ class ActorService:
     def _check_prompt(self, item: PromptItem) -> None:
         limit = self.config.rollout.max_prompt_tokens
         if len(item.prompt_ids) > limit:
-            raise TaskError(f"{len(item.prompt_ids)} tokens, rollout.max_prompt_tokens={limit}")
+            raise TaskError(f"a prompt of {len(item.prompt_ids)} tokens; raise rollout.max_prompt_tokens={limit}")
 
     def _start_evaluation(self, evaluation: int, prompts: int) -> None:
-        items = {n: self.task.prompt(n, "heldout") for n in range(prompts)}
-        self._evaluations[evaluation] = _Evaluation(evaluation, items)
+        items = {n: item for n in range(prompts) if (item := self._heldout(n)) is not None}
+        self._evaluations[evaluation] = _Evaluation(evaluation, items, prompts)
+        if not items:
+            self._finish_evaluation(evaluation)
         for n, item in items.items():
-            self._check_prompt(item)
             self.engine.add(
                 SampleRequest(
                     request_id=EVALUATION_ID + evaluation * EVALUATION_STRIDE + n,
@@ -270,22 +272,46 @@ class ActorService:
     def _collect_evaluation(self, completion: Completion) -> None:
         number, n = divmod(completion.request_id - EVALUATION_ID, EVALUATION_STRIDE)
         evaluation = self._evaluations[number]
-        channels = self.task.reward(evaluation.items[n], completion.token_ids)
-        evaluation.rewards[n] = combine(channels, self.config.task.reward_weights)
+        try:
+            channels = self.task.reward(evaluation.items[n], completion.token_ids)
+            evaluation.rewards[n] = combine(channels, self.config.task.reward_weights)
+        except Exception as error:  # noqa: BLE001  # a verifier is foreign code
+            self._evaluation_failed(n, error)
+            evaluation.rewards[n] = 0.0
         evaluation.lengths[n] = len(completion.token_ids)
         evaluation.versions += [int(completion.versions.min()), int(completion.versions.max())]
         if len(evaluation.rewards) == len(evaluation.items):
-            del self._evaluations[number]
-            order = sorted(evaluation.rewards)
-            self.link.send(
-                wire.EvaluationResult(
-                    evaluation=number,
-                    version_min=min(evaluation.versions),
-                    version_max=max(evaluation.versions),
-                    rewards=np.array([evaluation.rewards[i] for i in order], np.float32),
-                    lengths=np.array([evaluation.lengths[i] for i in order], np.int32),
-                )
+            self._finish_evaluation(number)
+
+    def _heldout(self, n: int) -> PromptItem | None:
+        """Held-out prompt ``n``; None, and a reward of 0, if the task cannot make a fitting one."""
+        try:
+            item = self.task.prompt(n, "heldout")
+            self._check_prompt(item)
+        except Exception as error:  # noqa: BLE001  # a task is foreign code
+            self._evaluation_failed(n, error)
+            return None
+        return item
+
+    def _evaluation_failed(self, n: int, error: Exception) -> None:
+        self.counters["evaluation_failures"] += 1
+        log.warning(
+            "held-out prompt %d of %s counts as 0: %s: %s", n, self.config.task.name, type(error).__name__, error
+        )
+
+    def _finish_evaluation(self, number: int) -> None:
+        """Report it; prompts that failed count as 0."""
+        evaluation = self._evaluations.pop(number)
+        versions = evaluation.versions or [self.engine.version]
+        self.link.send(
+            wire.EvaluationResult(
+                evaluation=number,
+                version_min=min(versions),
+                version_max=max(versions),
+                rewards=np.array([evaluation.rewards.get(n, 0.0) for n in range(evaluation.prompts)], np.float32),
+                lengths=np.array([evaluation.lengths.get(n, 0) for n in range(evaluation.prompts)], np.int32),
             )
+        )
 
 
 def run_actor(config: RunConfig, name: str, stop: StopFlag) -> None:

@@ -23,7 +23,7 @@ class GroupCollective:
     def __init__(self, prepare: Prepare, deadline_s: float, device: torch.device) -> None:
         publish = prepare.publish
         timeout = timedelta(seconds=deadline_s)
-        self._device = device
+        self._device = device if publish["backend"] == "nccl" else torch.device("cpu")
         store = dist.TCPStore(publish["host"], publish["port"], is_master=False, timeout=timeout)
         prefix = dist.PrefixStore(f"weights/{prepare.epoch}", store)
         self._store = store

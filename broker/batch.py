@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from broker.advantages import Kind, group_advantages, without_signal
 from broker.groups import Trajectory
 from broker.packing import balance, runs
+from common.errors import DataError
 from common.obrs import Divergence, Thinning, coins, divergence, thin
 from common.wire import Shard
-from common.zbounds import enumerated_acceptance, interpolate, kappa, z_bounds
+from common.zbounds import enumerated_acceptance, interpolate, kappa, without_impossible, z_bounds
 
 ZWeight = Literal["none", "context", "batch"]
 
@@ -40,6 +41,14 @@ class Batch:
     members: list[Trajectory]  # [B]; the alternatives stay in the frames that they arrived in
     actors: list[str]  # [B] who sampled each
     sources: list[tuple[int, int]]  # [B] where the journal holds each trajectory
+
+    def channel_means(self) -> dict[str, float]:
+        """Mean of each reward channel over the trajectories that have it."""
+        found: dict[str, list[float]] = {}
+        for trajectory in self.members:
+            for name, value in trajectory.channels.items():
+                found.setdefault(name, []).append(value)
+        return {name: float(np.mean(values)) for name, values in sorted(found.items())}
 
     def sampled_tokens(self) -> NDArray[np.int64]:
         """Trainable tokens of each trajectory ``[B]``."""
@@ -124,12 +133,22 @@ class Decision:
     z: dict[str, float] = field(default_factory=dict)  # means of the acceptance bounds, where alternatives are known
 
 
+def loss_denominator(batch: Batch, counted: NDArray[np.bool_]) -> int:
+    """``counted[N]`` tokens; those of a group that misses siblings count as often as if copies made up for them.
+
+    That is ``group_size / n`` times, the weight that their advantages have (algorithms.md 3.3).
+    """
+    tokens = np.add.reduceat(counted.astype(np.int64), batch.cu_seqlens[:-1])
+    _, owner, sizes = np.unique(batch.groups, return_inverse=True, return_counts=True)
+    return round(float((tokens * (batch.group_size / sizes[owner])).sum()))
+
+
 def accept_all(batch: Batch) -> Decision:
     """Rejection off: every token is accepted with the density that it was sampled from."""
     on = batch.trainable == 1
     count = int(on.sum())
     log_q = np.where(on, batch.log_q, np.float32(0))
-    return Decision(-1, on.astype(np.uint8), log_q, log_q, count, count, 0, None, count)
+    return Decision(-1, on.astype(np.uint8), log_q, log_q, count, count, 0, None, loss_denominator(batch, on))
 
 
 @dataclass(frozen=True)
@@ -178,7 +197,7 @@ def reject(batch: Batch, scored: Scores, rule: Rule) -> Decision:
         _divide(decision, on, z)
     elif rule.z_weight == "batch" and decision.accepted:
         _divide(decision, on, np.full(len(on), decision.divergence.expected_acceptance, np.float32))
-        decision.denominator = decision.accepted
+        decision.denominator = max(1, loss_denominator(batch, decision.accept == 1))
     return decision
 
 
@@ -202,13 +221,20 @@ def _bounds(
         return np.ones(len(on), np.float32)
     inside = (batch.topk_ids[on] == batch.token_ids[on][:, None]).any(axis=1)
     topk_log_q, topk_log_p = batch.topk_log_q[on], np.minimum(scored.topk_log_p[on], np.float32(0))
-    bounds = z_bounds(topk_log_q, topk_log_p, log_q, log_p, inside, rule.log_threshold)
+    topk_log_p = np.where(np.isnan(topk_log_p), np.float32(-np.inf), topk_log_p)
+    ignored = 0
+    try:
+        bounds = z_bounds(topk_log_q, topk_log_p, log_q, log_p, inside, rule.log_threshold)
+    except DataError:  # some alternatives cannot be what they claim: do without those
+        topk_log_q, topk_log_p, ignored = without_impossible(topk_log_q, topk_log_p, log_q, log_p, inside)
+        bounds = z_bounds(topk_log_q, topk_log_p, log_q, log_p, inside, rule.log_threshold)
     expected = decision.divergence.expected_acceptance
     z, theta = interpolate(bounds.core, bounds.upper, expected)
     paper, factor = kappa(bounds.core, expected)
     decision.z = {
         "z_lower": float(bounds.core.mean()),
         "z_upper": float(bounds.upper.mean()),
+        "topk_ignored": float(ignored),
         "topk_missing_mass": float(bounds.missing_q.mean()),
         "z_theta": float(theta),
         "z_kappa": float(factor),
@@ -228,7 +254,8 @@ def _spread(
     accept[on] = thinning.accept
     log_m[on] = np.where(thinning.accept, thinning.log_m, np.float32(0))
     log_p[on] = np.where(thinning.accept, scores, np.float32(0))
-    return Decision(version, accept, log_m, log_p, len(on), int(thinning.accept.sum()), unscorable, None, len(on))
+    denominator = loss_denominator(batch, batch.trainable == 1)
+    return Decision(version, accept, log_m, log_p, len(on), int(thinning.accept.sum()), unscorable, None, denominator)
 
 
 def make_shards(batch: Batch, decision: Decision, world: int, temperature: float) -> list[Shard]:

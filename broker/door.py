@@ -55,10 +55,6 @@ class Door:
 
         self.outlet.do(action)
 
-    def send_at_once(self, identity: bytes, message: Any) -> bool:
-        """What says nothing about decisions need not wait for the disk."""
-        return self.router.send(identity, message)
-
     def bad_message(self, identity: bytes, what: str, error: Exception) -> None:
         """A message that could not be taken; counted, and an offence. Said once a minute about each kind and peer."""
         kind, who = type(error).__name__, self.who(identity)

@@ -31,6 +31,7 @@ class Trajectory:
     sampled_tokens: int
     actor: str = ""
     source: tuple[int, int] = (-1, 0)  # the journal's event that brought it, and its place in that message
+    channels: dict[str, float] = field(default_factory=dict)  # the reward's parts by name
 
     @property
     def nbytes(self) -> int:
@@ -64,6 +65,7 @@ def unpack(
         oldest_version=oldest_version,
         sampled_tokens=sampled_tokens,
         actor=actor,
+        channels=dict(zip(message.channel_names, message.channels[index].tolist(), strict=True)),
         source=(seq, index),
     )
 
@@ -166,10 +168,9 @@ class GroupBook:
         """Who owes siblings of a group."""
         return {e.actor for e in self._groups.values() if not e.is_settled(self.group_size)}
 
-    def of_actor(self, actor: str, incomplete: Callable[[int], bool] | None = None) -> list[int]:
+    def of_actor(self, actor: str) -> list[int]:
         """Groups that ``actor`` still owes siblings of."""
-        owed = [g for g, e in self._groups.items() if e.actor == actor and not e.is_settled(self.group_size)]
-        return [g for g in owed if incomplete is None or incomplete(g)]
+        return [g for g, e in self._groups.items() if e.actor == actor and not e.is_settled(self.group_size)]
 
     def in_flight(self, actor: str) -> int:
         """How many groups ``actor`` has not finished."""

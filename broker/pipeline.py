@@ -20,15 +20,12 @@ from broker.groups import GroupBook, Trajectory, unpack_all
 from broker.ledger import StalenessLedger
 from broker.receipts import receipt
 from common.budget import BudgetController
-from common.config import RunConfig
+from common.config import MEGABYTE, RunConfig
 from common.errors import DataError, ProtocolError
 from common.wire import Ack, Grant, ScoreRequest, ScoreResult, Shard, Trajectories
 
-MEGABYTE = 1 << 20
 RESAMPLE_STEPS = 8  # steps' worth of groups without signal in a row, after which they are trained after all
 PROMPT_RETRIES = 3  # a prompt whose groups failed this often is left out
-BYTES_PER_TOKEN = 13  # ids, flag, log q and version of a token without alternatives
-BYTES_PER_ALTERNATIVE = 8
 
 
 def length_bin(tokens: int) -> int:
@@ -100,7 +97,7 @@ class Pipeline:
 
     def grant(self, actor: str, count: int, version: int) -> Grant | None:
         """Promise up to ``count`` groups to ``actor``, started at ``version`` or later; None if no room."""
-        count = min(count, self.ledger.grantable(version), self._groups_that_fit())
+        count = min(count, self.ledger.grantable(version), self.groups_that_fit())
         if count <= 0:
             return None
         groups, prompts = [], []
@@ -118,7 +115,7 @@ class Pipeline:
         prompt, self._next_prompt = self._next_prompt, self._next_prompt + 1
         return prompt
 
-    def _groups_that_fit(self) -> int:
+    def groups_that_fit(self) -> int:
         """Groups whose largest possible size still fits in the queue's bound, those promised counted in full."""
         free = self.config.broker.queue_mb * MEGABYTE - self.queue_bytes
         return max(0, int(free // self.largest_group) - self.ledger.promised)
@@ -126,9 +123,7 @@ class Pipeline:
     @property
     def largest_group(self) -> int:
         """Bytes of a group whose every sibling is as long as it may be."""
-        rollout = self.config.rollout
-        per_token = BYTES_PER_TOKEN + BYTES_PER_ALTERNATIVE * rollout.top_logprobs
-        return rollout.group_size * rollout.max_length * per_token
+        return self.config.rollout.largest_group
 
     # ---- admission ------------------------------------------------------------------------------
 
@@ -285,8 +280,9 @@ class Pipeline:
             raise DataError(f"score_result: alternatives {result.topk_log_p.shape}, asked {asked}")
         if result.version < request.min_version:
             raise DataError(f"score_result: scored by version {result.version}, asked for {request.min_version}")
+        decided = self._decide(batch, result, seq, self.log_threshold)  # may raise: then nothing has changed
         self._scoring = None
-        self._finish(batch, *self._decide(batch, result, seq, self.log_threshold))
+        self._finish(batch, *decided)
         if self._controller is not None:
             log_p, log_q, _ = trainable_scores(batch, scores_of(result))
             choice = self._controller.update(log_p, log_q)  # for the next step: coins never see their own batch
@@ -340,10 +336,6 @@ class Pipeline:
     def step(self, step: int) -> DecidedStep | None:
         """What is held of a decided step."""
         return self._steps.get(step)
-
-    def scoring_batch(self) -> Batch | None:
-        """The batch whose scores are awaited."""
-        return self._scoring[0] if self._scoring else None
 
     @property
     def scoring_step(self) -> int | None:

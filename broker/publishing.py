@@ -149,7 +149,8 @@ class PublishCoordinator:
         return self._settle_if_done()
 
     def on_receive_failed(self, message: ReceiveFailed, sender: str) -> Outgoing:
-        """A receiver kept its old weights."""
+        """A receiver kept its old weights; it lives, so it is served again."""
+        self._suspended.discard(sender)
         self.log.warning("%s did not take version %d: %s", sender, message.version, message.reason)
         attempt = self._attempt
         if attempt is None or message.epoch != self.epoch or not attempt.sending:

@@ -23,6 +23,7 @@ def receipt(batch: Batch, decision: Decision, threshold: float) -> dict[str, Any
         "trajectories": len(batch.groups),
         "reward": float(batch.rewards.mean()),
         "reward_std": float(batch.rewards.std()),
+        "reward_channels": batch.channel_means(),
         "groups_padded": int((sizes < batch.group_size).sum()),
         "groups_without_signal": int(without_signal(batch.rewards, sizes).sum()),
         "advantage_positive": float((batch.advantages > 0).mean()),

@@ -23,11 +23,11 @@ from broker.journal import Event, Journal
 from broker.pipeline import Pipeline
 from common import wire
 from common.codec import decode, encode
+from common.config import BYTES_JOURNALED
 from common.errors import JournalError
 
 SNAPSHOT_BYTES = 64 << 20  # of journal between two snapshots
 SNAPSHOT_STEPS = 64
-JOURNALED = 1.5  # bytes written for a byte of trajectory: scores, tables and padding on top
 CHECKS = ("decided", "served")
 
 log = logging.getLogger("broker.recorder")
@@ -203,7 +203,7 @@ class Recorder:
         if self.journal is None:
             return 1 << 30
         free = self.journal.limit_bytes - self.journal.used_bytes
-        return max(0, int(free // (self.pipeline.largest_group * JOURNALED)) - self.pipeline.ledger.promised)
+        return max(0, int(free // (self.pipeline.largest_group * BYTES_JOURNALED)) - self.pipeline.ledger.promised)
 
     def grant(self, actor: str, count: int, version: int) -> wire.Grant | None:
         """See :meth:`Pipeline.grant`; written down if something was granted. A full journal grants nothing."""

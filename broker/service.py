@@ -275,7 +275,21 @@ class BrokerService:
         behind = [p.name for p in actors if p.version < weights.published]
         if len(behind) == len(actors):
             return f"{', '.join(behind)} to receive version {weights.published}"
-        return self.pipeline.waiting_for()
+        return self._room_wanted() or self.pipeline.waiting_for()
+
+    def _room_wanted(self) -> str:
+        """What is full where nothing more can be granted for it."""
+        ledger, section = self.pipeline.ledger, self.config.broker
+        if ledger.promised or not ledger.grantable(self.distribution.weights.published):
+            return ""
+        if not self.pipeline.groups_that_fit():
+            return f"room in the queue: {self.pipeline.queue_bytes >> 20} MB wait to be trained (broker.queue_mb)"
+        if not self.recorder.room():
+            return (
+                f"room in the journal: it is full (broker.journal_mb={section.journal_mb:g}), and only checkpoints of "
+                f"the learner empty it (learner.checkpoint_every={self.config.learner.checkpoint_every})"
+            )
+        return ""
 
     def status(self) -> dict[str, Any]:
         """What status.json holds."""

@@ -27,6 +27,28 @@ def _require(condition: bool, key: str, value: object, rule: str) -> None:
         raise ConfigError(f"{key}={value!r}: {rule}")
 
 
+MEGABYTE = 1 << 20
+BYTES_PER_TOKEN = 13  # of a queued trajectory: ids, flag, log q and version
+BYTES_PER_ALTERNATIVE = 8  # id and log q
+BYTES_JOURNALED = 1.5  # written for a byte of trajectory: scores, tables and padding on top
+
+# Least and greatest values that mean something, where a rule needs no more words than its numbers.
+RANGES: dict[str, tuple[float, float]] = {
+    "advantage.epsilon": (0, 1),
+    "optim.beta1": (0, 0.999999), "optim.beta2": (0, 0.999999), "optim.eps": (0, 1), "optim.weight_decay": (0, 10),
+    "broker.journal_mb": (0, 1e9), "broker.retain_mb": (0, 1e9), "broker.queue_mb": (0, 1e9),
+    "broker.score_timeout_s": (0.1, 1e6), "broker.peer_timeout_s": (0.1, 1e6), "broker.verify_rate": (0, 1),
+    "actor.threads": (1, 4096), "actor.unacked_mb": (0.01, 1e9), "actor.wait_s": (0, 1e6),
+    "learner.logprob_chunk": (1, 2**31), "learner.threads": (1, 4096), "learner.checkpoint_every": (0, 2**31),
+    "learner.wait_s": (0, 1e6),
+    "replica.count": (0, 4096), "replica.threads": (1, 4096), "replica.wait_s": (0, 1e6),
+    "warmstart.layers": (1, 1000), "warmstart.hidden": (1, 1e6), "warmstart.heads": (1, 1000),
+    "warmstart.kv_heads": (1, 1000), "warmstart.experts": (1, 10_000), "warmstart.experts_per_token": (1, 10_000),
+    "warmstart.expert_width": (1, 1e6), "warmstart.lr": (0, 1), "warmstart.batch": (1, 1e6),
+    "warmstart.target_reward": (0, 1), "warmstart.max_steps": (1, 1e9),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class RunSection:
     """Which run this is and where it leaves its files."""
@@ -38,7 +60,8 @@ class RunSection:
 
     def __post_init__(self) -> None:
         """Validate."""
-        _require(bool(self.name) and "/" not in self.name, "run.name", self.name, "needs a plain name")
+        plain = self.name not in ("", ".", "..") and "/" not in self.name
+        _require(plain, "run.name", self.name, "needs a plain name")
         _require(0 <= self.seed < 2**31, "run.seed", self.seed, "must lie in [0, 2**31)")
         _require(self.steps >= 1, "run.steps", self.steps, "must be at least 1")
 
@@ -53,7 +76,7 @@ class ModelSection:
     """The starting model, a Hugging Face directory."""
 
     path: str = "models/sort6"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the embedded engine; the learner keeps float32
 
 
 @dataclass(frozen=True)
@@ -95,6 +118,12 @@ class RolloutSection:
     def max_length(self) -> int:
         """Tokens of the longest possible trajectory, prompt included."""
         return self.max_prompt_tokens + self.max_tokens
+
+    @property
+    def largest_group(self) -> int:
+        """Bytes of a group whose every sibling is as long as it may be."""
+        per_token = BYTES_PER_TOKEN + BYTES_PER_ALTERNATIVE * self.top_logprobs
+        return self.group_size * self.max_length * per_token
 
 
 @dataclass(frozen=True)
@@ -283,6 +312,7 @@ class ReplicaSection:
 class WeightsSection:
     """How weights travel from the learner to the fleet."""
 
+    backend: Literal["auto", "gloo", "nccl"] = "auto"  # auto: nccl where every receiver has a GPU of its own
     bucket_mb: float = 64.0
     deadline_s: float = 20.0  # for readiness, and again for the collective
     host: str = "127.0.0.1"  # address of the learner's rank 0 as receivers see it
@@ -347,7 +377,31 @@ class RunConfig:
     warmstart: WarmstartSection = field(default_factory=WarmstartSection)
 
     def __post_init__(self) -> None:
-        """Validate what spans sections."""
+        """Validate ranges and what spans sections."""
+        for key, (low, high) in RANGES.items():
+            section, _, name = key.partition(".")
+            value = getattr(getattr(self, section), name)
+            _require(low <= value <= high, key, value, f"must lie in [{low:g}, {high:g}]")
+        step_mb = self.rollout.groups_per_step * self.rollout.largest_group / MEGABYTE
+        _require(
+            self.broker.queue_mb >= step_mb,
+            "broker.queue_mb",
+            self.broker.queue_mb,
+            f"must hold the largest step that rollout allows, {step_mb:.3g} MB",
+        )
+        journal_mb = BYTES_JOURNALED * (self.staleness.budget + 2) * step_mb
+        _require(
+            self.broker.journal_mb == 0 or self.broker.journal_mb >= journal_mb,
+            "broker.journal_mb",
+            self.broker.journal_mb,
+            f"must hold staleness.budget + 2 of the largest steps that rollout allows, {journal_mb:.3g} MB, or be 0",
+        )
+        _require(
+            self.replica.count >= 1 or self.obrs.mode == "off",
+            "replica.count",
+            self.replica.count,
+            "rejection needs a policy replica; start one or set obrs.mode=off",
+        )
         _require(
             self.obrs.z_weight != "context" or self.rollout.top_logprobs > 0,
             "obrs.z_weight",

@@ -6,6 +6,7 @@ thread through a queue.
 
 import contextlib
 import logging
+import math
 import queue
 import re
 import struct
@@ -60,6 +61,8 @@ class BrokerLink:
         self._keys = keys
         self._limit = max_message_bytes or MAX_MESSAGE_BYTES
         self._hint = ""  # why the last handshake failed
+        self._silent_s = 0.0  # since the broker was heard, as the thread lived it: a stopped process does not count it
+        self._patience_s = math.inf  # for a broker that was there before
         self.log = logging.getLogger(f"{hello.role}.link")
         self.counters: dict[str, float] = {}
         self._hello = hello
@@ -106,6 +109,11 @@ class BrokerLink:
         try:
             message = self._inbox.get(block=timeout_s > 0, timeout=timeout_s or None)
         except queue.Empty:
+            if self._silent_s > self._patience_s:
+                raise DeadlineError(
+                    f"the broker at {self.address} has been silent for {self._silent_s:.0f} s "
+                    f"({self._hello.role}.wait_s={self._patience_s:g}); start it again and then this process"
+                ) from None
             return None
         if isinstance(message, Refused):
             raise ProtocolError(f"the broker at {self.address} refused this {self._hello.role}: {message.reason}")
@@ -114,7 +122,11 @@ class BrokerLink:
         return message
 
     def wait_welcome(self, wait_s: float, should_stop: Any = lambda: False) -> Welcome | None:
-        """Wait for the first Welcome; None if asked to stop. Says once a few seconds what it waits for."""
+        """Wait for the first Welcome; None if asked to stop. Says once a few seconds what it waits for.
+
+        Later, a broker that is silent for ``wait_s`` is a :class:`DeadlineError` of :meth:`receive`.
+        """
+        self._patience_s = wait_s
         deadline = time.monotonic() + wait_s
         next_word = time.monotonic() + 2.0
         while time.monotonic() < deadline:
@@ -164,11 +176,15 @@ class BrokerLink:
         poller.register(socket, zmq.POLLIN)
         poller.register(monitor, zmq.POLLIN)
         poller.register(self._wake_receive, zmq.POLLIN)
-        next_beat, heard = 0.0, time.monotonic()
+        next_beat, turn, next_word = 0.0, time.monotonic(), SILENT_BROKER_S
         while True:
             now = time.monotonic()
+            self._silent_s, turn = self._silent_s + min(now - turn, 1.0), now
+            if self._silent_s > next_word and self._patience_s < math.inf:
+                self.log.info("the broker at %s has been silent for %.0f s", self.address, self._silent_s)
+                next_word = self._silent_s + SILENT_BROKER_S
             if now >= next_beat:
-                if now - heard > SILENT_BROKER_S:
+                if self._silent_s > SILENT_BROKER_S:
                     self._welcomed.clear()
                 beat = Heartbeat(self._hello.version, dict(self.counters)) if self.welcomed else self._hello
                 self._push(socket, encode(beat))
@@ -180,7 +196,7 @@ class BrokerLink:
             if monitor in ready:
                 self._note_handshakes(monitor)
             if socket in ready:
-                heard = time.monotonic()
+                self._silent_s, next_word = 0.0, SILENT_BROKER_S
                 self._take(socket)
             self._drain(socket)
             if self._closing.is_set() and not self._outbox:

@@ -258,6 +258,7 @@ class Trajectories:
                 self.topk_ids.size == 0
                 or (
                     math.isfinite(float(self.topk_log_q.sum()))
+                    and self.topk_log_q.max() <= LOG_Q_TOLERANCE
                     and self.topk_ids.min() >= 0
                     and self.topk_ids.max() < vocab_size
                 )
@@ -283,6 +284,7 @@ class Trajectories:
         note(on & (self.versions > newest_version), f"version from the future (newest is {newest_version})")
         if self.topk_log_q.shape[1]:
             note(np.asarray(~np.isfinite(self.topk_log_q).all(axis=1)), "topk_log_q is NaN or infinite")
+            note(np.asarray((self.topk_log_q > LOG_Q_TOLERANCE).any(axis=1)), "topk_log_q is above 0")
             note(np.asarray(((self.topk_ids < 0) | (self.topk_ids >= vocab_size)).any(axis=1)), outside)
         for b in np.flatnonzero(~np.isfinite(self.rewards) | ~np.isfinite(self.channels).all(axis=1)):
             found.setdefault(int(b), "reward is NaN or infinite")

@@ -55,6 +55,17 @@ def check_topk(
             )
 
 
+def without_impossible(
+    topk_log_q: Floats, topk_log_p: Floats, log_q: Floats, log_p: Floats, sampled_in_topk: Bools
+) -> tuple[Floats, Floats, int]:
+    """Rows ``[N, K]`` whose mass under q or p exceeds 1 (made up, ids listed twice) become -inf; and their number."""
+    bad = np.zeros(len(log_q), np.bool_)
+    for rows, sampled in ((topk_log_q, log_q), (topk_log_p, log_p)):
+        bad |= np.exp(with_sampled(rows, sampled, sampled_in_topk)).sum(axis=1) > 1 + MASS_TOLERANCE
+    nothing = np.float32(-np.inf)
+    return np.where(bad[:, None], nothing, topk_log_q), np.where(bad[:, None], nothing, topk_log_p), int(bad.sum())
+
+
 def with_sampled(topk_log: Floats, log_sampled: Floats, sampled_in_topk: Bools) -> Doubles:
     """Log-probabilities of ``top-k and {y}``, ``[N, K+1]``: -inf in the last column where the top-k holds y."""
     column = np.where(sampled_in_topk, -np.inf, log_sampled)

@@ -20,6 +20,7 @@ from learner.model.decoder import Decoder
 from learner.model.moe import SparseMLP
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+STAMP = "warmstart.json"  # says that tools.warmstart may replace a directory: not for one that was trained
 SHARD_BYTES = 4 << 30
 
 
@@ -104,7 +105,7 @@ def save_hf(model: Decoder, source: str | Path, directory: str | Path) -> None:
     source, directory = Path(source), Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
-        if file.is_file() and not file.name.endswith(".safetensors") and file.name != INDEX:
+        if file.is_file() and not file.name.endswith(".safetensors") and file.name not in (INDEX, STAMP):
             shutil.copyfile(file, directory / file.name)
     shards: list[dict[str, Tensor]] = [{}]
     size = 0

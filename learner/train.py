@@ -93,8 +93,9 @@ class Learner:
     def _publisher(self) -> WeightPublisher:
         weights = self.config.weights
         return WeightPublisher(
-            self.link.send, self.link.receive, weights.host, weights.bucket_mb, weights.deadline_s, self.device
-        )
+            self.link.send, self.link.receive, weights.host, weights.bucket_mb, weights.deadline_s, self.device,
+            weight_backend(self.config, self.device),
+        )  # fmt: skip
 
     def _publish(self, publisher: WeightPublisher, version: int) -> None:
         self.resync = ""  # whoever asked gets it now
@@ -181,6 +182,13 @@ def to_batch(shard: wire.Shard, device: torch.device) -> StepBatch:
         denominator=shard.denominator,
         tokens_global=shard.tokens_global,
     )
+
+
+def weight_backend(config: RunConfig, device: torch.device) -> str:
+    """What ``weights.backend`` comes to: nccl needs a GPU on both ends, and the embedded engine has none."""
+    if config.weights.backend != "auto":
+        return config.weights.backend
+    return "nccl" if device.type == "cuda" and config.actor.engine != "local" else "gloo"
 
 
 def _connect(

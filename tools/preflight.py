@@ -62,12 +62,15 @@ def _check_ipc(address: str) -> None:
 
 
 def check_model(path: Path) -> None:
-    """Raise :class:`ModelError` unless ``path`` holds a configuration, all weight files and a tokenizer."""
+    """Raise :class:`ModelError` unless ``path`` holds a configuration and all weight files."""
     if not path.is_dir():
         raise ModelError(f"model.path={str(path)!r}: no such directory; download the model there or correct the path")
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ModelError(f"{index}: is damaged ({error}); fetch the model again") from error
     else:
         shards = ["model.safetensors"]
     missing = [name for name in ("config.json", *shards) if not (path / name).is_file()]

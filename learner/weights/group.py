@@ -32,7 +32,7 @@ class WeightGroup:
     ) -> None:
         timeout = timedelta(seconds=deadline_s)
         prefix = dist.PrefixStore(f"weights/{epoch}", store)
-        self._device = device
+        self._device = device if backend == "nccl" else torch.device("cpu")
         self._store = store
         self._group: Any
         if backend == "nccl":

@@ -38,14 +38,16 @@ class WeightPublisher:
         bucket_mb: float,
         deadline_s: float,
         device: torch.device,
+        backend: str = "gloo",
     ) -> None:
+        """``device`` holds the tensors; ``backend`` is gloo, which sends buckets from memory, or nccl."""
         self._send = send
         self._receive = receive
         self._host = host
         self._bucket_bytes = int(bucket_mb * MEGABYTE)
         self._deadline_s = deadline_s
-        self._device = device
-        self._backend = "nccl" if device.type == "cuda" else "gloo"
+        self._device = device if backend == "nccl" else torch.device("cpu")
+        self._backend = backend
         self._store = dist.TCPStore(
             host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=deadline_s)
         )

@@ -67,6 +67,33 @@ def test_no_broker_is_a_deadline_error_that_names_the_address(address):
         link.close()
 
 
+def test_a_broker_that_falls_silent_is_a_deadline_error_and_one_that_is_back_in_time_is_not(address):
+    router = RouterSocket(address)
+    link = BrokerLink(address, hello())
+
+    def serve(seconds):
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            for identity, message in router.receive(0.05):
+                answer = wire.Welcome("run", 0, 0.1) if isinstance(message, wire.Hello) else wire.Pong(0)
+                router.send(identity, answer)
+
+    try:
+        serve(0.5)
+        link.wait_welcome(1.5)
+        time.sleep(1.0)
+        serve(0.3)
+        while link.receive() is not None:
+            pass
+        time.sleep(2.2)
+        with pytest.raises(DeadlineError, match=r"silent for .* start it again"):
+            while link.receive() is not None:
+                pass
+    finally:
+        link.close(None)
+        router.close()
+
+
 def test_refusal_reaches_the_peer(address):
     router = RouterSocket(address)
     link = BrokerLink(address, hello())

@@ -1,12 +1,13 @@
 """Configuration: one schema, near names, ranges, and what YAML does to words."""
 
+import re
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.config import RunConfig, load, to_yaml
+from common.config import RANGES, RunConfig, load, to_yaml
 from common.errors import ConfigError
 
 
@@ -86,3 +87,25 @@ def test_no_unknown_key_passes(tmp_path_factory: pytest.TempPathFactory, name: s
     if not known:
         with pytest.raises(ConfigError, match=f"unknown key run.{name}"):
             load(file, [f"run.{name}=1"])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("learner.logprob_chunk=0", "learner.logprob_chunk"), ("optim.beta1=1.5", "optim.beta1"),
+        ("optim.weight_decay=nan", "optim.weight_decay"), ("actor.wait_s=-5", "actor.wait_s"),
+        ("broker.verify_rate=7", "broker.verify_rate"), ("run.name=..", "plain name"),
+        ("replica.count=0", "obrs.mode=off"), ("broker.queue_mb=0.001", "largest step"),
+        ("broker.journal_mb=0.01", "staleness.budget"),
+    ],
+)  # fmt: skip
+def test_values_that_cannot_work_are_refused_at_once(path: Path, override: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        load(path, [override])
+
+
+def test_every_range_names_a_key() -> None:
+    for key, (low, high) in RANGES.items():
+        section, name = key.split(".")
+        value = getattr(getattr(RunConfig(), section), name)
+        assert low <= value <= high

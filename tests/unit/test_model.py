@@ -2,17 +2,20 @@
 
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
+from common.config import ModelSection, RunConfig
 from common.errors import ModelError
 from learner.hf import hf_tensors, load_hf, save_hf
 from learner.model.attention import PackPlan
 from learner.model.config import ModelConfig
 from learner.model.decoder import Decoder
+from tools.stamp import STAMP, ModelState, model_state
 
 SHAPE = {
     "vocab_size": 61,
@@ -230,3 +233,13 @@ def test_weights_of_another_shape_are_refused_by_name(directories):
     deeper = Decoder(ModelConfig(**{**vars(config), "num_hidden_layers": 4}))
     with pytest.raises(ModelError, match=r"tensors are missing, among them model\.layers\.3"):
         load_hf(directories["moe"], deeper)
+
+
+def test_a_trained_directory_is_nobody_s_to_replace(directories, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(next(iter(directories.values())), source)
+    (source / STAMP).write_text("{}")
+    save_hf(ours(source), source, tmp_path / "trained")
+    assert not (tmp_path / "trained" / STAMP).exists()
+    config = RunConfig(model=ModelSection(path=str(tmp_path / "trained")))
+    assert model_state(config) is ModelState.FOREIGN

@@ -331,7 +331,7 @@ def test_groups_without_signal_are_masked_or_replaced(kind):
     mixed = [1.0] + [0.0] * (G - 1)
     pipeline.grant("a", 4, 0)
     for group in range(4):
-        pipeline.admit(trajectories(group, rewards=[1.0] * G if group == 2 else mixed), "a", 0)
+        pipeline.admit(trajectories(group, rewards=[1.0] * G if group == 1 else mixed), "a", 0)
     if kind == "resample":
         assert pipeline.dropped == {"no_signal": G}
         assert pipeline.ledger.queued == 3
@@ -339,8 +339,7 @@ def test_groups_without_signal_are_masked_or_replaced(kind):
         assert pipeline.ledger.queued == 4
         return
     request = pipeline.assemble(0)
-    batch = pipeline.scoring_batch()
-    silent = np.repeat(batch.groups == 2, np.diff(batch.cu_seqlens))
+    silent = np.repeat(np.repeat([False, True], G), np.diff(request.cu_seqlens))
     assert not request.wanted[silent].any()
     assert request.wanted[~silent].any()
 
@@ -360,3 +359,56 @@ def test_resampling_ends_when_nothing_has_a_signal():
 @pytest.mark.parametrize(("tokens", "longest"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (1024, 1024), (1025, 2048)])
 def test_lengths_are_counted_by_powers_of_two(tokens, longest):
     assert length_bin(tokens) == longest
+
+
+def with_alternatives(message, k, fill):
+    """``fill(ids, log_q)`` writes the alternatives of a message in place."""
+    n = len(message.token_ids)
+    message.topk_ids = np.tile(np.arange(k, dtype=np.int32), (n, 1))
+    message.topk_log_q = np.full((n, k), np.log(0.5 / k), np.float32)
+    fill(message.topk_ids, message.topk_log_q)
+    return message
+
+
+def test_an_alternative_above_0_is_refused_and_one_that_cannot_be_costs_no_step():
+    rollout = RolloutSection(groups_per_step=2, group_size=G, max_prompt_tokens=3, max_tokens=5, top_logprobs=2)
+    pipeline = Pipeline(config(rollout=rollout), 16)
+    pipeline.grant("a", 4, 0)
+    positive = with_alternatives(trajectories(0), 2, lambda ids, lq: lq.__setitem__((0, 0), 0.5))
+    assert "topk_log_q is above 0" in pipeline.admit(positive, "a", 0).reasons
+    heavy = [with_alternatives(trajectories(g), 2, lambda ids, lq: lq.fill(-0.1)) for g in (1, 2)]  # mass 1.8
+    for message in heavy:
+        assert set(pipeline.admit(message, "a", 0).reasons) == {""}
+    request = pipeline.assemble(0)
+    lp = np.where(request.wanted == 1, -1.0, 0.0).astype(np.float32)
+    topk = np.full((len(lp), 2), np.nan, np.float32)
+    with pytest.raises(DataError, match="alternatives"):
+        pipeline.scored(wire.ScoreResult(request.request, 0, 0.0, lp, topk[:, :1]))
+    assert pipeline.scoring is request  # nothing was lost by that
+    pipeline.scored(wire.ScoreResult(request.request, 0, 0.0, lp, topk))
+    assert pipeline.step(0).receipt["topk_missing_mass"] > 0
+    assert pipeline.step(0).decision.z["topk_ignored"] > 0
+    assert pipeline.shard(0, 0, 1) is not None
+    assert_books_balance(pipeline)
+
+
+def test_a_group_that_misses_siblings_counts_in_the_denominator_as_if_copies_made_up_for_them():
+    pipeline = Pipeline(config(obrs=ObrsSection(mode="off")), 16)
+    pipeline.grant("a", 2, 0)
+    pipeline.admit(trajectories(0), "a", 0)
+    pipeline.admit(trajectories(1, siblings=[0, 1]), "a", 0)
+    pipeline.failed(1, 2, "environment")
+    assert pipeline.assemble(0) is None
+    batch = pipeline.step(0).batch
+    tokens = batch.sampled_tokens()
+    assert pipeline.step(0).decision.denominator == round(tokens[:G].sum() + tokens[G:].sum() * G / 2)
+
+
+def test_reward_channels_are_in_the_receipt():
+    pipeline = Pipeline(config(), 16)
+    pipeline.grant("a", 2, 0)
+    messages = [trajectories(g) for g in range(2)]
+    for value, message in enumerate(messages):
+        message.channel_names, message.channels = ["correct", "style"], np.full((G, 2), value, np.float32)
+    run_step(pipeline, messages)
+    assert pipeline.step(0).receipt["reward_channels"] == {"correct": 0.5, "style": 0.5}

@@ -123,3 +123,15 @@ def test_a_lost_learner_ends_what_was_under_way():
     prepare_all(c, 1, ["a"])
     c.on_learner_lost()
     assert not c.busy and c.on_applied(Applied(c.epoch, 1, "d"), "a") == []
+
+
+def test_a_receiver_that_failed_after_it_was_late_is_served_the_next_version():
+    c = PublishCoordinator(10)
+    prepare_all(c, 1, ["a", "b"])
+    c.on_published(Published(c.epoch, 1, "d", 0.1))
+    c.on_applied(Applied(c.epoch, 1, "d"), "b")
+    c.on_tick(["a", "b"], 1000.0)  # a was late
+    assert c.is_suspended("a")
+    c.on_receive_failed(ReceiveFailed(c.epoch, 1, "broken pipe"), "a")
+    assert not c.is_suspended("a")
+    assert set(sent(c.on_publish(offer(2), ["a", "b"], 1001.0), Prepare)) == {"a", "b"}

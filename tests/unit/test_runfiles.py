@@ -37,5 +37,5 @@ def test_a_run_keeps_its_name_and_counts_its_brokers(tmp_path):
     (tmp_path / "run.json").write_text("{")
     for files in (first, second):
         files.close()
-    with pytest.raises(ProtocolError, match="move .* away"):
+    with pytest.raises(ProtocolError, match=r"move .* away"):
         RunFiles(tmp_path)
