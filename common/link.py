@@ -126,7 +126,6 @@ class BrokerLink:
 
         Later, a broker that is silent for ``wait_s`` is a :class:`DeadlineError` of :meth:`receive`.
         """
-        self._patience_s = wait_s
         deadline = time.monotonic() + wait_s
         next_word = time.monotonic() + 2.0
         while time.monotonic() < deadline:
@@ -134,6 +133,7 @@ class BrokerLink:
                 return None
             message = self.receive(POLL_S)
             if isinstance(message, Welcome):
+                self._patience_s = wait_s
                 return message
             if time.monotonic() > next_word:
                 self.log.info("waiting for a broker at %s", self.address)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from common.config import load, to_yaml
+from tests.integration.forked import Forked
 
 ROOT = Path(__file__).parents[2]
 BRIEF = ("warmstart.target_reward=0.0",)
@@ -57,6 +58,9 @@ class Fleet:
         module = {"replica": "learner.score"}.get(name.split("-")[0], name.split("-")[0])
         torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks else []
         named = ["--name", name] if "-" in name else []
+        if not ranks and not self.places:
+            self.running[name] = Forked(module, [str(self.file), *named, *overrides], self.log(name))
+            return self.running[name]
         words = [sys.executable, "-m", *torchrun, module, str(self.file), *named, *overrides]
         with self.log(name).open("ab") as log:
             self.running[name] = subprocess.Popen(

@@ -88,7 +88,7 @@ def test_a_killed_learner_and_a_killed_broker_are_started_again_and_nothing_is_l
         assert "resumed from" in fleet.log("learner").read_text()
 
 
-def test_a_full_disk_ends_the_broker_with_a_remedy_and_loses_nothing(tmp_path, model):
+def test_a_full_disk_and_peers_that_say_nothing_or_nonsense_lose_nothing(tmp_path, model):
     """A file-size limit stands in for the disk: write returns an error at the same place."""
     with Fleet(tmp_path, model, "run.steps=24", *QUICK) as fleet:
         for name in PARTS[1:-1]:
@@ -109,24 +109,13 @@ def test_a_full_disk_ends_the_broker_with_a_remedy_and_loses_nothing(tmp_path, m
         assert "could not be written" in said
         assert "make room on the disk" in said
         fleet.start("broker")
-        assert [fleet.wait(name) for name in PARTS[:-1]] == [0] * 4, fleet.words()
-        assert_nothing_lost_nothing_twice(fleet)
-
-
-def test_peers_that_say_nothing_or_nonsense_disturb_nobody(tmp_path, model):
-    with Fleet(tmp_path, model, "run.steps=16", *QUICK) as fleet, zmq.Context() as context:
-        fleet.start("broker")
-        silent, noisy = context.socket(zmq.DEALER), context.socket(zmq.DEALER)
-        for socket in (silent, noisy):
-            socket.setsockopt(zmq.LINGER, 0)
-            socket.connect(fleet.config.broker.address)
-        for name in PARTS[1:-1]:
-            start(fleet, name)
-        while fleet.running["broker"].poll() is None:
-            noisy.send_multipart([os.urandom(50), os.urandom(500)])
-            time.sleep(0.01)
+        with zmq.Context() as context, context.socket(zmq.DEALER) as silent, context.socket(zmq.DEALER) as noisy:
+            for socket in (silent, noisy):
+                socket.setsockopt(zmq.LINGER, 0)
+                socket.connect(fleet.config.broker.address)
+            while fleet.running["broker"].poll() is None:
+                noisy.send_multipart([os.urandom(50), os.urandom(500)])
+                time.sleep(0.01)
         assert [fleet.wait(name) for name in PARTS[:-1]] == [0] * 4, fleet.words()
         assert fleet.status()["bad_messages"]["WireError"] > 10
         assert_nothing_lost_nothing_twice(fleet)
-        silent.close()
-        noisy.close()

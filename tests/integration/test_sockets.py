@@ -80,12 +80,12 @@ def test_a_broker_that_falls_silent_is_a_deadline_error_and_one_that_is_back_in_
 
     try:
         serve(0.5)
-        link.wait_welcome(1.5)
-        time.sleep(1.0)
+        link.wait_welcome(0.8)
+        time.sleep(0.4)
         serve(0.3)
         while link.receive() is not None:
             pass
-        time.sleep(2.2)
+        time.sleep(1.4)
         with pytest.raises(DeadlineError, match=r"silent for .* start it again"):
             while link.receive() is not None:
                 pass
