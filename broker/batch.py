@@ -5,7 +5,7 @@ not of when they arrived.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -198,6 +198,29 @@ def reject(batch: Batch, scored: Scores, rule: Rule) -> Decision:
     elif rule.z_weight == "batch" and decision.accepted:
         _divide(decision, on, np.full(len(on), decision.divergence.expected_acceptance, np.float32))
         decision.denominator = max(1, loss_denominator(batch, decision.accept == 1))
+    return decision
+
+
+def thin_again(batch: Batch, first: Decision, scored: Scores, rule: Rule) -> Decision:
+    """A second thinning of what the first accepted, under a later policy p' (algorithms.md 1.4).
+
+    Survivors are draws of density m, so the same rule applies with m for q: accept with
+    ``min(1, p'/(lam m))``, after which ``log m' = min(log m, log p' - log lam)``. Coins are those of
+    the later version, which are independent of the first. The estimator stays exact; the receipt's
+    divergences remain those of the first thinning, the ESS is of ``p'/m'``.
+    """
+    on = np.flatnonzero(first.accept)
+    log_p = np.minimum(scored.log_p[on], np.float32(0))
+    nan = np.isnan(log_p)
+    log_p = np.where(nan, np.float32(-np.inf), log_p)
+    uniforms = coins(rule.seed, batch.groups, batch.siblings, np.diff(batch.cu_seqlens), scored.version)[on]
+    thinning = thin(log_p, first.log_m[on], uniforms, rule.log_threshold)
+    decision = _spread(batch, on, thinning, log_p, scored.version, first.unscorable + int(nan.sum()))
+    decision.proposed, decision.z, decision.divergence = first.proposed, first.z, first.divergence
+    weight = np.exp((log_p - thinning.log_m)[thinning.accept].astype(np.float64))
+    if first.divergence is not None and len(weight):
+        ess = float(weight.sum()) ** 2 / (len(weight) * float(np.square(weight).sum()))
+        decision.divergence = replace(first.divergence, ess=ess)
     return decision
 
 

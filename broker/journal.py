@@ -7,7 +7,7 @@
     the loop sends the answers that waited for seq
 
 A group commit is one LMDB value, a *chunk*: its events' headers, then their frames end to end. One
-large value is written at 0.8 of the speed of a bare append and fsync, many small ones at 0.3
+large value is written at nearly the speed of a bare append and fsync, many small ones at 0.6
 (docs/decisions/0008). Chunks are deleted whole, and LMDB uses their pages again, so the file stays
 within its bound.
 """

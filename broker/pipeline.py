@@ -15,7 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from broker.batch import Batch, Decision, Rule, Scores, accept_all, collate, make_shards, reject, trainable_scores
+from broker.batch import (
+    Batch,
+    Decision,
+    Rule,
+    Scores,
+    accept_all,
+    collate,
+    make_shards,
+    reject,
+    thin_again,
+    trainable_scores,
+)
 from broker.groups import GroupBook, Trajectory, unpack_all
 from broker.ledger import StalenessLedger
 from broker.receipts import receipt
@@ -49,6 +60,7 @@ class DecidedStep:
     log_threshold: float
     shards: list[Shard] | None = None
     committed: bool = False
+    again_seq: int | None = None  # the journal's event with the scores of its second thinning, if it had one
     following: dict[str, Any] = field(default_factory=dict)  # what the step taught the next one; in the receipt too
 
     def follow(self, following: dict[str, Any]) -> None:
@@ -280,6 +292,10 @@ class Pipeline:
             raise DataError(f"score_result: alternatives {result.topk_log_p.shape}, asked {asked}")
         if result.version < request.min_version:
             raise DataError(f"score_result: scored by version {result.version}, asked for {request.min_version}")
+        if batch.step in self._steps:
+            self._thin_again(self._steps[batch.step], scores_of(result), seq)
+            self._scoring = None
+            return
         decided = self._decide(batch, result, seq, self.log_threshold)  # may raise: then nothing has changed
         self._scoring = None
         self._finish(batch, *decided)
@@ -292,6 +308,35 @@ class Pipeline:
                     "budget_feasible": choice.feasible,
                 }
                 self._steps[batch.step].follow(following)
+
+    def rethin(self, step: int, min_version: int) -> ScoreRequest | None:
+        """Ask for scores of a decided step under ``min_version`` or later, to thin it a second time.
+
+        None if it was decided under a version as new, was thinned again or served already, or
+        another batch is being scored.
+        """
+        entry = self._steps.get(step)
+        if entry is None or entry.committed or entry.shards is not None or entry.again_seq is not None:
+            return None
+        if self._scoring is not None or not 0 <= entry.decision.version < min_version:
+            return None
+        self._scoring = (entry.batch, self._score_request(entry.batch, self._next_request, min_version))
+        self._next_request += 1
+        return self._scoring[1]
+
+    def _thin_again(self, entry: DecidedStep, scores: Scores, seq: int) -> None:
+        first = entry.decision
+        rule = Rule(self.config.run.seed, entry.log_threshold)
+        entry.decision, entry.again_seq = thin_again(entry.batch, first, scores, rule), seq
+        self.counts["tokens_accepted"] += entry.decision.accepted - first.accepted
+        line = receipt(entry.batch, entry.decision, float(np.exp(entry.log_threshold)))
+        again = {"rethinned_by_version": scores.version, "rethinned_tokens": first.accepted - entry.decision.accepted}
+        entry.receipt = {**line, **again, **entry.following}
+
+    @property
+    def _assembling(self) -> Batch | None:
+        """The batch that awaits its first scores; one that is thinned again counts among the decided."""
+        return None if self._scoring is None or self._scoring[0].step in self._steps else self._scoring[0]
 
     def _decide(self, batch: Batch, result: ScoreResult, seq: int, log_threshold: float) -> tuple[Decision, int, float]:
         obrs = self.config.obrs
@@ -322,7 +367,7 @@ class Pipeline:
                 "resume from a newer checkpoint or raise broker.retain_mb"
             )
         entry = self._steps.get(step)
-        if entry is None:
+        if entry is None or self._being_scored(step):
             return None
         if entry.shards is None or len(entry.shards) != world:
             entry.shards = make_shards(entry.batch, entry.decision, world, self.config.rollout.temperature)
@@ -360,7 +405,12 @@ class Pipeline:
     def checkpointed(self, step: int) -> None:
         """Steps up to ``step`` will not be asked for again."""
         for done in [s for s in self._steps if s <= step]:
-            del self._steps[done]
+            self._forget(done)
+
+    def _forget(self, step: int) -> None:
+        if self._being_scored(step):
+            self._scoring = None  # a second thinning that nobody waits for any more
+        del self._steps[step]
 
     def _prune(self) -> None:
         limit = self.config.broker.retain_mb * MEGABYTE
@@ -369,7 +419,7 @@ class Pipeline:
             if held <= limit:
                 return
             held -= self._steps[step].batch.nbytes
-            del self._steps[step]
+            self._forget(step)
 
     # ---- state ----------------------------------------------------------------------------------
 
@@ -379,6 +429,7 @@ class Pipeline:
         batches = [entry.batch for entry in self._steps.values()] + ([self._scoring[0]] if self._scoring else [])
         found += [seq for batch in batches for seq, _ in batch.sources]
         found += [entry.score_seq for entry in self._steps.values()]
+        found += [entry.again_seq for entry in self._steps.values() if entry.again_seq is not None]
         return sorted({seq for seq in found if seq >= 0})
 
     def state(self) -> dict[str, Any]:
@@ -399,7 +450,10 @@ class Pipeline:
             "silent": self._silent,
             "threshold": self._controller_state(),
             "steps": [
-                [step, [list(s) for s in e.batch.sources], e.score_seq, e.log_threshold, e.committed, e.following]
+                [
+                    step, [list(s) for s in e.batch.sources], e.score_seq, e.log_threshold, e.committed, e.following,
+                    e.again_seq, len(e.shards or ()),
+                ]
                 for step, e in self._steps.items()
             ],
             "scoring": [
@@ -432,14 +486,19 @@ class Pipeline:
             arrays = [np.frombuffer(r, np.float32) for r in ratios]
             self._controller.restore({"log_threshold": log_threshold, "log_ratios": arrays})
         counts = Counter(self.counts)
-        for step, sources, seq, log_threshold, committed, following in state["steps"]:
+        for step, sources, seq, log_threshold, committed, following, again_seq, world in state["steps"]:
             batch = self._collate(step, [load(*s) for s in sources])
             if seq < 0:
                 self._finish(batch, accept_all(batch), -1, 0.0)
             else:
                 self._finish(batch, *self._decide(batch, scores(seq), seq, log_threshold))
-            self._steps[step].committed = committed
-            self._steps[step].follow(following)
+            entry = self._steps[step]
+            entry.committed = committed
+            entry.follow(following)
+            if again_seq is not None:
+                self._thin_again(entry, scores_of(scores(again_seq)), again_seq)
+            if world:
+                entry.shards = make_shards(batch, entry.decision, world, self.config.rollout.temperature)
         self.counts = counts
         if state["scoring"] is not None:
             step, sources, number, min_version = state["scoring"]
@@ -452,7 +511,7 @@ class Pipeline:
     def queue_bytes(self) -> int:
         """Bytes of trajectories that wait to be trained."""
         waiting = sum(s.batch.nbytes for s in self._steps.values() if not s.committed)
-        return self.book.nbytes + waiting + (self._scoring[0].nbytes if self._scoring else 0)
+        return self.book.nbytes + waiting + (self._assembling.nbytes if self._assembling else 0)
 
     @property
     def queued(self) -> int:
@@ -462,7 +521,7 @@ class Pipeline:
     def held(self) -> int:
         """The same number counted from what is really held; a test compares the two."""
         waiting = sum(len(s.batch.groups) for s in self._steps.values() if not s.committed)
-        return self.book.held + waiting + (len(self._scoring[0].groups) if self._scoring else 0)
+        return self.book.held + waiting + (len(self._assembling.groups) if self._assembling else 0)
 
     def waiting_for(self) -> str:
         """Why the next step cannot be served, in words."""

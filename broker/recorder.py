@@ -81,6 +81,8 @@ def apply(pipeline: Pipeline, event: Event) -> Any:
             return pipeline.actor_lost(head["actor"])
         case "assemble":
             return pipeline.assemble(head["version"])
+        case "rethin":
+            return pipeline.rethin(head["step"], head["version"])
         case "scored":
             return pipeline.scored(decode(event.frames, wire.TO_BROKER), event.seq)
         case "commit":
@@ -235,6 +237,13 @@ class Recorder:
             self._write("assemble", {"version": min_version})
             if request is None:
                 self._decided(step)
+        return request
+
+    def rethin(self, step: int, min_version: int) -> wire.ScoreRequest | None:
+        """See :meth:`Pipeline.rethin`; written down if the step is to be thinned again."""
+        request = self.pipeline.rethin(step, min_version)
+        if request is not None:
+            self._write("rethin", {"step": step, "version": min_version})
         return request
 
     def scored(self, result: wire.ScoreResult) -> None:

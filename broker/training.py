@@ -39,6 +39,7 @@ class Training:
         self.honesty = Honesty(config.broker.verify_rate, config.run.seed)
         self.learner_seen = False
         self.serving = False  # a shard has left
+        self._ess = 1.0  # normalised, of the learner's weights at its last step
         self._fetches: dict[bytes, tuple[wire.Fetch, float]] = {}
         self._score_sent: tuple[bytes, float] | None = None
         self._next_replica = 0
@@ -73,6 +74,8 @@ class Training:
 
     def request_scores(self, version: int, now: float) -> None:
         """Assemble what is due at ``version`` and have it scored; ask another replica when one is late."""
+        if self._ess < self.config.obrs.rethin_below:
+            self.recorder.rethin(version, version)  # the step that this version trains
         step = -1
         while self.pipeline.ledger.next_step > step:  # with rejection off several may be due
             step = self.pipeline.ledger.next_step
@@ -108,7 +111,7 @@ class Training:
         self._score_sent = None
         self.figures.decide_seconds += time.perf_counter() - started
         decided = None if step is None else self.pipeline.step(step)
-        if decided is not None:
+        if decided is not None and decided.again_seq is None:  # what survived a thinning says less of its actor
             for sentence in self.honesty.check(decided.batch, scores_of(message)):
                 log.warning("%s", sentence)
         self.figures.score_seconds += message.seconds
@@ -162,5 +165,6 @@ class Training:
         receipt = self.recorder.commit(step, metrics)
         if receipt is None:
             return
+        self._ess = metrics.get("weight_ess", self._ess)
         line = self.figures.committed(receipt, metrics, self.pipeline, self.door.roster)
         self.door.outlet.do(lambda: self.files.metric("step", line))

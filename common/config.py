@@ -34,7 +34,7 @@ BYTES_JOURNALED = 1.5  # written for a byte of trajectory: scores, tables and pa
 
 # Least and greatest values that mean something, where a rule needs no more words than its numbers.
 RANGES: dict[str, tuple[float, float]] = {
-    "advantage.epsilon": (0, 1),
+    "advantage.epsilon": (0, 1), "obrs.rethin_below": (0, 1),
     "optim.beta1": (0, 0.999999), "optim.beta2": (0, 0.999999), "optim.eps": (0, 1), "optim.weight_decay": (0, 10),
     "broker.journal_mb": (0, 1e9), "broker.retain_mb": (0, 1e9), "broker.queue_mb": (0, 1e9),
     "broker.score_timeout_s": (0.1, 1e6), "broker.peer_timeout_s": (0.1, 1e6), "broker.verify_rate": (0, 1),
@@ -146,6 +146,7 @@ class ObrsSection:
     budget: float = 0.9  # mode budget: the share of tokens to accept; lambda follows, one step behind
     window: int = 1  # mode budget: steps that lambda is estimated from
     z_weight: Literal["none", "context", "batch"] = "none"  # none is exact; context is the paper's loss
+    rethin_below: float = 0.0  # a step is thinned again before it is served if the learner's last ESS was less
     z_kappa: bool = False  # z_weight context: the paper's debias of Z instead of interpolating between bounds
 
     def __post_init__(self) -> None:
@@ -154,6 +155,12 @@ class ObrsSection:
             0.01 <= self.threshold <= 100, "obrs.threshold", self.threshold, "must lie in [0.01, 100]; 1 is the default"
         )
         _require(0 < self.budget <= 1, "obrs.budget", self.budget, "is a share of the tokens: above 0, at most 1")
+        _require(
+            self.rethin_below == 0 or (self.z_weight == "none" and self.mode != "off"),
+            "obrs.rethin_below",
+            self.rethin_below,
+            "needs rejection (obrs.mode) and its exact form (obrs.z_weight=none); set it to 0",
+        )
         _require(1 <= self.window <= 64, "obrs.window", self.window, "must lie in [1, 64] steps")
 
 

@@ -104,7 +104,8 @@ class Alternative:
         if event.kind != "decided" or self._scores is None:
             return
         entry = pipeline.step(event.head["step"])
-        if entry is None:
+        if entry is None or entry.again_seq is not None:  # a second thinning is not decided anew
+            self._scores = None
             return
         obrs = self.config.obrs
         threshold = float(np.log(obrs.threshold)) if self._controller is None else self._controller.log_threshold

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.obrs import log_acceptance, log_inclusion
+from common.obrs import coins, log_acceptance, log_inclusion, thin
 
 
 @st.composite
@@ -60,3 +60,25 @@ def test_monotone_in_the_threshold_and_closed_under_composition(pair, factor):
     assert kl(p, m2 / m2.sum()) <= kl(p, m1 / m1.sum()) + 1e-5
     second, _ = masses(p, m1, threshold * factor)  # re-thinning the inclusion density itself
     np.testing.assert_allclose(a1 * second, a2, rtol=1e-3, atol=1e-6)
+
+
+@settings(max_examples=15, deadline=None)
+@given(pairs(), st.integers(0, 1000))
+def test_a_second_thinning_at_a_later_version_keeps_every_expectation(pair, seed):
+    """For any pi: E_q[accepted twice * pi / m'] is pi's mass where both p are positive, here all of it."""
+    p, q, threshold = pair
+    threshold = min(max(threshold, 0.5), 2.0)
+    rng, n = np.random.default_rng(seed), 40_000
+    later, pi = rng.dirichlet(np.ones(len(p)) * 3) + 1e-3, rng.dirichlet(np.ones(len(p)) * 3)
+    later /= later.sum()
+    drawn = rng.choice(len(q), n, p=q)
+    lq, lp, ll = (np.log(x).astype(np.float32)[drawn] for x in (q, p, later))
+    one = (np.zeros(1, np.int64), np.zeros(1, np.int32), np.array([n]))
+    first = thin(lp, lq, coins(seed, *one, 3), np.log(threshold))
+    on = np.flatnonzero(first.accept)
+    second = thin(ll[on], first.log_m[on], coins(seed, *one, 4)[on], np.log(threshold))
+    kept = on[second.accept]
+    weights = np.zeros(n)
+    weights[kept] = pi[drawn[kept]] / np.exp(second.log_m[second.accept].astype(np.float64))
+    error = weights.std() / np.sqrt(n)
+    assert abs(weights.mean() - 1.0) < 5 * error + 1e-3

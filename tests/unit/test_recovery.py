@@ -30,6 +30,7 @@ def config(**sections) -> RunConfig:
 CONFIGS = {
     "threshold": config(),
     "off": config(obrs=ObrsSection(mode="off")),
+    "rethin": config(obrs=ObrsSection(rethin_below=1.0)),
     "budget": config(obrs=ObrsSection(mode="budget", budget=0.7, window=2)),
 }
 
@@ -71,6 +72,8 @@ def drive(recorder: Recorder, rng: np.random.Generator, published: list[int], tu
                 request = recorder.assemble(published[0])
                 if request is not None and rng.random() < 0.5:
                     score(recorder, request, published[0])
+            case 4 if recorder.pipeline.config.obrs.rethin_below:
+                recorder.rethin(pipeline.committed_step + 1, published[0])
             case 6 if pipeline.scoring is not None:
                 score(recorder, pipeline.scoring, published[0])
             case 7:
@@ -122,7 +125,8 @@ def test_a_broker_killed_at_any_instant_comes_back_where_it_was(tmp_path: Path, 
         if journal.last >= 0:
             found = recover(pipeline, journal)
             assert found.differences == []
-            assert fingerprint(pipeline) == before
+            recover(looked_at := Pipeline(CONFIGS[name], VOCAB), journal)  # looking makes shards
+            assert fingerprint(looked_at) == before
         recorder = Recorder(pipeline, journal, dict)
         if journal.last < 0:
             recorder.begin(0)
@@ -182,4 +186,40 @@ def test_pruning_keeps_all_that_a_restart_needs(tmp_path: Path):
     recover(again, journal)
     assert fingerprint(again) == before
     assert kept < journal.last
+    journal.close()
+
+
+def test_a_step_is_thinned_again_under_a_later_version_and_never_once_it_was_served(tmp_path: Path):
+    pipeline = Pipeline(CONFIGS["rethin"], VOCAB)
+    journal = Journal(tmp_path / "j", "r", 64)
+    recorder = Recorder(pipeline, journal, dict)
+    recorder.begin(0)
+    for _ in range(2):
+        for group in recorder.grant("a", B, 0).groups:
+            recorder.admit(rollouts(int(group), list(range(G)), 0, 1), "a", 0)
+        score(recorder, recorder.assemble(0), 0)
+    first = pipeline.step(1).decision
+    assert recorder.rethin(1, 0) is None  # no newer version
+    request = recorder.rethin(1, 1)
+    assert pipeline.shard(1, 0, 1) is None  # not before the answer
+    assert pipeline.queued == pipeline.held()
+    log_p = np.where(request.wanted, -3.0, 0).astype(np.float32)
+    recorder.scored(wire.ScoreResult(request.request, 1, 0.1, log_p, np.zeros((len(log_p), 0), np.float32)))
+    entry = pipeline.step(1)
+    kept = entry.decision.accept == 1
+    assert 0 < kept.sum() < first.accepted
+    assert (first.accept[kept] == 1).all()
+    np.testing.assert_array_equal(entry.decision.log_m[kept], np.minimum(first.log_m[kept], np.float32(-3.0)))
+    assert entry.receipt["rethinned_by_version"] == 1
+    assert entry.receipt["rethinned_tokens"] == first.accepted - kept.sum()
+    assert pipeline.counts["tokens_accepted"] == pipeline.step(0).decision.accepted + kept.sum()
+    assert recorder.rethin(1, 2) is None  # once is enough
+    assert recorder.shard(0, 0, 1) is not None
+    assert recorder.rethin(0, 1) is None  # the learner may have it
+    recorder.snapshot()
+    settle(journal)
+    again = Pipeline(CONFIGS["rethin"], VOCAB)
+    assert recover(again, journal).differences == []
+    assert fingerprint(again) == fingerprint(pipeline)
+    assert again.rethin(0, 1) is None
     journal.close()
