@@ -9,9 +9,9 @@ from broker.door import Door
 from broker.figures import Figures
 from broker.honesty import Honesty
 from broker.peers import Peer
-from broker.pipeline import scores_of
 from broker.recorder import Recorder
 from broker.runfiles import RunFiles
+from broker.steps import scores_of
 from common import wire
 from common.config import RunConfig
 from common.errors import DataError, ProtocolError

@@ -19,9 +19,10 @@ from rich.table import Table
 
 from broker.batch import Rule, Scores, reject, trainable_scores
 from broker.journal import Event, Journal
-from broker.pipeline import Pipeline, scores_of
+from broker.pipeline import Pipeline
 from broker.recorder import CHECKS, apply, difference, load_snapshot
 from broker.service import JOURNAL, read_vocab_size
+from broker.steps import scores_of
 from common import wire
 from common.budget import BudgetController
 from common.codec import decode
