@@ -146,7 +146,8 @@ class Training:
                 del self._fetches[identity]
                 continue
             try:
-                shard = self.recorder.shard(fetch.step, fetch.rank, fetch.world)
+                held = self._is_to_be_rethinned(fetch.step)
+                shard = None if held else self.recorder.shard(fetch.step, fetch.rank, fetch.world)
             except ProtocolError as error:
                 del self._fetches[identity]
                 self.door.send(peer, wire.Refused(str(error)))
@@ -159,6 +160,18 @@ class Training:
             elif now - told > WAITING_EVERY_S:
                 self._fetches[identity] = (fetch, now)
                 self.door.send(peer, wire.Waiting(fetch.step, self._waiting_for()))
+
+    def _is_to_be_rethinned(self, step: int) -> bool:
+        """Whether ``step`` should wait for the version that trains it, which the learner is about to publish."""
+        entry = self.pipeline.step(step)
+        return (
+            self._ess < self.config.obrs.rethin_below
+            and entry is not None
+            and entry.again_seq is None
+            and entry.shards is None
+            and not entry.committed
+            and 0 <= entry.decision.version < step
+        )
 
     def commit(self, step: int, metrics: dict[str, float]) -> None:
         """``step`` is trained."""

@@ -75,6 +75,12 @@ def _lines(line: Record) -> list[tuple[str, str]]:
         ("lag in versions", f"mean {line['lag_mean']:.2f}, oldest {line['lag_max']}  (tokens: {lags})"),
         ("length", f"mean {line['length_mean']:.1f}, longest {line['length_max']}, cut {line['truncated']:.1%}"),
     ]
+    if len(channels := line.get("reward_channels") or {}) > 1:
+        rows.append(("reward channels", ", ".join(f"{name} {mean:.3f}" for name, mean in channels.items())))
+    if line.get("rethinned_by_version") is not None:
+        rows.append(
+            ("thinned again", f"by version {line['rethinned_by_version']}: {line['rethinned_tokens']:,} tokens fewer")
+        )
     if line.get("scored_by_version") is None:
         return [*rows, ("rejection", "off: every token was trained")]
     rows += [

@@ -30,6 +30,7 @@ from common.config import RunConfig, load
 from common.errors import ConfigError, CroupierError, JournalError
 from tools.run_files import CONFIG
 
+PIPE_COLUMNS = 120
 SHOWN_ROWS = 12
 
 
@@ -136,6 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="other settings of obrs.*, to compare")
     given = parser.parse_args(arguments)
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=PIPE_COLUMNS)
     try:
         config = load(given.run_dir / CONFIG)
         journal = Journal(given.run_dir / JOURNAL, "", config.broker.journal_mb or 1.0, read_only=True)

@@ -186,3 +186,52 @@ def test_a_broker_that_restarts_takes_its_peers_back_under_the_same_run(make):
 def test_a_missing_model_directory_names_the_remedy(tmp_path):
     with pytest.raises(ModelError, match=r"tools\.warmstart"):
         BrokerService(RunConfig(model=ModelSection(path=str(tmp_path / "nowhere"))), StopFlag())
+
+
+@pytest.mark.parametrize(
+    ("fetch", "words"),
+    [
+        (wire.Fetch(0, 5, 1), "rank 0 of 1 asks for the shard of rank 5"),
+        (wire.Fetch(STEPS, 0, 1), r"none of this run's 4 \(run\.steps\)"),
+        (wire.Fetch(-1, 0, 1), "step -1"),
+    ],
+)
+def test_a_fetch_beyond_the_mesh_or_the_run_is_refused_by_name(make, fetch, words):
+    broker = make()
+    learner = Peer(broker, "learner", "learner")
+    learner.link.send(fetch)
+    with pytest.raises(ProtocolError, match=words):
+        learner.expect(wire.Shard)
+    assert broker.service.figures.errors["ProtocolError"] == 1
+    learner.link.close()
+
+
+def test_a_sender_without_the_business_is_refused_and_counted(make):
+    broker = make()
+    learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
+    for message in (wire.Commit(0, 1, {}), wire.Fetch(0, 0, 1), wire.Published(0, 1, "d", 0.1), wire.Checkpointed(3)):
+        actor.link.send(message)
+    actor.expect(wire.Grant)
+    deadline = time.monotonic() + 5
+    while broker.service.figures.errors["ProtocolError"] < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert broker.service.pipeline.committed_step == -1
+    assert broker.service.status()["offences"] == {"a0/s/0": {"ProtocolError": 4}}
+    for peer in (learner, actor):
+        peer.link.close()
+
+
+def test_full_queues_are_named_as_what_the_run_waits_for(make):
+    broker = make()
+    learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
+    actor.expect(wire.Grant)
+    service = broker.service
+    deadline = time.monotonic() + 5
+    service.pipeline.groups_that_fit = lambda: 0
+    service.pipeline.actor_lost("a0")  # its groups are given up and none can be granted again
+    while "broker.queue_mb" not in service.waiting_for():
+        assert time.monotonic() < deadline, service.waiting_for()
+        time.sleep(0.02)
+    for peer in (learner, actor):
+        peer.link.close()

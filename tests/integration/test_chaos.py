@@ -22,7 +22,7 @@ from tools.replay import verify
 PARTS = ("broker", "learner", "replica-0", "actor-0", "actor-1")
 QUICK = (
     "broker.heartbeat_s=0.3", "broker.peer_timeout_s=2.5", "weights.deadline_s=3", "learner.checkpoint_every=3",
-    "broker.score_timeout_s=3", "evaluation.prompts=8", "learner.wait_s=60", "actor.wait_s=60",
+    "broker.score_timeout_s=3", "obrs.rethin_below=1.0", "evaluation.prompts=8", "learner.wait_s=60", "actor.wait_s=60",
 )  # fmt: skip
 
 pytestmark = pytest.mark.chaos
@@ -86,6 +86,7 @@ def test_a_killed_learner_and_a_killed_broker_are_started_again_and_nothing_is_l
         assert [fleet.wait(name) for name in PARTS[:-1]] == [0] * 4, fleet.words()
         assert_nothing_lost_nothing_twice(fleet)
         assert "resumed from" in fleet.log("learner").read_text()
+        assert sum("rethinned_by_version" in s for s in fleet.steps()) > 5
 
 
 def test_a_full_disk_and_peers_that_say_nothing_or_nonsense_lose_nothing(tmp_path, model):
