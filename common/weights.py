@@ -128,7 +128,10 @@ class WeightReceiver:
         self.log = logging.getLogger("weights.receiver")
         self._send = send
         self._join = join
+        self._lock = threading.Lock()
         self._prepared: Prepare | None = None
+        self._busy = False  # in a collective, or trying to leave one that broke
+        self._owes_ready = False  # for the Prepare that came meanwhile
         self._jobs: queue.Queue[Prepare | None] = queue.Queue()
         self._staged: queue.Queue[StagedWeights] = queue.Queue()
         self._collective: tuple[int, Collective] | None = None
@@ -136,9 +139,11 @@ class WeightReceiver:
         self._thread.start()
 
     def on_prepare(self, message: Prepare) -> None:
-        """The broker asks whether we are ready: we always are, the thread waits."""
-        self._prepared = message
-        self._send(Ready(message.epoch, int(message.publish["version"])))
+        """The broker asks whether we are ready: as soon as the thread is free."""
+        with self._lock:
+            self._prepared, self._owes_ready = message, self._busy
+        if not self._owes_ready:
+            self._send(Ready(message.epoch, int(message.publish["version"])))
 
     def on_go(self, message: Go) -> None:
         """Everyone is ready: enter the collective in the background."""
@@ -146,6 +151,8 @@ class WeightReceiver:
         if prepared is None or prepared.epoch != message.epoch or prepared.publish["version"] != message.version:
             self._send(ReceiveFailed(message.epoch, message.version, "Go without a matching Prepare"))
             return
+        with self._lock:
+            self._busy = True
         self._jobs.put(prepared)
 
     def staged(self) -> StagedWeights | None:
@@ -184,6 +191,15 @@ class WeightReceiver:
                 reason = brief(error)
                 self.log.warning("version %d did not arrive: %s", publish.version, reason)
                 self._send(ReceiveFailed(job.epoch, publish.version, reason))
+            self._free()
+
+    def _free(self) -> None:
+        """Nothing is under way any more; answer the Prepare that came meanwhile."""
+        with self._lock:
+            self._busy, owed, self._owes_ready = False, self._owes_ready, False
+            prepared = self._prepared
+        if owed and prepared is not None:
+            self._send(Ready(prepared.epoch, int(prepared.publish["version"])))
 
     def _receive(self, job: Prepare, publish: Publish) -> StagedWeights:
         if self._collective is None or self._collective[0] != job.epoch:

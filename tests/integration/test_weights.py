@@ -196,3 +196,24 @@ def test_a_wrong_digest_is_refused():
     receiver.on_go(wire.Go(9, 1, ["x"]))
     assert "without a matching Prepare" in sent.get(timeout=2).reason
     receiver.close()
+
+
+def test_a_receiver_that_is_stuck_in_a_broken_group_says_ready_once_it_is_free():
+    sent, gate = queue.Queue(), threading.Event()
+
+    def join(_):
+        gate.wait(5)
+        raise RuntimeError("connection refused")
+
+    receiver = WeightReceiver(sent.put, join)
+    offer = {"version": 1, "host": "h", "port": 1, "backend": "gloo", "bucket_bytes": 64, "tensors": []}
+    receiver.on_prepare(wire.Prepare(1, 1, 2, offer))
+    assert sent.get(timeout=1) == wire.Ready(1, 1)
+    receiver.on_go(wire.Go(1, 1, ["a"]))
+    receiver.on_prepare(wire.Prepare(2, 1, 2, offer))
+    with pytest.raises(queue.Empty):
+        sent.get(timeout=0.2)
+    gate.set()
+    assert isinstance(sent.get(timeout=5), wire.ReceiveFailed)
+    assert sent.get(timeout=1) == wire.Ready(2, 1)
+    receiver.close()
