@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from common.config import OptimSection
+from common.config import ActorSection, OptimSection, RunConfig, WeightsSection
 from common.errors import CheckpointError
 from learner import checkpoint
 from learner.model.config import ModelConfig
@@ -16,6 +16,7 @@ from learner.model.decoder import Decoder
 from learner.optim import Optimizer, learning_rate
 from learner.parallel.data import DataParallel
 from learner.step import StepBatch, StepSettings, micro_batches, train_step
+from learner.train import weight_backend
 
 CONFIG = ModelConfig(
     vocab_size=19, hidden_size=16, intermediate_size=0, num_hidden_layers=2, num_attention_heads=4,
@@ -250,3 +251,15 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_by_name(tmp_path):
     (path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match=r"step-00000001: damaged.*resume from an older one"):
         checkpoint.load(path, model, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("device", "engine", "asked", "found"),
+    [
+        ("cpu", "local", "auto", "gloo"), ("cuda", "local", "auto", "gloo"), ("cuda", "sglang", "auto", "nccl"),
+        ("cpu", "sglang", "auto", "gloo"), ("cuda", "local", "nccl", "nccl"), ("cuda", "sglang", "gloo", "gloo"),
+    ],
+)  # fmt: skip
+def test_weights_go_by_nccl_only_where_both_ends_have_a_gpu(device, engine, asked, found):
+    config = RunConfig(actor=ActorSection(engine=engine), weights=WeightsSection(backend=asked))
+    assert weight_backend(config, torch.device(device)) == found
