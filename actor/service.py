@@ -259,8 +259,7 @@ class ActorService:
         if self._left[group] == 0:
             del self._left[group], self._prompts[group]
         try:
-            channels = self.task.reward(item, completion.token_ids)
-            reward = combine(channels, self.config.task.reward_weights)
+            channels, reward = self._reward(item, completion)
         except Exception as error:  # noqa: BLE001  # a verifier is foreign code
             self.counters["reward_failures"] += 1
             reason = f"reward of {self.config.task.name}: {type(error).__name__}: {error}"
@@ -269,12 +268,16 @@ class ActorService:
             return None
         return Finished(group, item.prompt_ids, completion, channels, reward)
 
+    def _reward(self, item: PromptItem, completion: Completion) -> tuple[dict[str, float], float]:
+        """Channels and their weighted sum. Raises whatever the task's verifier raises."""
+        channels = self.task.reward(item, completion.token_ids)
+        return channels, combine(channels, self.config.task.reward_weights)
+
     def _collect_evaluation(self, completion: Completion) -> None:
         number, n = divmod(completion.request_id - EVALUATION_ID, EVALUATION_STRIDE)
         evaluation = self._evaluations[number]
         try:
-            channels = self.task.reward(evaluation.items[n], completion.token_ids)
-            evaluation.rewards[n] = combine(channels, self.config.task.reward_weights)
+            _, evaluation.rewards[n] = self._reward(evaluation.items[n], completion)
         except Exception as error:  # noqa: BLE001  # a verifier is foreign code
             self._evaluation_failed(n, error)
             evaluation.rewards[n] = 0.0

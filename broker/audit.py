@@ -6,6 +6,8 @@ rule expected of it (mean of a, which needs no coin), and its difference from th
 apart from its noise by a z score. Drops by length are counted where they happen (pipeline).
 """
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from broker.batch import Batch, Decision
 
 WARN_SIGMA = 4.0  # a difference from the rest of the batch beyond its noise
 WARN_SHARE = 0.02  # ... and at least this large
-FEWEST = 50  # tokens below which a stratum says nothing
+FEWEST = 50  # tokens or trajectories below which a stratum says nothing
 LENGTH_BINS = 4
 
 
@@ -32,7 +34,7 @@ def strata(batch: Batch) -> dict[str, NDArray[np.int64]]:
 def audit(batch: Batch, decision: Decision) -> dict[str, Any]:
     """``{stratum: {value: [tokens, acceptance, z]}}`` and ``warnings`` where a value stands out."""
     on = batch.trainable == 1
-    owner = np.repeat(np.arange(len(batch.groups)), np.diff(batch.cu_seqlens))[on]
+    owner = batch.owner[on]
     accepted = decision.accept[on].astype(np.float64)
     by_token = {name: of[owner] for name, of in strata(batch).items()}
     by_token["lag"] = (batch.step - batch.versions[on]).astype(np.int64)
@@ -44,16 +46,32 @@ def audit(batch: Batch, decision: Decision) -> dict[str, Any]:
             inside = values == value
             count, rest = int(inside.sum()), int((~inside).sum())
             rate = float(accepted[inside].mean())
-            z = _z_score(accepted[inside], accepted[~inside]) if min(count, rest) >= FEWEST else 0.0
-            found[name][str(int(value))] = [count, rate, round(z, 2)]
-            difference = rate - float(accepted[~inside].mean()) if rest else 0.0
-            if abs(z) >= WARN_SIGMA and abs(difference) >= WARN_SHARE:
+            comparison = compare_shares(float(accepted[inside].sum()), count, float(accepted[~inside].sum()), rest)
+            found[name][str(int(value))] = [count, rate, round(comparison.z, 2)]
+            difference = comparison.difference
+            if comparison.stands_out:
                 warnings.append(f"{name} {int(value)}: acceptance {rate:.3f}, {difference:+.3f} from the rest")
     return {"strata": found, "warnings": warnings}
 
 
-def _z_score(inside: NDArray[np.float64], outside: NDArray[np.float64]) -> float:
-    """Difference of two shares in units of its standard error (pooled)."""
-    pooled = (inside.sum() + outside.sum()) / (len(inside) + len(outside))
-    error = np.sqrt(pooled * (1 - pooled) * (1 / len(inside) + 1 / len(outside)))
-    return float((inside.mean() - outside.mean()) / error) if error > 0 else 0.0
+@dataclass(frozen=True)
+class Comparison:
+    """A stratum's share beside that of the rest."""
+
+    difference: float  # 0 where there is no rest
+    z: float  # in units of its standard error (pooled); 0 where either says nothing
+
+    @property
+    def stands_out(self) -> bool:
+        """Whether the difference is beyond its noise, and large enough to matter."""
+        return abs(self.z) >= WARN_SIGMA and abs(self.difference) >= WARN_SHARE
+
+
+def compare_shares(here: float, of: int, elsewhere: float, of_others: int) -> Comparison:
+    """``here`` successes ``of`` so many, beside ``elsewhere`` of ``of_others``; fewer than FEWEST say nothing."""
+    difference = here / of - elsewhere / of_others if of and of_others else 0.0
+    if min(of, of_others) < FEWEST:
+        return Comparison(difference, 0.0)
+    pooled = (here + elsewhere) / (of + of_others)
+    error = math.sqrt(pooled * (1 - pooled) * (1 / of + 1 / of_others))
+    return Comparison(difference, difference / error if error > 0 else 0.0)

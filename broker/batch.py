@@ -6,6 +6,7 @@ not of when they arrived.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +16,7 @@ from broker.advantages import Kind, group_advantages, without_signal
 from broker.groups import Trajectory
 from broker.packing import balance, runs
 from common.errors import DataError
-from common.obrs import Divergence, Thinning, coins, divergence, thin
+from common.obrs import Divergence, Thinning, coins, divergence, effective_sample_size, thin
 from common.wire import Shard
 from common.zbounds import enumerated_acceptance, interpolate, kappa, without_impossible, z_bounds
 
@@ -55,8 +56,13 @@ class Batch:
         return np.add.reduceat(self.trainable.astype(np.int64), self.cu_seqlens[:-1])
 
     @property
+    def owner(self) -> NDArray[np.int64]:
+        """Which trajectory each token belongs to ``[N]``."""
+        return np.repeat(np.arange(len(self.groups)), np.diff(self.cu_seqlens))
+
+    @cached_property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Bytes held; asked for at every grant."""
         arrays = (self.token_ids, self.trainable, self.log_q, self.versions)
         return sum(a.nbytes for a in arrays) + sum(t.topk_ids.nbytes + t.topk_log_q.nbytes for t in self.members)
 
@@ -159,6 +165,12 @@ class Scores:
     log_p: NDArray[np.float32]  # [N]
     topk_log_p: NDArray[np.float32]  # [N, k] at the batch's alternatives
 
+    def at(self, on: NDArray[np.int64]) -> tuple[NDArray[np.float32], int]:
+        """``log p`` at positions ``on`` and how many of them were NaN (made -inf: rejected)."""
+        log_p = np.minimum(self.log_p[on], np.float32(0))  # rounding may lift a certain token above 0
+        nan = np.isnan(log_p)
+        return np.where(nan, np.float32(-np.inf), log_p), int(nan.sum())
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -173,9 +185,8 @@ class Rule:
 def trainable_scores(batch: Batch, scores: Scores) -> tuple[NDArray[np.float32], NDArray[np.float32], int]:
     """``(log p, log q)`` of the trainable tokens and how many scores were NaN (made -inf: rejected)."""
     on = np.flatnonzero(batch.trainable)
-    log_p = np.minimum(scores.log_p[on], np.float32(0))  # rounding may lift a certain token above 0
-    nan = np.isnan(log_p)
-    return np.where(nan, np.float32(-np.inf), log_p), batch.log_q[on], int(nan.sum())
+    log_p, unscorable = scores.at(on)
+    return log_p, batch.log_q[on], unscorable
 
 
 def reject(batch: Batch, scored: Scores, rule: Rule) -> Decision:
@@ -210,17 +221,14 @@ def thin_again(batch: Batch, first: Decision, scored: Scores, rule: Rule) -> Dec
     divergences remain those of the first thinning, the ESS is of ``p'/m'``.
     """
     on = np.flatnonzero(first.accept)
-    log_p = np.minimum(scored.log_p[on], np.float32(0))
-    nan = np.isnan(log_p)
-    log_p = np.where(nan, np.float32(-np.inf), log_p)
+    log_p, unscorable = scored.at(on)
     uniforms = coins(rule.seed, batch.groups, batch.siblings, np.diff(batch.cu_seqlens), scored.version)[on]
     thinning = thin(log_p, first.log_m[on], uniforms, rule.log_threshold)
-    decision = _spread(batch, on, thinning, log_p, scored.version, first.unscorable + int(nan.sum()))
+    decision = _spread(batch, on, thinning, log_p, scored.version, first.unscorable + unscorable)
     decision.proposed, decision.z, decision.divergence = first.proposed, first.z, first.divergence
     weight = np.exp((log_p - thinning.log_m)[thinning.accept].astype(np.float64))
     if first.divergence is not None and len(weight):
-        ess = float(weight.sum()) ** 2 / (len(weight) * float(np.square(weight).sum()))
-        decision.divergence = replace(first.divergence, ess=ess)
+        decision.divergence = replace(first.divergence, ess=effective_sample_size(weight, len(weight)))
     return decision
 
 

@@ -50,7 +50,7 @@ class Distribution:
 
     def left(self, peer: Peer, now: float) -> None:
         """It receives nothing more, or sends nothing more."""
-        if peer.role == "learner" and peer.hello.rank == 0:
+        if peer.leads:
             self.weights.on_learner_lost()
         else:
             self._dispatch(self.weights.on_lost(peer.name, self.door.roster.receivers(), now))

@@ -57,10 +57,12 @@ class Door:
 
     def bad_message(self, identity: bytes, what: str, error: Exception) -> None:
         """A message that could not be taken; counted, and an offence. Said once a minute about each kind and peer."""
-        kind, who = type(error).__name__, self.who(identity)
+        self._misdeed(identity, type(error).__name__, f"{what} from {self.who(identity)[:80]}: {error}")
+
+    def _misdeed(self, identity: bytes, kind: str, words: str) -> None:
         self.figures.errors[kind] += 1
-        if self._may_say((who, kind)):
-            log.warning("%s from %s: %s", what, who[:80], error)
+        if self._may_say((self.who(identity), kind)):
+            log.warning("%s", words)
         self.offence(identity, kind)
 
     def offence(self, identity: bytes, kind: str, times: int = 1) -> None:
@@ -82,11 +84,8 @@ class Door:
         """Greet a new peer, or say why not."""
         reason = self._objection(identity, hello)
         if reason:
-            if self._may_say((self.who(identity), "hello")):
-                log.warning("refused %s %s: %s", hello.role, hello.name, reason)
             self.router.send(identity, wire.Refused(reason))
-            self.figures.errors["refused_hello"] += 1
-            self.offence(identity, "refused_hello")
+            self._misdeed(identity, "refused_hello", f"refused {hello.role} {hello.name}: {reason}")
             return
         known = self.roster.get(identity)
         peer = Peer(identity, hello, time.monotonic(), hello.version)

@@ -24,9 +24,9 @@ from typing import Any
 import lmdb
 import msgpack
 
+from common.config import MEGABYTE
 from common.errors import JournalError
 
-MEGABYTE = 1 << 20
 CHUNK_BYTES = 4 * MEGABYTE  # a group commit is cut here
 SLACK = 1.5  # map size over the bound on what is kept: LMDB needs room to copy and to fragment
 MAP_RESERVE = 64 * MEGABYTE
@@ -60,10 +60,15 @@ def _pack(events: Sequence[tuple[str, dict[str, Any], list[memoryview]]]) -> byt
     return b"".join(parts)
 
 
-def _unpack(first: int, chunk: memoryview, only: int | None = None) -> Iterator[Event]:
+def _table(chunk: memoryview) -> tuple[list[Any], int]:
+    """A chunk's ``[kind, head, sizes of frames]`` for each event, and where the table ends."""
     (length,) = KEY.unpack(chunk[: KEY.size])
-    table = msgpack.unpackb(chunk[KEY.size : KEY.size + length], strict_map_key=False)
-    offset = KEY.size + length
+    end = KEY.size + length
+    return msgpack.unpackb(chunk[KEY.size : end], strict_map_key=False), end
+
+
+def _unpack(first: int, chunk: memoryview, only: int | None = None) -> Iterator[Event]:
+    table, offset = _table(chunk)
     offset += -offset % ALIGNMENT
     for index, (kind, head, sizes) in enumerate(table):
         frames = []
@@ -95,6 +100,7 @@ class Journal:
             raise JournalError(f"{directory}: cannot be opened ({error}); move it away to begin anew") from error
         self._chunks: list[tuple[int, int]] = []  # (first seq, bytes), ascending
         self._list()
+        self._kept_bytes = sum(size for _, size in self._chunks)
         self.last = self._last_seq()
         self.durable = self.last
         self._pending: list[tuple[str, dict[str, Any], list[memoryview]]] = []
@@ -132,19 +138,19 @@ class Journal:
         if not self._chunks:
             return -1
         first, _ = self._chunks[-1]
-        return first + sum(1 for _ in self._events_of(first, only=-1, count=True)) - 1
+        return first + len(self._kinds_of(first)) - 1
 
-    def _events_of(self, first: int, only: int | None = None, count: bool = False) -> Iterator[Any]:
+    def _kinds_of(self, first: int) -> list[str]:
+        """Kinds of the events in the chunk that begins at ``first``; [] if it was pruned."""
         with self._env.begin(buffers=True) as txn:
             value = txn.get(KEY.pack(first))
-            if value is None:
-                return
-            if count:
-                chunk = memoryview(value)
-                (length,) = KEY.unpack(chunk[: KEY.size])
-                yield from msgpack.unpackb(chunk[KEY.size : KEY.size + length], strict_map_key=False)
-            else:
-                yield from list(_unpack(first, memoryview(value), only))
+            return [] if value is None else [str(kind) for kind, _, _ in _table(memoryview(value))[0]]
+
+    def _events_of(self, first: int, only: int | None = None) -> list[Event]:
+        """Events of that chunk, or ``only`` the one of that number; [] if it was pruned."""
+        with self._env.begin(buffers=True) as txn:
+            value = txn.get(KEY.pack(first))
+            return [] if value is None else list(_unpack(first, memoryview(value), only))
 
     # ---- writing --------------------------------------------------------------------------------
 
@@ -171,7 +177,7 @@ class Journal:
     @property
     def used_bytes(self) -> int:
         """Bytes of the chunks kept, and of what waits to be written."""
-        return sum(size for _, size in self._chunks) + self._pending_bytes
+        return self._kept_bytes + self._pending_bytes
 
     def prune(self, needed: Sequence[int], before: int) -> None:
         """Delete the chunks of events older than ``before`` that hold none of ``needed``."""
@@ -218,6 +224,7 @@ class Journal:
                 if not txn.put(KEY.pack(first), value, append=True):
                     raise lmdb.KeyExistsError(f"event {first} is there already")
             self._chunks.append((first, len(value)))
+            self._kept_bytes += len(value)
             self.durable = first + (end - start) - 1
             start = end
 
@@ -226,6 +233,7 @@ class Journal:
             for first in firsts:
                 txn.delete(KEY.pack(first))
         dead = set(firsts)
+        self._kept_bytes -= sum(size for first, size in self._chunks if first in dead)
         self._chunks = [c for c in self._chunks if c[0] not in dead]
 
     def close(self) -> None:
@@ -241,10 +249,8 @@ class Journal:
 
     def events(self, first: int = 0) -> Iterator[Event]:
         """Every event kept from number ``first`` on, in order; pruned ones are missing."""
-        for start, _ in list(self._chunks):
-            index = bisect_right([c for c, _ in self._chunks], first) - 1
-            if index >= 0 and start < self._chunks[index][0]:
-                continue
+        starts = [start for start, _ in self._chunks]
+        for start in starts[max(0, bisect_right(starts, first) - 1) :]:
             for event in self._events_of(start):
                 if event.seq >= first:
                     yield event
@@ -254,13 +260,13 @@ class Journal:
         index = bisect_right(self._chunks, (seq, 1 << 62)) - 1
         if index >= 0:
             for found in self._events_of(self._chunks[index][0], seq):
-                return found  # type: ignore[no-any-return]
+                return found
         raise JournalError(f"{self.directory}: event {seq} is not there any more")
 
     def latest(self, kind: str) -> int | None:
         """The number of the newest event of ``kind``; None if there is none."""
         for first, _ in reversed(self._chunks):
-            kinds = [str(found) for found, *_ in self._events_of(first, count=True)]
+            kinds = self._kinds_of(first)
             if kind in kinds:
                 return first + len(kinds) - 1 - kinds[::-1].index(kind)
         return None

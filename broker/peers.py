@@ -21,6 +21,11 @@ class Peer:
         return f"{self.hello.name}.{self.hello.rank}" if self.hello.role == "learner" else self.hello.name
 
     @property
+    def leads(self) -> bool:
+        """Whether it is the learner's rank 0, which publishes and commits."""
+        return self.hello.role == "learner" and self.hello.rank == 0
+
+    @property
     def role(self) -> str:
         """actor, replica or learner."""
         return self.hello.role
@@ -54,7 +59,7 @@ class Roster:
 
     def learner(self) -> Peer | None:
         """The learner's rank 0."""
-        return next((p for p in self.role("learner") if p.hello.rank == 0), None)
+        return next((p for p in self.role("learner") if p.leads), None)
 
     def receivers(self) -> list[str]:
         """Names of all that hold weights."""

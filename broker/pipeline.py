@@ -85,13 +85,11 @@ class Pipeline:
 
     def groups_that_fit(self) -> int:
         """Groups whose largest possible size still fits in the queue's bound, those promised counted in full."""
-        free = self.config.broker.queue_mb * MEGABYTE - self.queue_bytes
-        return max(0, int(free // self.largest_group) - self.ledger.promised)
+        return self.groups_within(self.config.broker.queue_mb * MEGABYTE - self.queue_bytes)
 
-    @property
-    def largest_group(self) -> int:
-        """Bytes of a group whose every sibling is as long as it may be."""
-        return self.config.rollout.largest_group
+    def groups_within(self, free: float, factor: float = 1.0) -> int:
+        """Groups beyond those promised that fit in ``free`` bytes, at ``factor`` times their largest possible size."""
+        return max(0, int(free // (self.config.rollout.largest_group * factor)) - self.ledger.promised)
 
     # ---- admission ------------------------------------------------------------------------------
 

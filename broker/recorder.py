@@ -204,8 +204,7 @@ class Recorder:
         """Groups that may still be promised before the journal is full, at their largest."""
         if self.journal is None:
             return 1 << 30
-        free = self.journal.limit_bytes - self.journal.used_bytes
-        return max(0, int(free // (self.pipeline.largest_group * BYTES_JOURNALED)) - self.pipeline.ledger.promised)
+        return self.pipeline.groups_within(self.journal.limit_bytes - self.journal.used_bytes, BYTES_JOURNALED)
 
     def grant(self, actor: str, count: int, version: int) -> wire.Grant | None:
         """See :meth:`Pipeline.grant`; written down if something was granted. A full journal grants nothing."""

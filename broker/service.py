@@ -241,7 +241,7 @@ class BrokerService:
             self.door.bad_message(identity, message.TAG, error)
 
     def _joined(self, peer: Peer, known: bool) -> None:
-        if peer.role == "learner" and peer.hello.rank == 0:
+        if peer.leads:
             self.training.learner_joined(peer.hello.version)
             self.distribution.learner_joined(peer.hello.version)
         self.door.welcome(peer)

@@ -144,12 +144,16 @@ class Steps:
         None if it was decided under a version as new, was thinned again or served already, or
         another batch is being scored.
         """
+        if self._scoring is not None or not self.may_rethin(step, min_version):
+            return None
+        return self._ask(self._steps[step].batch, min_version)
+
+    def may_rethin(self, step: int, version: int) -> bool:
+        """Whether ``step`` was decided by rejection under an older version, once only, and nobody has it yet."""
         entry = self._steps.get(step)
         if entry is None or entry.committed or entry.shards is not None or entry.again_seq is not None:
-            return None
-        if self._scoring is not None or not 0 <= entry.decision.version < min_version:
-            return None
-        return self._ask(entry.batch, min_version)
+            return False
+        return 0 <= entry.decision.version < version
 
     def _thin_again(self, entry: DecidedStep, scores: Scores, seq: int) -> None:
         first = entry.decision

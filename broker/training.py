@@ -163,15 +163,7 @@ class Training:
 
     def _is_to_be_rethinned(self, step: int) -> bool:
         """Whether ``step`` should wait for the version that trains it, which the learner is about to publish."""
-        entry = self.pipeline.step(step)
-        return (
-            self._ess < self.config.obrs.rethin_below
-            and entry is not None
-            and entry.again_seq is None
-            and entry.shards is None
-            and not entry.committed
-            and 0 <= entry.decision.version < step
-        )
+        return self._ess < self.config.obrs.rethin_below and self.pipeline.steps.may_rethin(step, step)
 
     def commit(self, step: int, metrics: dict[str, float]) -> None:
         """``step`` is trained."""

@@ -264,7 +264,7 @@ class BrokerSection:
     @property
     def max_message_bytes(self) -> int:
         """``max_message_mb`` in bytes."""
-        return int(self.max_message_mb * (1 << 20))
+        return int(self.max_message_mb * MEGABYTE)
 
 
 @dataclass(frozen=True)

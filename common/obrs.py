@@ -121,12 +121,16 @@ def divergence(log_p: Floats, log_q: Floats, thinning: Thinning) -> Divergence:
     np.subtract(lp, thinning.log_m, out=log_weight, where=possible)
     log_ratio_after = log_weight + np.log(mean_a)
     weight = np.exp(log_weight, where=thinning.accept, out=np.zeros_like(lp))
-    total = float(weight.sum())
-    accepted = int(thinning.accept.sum())
-    ess = total**2 / (accepted * float((weight**2).sum())) if accepted and total > 0 else 0.0
+    ess = effective_sample_size(weight, int(thinning.accept.sum()))
     before, before_se = _mean_kl_term(lp - lq, np.ones_like(lq))
     after, after_se = _mean_kl_term(log_ratio_after, a)
     return Divergence(before, after, mean_a, ess, before_se, after_se)
+
+
+def effective_sample_size(weight: NDArray[np.float64], count: int) -> float:
+    """``(sum w)^2 / (count sum w^2)``, normalised: 1 where ``count`` weights are equal and the others 0."""
+    total = float(weight.sum())
+    return total**2 / (count * float((weight**2).sum())) if count and total > 0 else 0.0
 
 
 def _mean_kl_term(log_ratio: NDArray[np.float64], weights: NDArray[np.float64]) -> tuple[float, float]:

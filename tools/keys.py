@@ -19,7 +19,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from common.errors import ConfigError
@@ -37,9 +36,9 @@ from common.keys import (
     write_public,
     write_secret,
 )
+from tools.console import make_console, print_error
 
 REVOKED = "revoked"  # beside allowed/: what `make` must not let in again by itself
-PIPE_COLUMNS = 120
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,9 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command == "allow":
             sub.add_argument("file", type=Path, help="a .pub file")
     given = parser.parse_args(arguments)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=PIPE_COLUMNS)
+    console = make_console()
     try:
         if given.command == "make":
             said = make(given.dir, given.client)
@@ -75,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print(table(given.dir))
             _, said = read_allowed(given.dir / ALLOWED)
     except ConfigError as error:
-        console.print(f"{type(error).__name__}: {error}", style="red", markup=False, soft_wrap=True)
+        print_error(console, error)
         return 2
     for line in said:
         console.print(line, markup=False, soft_wrap=True)

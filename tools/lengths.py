@@ -1,13 +1,9 @@
 """Are long trajectories dropped more often than others? Dropping by age or failure usually does that."""
 
-import math
 from dataclasses import dataclass
 
+from broker.audit import compare_shares
 from tools.run_files import Record
-
-WARN_SIGMA = 4.0  # a difference from the other lengths beyond its noise
-WARN_SHARE = 0.02  # ... and at least this large
-FEWEST = 50  # trajectories below which a length says nothing
 
 
 @dataclass(frozen=True)
@@ -34,15 +30,6 @@ def length_rows(status: Record) -> list[LengthRow]:
     rows = []
     for longest in sorted(trained.keys() | dropped.keys()):
         a, b = trained.get(longest, 0), dropped.get(longest, 0)
-        odd = _stands_out(b, a + b, n_dropped - b, n_trained + n_dropped - a - b)
-        rows.append(LengthRow(longest, a, b, odd))
+        comparison = compare_shares(b, a + b, n_dropped - b, n_trained + n_dropped - a - b)
+        rows.append(LengthRow(longest, a, b, comparison.stands_out))
     return rows
-
-
-def _stands_out(here: int, of: int, elsewhere: int, of_others: int) -> bool:
-    if min(of, of_others) < FEWEST:
-        return False
-    pooled = (here + elsewhere) / (of + of_others)
-    difference = abs(here / of - elsewhere / of_others)
-    error = math.sqrt(pooled * (1 - pooled) * (1 / of + 1 / of_others))
-    return difference >= WARN_SHARE and difference > WARN_SIGMA * error

@@ -12,14 +12,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from common.errors import ConfigError, CroupierError
+from tools.console import make_console, print_error
 from tools.lengths import LengthRow, length_rows
 from tools.run_files import Record, of_kind, read_metrics, read_status
-
-PIPE_COLUMNS = 120
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,9 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--step", type=int, help="which step (default: the last)")
     parser.add_argument("--audit", action="store_true", help="acceptance by length, reward and lag over all steps")
     given = parser.parse_args(arguments)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=PIPE_COLUMNS)
+    console = make_console()
     try:
         steps = of_kind(read_metrics(given.run_dir), "step")
         if not steps:
@@ -46,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError(f"step {wanted}: has no receipt; steps {steps[0]['step']} to {steps[-1]['step']} have")
         console.print(receipt_table(found[0]))
     except CroupierError as error:
-        console.print(f"{type(error).__name__}: {error}", style="red", markup=False, soft_wrap=True)
+        print_error(console, error)
         return 2
     return 0
 

@@ -28,9 +28,9 @@ from common.budget import BudgetController
 from common.codec import decode
 from common.config import RunConfig, load
 from common.errors import ConfigError, CroupierError, JournalError
+from tools.console import make_console, print_error
 from tools.run_files import CONFIG
 
-PIPE_COLUMNS = 120
 SHOWN_ROWS = 12
 
 
@@ -136,16 +136,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="other settings of obrs.*, to compare")
     given = parser.parse_args(arguments)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=PIPE_COLUMNS)
+    console = make_console()
     try:
         config = load(given.run_dir / CONFIG)
         journal = Journal(given.run_dir / JOURNAL, "", config.broker.journal_mb or 1.0, read_only=True)
         alternative = Alternative(_altered(given.run_dir, config, given.overrides)) if given.overrides else None
         verdict = verify(config, journal, alternative)
     except CroupierError as error:
-        console.print(f"{type(error).__name__}: {error}", style="red", markup=False, soft_wrap=True)
+        print_error(console, error)
         return 2
     since = "the beginning" if verdict.first == 0 else f"event {verdict.first} (older ones were pruned)"
     console.print(

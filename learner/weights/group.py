@@ -32,7 +32,7 @@ class WeightGroup:
     ) -> None:
         timeout = timedelta(seconds=deadline_s)
         prefix = dist.PrefixStore(f"weights/{epoch}", store)
-        self._device = device if backend == "nccl" else torch.device("cpu")
+        self.device = device if backend == "nccl" else torch.device("cpu")  # of what is sent and received
         self._store = store
         self._group: Any
         if backend == "nccl":
@@ -48,7 +48,7 @@ class WeightGroup:
 
     def receive(self, nbytes: int) -> torch.Tensor:
         """One broadcast from the learner: uint8 ``[nbytes]``."""
-        tensor = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        tensor = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         self.broadcast(tensor)
         return tensor
 
@@ -62,7 +62,7 @@ class WeightGroup:
 
     def send_digest(self, digest: str) -> None:
         """The learner's side of :meth:`receive_digest`."""
-        self.broadcast(torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8, device=self._device))
+        self.broadcast(torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8, device=self.device))
 
     def close(self) -> None:
         """Leave the group."""

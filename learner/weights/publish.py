@@ -14,12 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from common.config import MEGABYTE
 from common.errors import DeadlineError
 from common.weights import Bucket, WeightDigest, brief, plan_buckets
 from common.wire import Go, Publish, PublishDone, Published, PublishFailed, Welcome
 from learner.weights.group import WeightGroup
 
-MEGABYTE = 1 << 20
 POLL_S = 0.2
 BROKER_ATTEMPTS = 6  # preparation deadlines that the broker may use up before it answers
 
@@ -46,7 +46,7 @@ class WeightPublisher:
         self._host = host
         self._bucket_bytes = int(bucket_mb * MEGABYTE)
         self._deadline_s = deadline_s
-        self._device = device if backend == "nccl" else torch.device("cpu")
+        self._device = device
         self._backend = backend
         self._store = dist.TCPStore(
             host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=deadline_s)
@@ -97,7 +97,7 @@ class WeightPublisher:
                 self._group = (go.epoch, group)
             digest = WeightDigest()
             for bucket in plan_buckets(listing, self._bucket_bytes):
-                flat = flatten(bucket, tensors, self._device)
+                flat = flatten(bucket, tensors, self._group[1].device)
                 self._group[1].broadcast(flat)
                 digest.update(self._group[1].view(flat))
             self._group[1].send_digest(digest.hex())

@@ -1,7 +1,6 @@
 """A broker in a thread, and hand-written peers without a model."""
 
 import json
-import socket
 import threading
 import time
 
@@ -22,6 +21,7 @@ from common.config import (
 )
 from common.link import connect
 from common.process import StopFlag
+from tests.integration.fleet import free_address
 
 G, B, STEPS = 2, 2, 4
 
@@ -93,16 +93,14 @@ def make_broker(directory, broker=None, **sections):
     model = directory / "model"
     model.mkdir(exist_ok=True)
     (model / "config.json").write_text('{"vocab_size": 16}')
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{s.getsockname()[1]}"
+    bounds = {"address": free_address(), "heartbeat_s": 0.1, "peer_timeout_s": 1.5, **(broker or {})}
     base = {
         "run": RunSection(name="r", dir=str(directory), steps=STEPS),
         "model": ModelSection(path=str(model)),
         "rollout": RolloutSection(groups_per_step=B, group_size=G, max_prompt_tokens=2, max_tokens=2),
         "staleness": StalenessSection(0),
         "obrs": ObrsSection(mode="off"),
-        "broker": BrokerSection(**{"address": address, "heartbeat_s": 0.1, "peer_timeout_s": 1.5, **(broker or {})}),
+        "broker": BrokerSection(**bounds),
         "evaluation": EvaluationSection(prompts=0),
         "weights": WeightsSection(deadline_s=1.0),
     }

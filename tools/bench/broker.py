@@ -37,6 +37,7 @@ from common.sockets import RouterSocket
 from common.zbounds import z_bounds
 from tools.bench import thinning
 from tools.bench.harness import Row, interleave, rate
+from tools.preflight import free_port
 
 TOKENS, TOPK, VOCAB = 2048, 20, 151_936
 GROUPS, GROUP_SIZE, STEPS = 16, 8, 12  # trajectories a step: GROUPS * GROUP_SIZE, one message a group
@@ -190,7 +191,7 @@ def broker_passage(topk: int, journal_dir: Path | None) -> Passage:
     recorder.begin(0)
     outlet = Outlet(recorder)
     groups = [g for _ in range(STEPS) for g in _grant_all(recorder)]
-    address = _free_address()
+    address = f"tcp://127.0.0.1:{free_port()}"
     router = RouterSocket(address)
     child = mp.get_context("spawn").Process(target=_actor, args=(address, groups, topk))
     child.start()
@@ -237,11 +238,6 @@ def _assemble(recorder: Recorder, arrived: dict[int, float], result: Passage) ->
             result.latencies += [now - arrived[int(g)] for g in decided.batch.groups]
         recorder.commit(step, {})
         recorder.checkpointed(step)
-
-
-def _free_address() -> str:
-    with zmq.Context() as context, context.socket(zmq.PULL) as probe:
-        return f"tcp://127.0.0.1:{probe.bind_to_random_port('tcp://127.0.0.1', 10_000, 16_000)}"
 
 
 def disk_rate(topk: int, directory: Path) -> float:

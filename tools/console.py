@@ -1,0 +1,18 @@
+"""Where the tools print for people: a terminal at its own width, a file or a pipe at a fixed one."""
+
+from rich.console import Console
+
+from common.errors import CroupierError
+
+PIPE_COLUMNS = 120
+
+
+def make_console() -> Console:
+    """One that colours no numbers and wraps no table for want of a terminal."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PIPE_COLUMNS)
+
+
+def print_error(console: Console, error: CroupierError) -> None:
+    """What a user can mend, in one line."""
+    console.print(f"{type(error).__name__}: {error}", style="red", markup=False, soft_wrap=True)
