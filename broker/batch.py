@@ -39,7 +39,7 @@ class Batch:
     trainable: NDArray[np.uint8]  # [N]
     log_q: NDArray[np.float32]  # [N]
     versions: NDArray[np.int32]  # [N]
-    members: list[Trajectory]  # [B]; the alternatives stay in the frames that they arrived in
+    members: list[Trajectory]  # [B]; alternatives and expert records stay in the frames that they arrived in
     actors: list[str]  # [B] who sampled each
     sources: list[tuple[int, int]]  # [B] where the journal holds each trajectory
 
@@ -64,7 +64,8 @@ class Batch:
     def nbytes(self) -> int:
         """Bytes held; asked for at every grant."""
         arrays = (self.token_ids, self.trainable, self.log_q, self.versions)
-        return sum(a.nbytes for a in arrays) + sum(t.topk_ids.nbytes + t.topk_log_q.nbytes for t in self.members)
+        beside = sum(t.topk_ids.nbytes + t.topk_log_q.nbytes + t.experts.nbytes for t in self.members)
+        return sum(a.nbytes for a in arrays) + beside
 
     @property
     def topk_ids(self) -> NDArray[np.int32]:
@@ -80,6 +81,13 @@ class Batch:
     def alternatives(self) -> int:
         """k."""
         return self.members[0].topk_ids.shape[1] if self.members else 0
+
+    def experts(self, members: NDArray[np.int64]) -> NDArray[np.uint16]:
+        """Records of trajectories ``members`` end to end, ``[their tokens, R]``, copied together at every call."""
+        routed = self.members[0].experts.shape[1] if self.members else 0
+        if routed and len(members):
+            return np.concatenate([self.members[i].experts for i in members])
+        return np.zeros((int(np.diff(self.cu_seqlens)[members].sum()), routed), np.uint16)
 
 
 def collate(
@@ -320,6 +328,7 @@ def make_shards(batch: Batch, decision: Decision, world: int, temperature: float
                 log_q=part(log_q),
                 log_m=part(decision.log_m),
                 log_p=part(decision.log_p),
+                experts=batch.experts(members),
             )
         )
     return shards

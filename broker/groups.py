@@ -26,6 +26,7 @@ class Trajectory:
     versions: NDArray[np.int32]  # [T]
     topk_ids: NDArray[np.int32]  # [T, k]
     topk_log_q: NDArray[np.float32]  # [T, k]
+    experts: NDArray[np.uint16]  # [T, R]
     truncated: bool
     oldest_version: int  # of its oldest sampled token
     sampled_tokens: int
@@ -37,7 +38,7 @@ class Trajectory:
     def nbytes(self) -> int:
         """Bytes held in the queue."""
         per_token = (self.token_ids, self.trainable, self.log_q, self.versions, self.topk_ids, self.topk_log_q)
-        return sum(a.nbytes for a in per_token)
+        return sum(a.nbytes for a in per_token) + self.experts.nbytes
 
 
 def unpack_all(message: Trajectories, actor: str = "", seq: int = -1) -> list[Trajectory]:
@@ -61,6 +62,7 @@ def unpack(
         versions=message.versions[a:b],
         topk_ids=message.topk_ids[a:b],
         topk_log_q=message.topk_log_q[a:b],
+        experts=message.experts[a:b],
         truncated=bool(message.finish[index] == 1),
         oldest_version=oldest_version,
         sampled_tokens=sampled_tokens,

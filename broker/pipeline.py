@@ -18,6 +18,7 @@ from broker.ledger import StalenessLedger
 from broker.steps import DecidedStep, LoadScores, LoadTrajectory, Steps
 from common.config import MEGABYTE, RunConfig
 from common.errors import ProtocolError
+from common.routing import Routing
 from common.wire import Ack, Grant, ScoreRequest, ScoreResult, Shard, Trajectories
 
 RESAMPLE_STEPS = 8  # steps' worth of groups without signal in a row, after which they are trained after all
@@ -32,10 +33,14 @@ def length_bin(tokens: int) -> int:
 class Pipeline:
     """What the broker knows of the run's data."""
 
-    def __init__(self, config: RunConfig, vocab_size: int) -> None:
+    def __init__(self, config: RunConfig, vocab_size: int, routing: Routing | None = None) -> None:
+        """``routing``: what is recorded where ``rollout.routing_replay`` asks for it (:func:`read_routing`)."""
         self.config = config
         self.vocab_size = vocab_size
         rollout = config.rollout
+        assert (routing is not None) == rollout.routing_replay
+        self.expert_count, self.routed = (routing.experts, routing.width) if routing else (0, 0)
+        config.check_room(self.routed)
         self.ledger = StalenessLedger(config.staleness.budget, rollout.groups_per_step, config.run.steps)
         self.book = GroupBook(rollout.group_size)
         self.counts: Counter[str] = Counter()
@@ -89,7 +94,7 @@ class Pipeline:
 
     def groups_within(self, free: float, factor: float = 1.0) -> int:
         """Groups beyond those promised that fit in ``free`` bytes, at ``factor`` times their largest possible size."""
-        return max(0, int(free // (self.config.rollout.largest_group * factor)) - self.ledger.promised)
+        return max(0, int(free // (self.config.rollout.largest_group(self.routed) * factor)) - self.ledger.promised)
 
     # ---- admission ------------------------------------------------------------------------------
 
@@ -98,7 +103,7 @@ class Pipeline:
 
         ``seq`` is the number under which the journal holds the message.
         """
-        faults = message.faults(self.vocab_size, newest_version)
+        faults = message.faults(self.vocab_size, newest_version, self.expert_count)
         trajectories = unpack_all(message, actor, seq)
         reasons = []
         for index in range(len(message.groups)):
@@ -125,6 +130,12 @@ class Pipeline:
         if trajectory.topk_ids.shape[1] != self.config.rollout.top_logprobs:
             asked = self.config.rollout.top_logprobs
             return f"{trajectory.topk_ids.shape[1]} alternatives a token, rollout.top_logprobs={asked}"
+        if trajectory.experts.shape[1] != self.routed:
+            on = str(self.config.rollout.routing_replay).lower()
+            return (
+                f"{trajectory.experts.shape[1]} experts recorded of a token, this run's model has {self.routed} "
+                f"(rollout.routing_replay={on})"
+            )
         is_new, complete = self.book.add(trajectory)
         if not is_new:
             self.counts["repeats"] += 1

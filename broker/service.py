@@ -29,6 +29,7 @@ from common.config import RunConfig
 from common.errors import DataError, ModelError, ProtocolError
 from common.keys import broker_keys
 from common.process import StopFlag
+from common.routing import read_routing
 from common.sockets import RouterSocket
 
 TURN_S = 0.05
@@ -68,14 +69,14 @@ class BrokerService:
     def __init__(self, config: RunConfig, stop: StopFlag) -> None:
         self.config = config
         self.stop = stop
-        vocab_size = read_vocab_size(config.model.path)
+        vocab_size, routing = read_vocab_size(config.model.path), read_routing(config)
         self.router = RouterSocket(
             config.broker.address,
             keys=broker_keys(config.broker),
             max_message_bytes=config.broker.max_message_bytes,
         )
         self.files = RunFiles(config.run.path)
-        self.pipeline = Pipeline(config, vocab_size)
+        self.pipeline = Pipeline(config, vocab_size, routing)
         journal = self._journal()
         self.figures = Figures()
         self.recorder = Recorder(self.pipeline, journal, self._state)

@@ -101,6 +101,7 @@ class Steps:
             token_ids=batch.token_ids,
             wanted=batch.trainable,
             topk_ids=batch.topk_ids,
+            experts=batch.experts(np.arange(len(batch.members))),
         )
 
     @property

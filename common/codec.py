@@ -28,7 +28,7 @@ import numpy as np
 
 from common.errors import WireError
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 JOIN_BELOW_BYTES = 64 * 1024  # arrays of smaller messages share one frame
 ALIGNMENT = 8
 MAX_HEADER_BYTES = 4 << 20  # the largest is a Publish: 70 bytes a tensor, 18,000 tensors for Qwen3-30B-A3B
@@ -49,9 +49,13 @@ class Message(Protocol):
         """Raise :class:`common.errors.DataError` where fields contradict each other."""
 
 
-def array(dtype: str, ndim: int) -> Any:
-    """A dataclass field that travels as raw bytes: little-endian ``dtype``, exactly ``ndim`` axes."""
-    return dataclasses.field(metadata={"dtype": np.dtype(dtype).newbyteorder("<").str, "ndim": ndim})
+def array(dtype: str, ndim: int, default: Any = dataclasses.MISSING) -> Any:
+    """A dataclass field that travels as raw bytes: little-endian ``dtype``, exactly ``ndim`` axes.
+
+    ``default`` is for constructors alone: on the wire the array is always there.
+    """
+    metadata = {"dtype": np.dtype(dtype).newbyteorder("<").str, "ndim": ndim}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,8 @@ def _require(condition: bool, key: str, value: object, rule: str) -> None:
 MEGABYTE = 1 << 20
 BYTES_PER_TOKEN = 13  # of a queued trajectory: ids, flag, log q and version
 BYTES_PER_ALTERNATIVE = 8  # id and log q
+BYTES_PER_EXPERT = 2  # of an expert record
+BYTES_SERVED = 18  # a token of a shard without its expert record: ids, two flags, log q, log m and log p
 BYTES_JOURNALED = 1.5  # written for a byte of trajectory: scores, tables and padding on top
 
 # Least and greatest values that mean something, where a rule needs no more words than its numbers.
@@ -99,6 +101,7 @@ class RolloutSection:
     temperature: float = 1.0
     top_logprobs: int = 0  # ids and log q of the k likeliest tokens, beside the sampled one
     ignore_eos: bool = False  # sample max_tokens always (throughput measurements)
+    routing_replay: bool = False  # record each token's experts; replica and learner route by them (algorithms.md 7)
 
     def __post_init__(self) -> None:
         """Validate."""
@@ -119,10 +122,9 @@ class RolloutSection:
         """Tokens of the longest possible trajectory, prompt included."""
         return self.max_prompt_tokens + self.max_tokens
 
-    @property
-    def largest_group(self) -> int:
-        """Bytes of a group whose every sibling is as long as it may be."""
-        per_token = BYTES_PER_TOKEN + BYTES_PER_ALTERNATIVE * self.top_logprobs
+    def largest_group(self, routed: int = 0) -> int:
+        """Bytes of a group whose every sibling is as long as it may be; ``routed`` experts are recorded of a token."""
+        per_token = BYTES_PER_TOKEN + BYTES_PER_ALTERNATIVE * self.top_logprobs + BYTES_PER_EXPERT * routed
         return self.group_size * self.max_length * per_token
 
 
@@ -389,20 +391,7 @@ class RunConfig:
             section, _, name = key.partition(".")
             value = getattr(getattr(self, section), name)
             _require(low <= value <= high, key, value, f"must lie in [{low:g}, {high:g}]")
-        step_mb = self.rollout.groups_per_step * self.rollout.largest_group / MEGABYTE
-        _require(
-            self.broker.queue_mb >= step_mb,
-            "broker.queue_mb",
-            self.broker.queue_mb,
-            f"must hold the largest step that rollout allows, {step_mb:.3g} MB",
-        )
-        journal_mb = BYTES_JOURNALED * (self.staleness.budget + 2) * step_mb
-        _require(
-            self.broker.journal_mb == 0 or self.broker.journal_mb >= journal_mb,
-            "broker.journal_mb",
-            self.broker.journal_mb,
-            f"must hold staleness.budget + 2 of the largest steps that rollout allows, {journal_mb:.3g} MB, or be 0",
-        )
+        self.check_room()
         _require(
             self.replica.count >= 1 or self.obrs.mode == "off",
             "replica.count",
@@ -426,6 +415,42 @@ class RunConfig:
             "actor.max_sequences",
             self.actor.max_sequences,
             f"must hold one whole group (rollout.group_size={self.rollout.group_size})",
+        )
+        _require(
+            not self.rollout.routing_replay or self.actor.engine == "local",
+            "rollout.routing_replay",
+            self.rollout.routing_replay,
+            f"actor.engine={self.actor.engine} records no experts; set it to false or actor.engine=local",
+        )
+
+    def check_room(self, routed: int = 0) -> None:
+        """Raise :class:`ConfigError` unless queue, journal and messages hold the largest step that rollout allows.
+
+        ``routed`` experts are recorded of a token: only the model says how many, so those who read it ask again.
+        """
+        step_mb = self.rollout.groups_per_step * self.rollout.largest_group(routed) / MEGABYTE
+        beside = f" with the {routed} experts that rollout.routing_replay records of a token" if routed else ""
+        _require(
+            self.broker.queue_mb >= step_mb,
+            "broker.queue_mb",
+            self.broker.queue_mb,
+            f"must hold the largest step that rollout allows, {step_mb:.3g} MB{beside}",
+        )
+        journal_mb = BYTES_JOURNALED * (self.staleness.budget + 2) * step_mb
+        _require(
+            self.broker.journal_mb == 0 or self.broker.journal_mb >= journal_mb,
+            "broker.journal_mb",
+            self.broker.journal_mb,
+            f"must hold staleness.budget + 2 of the largest steps that rollout allows, {journal_mb:.3g} MB{beside}, "
+            "or be 0",
+        )
+        tokens = self.rollout.groups_per_step * self.rollout.group_size * self.rollout.max_length
+        message_mb = tokens * (BYTES_SERVED + 4 * self.rollout.top_logprobs + BYTES_PER_EXPERT * routed) / MEGABYTE
+        _require(
+            not routed or self.broker.max_message_mb >= message_mb,
+            "broker.max_message_mb",
+            self.broker.max_message_mb,
+            f"must hold the largest step that rollout allows, {message_mb:.3g} MB{beside}: it is scored in one piece",
         )
 
 

@@ -13,7 +13,11 @@
 
 All travel over one ROUTER (the broker's) and a DEALER per peer. Per-token arrays are aligned at
 the token that they describe: ``log_q[t]`` belongs to ``token_ids[t]``. ``N`` counts tokens, ``B``
-trajectories, ``k`` the alternatives of ``rollout.top_logprobs`` (0 where none were asked for).
+trajectories, ``k`` the alternatives of ``rollout.top_logprobs`` (0 where none were asked for), ``R``
+the experts that one token is routed to (0 without ``rollout.routing_replay``): those of the first
+sparse layer in the engine's order of decreasing weight, then those of the next. Row t of ``experts``
+belongs to the pass that read token t, prompt tokens included; a token that was never read (the last
+one) has a row of UNROUTED.
 """
 
 import math
@@ -30,6 +34,7 @@ from common.errors import DataError
 FINISH_REASONS = ("stop", "length")
 LOG_Q_TOLERANCE = 1e-6
 NEVER = (1 << 31) - 1  # a version that no policy has
+UNROUTED = (1 << 16) - 1  # in the whole row of a token whose experts nobody recorded
 MAX_TEXT = 256  # characters of a peer's name, host and the like
 MAX_COUNTERS = 256  # of a heartbeat
 
@@ -37,6 +42,7 @@ Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
+UInt16 = NDArray[np.uint16]
 
 
 class _Unchecked:
@@ -44,6 +50,18 @@ class _Unchecked:
 
     def check(self) -> None:
         """Nothing to check."""
+
+
+class _Routed:
+    """Messages with an expert record; one that is made without has ``R = 0``."""
+
+    token_ids: Int32
+    experts: Any  # UInt16 [N, R], or None for none
+
+    def __post_init__(self) -> None:
+        """Fill in the empty record."""
+        if self.experts is None:
+            self.experts = np.zeros((len(self.token_ids), 0), np.uint16)
 
 
 def check_offsets(tag: str, cu_seqlens: Int32 | Int64, total: int) -> None:
@@ -177,7 +195,7 @@ class Grant:
 
 
 @dataclass
-class Trajectories:
+class Trajectories(_Routed):
     """Finished trajectories, packed: trajectory b owns tokens ``cu_seqlens[b]:cu_seqlens[b+1]``."""
 
     TAG: ClassVar[str] = "trajectories"
@@ -195,6 +213,7 @@ class Trajectories:
     versions: Int32 = array("i4", 1)  # [N] weight version of each sampled token; -1 where not trainable
     topk_ids: Int32 = array("i4", 2)  # [N, k]
     topk_log_q: Float32 = array("f4", 2)  # [N, k]
+    experts: UInt16 = array("u2", 2, None)  # [N, R]
 
     def check(self) -> None:
         """Structure only; :meth:`faults` looks at the contents of each trajectory."""
@@ -207,7 +226,7 @@ class Trajectories:
         check_lengths(
             "trajectories per token",
             token_ids=n, trainable=len(self.trainable), log_q=len(self.log_q), versions=len(self.versions),
-            topk_ids=len(self.topk_ids), topk_log_q=len(self.topk_log_q),
+            topk_ids=len(self.topk_ids), topk_log_q=len(self.topk_log_q), experts=len(self.experts),
         )  # fmt: skip
         check_offsets("trajectories", self.cu_seqlens, n)
         if self.channels.shape[1] != len(self.channel_names):
@@ -233,9 +252,21 @@ class Trajectories:
             sampled[full] = np.add.reduceat(self.trainable, starts, dtype=np.int32)
         return oldest, sampled
 
-    def faults(self, vocab_size: int, newest_version: int) -> dict[int, str]:
-        """What is wrong with the contents, by trajectory; an empty dict if nothing is."""
-        return {} if self._is_sound(vocab_size, newest_version) else self._find_faults(vocab_size, newest_version)
+    def faults(self, vocab_size: int, newest_version: int, expert_count: int = 0) -> dict[int, str]:
+        """What is wrong with the contents, by trajectory; an empty dict if nothing is.
+
+        ``expert_count`` of a layer; 0 leaves the expert record unread.
+        """
+        if self._is_sound(vocab_size, newest_version) and self._has_sound_experts(expert_count):
+            return {}
+        return self._find_faults(vocab_size, newest_version, expert_count)
+
+    def _has_sound_experts(self, expert_count: int) -> bool:
+        """Every row of the record within the model, or UNROUTED throughout."""
+        if not expert_count or not self.experts.size:
+            return True
+        outside = self.experts.max(axis=1) >= expert_count
+        return bool((self.experts[outside] == UNROUTED).all())
 
     def _is_sound(self, vocab_size: int, newest_version: int) -> bool:
         """Every check in as few passes as will do; sums and extremes carry NaN and infinity along."""
@@ -265,7 +296,7 @@ class Trajectories:
             )
         )
 
-    def _find_faults(self, vocab_size: int, newest_version: int) -> dict[int, str]:
+    def _find_faults(self, vocab_size: int, newest_version: int, expert_count: int) -> dict[int, str]:
         on = self.trainable == 1
         lengths = np.diff(self.cu_seqlens)
         owner = np.repeat(np.arange(len(self.groups)), lengths)
@@ -286,6 +317,11 @@ class Trajectories:
             note(np.asarray(~np.isfinite(self.topk_log_q).all(axis=1)), "topk_log_q is NaN or infinite")
             note(np.asarray((self.topk_log_q > LOG_Q_TOLERANCE).any(axis=1)), "topk_log_q is above 0")
             note(np.asarray(((self.topk_ids < 0) | (self.topk_ids >= vocab_size)).any(axis=1)), outside)
+        if expert_count and self.experts.size:
+            missing = self.experts == UNROUTED
+            note(np.asarray(missing.any(axis=1) != missing.all(axis=1)), "expert record of a token is torn")
+            beyond = (self.experts >= expert_count) & ~missing
+            note(np.asarray(beyond.any(axis=1)), f"expert outside the {expert_count} of a layer")
         for b in np.flatnonzero(~np.isfinite(self.rewards) | ~np.isfinite(self.channels).all(axis=1)):
             found.setdefault(int(b), "reward is NaN or infinite")
         for b in np.flatnonzero(self.summary[1] == 0):
@@ -342,7 +378,7 @@ class EvaluationResult:
 
 
 @dataclass
-class ScoreRequest:
+class ScoreRequest(_Routed):
     """Score these tokens under weights no older than ``min_version``."""
 
     TAG: ClassVar[str] = "score_request"
@@ -353,11 +389,15 @@ class ScoreRequest:
     token_ids: Int32 = array("i4", 1)  # [N]
     wanted: Bytes = array("u1", 1)  # [N] 1 where a score is wanted
     topk_ids: Int32 = array("i4", 2)  # [N, k]
+    experts: UInt16 = array("u2", 2, None)  # [N, R]
 
     def check(self) -> None:
         """Validate."""
         n = len(self.token_ids)
-        check_lengths("score_request", token_ids=n, wanted=len(self.wanted), topk_ids=len(self.topk_ids))
+        check_lengths(
+            "score_request",
+            token_ids=n, wanted=len(self.wanted), topk_ids=len(self.topk_ids), experts=len(self.experts),
+        )  # fmt: skip
         check_offsets("score_request", self.cu_seqlens, n)
 
 
@@ -400,7 +440,7 @@ class Waiting(_Unchecked):
 
 
 @dataclass
-class Shard:
+class Shard(_Routed):
     """One rank's share of one training step, packed. Rejected tokens travel too: they are context."""
 
     TAG: ClassVar[str] = "shard"
@@ -420,6 +460,7 @@ class Shard:
     log_q: Float32 = array("f4", 1)  # [N] behaviour, 0 where not trainable
     log_m: Float32 = array("f4", 1)  # [N] inclusion density, 0 where not accepted
     log_p: Float32 = array("f4", 1)  # [N] under the broker's version, 0 where not accepted
+    experts: UInt16 = array("u2", 2, None)  # [N, R]
 
     def check(self) -> None:
         """Validate."""
@@ -431,7 +472,7 @@ class Shard:
         check_lengths(
             "shard per token",
             token_ids=n, trainable=len(self.trainable), accept=len(self.accept), log_q=len(self.log_q),
-            log_m=len(self.log_m), log_p=len(self.log_p),
+            log_m=len(self.log_m), log_p=len(self.log_p), experts=len(self.experts),
         )  # fmt: skip
         check_offsets("shard", self.cu_seqlens, n)
 

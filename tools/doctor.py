@@ -178,6 +178,7 @@ def check_run(config: str, overrides: list[str]) -> list[Finding]:
     try:
         from common.config import load
         from common.errors import ConfigError, ModelError
+        from common.routing import read_routing
     except ImportError as error:
         return [Finding("run file", "missing", f"cannot be read yet: {error}", INSTALL)]
     from tools.preflight import check_address, check_model
@@ -188,7 +189,7 @@ def check_run(config: str, overrides: list[str]) -> list[Finding]:
     except ConfigError as error:
         return [Finding("run file", "missing", str(error), "correct the file")]
 
-    def attempt(what: str, good: str, check: Callable[[], None]) -> Finding:
+    def attempt(what: str, good: str, check: Callable[[], object]) -> Finding:
         try:
             check()
         except (ConfigError, ModelError) as error:
@@ -206,7 +207,10 @@ def check_run(config: str, overrides: list[str]) -> list[Finding]:
             *findings,
             Finding("model", "note", f"{path}: {model_state(run)}", "tools.launch makes it (tools.warmstart)"),
         ]
-    return [*findings, attempt("model", str(path), lambda: check_model(path))]
+    findings.append(attempt("model", str(path), lambda: check_model(path)))
+    if run.rollout.routing_replay:
+        findings.append(attempt("routing replay", "the model has experts", lambda: read_routing(run)))
+    return findings
 
 
 def show(findings: list[Finding]) -> None:

@@ -24,6 +24,7 @@ from rich.live import Live
 from common.config import RunConfig, load, to_yaml
 from common.errors import CroupierError
 from common.process import StopFlag
+from common.routing import read_routing
 from tools.preflight import check_address, check_model
 from tools.processes import Process, processes_of, stop_all, wait_all
 from tools.progress import panel, plain_line, remaining_s
@@ -87,6 +88,7 @@ class Run:
         check_address(self.config.broker.address)
         if not self.needs_warmstart():
             check_model(Path(self.config.model.path))
+            read_routing(self.config)
         if self.config.learner.resume:
             (self.directory / STATUS).unlink(missing_ok=True)  # of the earlier launch
         else:

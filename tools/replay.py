@@ -28,6 +28,7 @@ from common.budget import BudgetController
 from common.codec import decode
 from common.config import RunConfig, load
 from common.errors import ConfigError, CroupierError, JournalError
+from common.routing import read_routing
 from tools.console import make_console, print_error
 from tools.run_files import CONFIG
 
@@ -48,12 +49,12 @@ class Verdict:
 
 def start(config: RunConfig, journal: Journal) -> tuple[Pipeline, int]:
     """A pipeline at the oldest state that the journal can still build, and the next event's number."""
-    vocab_size = read_vocab_size(config.model.path)
+    vocab_size, routing = read_vocab_size(config.model.path), read_routing(config)
     for event in journal.events():
         if event.seq == 0:
-            return Pipeline(config, vocab_size), 0
+            return Pipeline(config, vocab_size, routing), 0
         if event.kind == "snapshot":
-            pipeline = Pipeline(config, vocab_size)
+            pipeline = Pipeline(config, vocab_size, routing)
             try:
                 load_snapshot(pipeline, journal, event)
             except JournalError:  # what it stands on was pruned since

@@ -9,7 +9,7 @@ import pytest
 from broker.service import BrokerService
 from common import wire
 from common.codec import encode
-from common.config import EvaluationSection, LearnerSection, ModelSection, RunConfig
+from common.config import EvaluationSection, LearnerSection, ModelSection, ObrsSection, RolloutSection, RunConfig
 from common.errors import ModelError, ProtocolError
 from common.process import StopFlag
 from tests.integration.harness import STEPS, B, Broker, G, Peer, group, make_broker
@@ -71,6 +71,41 @@ def test_a_synchronous_run_from_the_first_grant_to_the_last_stop(make):
     lines = [json.loads(x) for x in (broker.config.run.path / "metrics.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines if x["kind"] == "step"] == [0, 1, 2, 3]
     assert [x["version"] for x in lines if x["kind"] == "eval"] == [0, 2, 4]
+
+
+def test_expert_records_go_from_the_actor_to_the_replica_and_the_learner(make, tmp_path):
+    model = tmp_path / "moe"
+    model.mkdir()
+    shape = {"num_hidden_layers": 2, "num_experts": 8, "num_experts_per_tok": 3}
+    (model / "config.json").write_text(json.dumps({"vocab_size": 16, "model_type": "qwen3_moe", **shape}))
+    rollout = RolloutSection(groups_per_step=B, group_size=G, max_prompt_tokens=2, max_tokens=2, routing_replay=True)
+    broker = make(model=ModelSection(path=str(model)), rollout=rollout, obrs=ObrsSection())
+    learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
+    replica = Peer(broker, "replica", "replica-0")
+    rng, sent = np.random.default_rng(0), {}
+    for g in actor.expect(wire.Grant).groups.tolist():
+        message = group(actor.link.run_id, g)
+        message.experts = rng.integers(0, 8, (4 * G, 6)).astype(np.uint16)
+        message.experts[3::4] = wire.UNROUTED
+        sent[g] = message.experts
+        actor.link.send(message)
+        assert actor.expect(wire.Ack).reasons == [""] * G
+    request = replica.expect(wire.ScoreRequest)
+    rows = np.concatenate([sent[g] for g in sorted(sent)])
+    np.testing.assert_array_equal(request.experts, rows)
+    none = np.zeros((len(rows), 0), np.float32)
+    replica.link.send(wire.ScoreResult(request.request, 0, 0.1, np.full(len(rows), -0.5, np.float32), none))
+    learner.link.send(wire.Fetch(0, 0, 1))
+    np.testing.assert_array_equal(learner.expect(wire.Shard).experts, rows)
+    for peer in (actor, learner, replica):
+        peer.link.close()
+
+
+def test_a_broker_whose_model_has_no_experts_does_not_start_with_routing_replay(tmp_path):
+    rollout = RolloutSection(groups_per_step=B, group_size=G, routing_replay=True)
+    (tmp_path / "config.json").write_text('{"vocab_size": 16, "model_type": "llama"}')
+    with pytest.raises(ModelError, match=r"has no experts; set rollout\.routing_replay=false"):
+        BrokerService(RunConfig(model=ModelSection(path=str(tmp_path)), rollout=rollout), StopFlag())
 
 
 def test_two_learners_on_one_broker_the_second_is_refused_until_the_first_is_gone(make):

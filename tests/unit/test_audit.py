@@ -42,6 +42,7 @@ def batch_of(
                 np.zeros(length, np.int32),
                 np.zeros((length, 0), np.int32),
                 np.zeros((length, 0), np.float32),
+                np.zeros((length, 0), np.uint16),
                 False,
                 0,
                 length,

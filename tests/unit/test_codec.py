@@ -14,7 +14,7 @@ from common.errors import DataError, WireError
 GOLDEN = Path(__file__).parent.parent / "golden"
 
 
-def sample_trajectories(tokens=6, siblings=2, k=0, group=7):
+def sample_trajectories(tokens=6, siblings=2, k=0, group=7, routed=0):
     n = tokens * siblings
     trainable = np.tile(np.arange(tokens) >= tokens // 2, siblings).astype(np.uint8)
     return wire.Trajectories(
@@ -32,7 +32,14 @@ def sample_trajectories(tokens=6, siblings=2, k=0, group=7):
         versions=np.where(trainable, 3, -1).astype(np.int32),
         topk_ids=np.zeros((n, k), np.int32),
         topk_log_q=np.full((n, k), -1, np.float32),
+        experts=sample_experts(n, routed, last=np.arange(n) % tokens == tokens - 1),
     )
+
+
+def sample_experts(n, routed, last):
+    experts = (np.arange(n * routed) % 8).astype(np.uint16).reshape(n, routed)
+    experts[last] = wire.UNROUTED
+    return experts
 
 
 def same(a, b):
@@ -46,12 +53,35 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("tokens", [6, JOIN_BELOW_BYTES // 8])
-@pytest.mark.parametrize("k", [0, 3])
-def test_round_trip(tokens, k):
-    message = sample_trajectories(tokens=tokens, k=k)
+@pytest.mark.parametrize(("k", "routed"), [(0, 0), (3, 0), (3, 4)])
+def test_round_trip(tokens, k, routed):
+    message = sample_trajectories(tokens=tokens, k=k, routed=routed)
     frames = [bytes(f) for f in encode(message)]
     assert (len(frames) == 2) == (tokens == 6)  # small messages share one payload frame
     same(message, decode(frames, wire.TO_BROKER))
+
+
+def test_an_expert_record_travels_in_requests_and_shards_too():
+    sent = sample_trajectories(routed=4)
+    request = wire.ScoreRequest(
+        1, 0, 1.0, sent.cu_seqlens, sent.token_ids, sent.trainable, np.zeros((12, 0), np.int32), sent.experts
+    )
+    shard = shard_of(sent.experts[:3])
+    for message in (request, shard):
+        same(message, decode([bytes(f) for f in encode(message)], wire.FROM_BROKER))
+        message.experts = message.experts[1:]
+        with pytest.raises(DataError, match=f"experts {len(message.experts)}"):
+            message.check()
+    sent.experts = sent.experts[1:]
+    with pytest.raises(DataError, match="experts 11"):
+        sent.check()
+
+
+def test_messages_made_without_an_expert_record_have_an_empty_one():
+    shard = shard_of(None)
+    assert shard.experts.shape == (3, 0)
+    assert shard.experts.dtype == np.uint16
+    same(shard, decode([bytes(f) for f in encode(shard)], wire.FROM_BROKER))
 
 
 def test_decoding_copies_nothing():
@@ -65,20 +95,24 @@ def test_every_message_kind_has_one_direction_and_its_own_tag():
     assert not set(wire.TO_BROKER) & set(wire.FROM_BROKER)
 
 
+def shard_of(experts):
+    return wire.Shard(
+        step=1, rank=0, world=1, denominator=2, tokens_global=3, temperature=1.0,
+        groups=np.array([4], np.int64), siblings=np.array([0], np.int32), advantages=np.array([0.5], np.float32),
+        cu_seqlens=np.array([0, 3], np.int32), token_ids=np.array([1, 2, 3], np.int32),
+        trainable=np.array([0, 1, 1], np.uint8), accept=np.array([0, 1, 0], np.uint8),
+        log_q=np.array([0, -1, -2], np.float32), log_m=np.array([0, -1.5, 0], np.float32),
+        log_p=np.array([0, -1.5, 0], np.float32), experts=experts,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["trajectories", "grant", "shard"])
 def test_golden_bytes(name):
     message = {
-        "trajectories": sample_trajectories(k=2),
+        "trajectories": sample_trajectories(k=2, routed=4),
         "grant": wire.Grant(3, -1, 0, np.array([1, 2], np.int64), np.array([5, 6], np.int64)),
-        "shard": wire.Shard(
-            step=1, rank=0, world=1, denominator=2, tokens_global=3, temperature=1.0,
-            groups=np.array([4], np.int64), siblings=np.array([0], np.int32), advantages=np.array([0.5], np.float32),
-            cu_seqlens=np.array([0, 3], np.int32), token_ids=np.array([1, 2, 3], np.int32),
-            trainable=np.array([0, 1, 1], np.uint8), accept=np.array([0, 1, 0], np.uint8),
-            log_q=np.array([0, -1, -2], np.float32), log_m=np.array([0, -1.5, 0], np.float32),
-            log_p=np.array([0, -1.5, 0], np.float32),
-        ),
-    }[name]  # fmt: skip
+        "shard": shard_of(sample_experts(3, 4, last=[False, False, True])),
+    }[name]
     frames = [bytes(f) for f in encode(message)]
     golden = GOLDEN / f"wire_v{WIRE_VERSION}_{name}.bin"
     assert golden.exists(), f"{golden} is missing: run `python tests/golden/make.py` after raising WIRE_VERSION"
@@ -140,13 +174,17 @@ def test_lengths_that_disagree_are_named():
         (lambda m: m.rewards.__setitem__(0, np.inf), "reward"),
         (lambda m: m.trainable.__setitem__(slice(0, 6), 0), "no sampled"),
         (lambda m: m.trainable.__setitem__(slice(0, 6), 1), "first token"),
+        (lambda m: m.experts.__setitem__((2, 1), wire.UNROUTED), "torn"),
+        (lambda m: m.experts.__setitem__((5, 0), 3), "torn"),
+        (lambda m: m.experts.__setitem__((2, 1), 8), "expert outside the 8"),
     ],
 )
 def test_faulty_trajectories_are_found_and_their_siblings_are_not_blamed(change, says):
-    message = sample_trajectories()
+    message = sample_trajectories(routed=4)
     change(message)
     if says == "first token":
         message.versions[:] = 3
-    faults = message.faults(vocab_size=16, newest_version=5)
+    faults = message.faults(vocab_size=16, newest_version=5, expert_count=8)
     assert list(faults) == [0] and says in faults[0]
     assert sample_trajectories().faults(16, 5) == {}
+    assert sample_trajectories(routed=4).faults(16, 5, 8) == {}

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from broker.pipeline import Pipeline, length_bin
 from common import wire
@@ -14,7 +16,8 @@ from common.config import (
     RunSection,
     StalenessSection,
 )
-from common.errors import DataError, ProtocolError
+from common.errors import ConfigError, DataError, ProtocolError
+from common.routing import Routing
 
 G = 3
 TOKEN_FIELDS = ("token_ids", "trainable", "log_q", "versions", "topk_ids", "topk_log_q")
@@ -412,3 +415,91 @@ def test_reward_channels_are_in_the_receipt():
         message.channel_names, message.channels = ["correct", "style"], np.full((G, 2), value, np.float32)
     run_step(pipeline, messages)
     assert pipeline.step(0).receipt["reward_channels"] == {"correct": 0.5, "style": 0.5}
+
+
+ROUTING = Routing(layers=2, experts=8, per_token=2)
+ROUTED = RolloutSection(groups_per_step=2, group_size=G, max_prompt_tokens=3, max_tokens=5, routing_replay=True)
+
+
+def routed(message, width=ROUTING.width):
+    """With an expert record of random rows, the last of each trajectory UNROUTED."""
+    rng = np.random.default_rng(int(message.groups[0]))
+    message.experts = rng.integers(0, ROUTING.experts, (len(message.token_ids), width)).astype(np.uint16)
+    message.experts[message.cu_seqlens[1:] - 1] = wire.UNROUTED
+    return message
+
+
+def test_a_record_that_cannot_be_this_models_is_refused_by_name():
+    pipeline = Pipeline(config(rollout=ROUTED), 16, ROUTING)
+    pipeline.grant("a", 4, 0)
+    torn, foreign, narrow, none = (routed(trajectories(g)) for g in range(4))
+    torn.experts[1, 2] = wire.UNROUTED
+    foreign.experts[1, 2] = ROUTING.experts
+    narrow.experts, none.experts = narrow.experts[:, 1:], none.experts[:, :0]
+    told = "3 experts recorded of a token, this run's model has 4 (rollout.routing_replay=true)"
+    for message, reason in (
+        (torn, "expert record of a token is torn"),
+        (foreign, "expert outside the 8 of a layer"),
+        (narrow, told),
+        (none, told.replace("3", "0", 1)),
+    ):
+        assert pipeline.admit(message, "a", 0).reasons[0] == reason
+        assert pipeline.refused[reason] == 1
+    assert pipeline.book.held == 0
+    pipeline = Pipeline(config(), 16)
+    pipeline.grant("a", 2, 0)
+    reason = "4 experts recorded of a token, this run's model has 0 (rollout.routing_replay=false)"
+    assert pipeline.admit(routed(trajectories(0)), "a", 0).reasons[0] == reason
+
+
+@settings(max_examples=40, deadline=None)
+@given(order=st.permutations(range(2 * G)), world=st.integers(1, 4), late=st.booleans())
+def test_every_expert_row_stays_with_its_token(order, world, late):
+    """Trajectories arrive one by one in any order; the oracle is a table of what was sent."""
+    pipeline = Pipeline(config(rollout=ROUTED), 16, ROUTING)
+    pipeline.grant("a", 2, 0)
+    sent = {}
+    for number in order:
+        group, sibling = divmod(number, G)
+        part = routed(trajectories(group, siblings=[sibling], seed=number))
+        sent[group, sibling] = part
+        if late and number == 2 * G - 1:
+            pipeline.failed(group, sibling, "environment")  # the others make up for it
+            del sent[group, sibling]
+        else:
+            assert pipeline.admit(part, "a", 0).reasons == [""]
+    batch_rows = np.concatenate([sent[key].experts for key in sorted(sent)])
+    request = pipeline.assemble(0)
+    request.check()
+    np.testing.assert_array_equal(request.experts, batch_rows)
+    pipeline.scored(scores(request, np.where(request.wanted == 1, -1.0, 0.0)))
+    seen = set()
+    for rank in range(world):
+        shard = pipeline.shard(0, rank, world)
+        shard.check()
+        assert shard.experts.shape == (len(shard.token_ids), ROUTING.width)
+        for index, key in enumerate(zip(shard.groups.tolist(), shard.siblings.tolist(), strict=True)):
+            tokens = slice(*shard.cu_seqlens[index : index + 2])
+            np.testing.assert_array_equal(shard.experts[tokens], sent[key].experts)
+            np.testing.assert_array_equal(shard.token_ids[tokens], sent[key].token_ids)
+            seen.add(key)
+    assert seen == sent.keys()
+    assert_books_balance(pipeline)
+
+
+def test_expert_records_count_in_every_bound():
+    lean = Pipeline(config(), 16)
+    tight = BrokerSection(queue_mb=2 * config().rollout.largest_group(4) / (1 << 20), journal_mb=0)
+    full = Pipeline(config(rollout=ROUTED, broker=tight), 16, ROUTING)
+    for pipeline in (lean, full):
+        assert len(pipeline.grant("a", 4, 0).groups) == (4 if pipeline is lean else 2)
+        pipeline.admit(routed(trajectories(0), pipeline.routed), "a", 0)
+    tokens = len(trajectories(0).token_ids)
+    assert full.queue_bytes == lean.queue_bytes + 2 * ROUTING.width * tokens
+    for key, broker in (
+        ("queue_mb", BrokerSection(queue_mb=1, journal_mb=0)),
+        ("journal_mb", BrokerSection(queue_mb=64, journal_mb=1)),
+        ("max_message_mb", BrokerSection(queue_mb=64, max_message_mb=1)),
+    ):
+        with pytest.raises(ConfigError, match=rf"broker\.{key}=1.* with the 16384 experts"):
+            Pipeline(config(rollout=ROUTED, broker=broker), 16, Routing(2048, 64, 8))

@@ -12,9 +12,12 @@ from broker.journal import Journal
 from broker.pipeline import Pipeline
 from broker.recorder import Recorder, apply, decision_digests, difference, recover, shard_digests
 from common import wire
+from common.codec import encode
 from common.config import BrokerSection, ObrsSection, RolloutSection, RunConfig, RunSection, StalenessSection
+from common.routing import Routing
 
 B, G, STEPS, VOCAB = 3, 2, 6, 16
+ROUTING = Routing(layers=3, experts=8, per_token=2)
 
 
 def config(**sections) -> RunConfig:
@@ -33,9 +36,16 @@ CONFIGS = {
     "rethin": config(obrs=ObrsSection(rethin_below=1.0)),
     "budget": config(obrs=ObrsSection(mode="budget", budget=0.7, window=2)),
 }
+CONFIGS["routed"] = config(
+    obrs=ObrsSection(rethin_below=1.0), rollout=dataclasses.replace(config().rollout, routing_replay=True)
+)
 
 
-def rollouts(group: int, siblings: list[int], version: int, seed: int) -> wire.Trajectories:
+def pipeline_of(name: str) -> Pipeline:
+    return Pipeline(CONFIGS[name], VOCAB, ROUTING if name == "routed" else None)
+
+
+def rollouts(group: int, siblings: list[int], version: int, seed: int, routed: int = 0) -> wire.Trajectories:
     rng = np.random.default_rng((seed, group, *siblings))
     lengths = rng.integers(3, 8, len(siblings))
     offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
@@ -48,6 +58,7 @@ def rollouts(group: int, siblings: list[int], version: int, seed: int) -> wire.T
         np.zeros(len(siblings), np.uint8), offsets, rng.integers(0, VOCAB, n).astype(np.int32), on,
         np.where(on, -rng.random(n), 0).astype(np.float32), np.where(on, version, -1).astype(np.int32),
         np.zeros((n, 0), np.int32), np.zeros((n, 0), np.float32),
+        rng.integers(0, ROUTING.experts, (n, routed)).astype(np.uint16),
     )  # fmt: skip
 
 
@@ -63,7 +74,7 @@ def drive(recorder: Recorder, rng: np.random.Generator, published: list[int], tu
                     flights += [(int(g), actor, s, published[0]) for g in grant.groups for s in range(G)]
             case 2 | 3 if flights:
                 group, actor, sibling, version = flights.pop(int(rng.integers(0, len(flights))))
-                message = rollouts(group, [sibling], version, 1)
+                message = rollouts(group, [sibling], version, 1, pipeline.routed)
                 for _ in range(1 + (rng.random() < 0.2)):
                     recorder.admit(message, actor, published[0])
             case 4 if rng.random() < 0.2:
@@ -121,11 +132,11 @@ def test_a_broker_killed_at_any_instant_comes_back_where_it_was(tmp_path: Path, 
     before = None
     for turns in lives:
         journal = Journal(directory, "r", 64)
-        pipeline = Pipeline(CONFIGS[name], VOCAB)
+        pipeline = pipeline_of(name)
         if journal.last >= 0:
             found = recover(pipeline, journal)
             assert found.differences == []
-            recover(looked_at := Pipeline(CONFIGS[name], VOCAB), journal)  # looking makes shards
+            recover(looked_at := pipeline_of(name), journal)  # looking makes shards
             assert fingerprint(looked_at) == before
         recorder = Recorder(pipeline, journal, dict)
         if journal.last < 0:
@@ -136,11 +147,40 @@ def test_a_broker_killed_at_any_instant_comes_back_where_it_was(tmp_path: Path, 
         assert pipeline.queued == pipeline.held()
         journal.close()
     journal = Journal(directory, "", 64, read_only=True)
-    again = Pipeline(CONFIGS[name], VOCAB)
+    again = pipeline_of(name)
     for event in journal.events():
         apply(again, event)
         assert difference(again, event) == ""
     assert {**fingerprint(again), "counts": 0} == {**before, "counts": 0}
+    journal.close()
+
+
+def test_expert_records_come_back_with_their_shards_byte_for_byte(tmp_path: Path):
+    pipeline = pipeline_of("routed")
+    journal = Journal(tmp_path / "j", "r", 64)
+    recorder = Recorder(pipeline, journal, dict)
+    recorder.begin(0)
+    sent = {}
+    for group in recorder.grant("a", B, 0).groups.tolist():
+        message = rollouts(group, list(range(G)), 0, 1, ROUTING.width)
+        sent[group] = message.experts
+        assert recorder.admit(message, "a", 0).reasons == [""] * G
+    score(recorder, recorder.assemble(0), 0)
+    shards = [recorder.shard(0, rank, 2) for rank in range(2)]
+    settle(journal)
+    journal.close()
+    journal = Journal(tmp_path / "j", "r", 64)
+    again = pipeline_of("routed")
+    assert recover(again, journal).differences == []
+    for rank, shard in enumerate(shards):
+        assert [bytes(f) for f in encode(again.shard(0, rank, 2))] == [bytes(f) for f in encode(shard)]
+        assert shard.experts.size
+    np.testing.assert_array_equal(
+        again.step(0).batch.experts(np.arange(B * G)), np.concatenate([sent[g] for g in sorted(sent)])
+    )
+    served = next(event for event in journal.events() if event.kind == "served")
+    again.shard(0, 0, 2).experts[0, 0] ^= 1
+    assert difference(again, served) == "step 0: shards of ranks [0]"
     journal.close()
 
 
