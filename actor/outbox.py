@@ -49,6 +49,7 @@ def pack(run_id: str, channel_names: Sequence[str], finished: Sequence[Finished]
         versions=interleave(-1, np.int32, [c.versions for c in completions]),
         topk_ids=interleave(0, np.int32, [c.topk_ids for c in completions]),
         topk_log_q=interleave(0, np.float32, [c.topk_logprobs for c in completions]),
+        experts=np.concatenate([c.experts for c in completions]),
     )
 
 
@@ -63,7 +64,7 @@ class Outbox:
     def add(self, message: Trajectories) -> None:
         """Keep ``message`` until every trajectory in it is acknowledged."""
         identities = set(zip(message.groups.tolist(), message.siblings.tolist(), strict=True))
-        size = message.token_ids.nbytes * 4 + message.topk_ids.nbytes * 2
+        size = message.token_ids.nbytes * 4 + message.topk_ids.nbytes * 2 + message.experts.nbytes
         self._messages[self._next] = (message, identities, size)
         self._owner.update(dict.fromkeys(identities, self._next))
         self._next += 1

@@ -66,6 +66,7 @@ def make_engine(config: RunConfig) -> Engine:
         max_length=longest,
         dtype=getattr(torch, config.model.dtype),
         threads=config.actor.threads,
+        record_experts=config.rollout.routing_replay,
     )
 
 

@@ -47,6 +47,7 @@ class Completion:
     versions: NDArray[np.int32]  # [T] weights that sampled each token
     topk_ids: NDArray[np.int32]  # [T, k], likeliest first
     topk_logprobs: NDArray[np.float32]  # [T, k] log q
+    experts: NDArray[np.uint16]  # [P + T, R] prompt included; see common.wire. R = 0: not recorded
     finish_reason: FinishReason
 
 

@@ -1,17 +1,21 @@
-"""A leaner forward for transformers' sparse blocks, on the same parameters.
+"""A leaner forward for transformers' sparse blocks, on the same parameters, and a record of where they route.
 
 transformers' own expert loops spend most of a decode step in Python. Here assignments are sorted
 by expert and two grouped GEMMs do all of them.
 
-Legend: N tokens, C hidden width, E experts, k experts a token, I expert width, A = N k assignments.
+Legend: N tokens, C hidden width, E experts, k experts a token, I expert width, A = N k assignments,
+R = k times the sparse layers.
 """
 
+from functools import partial
 from itertools import accumulate
 from types import MethodType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 FEW_ROWS = 6  # mean rows an expert up to which MKL is faster with the result transposed (measured, fp32)
@@ -22,10 +26,33 @@ def use_lean_experts(model: Any) -> int:
     """Bind :func:`sparse_forward` to every Qwen3-MoE block of ``model``; returns how many."""
     bound = 0
     for module in model.modules():
-        if type(module).__name__ == "Qwen3MoeSparseMoeBlock" and _fits(module.experts):
+        if _is_sparse(module) and _fits(module.experts):
             module.forward = MethodType(sparse_forward, module)
             bound += 1
     return bound
+
+
+class ExpertRecorder:
+    """Which experts the routers of ``model`` chose in its latest forward pass, by a hook on each."""
+
+    def __init__(self, model: Any) -> None:
+        routers = [module.gate for module in model.modules() if _is_sparse(module)]  # in the order of the layers
+        self.width = sum(router.top_k for router in routers)  # R; 0 if the model has no experts
+        self._chosen: list[Any] = [None] * len(routers)  # i64 [N, k] of each sparse layer
+        for layer, router in enumerate(routers):
+            router.register_forward_hook(partial(self._note, layer))
+
+    def _note(self, layer: int, _router: Any, _inputs: Any, outputs: Any) -> None:
+        self._chosen[layer] = outputs[2]
+
+    def latest(self) -> NDArray[np.uint16]:
+        """``[N, R]``, a row for each token of the latest pass."""
+        record: NDArray[np.uint16] = torch.cat(self._chosen, dim=1).numpy().astype(np.uint16)
+        return record
+
+
+def _is_sparse(module: Any) -> bool:
+    return type(module).__name__ == "Qwen3MoeSparseMoeBlock"
 
 
 def _fits(experts: Any) -> bool:
@@ -44,10 +71,7 @@ def sparse_forward(block: Any, hidden_states: Tensor) -> Tensor:
     """``[B, T, C] -> [B, T, C]``, equal to the block's own forward to rounding."""
     x_NC = hidden_states.reshape(-1, hidden_states.shape[-1])
     router, experts = block.gate, block.experts
-    gates_NE = F.linear(x_NC, router.weight).softmax(-1, dtype=torch.float32)
-    gates_Nk, experts_Nk = gates_NE.topk(router.top_k, dim=-1)
-    if router.norm_topk_prob:
-        gates_Nk = gates_Nk / gates_Nk.sum(-1, keepdim=True)
+    _, gates_Nk, experts_Nk = router(x_NC)
     experts_A = experts_Nk.view(-1)
     order_A = experts_A.argsort()
     counts_E = experts_A.bincount(minlength=router.num_experts)

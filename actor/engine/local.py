@@ -8,12 +8,13 @@
 
 A request whose siblings do not fit waits, and so do those behind it (first in, first out).
 
-Legend: n live rows, U unique prompts, P prompt length, V vocabulary.
+Legend: n live rows, U unique prompts, P prompt length, V vocabulary, R experts recorded of a token.
 """
 
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +22,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from actor.engine.base import Completion, SampleRequest
+from actor.engine.experts import ExpertRecorder
 from actor.engine.kvcache import SlotCache
 from actor.engine.loading import load_model, stop_ids
 from actor.engine.names import checkpoint_views
 from actor.engine.rows import Rows
 from actor.engine.sampling import sample
-from common.errors import EngineError
+from common.errors import EngineError, ModelError
+from common.routing import REMEDY
 
 PREFILL_TOKENS = 8192  # padded prompt tokens of one pass: bounds its activations
 
@@ -35,7 +38,8 @@ class LocalEngine:
     """Samples from the Hugging Face directory ``model_dir``; see :class:`actor.engine.base.Engine`.
 
     ``max_sequences`` decode together, each of at most ``max_length`` tokens, prompt included.
-    ``threads`` sets this process's torch threads. Raises ModelError if the directory cannot be used.
+    ``threads`` sets this process's torch threads; with ``record_experts`` completions say which
+    experts read each token. Raises ModelError if the directory cannot be used.
     """
 
     def __init__(
@@ -45,9 +49,11 @@ class LocalEngine:
         max_length: int,
         dtype: torch.dtype = torch.float32,
         threads: int = 1,
+        record_experts: bool = False,
     ) -> None:
         torch.set_num_threads(threads)
         self._model = load_model(Path(model_dir), max_length, dtype)
+        self._recorder = _recorder(self._model, model_dir) if record_experts else None
         config = self._model.config
         self.vocab_size: int = config.vocab_size
         self._stop_ids = np.array(stop_ids(self._model), np.int64)
@@ -62,7 +68,7 @@ class LocalEngine:
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             dtype=dtype,
         )
-        self._rows = Rows(max_sequences, max_length)
+        self._rows = Rows(max_sequences, max_length, self._recorder.width if self._recorder else 0)
         self._waiting: deque[SampleRequest] = deque()
         self._columns = torch.arange(max_length)
         self._targets = checkpoint_views(self._model)
@@ -171,10 +177,14 @@ class LocalEngine:
             row[: len(request.prompt_ids)] = request.prompt_ids
         samples = torch.tensor([request.samples for request in requests])
         sources = torch.arange(len(requests)).repeat_interleave(samples)
-        self._cache.begin_prefill(self._rows.first_row(requests[0]), sources)
+        first = self._rows.first_row(requests[0])
+        self._cache.begin_prefill(first, sources)
         # Padding lies behind every real token, so the causal rule alone hides it: no mask.
         positions_1P = self._columns[None, : ids_UP.shape[1]]
         hidden_UPC = self._forward(torch.from_numpy(ids_UP), positions_1P, None)
+        if self._recorder is not None:
+            experts_UPR = self._recorder.latest().reshape(*ids_UP.shape, -1)
+            self._rows.record_prompts(first, sources.numpy(), experts_UPR)
         last_UC = hidden_UPC[torch.arange(len(requests)), lengths - 1]
         return self._head(last_UC)[sources]
 
@@ -189,7 +199,10 @@ class LocalEngine:
             mask = torch.zeros(hidden.shape, dtype=self._model.dtype).masked_fill_(hidden, float("-inf"))[:, None, None]
         self._cache.begin_decode(positions_n, longest)
         ids_n1 = torch.from_numpy(rows.newest.astype(np.int64)).unsqueeze(1)
-        return self._head(self._forward(ids_n1, positions_n.unsqueeze(1), mask)[:, 0])
+        hidden_nC = self._forward(ids_n1, positions_n.unsqueeze(1), mask)[:, 0]
+        if self._recorder is not None:
+            rows.record_experts(self._recorder.latest())
+        return self._head(hidden_nC)
 
     def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         """Hidden states ``[rows, T, C]``: transformers' own layers, without the mask building around them."""
@@ -240,3 +253,10 @@ class LocalEngine:
         if len(sources):
             self._cache.move(torch.from_numpy(sources), torch.from_numpy(targets), longest)
         return completions
+
+
+def _recorder(model: Any, directory: str | Path) -> ExpertRecorder:
+    recorder = ExpertRecorder(model)
+    if recorder.width == 0:
+        raise ModelError(f"rollout.routing_replay=true: {directory} has no experts to record; {REMEDY}")
+    return recorder

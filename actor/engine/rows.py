@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from actor.engine.base import Completion, SampleRequest
 from common.philox import uniforms
+from common.wire import UNROUTED
 
 WORD_BITS = 32
 _STATE = np.dtype(
@@ -32,7 +33,8 @@ _STATE = np.dtype(
 class Rows:
     """Bookkeeping of ``slots`` sequences of at most ``max_length`` tokens."""
 
-    def __init__(self, slots: int, max_length: int) -> None:
+    def __init__(self, slots: int, max_length: int, routed: int = 0) -> None:
+        """``routed``: experts that are recorded of a token."""
         self.slots = slots
         self.live = 0
         self._state = np.zeros(slots, _STATE)
@@ -41,6 +43,7 @@ class Rows:
         self._versions = np.zeros((slots, max_length), np.int32)
         self._top_ids = np.zeros((slots, max_length, 0), np.int32)
         self._top_logprobs = np.zeros((slots, max_length, 0), np.float32)
+        self._experts = np.zeros((slots, max_length, routed), np.uint16)  # by position, prompt included
         self._requests: list[SampleRequest] = []  # of the live rows
         self._keys: list[tuple[int, int]] = []  # noise keys seen since the rows were last empty
 
@@ -134,6 +137,17 @@ class Rows:
         state["newest"] = ids
         state["sampled"] += 1
 
+    def record_prompts(self, first: int, sources: NDArray[np.int64], experts: NDArray[np.uint16]) -> None:
+        """Experts ``[U, P, R]`` of prompts just read; row ``first + i`` has prompt ``sources[i]``.
+
+        What lies behind a shorter prompt is padding, written over as that row decodes.
+        """
+        self._experts[first : first + len(sources), : experts.shape[1]] = experts[sources]
+
+    def record_experts(self, experts: NDArray[np.uint16]) -> None:
+        """Experts ``[n, R]`` of each row's newest token, just read."""
+        self._experts[np.arange(self.live), self.positions] = experts
+
     def _grow_top(self, k: int) -> None:
         more = ((0, 0), (0, 0), (0, k - self._top_ids.shape[2]))
         self._top_ids, self._top_logprobs = np.pad(self._top_ids, more), np.pad(self._top_logprobs, more)
@@ -149,6 +163,8 @@ class Rows:
         state: Any = self._state[row]
         tokens, k = slice(int(state["sampled"])), slice(int(state["top_logprobs"]))
         stopped = not state["ignore_eos"] and state["newest"] in stop_ids
+        experts = self._experts[row, : int(state["prompt"] + state["sampled"])].copy()
+        experts[-1] = UNROUTED  # the last token is never read
         return Completion(
             request_id=self._requests[row].request_id,
             sibling=int(state["sibling"]),
@@ -157,6 +173,7 @@ class Rows:
             versions=self._versions[row, tokens].copy(),
             topk_ids=self._top_ids[row, tokens, k].copy(),
             topk_logprobs=self._top_logprobs[row, tokens, k].copy(),
+            experts=experts,
             finish_reason="stop" if stopped else "length",
         )
 
@@ -172,6 +189,7 @@ class Rows:
             self._versions,
             self._top_ids,
             self._top_logprobs,
+            self._experts,
         ):
             column[targets] = column[sources]
         for source, target in zip(sources, targets, strict=True):

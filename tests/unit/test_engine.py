@@ -14,6 +14,7 @@ from actor.engine.local import LocalEngine
 from actor.engine.sampling import sample
 from common.errors import EngineError, ModelError
 from common.philox import uniforms
+from common.wire import UNROUTED
 
 VOCAB, EOS, MAX_LENGTH = 23, 1, 40
 SHAPE = {
@@ -30,6 +31,7 @@ SHAPE = {
     "pad_token_id": 0,
 }
 MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
+MIXED = {"num_hidden_layers": 4, "mlp_only_layers": [1], "num_experts_per_tok": 3}  # three sparse layers of four
 CONFIGS = {
     "qwen3_moe": Qwen3MoeConfig(**SHAPE, head_dim=8, **MOE),
     "qwen3": Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=True),
@@ -43,7 +45,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A random model directory of each family, and a second set of MoE weights."""
     torch.set_num_threads(1)
     out = {}
-    for name, config in (CONFIGS | {"other": CONFIGS["qwen3_moe"]}).items():
+    more = {
+        "other": CONFIGS["qwen3_moe"],
+        "mixed": Qwen3MoeConfig(**(SHAPE | MOE | MIXED), head_dim=8),
+        "gelu": Qwen3MoeConfig(**(SHAPE | MOE), hidden_act="gelu", head_dim=8),  # not the lean forward
+    }
+    for name, config in (CONFIGS | more).items():
         torch.manual_seed(len(out))
         out[name] = tmp_path_factory.mktemp(name)
         AutoModelForCausalLM.from_config(config).save_pretrained(out[name])
@@ -82,6 +89,16 @@ def full_logprobs(model: Any, prompt: np.ndarray, completion: Completion, temper
     ids = torch.from_numpy(np.concatenate([prompt, completion.token_ids]).astype(np.int64))[None]
     logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
     return (logits / temperature).log_softmax(-1)
+
+
+@torch.inference_mode()
+def routed_experts(model: Any, ids: np.ndarray, cache: Any = None) -> tuple[np.ndarray, Any]:
+    """Experts ``[len(ids), R]`` of one forward by transformers itself, and its cache."""
+    out = model(
+        torch.from_numpy(ids.astype(np.int64))[None], past_key_values=cache, use_cache=True, output_router_logits=True
+    )
+    k = model.config.num_experts_per_tok
+    return np.concatenate([logits.topk(k).indices.numpy() for logits in out.router_logits], axis=1), out.past_key_values
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -168,6 +185,49 @@ def test_swap_in_flight_stamps_and_samples_with_the_new_weights(models: dict[str
     rows = torch.cat([before.logits[0, 2:], after.logits[0]]).log_softmax(-1)
     expected = rows.gather(1, ids[0, 3:, None])[:, 0]
     np.testing.assert_allclose(completion.logprobs, expected.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "width"), [("qwen3_moe", 4), ("mixed", 9), ("gelu", 4)])
+def test_recorded_experts_are_those_of_a_full_forward(models: dict[str, Path], family: str, width: int) -> None:
+    """With ragged prompts and rows that move, every token that was read, and only those."""
+    model, asked = reference(models[family]), prompts(9)
+    engine = LocalEngine(models[family], 7, MAX_LENGTH, record_experts=True)
+    for number, prompt in enumerate(asked):
+        engine.add(request(number, prompt, samples=1 + number % 3, tokens=1 + number))
+    done = drain(engine)
+    assert len(done) == 18
+    for (number, _), completion in done.items():
+        ids = np.concatenate([asked[number], completion.token_ids])
+        expected, _ = routed_experts(model, ids)
+        assert completion.experts.shape == (len(ids), width)
+        assert completion.experts.dtype == np.uint16
+        np.testing.assert_array_equal(completion.experts[:-1], expected[:-1])
+        assert (completion.experts[-1] == UNROUTED).all()
+
+
+def test_recorded_experts_are_of_the_weights_that_read_the_token(models: dict[str, Path]) -> None:
+    old, new = reference(models["qwen3_moe"]), reference(models["other"])
+    source = engine_of(models["other"]).weight_targets()
+    engine = LocalEngine(models["qwen3_moe"], 4, MAX_LENGTH, record_experts=True)
+    prompt = np.array([5, 9, 2], np.int32)
+    engine.add(request(0, prompt, tokens=10, ignore_eos=True))
+    for _ in range(4):
+        engine.step()
+    engine.swap(3, {name: tensor.clone() for name, tensor in source.items()})
+    completion = drain(engine)[0, 0]
+    ids = np.concatenate([prompt, completion.token_ids])
+    before, cache = routed_experts(old, ids[:6])
+    after, _ = routed_experts(new, ids[6:12], cache)
+    np.testing.assert_array_equal(completion.experts[:-1], np.concatenate([before, after]))
+    assert (before != routed_experts(new, ids[:6])[0]).any()
+
+
+def test_nothing_is_recorded_unless_asked_and_a_dense_model_cannot(models: dict[str, Path]) -> None:
+    engine = engine_of(models["qwen3_moe"])
+    engine.add(request(0, [3, 4], tokens=5, ignore_eos=True))
+    assert drain(engine)[0, 0].experts.shape == (7, 0)
+    with pytest.raises(ModelError, match=r"routing_replay=true: .* no experts .*set rollout\.routing_replay=false"):
+        LocalEngine(models["llama"], 1, MAX_LENGTH, record_experts=True)
 
 
 def test_swap_refuses_incomplete_or_foreign_weights_and_changes_nothing(models: dict[str, Path]) -> None:

@@ -18,6 +18,7 @@ def finished(group: int, sibling: int, prompt: int = 3, tokens: int = 4, reason:
         versions=np.full(tokens, group, np.int32),
         topk_ids=np.full((tokens, 2), base, np.int32),
         topk_logprobs=np.full((tokens, 2), -0.5, np.float32),
+        experts=np.arange(base, base + 2 * (prompt + tokens), dtype=np.uint16).reshape(-1, 2),
         finish_reason=reason,
     )
     prompt_ids = np.arange(prompt, dtype=np.int32)
@@ -38,6 +39,7 @@ def test_many_trajectories_travel_as_one_message() -> None:
     assert message.versions.tolist() == [-1, -1, -1, 7, 7, 7, 7, -1, 7, 7]
     assert message.log_q.tolist() == pytest.approx([0, 0, 0, 0, -1 / 8, -2 / 8, -3 / 8, 0, 0, -1 / 8])
     assert message.topk_ids[:, 0].tolist() == [0, 0, 0, 700, 700, 700, 700, 0, 710, 710]
+    assert message.experts[:, 1].tolist() == [701, 703, 705, 707, 709, 711, 713, 711, 713, 715]
     assert message.channels.tolist() == [[1.0, 0.0], [1.0, 1.0]]
     assert message.rewards.tolist() == [0.0, 0.5]
     assert [wire.FINISH_REASONS[i] for i in message.finish] == ["stop", "length"]
