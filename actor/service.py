@@ -67,6 +67,7 @@ def make_engine(config: RunConfig) -> Engine:
         dtype=getattr(torch, config.model.dtype),
         threads=config.actor.threads,
         record_experts=config.rollout.routing_replay,
+        frozen=config.optim.freeze,
     )
 
 

@@ -127,13 +127,17 @@ class Training:
         self._fetches[peer.identity] = (message, 0.0)
 
     def _check_fetch(self, peer: Peer, message: wire.Fetch) -> None:
-        ranks = self.config.learner.ranks
-        if message.world != ranks:
-            raise ProtocolError(f"the learner runs {message.world} ranks, learner.ranks={ranks}; make them equal")
-        if message.rank != peer.hello.rank or not 0 <= message.rank < ranks:
+        learner, hello = self.config.learner, peer.hello
+        if hello.world != learner.ranks or message.world != learner.data_ranks:
             raise ProtocolError(
-                f"rank {peer.hello.rank} of {peer.hello.world} asks for the shard of rank {message.rank} of {ranks}; "
-                "each rank fetches its own"
+                f"the learner runs {hello.world} ranks over {message.world} shards, the broker's configuration says "
+                f"{learner.ranks} over {learner.data_ranks} (learner.pp, .dp_replicate, .dp_shard, .ep, .tp); "
+                "start both from the same file"
+            )
+        if message.rank != learner.data_rank_of(hello.rank):
+            raise ProtocolError(
+                f"rank {hello.rank} of {hello.world} asks for shard {message.rank} of {message.world}; "
+                f"its own is {learner.data_rank_of(hello.rank)}"
             )
         if not 0 <= message.step < self.config.run.steps:
             raise ProtocolError(f"step {message.step} is none of this run's {self.config.run.steps} (run.steps)")

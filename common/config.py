@@ -41,9 +41,13 @@ RANGES: dict[str, tuple[float, float]] = {
     "broker.journal_mb": (0, 1e9), "broker.retain_mb": (0, 1e9), "broker.queue_mb": (0, 1e9),
     "broker.score_timeout_s": (0.1, 1e6), "broker.peer_timeout_s": (0.1, 1e6), "broker.verify_rate": (0, 1),
     "actor.threads": (1, 4096), "actor.unacked_mb": (0.01, 1e9), "actor.wait_s": (0, 1e6),
-    "learner.logprob_chunk": (1, 2**31), "learner.threads": (1, 4096), "learner.checkpoint_every": (0, 2**31),
+    "learner.logprob_mb": (0.0001, 1e6), "loss.router_z": (0, 1e3),
+    "learner.pp": (1, 4096), "learner.dp_replicate": (1, 4096), "learner.dp_shard": (1, 4096), "learner.ep": (1, 4096),
+    "learner.tp": (1, 4096), "learner.write_timeout_s": (0.1, 1e6),
+    "learner.threads": (1, 4096), "learner.checkpoint_every": (0, 2**31),
     "learner.wait_s": (0, 1e6),
-    "replica.count": (0, 4096), "replica.threads": (1, 4096), "replica.wait_s": (0, 1e6),
+    "replica.count": (0, 4096), "replica.ep": (1, 4096), "replica.tp": (1, 4096), "replica.batch_tokens": (1, 2**31),
+    "replica.threads": (1, 4096), "replica.wait_s": (0, 1e6),
     "warmstart.layers": (1, 1000), "warmstart.hidden": (1, 1e6), "warmstart.heads": (1, 1000),
     "warmstart.kv_heads": (1, 1000), "warmstart.experts": (1, 10_000), "warmstart.experts_per_token": (1, 10_000),
     "warmstart.expert_width": (1, 1e6), "warmstart.lr": (0, 1), "warmstart.batch": (1, 1e6),
@@ -78,7 +82,7 @@ class ModelSection:
     """The starting model, a Hugging Face directory."""
 
     path: str = "models/sort6"
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the embedded engine; the learner keeps float32
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the embedded engine; learner.dtype is the learner's
 
 
 @dataclass(frozen=True)
@@ -184,6 +188,7 @@ class LossSection:
     clip_high: float = 0.2
     weight_cap: float | None = None  # C; none is exact
     balance: float = 0.01  # coefficient of the load-balancing loss
+    router_z: float = 0.0  # coefficient of the router's z-loss
 
     def __post_init__(self) -> None:
         """Validate."""
@@ -211,6 +216,7 @@ class OptimSection:
     weight_decay: float = 0.0
     warmup_steps: int = 0
     max_grad_norm: float = 1.0
+    freeze: tuple[str, ...] = ()  # patterns of tensor names that are not trained and never sent: model.layers.0.*
 
     def __post_init__(self) -> None:
         """Validate."""
@@ -288,20 +294,42 @@ class ActorSection:
 
 @dataclass(frozen=True)
 class LearnerSection:
-    """The learner's ranks and micro-batches."""
+    """The learner's mesh, its micro-batches and its checkpoints."""
 
-    ranks: int = 1  # data-parallel processes (tools.launch starts them through torchrun)
+    pp: int = 1  # pipeline stages; the product of these five is the number of processes
+    dp_replicate: int = 1  # data parallel, everything repeated
+    dp_shard: int = 1  # data parallel, optimizer state sharded
+    ep: int = 1  # expert parallel; data parallel for everything but the experts
+    tp: int = 1  # tensor and sequence parallel; experts lie on the ep x tp ranks
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and activations; the optimizer keeps float32
     micro_batch_tokens: int = 16384
-    logprob_chunk: int = 4096  # tokens whose logits exist at once
+    logprob_mb: float = 256.0  # of float32 logits that exist at once
+    head_float32: bool = False  # multiply by the head in float32 also where dtype is bfloat16
+    recompute: bool = False  # activation checkpointing: keep each layer's input, compute the rest twice
+    compile: bool = False  # torch.compile for the layers; needs a C++ compiler on CPUs
     threads: int = 1
     checkpoint_every: int = 0  # steps; 0 writes only the final one
     checkpoint_keep: int = 2
     resume: bool = False
     wait_s: float = 300.0  # how long to wait for a broker, and for a shard
+    write_timeout_s: float = 600.0  # for a checkpoint to be written by every rank
+
+    @property
+    def ranks(self) -> int:
+        """Processes of the learner (tools.launch starts them through torchrun)."""
+        return self.pp * self.tp * self.data_ranks
+
+    @property
+    def data_ranks(self) -> int:
+        """Shards of a step."""
+        return self.dp_replicate * self.dp_shard * self.ep
+
+    def data_rank_of(self, rank: int) -> int:
+        """Which shard a process reads: tp neighbours read the same one, and so do the pipeline's stages."""
+        return rank // self.tp % self.data_ranks
 
     def __post_init__(self) -> None:
         """Validate."""
-        _require(self.ranks >= 1, "learner.ranks", self.ranks, "must be at least 1")
         _require(
             self.micro_batch_tokens >= 1, "learner.micro_batch_tokens", self.micro_batch_tokens, "must be positive"
         )
@@ -313,6 +341,9 @@ class ReplicaSection:
     """The policy replicas that score tokens for the broker."""
 
     count: int = 1
+    ep: int = 1  # processes of one replica that share the experts ...
+    tp: int = 1  # ... and the layers; with ep x tp above 1, torchrun starts that many for each
+    batch_tokens: int = 65536  # of waiting requests that are scored together
     threads: int = 1
     wait_s: float = 120.0
 

@@ -10,6 +10,7 @@ here because learner, actors and replicas must agree on them.
 """
 
 import dataclasses
+import fnmatch
 import hashlib
 import logging
 import math
@@ -20,9 +21,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from common.errors import WeightsError
 from common.wire import Applied, Go, Prepare, Publish, Ready, ReceiveFailed
 
+AHEAD = 2  # broadcasts under way while an earlier one is summed up
 ALIGNMENT = 16  # bytes; every tensor of a bucket starts at a multiple
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
@@ -69,35 +74,71 @@ def plan_buckets(tensors: Sequence[Sequence[Any]], bucket_bytes: int) -> list[Bu
     return buckets
 
 
+def is_frozen(name: str, patterns: Sequence[str]) -> bool:
+    """Whether ``optim.freeze`` keeps the tensor ``name`` as it came: it is then not sent either."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def brief(error: BaseException) -> str:
     """What a collective says of its failure, without source paths and advice for its own developers."""
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
     return re.sub(r"^(\[[^]]*\]\s*)+", "", first.split(". This is typically")[0])[:500]
 
 
+BLOCK_WORDS, ROW_WORDS = 1 << 17, 512  # of 8 bytes: 1 MB, which stays in cache for the second sum
+
+
+def block_sums(data: NDArray[np.uint8]) -> bytes:
+    """Sums, modulo 2^64, over the rows and over the columns of each megabyte, seen as 256 x 512 words.
+
+    A word that changed, or two that changed places, alter one of them. The last block is filled up
+    with zeros. Runs at the speed of memory, where a cryptographic hash would be the slowest part of
+    a broadcast; what the weights group carries is guarded against faults, not against forgers.
+    """
+    parts: list[bytes] = []
+    step = 8 * BLOCK_WORDS
+    for start in range(0, len(data), step):
+        block = data[start : start + step]
+        if len(block) < step:
+            block = np.concatenate((block, np.zeros(step - len(block), np.uint8)))
+        words = block.view(np.uint64).reshape(-1, ROW_WORDS)
+        parts += [np.add.reduce(words, axis=0).tobytes(), np.add.reduce(words, axis=1).tobytes()]
+    return b"".join(parts)
+
+
 class WeightDigest:
-    """BLAKE2b-128 over the buckets in order; equal on both ends iff the bytes are."""
+    """BLAKE2b-128 over the buckets' :func:`block_sums`, in order; equal on both ends if the bytes are."""
 
     def __init__(self) -> None:
         self._hash = hashlib.blake2b(digest_size=16)
 
-    def update(self, view: memoryview) -> None:
-        """Add one bucket."""
-        self._hash.update(view)
+    def update(self, sums: bytes) -> None:
+        """Add one bucket's sums."""
+        self._hash.update(sums)
 
     def hex(self) -> str:
         """The digest."""
         return self._hash.hexdigest()
 
 
+class Work(Protocol):
+    """An operation under way."""
+
+    def wait(self) -> Any:
+        """Until it is done; raises if it broke."""
+
+
 class Collective(Protocol):
     """A joined process group, seen by a receiver."""
 
-    def receive(self, nbytes: int) -> Any:
-        """Take part in one broadcast from rank 0; a uint8 tensor of ``nbytes``."""
+    def allocate(self, nbytes: int) -> Any:
+        """A uint8 tensor where broadcasts arrive."""
 
-    def view(self, tensor: Any) -> memoryview:
-        """The bytes of a received tensor."""
+    def start(self, tensor: Any) -> Work:
+        """Begin one broadcast from rank 0 into ``tensor``."""
+
+    def sums(self, tensor: Any) -> bytes:
+        """:func:`block_sums` of a tensor."""
 
     def receive_digest(self) -> str:
         """The learner's digest, broadcast after the buckets."""
@@ -114,6 +155,7 @@ class StagedWeights:
     version: int
     digest: str
     buckets: list[tuple[Bucket, Any]]  # layout and uint8 tensor
+    arena: Any = None  # what those tensors are slices of; used again once the version is applied
 
 
 class WeightReceiver:
@@ -135,6 +177,7 @@ class WeightReceiver:
         self._jobs: queue.Queue[Prepare | None] = queue.Queue()
         self._staged: queue.Queue[StagedWeights] = queue.Queue()
         self._collective: tuple[int, Collective] | None = None
+        self._arenas: list[Any] = []  # free; fresh memory for every version would cost more than the wire
         self._thread = threading.Thread(target=self._run, name="weight-receiver", daemon=True)
         self._thread.start()
 
@@ -163,11 +206,13 @@ class WeightReceiver:
             return None
 
     def applied(self, staged: StagedWeights) -> None:
-        """Tell the broker that ``staged`` is in use."""
+        """Tell the broker that ``staged`` is in use: copied, so that its memory may be used again."""
+        self._release(staged.arena)
         self._send(Applied(staged.epoch, staged.version, staged.digest))
 
     def failed(self, staged: StagedWeights, reason: str) -> None:
         """Tell the broker that ``staged`` could not be used."""
+        self._release(staged.arena)
         self._send(ReceiveFailed(staged.epoch, staged.version, reason))
 
     def close(self) -> None:
@@ -206,16 +251,41 @@ class WeightReceiver:
             self._drop_collective()
             self._collective = (job.epoch, self._join(job))
         collective = self._collective[1]
-        digest = WeightDigest()
-        received = []
-        for bucket in plan_buckets(publish.tensors, publish.bucket_bytes):
-            tensor = collective.receive(bucket.nbytes)
-            digest.update(collective.view(tensor))
+        buckets = plan_buckets(publish.tensors, publish.bucket_bytes)
+        arena = self._arena(sum(bucket.nbytes for bucket in buckets), collective)
+        digest, received, start = WeightDigest(), [], 0
+        under_way: list[tuple[Any, Work]] = []
+        for bucket in buckets:
+            tensor = arena[start : start + bucket.nbytes]
+            start += bucket.nbytes
             received.append((bucket, tensor))
+            under_way.append((tensor, collective.start(tensor)))
+            if len(under_way) > AHEAD:  # sum up one bucket while the next ones arrive
+                self._finish(*under_way.pop(0), digest, collective)
+        for tensor, work in under_way:
+            self._finish(tensor, work, digest, collective)
         expected = collective.receive_digest()
         if digest.hex() != expected:
             raise WeightsError(f"version {publish.version}: digest {digest.hex()} of what arrived is not {expected}")
-        return StagedWeights(job.epoch, publish.version, digest.hex(), received)
+        return StagedWeights(job.epoch, publish.version, digest.hex(), received, arena)
+
+    @staticmethod
+    def _finish(tensor: Any, work: Work, digest: WeightDigest, collective: Collective) -> None:
+        work.wait()
+        digest.update(collective.sums(tensor))
+
+    def _arena(self, nbytes: int, collective: Collective) -> Any:
+        with self._lock:
+            for index, arena in enumerate(self._arenas):
+                if arena.nbytes == nbytes:
+                    return self._arenas.pop(index)
+            self._arenas.clear()
+        return collective.allocate(nbytes)
+
+    def _release(self, arena: Any) -> None:
+        if arena is not None:
+            with self._lock:
+                self._arenas.append(arena)
 
     def _drop_collective(self) -> None:
         if self._collective is not None:

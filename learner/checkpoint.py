@@ -1,84 +1,54 @@
-"""Checkpoints without pickle: safetensors for tensors, JSON for the rest, written atomically.
+"""Checkpoints without pickle, written in the background, read on any mesh.
 
 ::
 
-    checkpoints/step-00000012/{model,optimizer,extra}.safetensors + state.json
+    checkpoints/step-00000012/rank-00000.safetensors ...    each rank's shard of weights and moments, by name
+                              state.json                    written last: the directory is complete
 
-A directory without a state.json was not finished and is never picked; the temporary directory is
-renamed only after every byte is on the disk.
+A rank copies its shard to memory and goes on training; a thread writes it. Rank 0 waits for every
+rank's file, writes state.json and renames the directory into place, so a kill at any moment leaves
+the previous one good. A piece is ``kind|tensor|part/parts|start``: elements from ``start`` on of one
+tp part of one tensor (:mod:`learner.layout`), so a reader of another mesh finds what it needs.
 """
 
 import json
 import os
+import secrets
 import shutil
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
-from common.errors import CheckpointError
+from common.errors import CheckpointError, DeadlineError
+from learner.layout import Place, places, views
+from learner.mesh import Mesh
+from learner.model.decoder import Decoder
 from learner.optim import Optimizer
+from learner.parallel.flat import FlatParameters
 
 STATE = "state.json"
 PREFIX = "step-"
+POLL_S = 0.05
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class CheckpointState:
-    """What came back beside the tensors that were loaded in place."""
+class TrainingState:
+    """Everything of a checkpoint that is no tensor, and the routers' last loads."""
 
-    step: int  # the next step to train
+    step: int  # the next to train; the broker may forget those before
     version: int
     run_id: str
-    expert_fraction: Tensor
-
-
-def save(
-    directory: Path,
-    model: nn.Module,
-    optimizer: Optimizer,
-    *,
-    step: int,
-    version: int,
-    run_id: str,
-    expert_fraction: Tensor,
-    keep: int,
-) -> Path:
-    """Write ``directory/step-<step>`` and delete all but the last ``keep``."""
-    final = directory / f"{PREFIX}{step:08d}"
-    temporary = directory / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    parameters = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
-    moments = {name: t.detach().cpu().contiguous() for name, t in optimizer.state().items()}
-    extra = {"expert_fraction": expert_fraction.detach().cpu().contiguous(), "rng": torch.get_rng_state()}
-    for name, tensors in (("model", parameters), ("optimizer", moments), ("extra", extra)):
-        save_file(tensors, temporary / f"{name}.safetensors")
-    state = {
-        "step": step, "version": version, "run_id": run_id,
-        "updates": optimizer.steps, "skipped_updates": optimizer.skipped,
-    }  # fmt: skip
-    (temporary / STATE).write_text(json.dumps(state, indent=1) + "\n")
-    for file in temporary.iterdir():
-        _sync(file)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(temporary, final)
-    _sync(directory)
-    for old in _complete(directory)[:-keep]:
-        shutil.rmtree(old)
-    return final
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    updates: int
+    skipped_updates: int
+    expert_fraction: list[list[float]] = field(default_factory=list)
 
 
 def _complete(directory: Path) -> list[Path]:
@@ -91,37 +61,237 @@ def latest(directory: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def load(path: Path, model: nn.Module, optimizer: Optimizer) -> CheckpointState:
-    """Load into ``model`` and ``optimizer`` in place.
+# ---- writing ------------------------------------------------------------------------------------
+
+
+class CheckpointWriter:
+    """Writes one checkpoint at a time, beside the training."""
+
+    def __init__(self, directory: Path, mesh: Mesh, keep: int, timeout_s: float) -> None:
+        """Collective: all ranks agree on a name for what is not finished."""
+        self.directory, self.mesh, self.keep, self.timeout_s = directory, mesh, keep, timeout_s
+        self._nonce = f"{mesh.broadcast_int(secrets.randbits(31)):08x}"
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._writing = -1
+        self._finished: list[int] = []
+        if mesh.rank == 0:
+            for stale in directory.glob(f".{PREFIX}*.tmp"):
+                shutil.rmtree(stale, ignore_errors=True)
+        mesh.barrier()
+
+    def start(self, model: Decoder, optimizer: Optimizer, state: TrainingState) -> None:
+        """Copy this rank's shard and write it in the background. Waits for the checkpoint before, if need be."""
+        self.wait()
+        pieces = {key: tensor.detach().cpu().clone() for key, tensor in _pieces(model, optimizer)}
+        pieces[f"rng|{self.mesh.rank}"] = torch.get_rng_state()
+        self._writing = state.step
+        self._thread = threading.Thread(target=self._run, args=(pieces, state), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def finished(self) -> list[int]:
+        """Steps whose checkpoints were completed since the last call; raises what went wrong."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+        done, self._finished = self._finished, []
+        return done
+
+    def wait(self) -> None:
+        """Until nothing is being written; :class:`CheckpointError` or :class:`DeadlineError` if it failed."""
+        if self._thread is None:
+            return
+        self._thread.join(self.timeout_s + 1.0)
+        if self._thread.is_alive():
+            raise DeadlineError(
+                f"checkpoint of step {self._writing}: rank {self.mesh.rank} has not written its file within "
+                f"{self.timeout_s:.0f} s (learner.write_timeout_s); is the disk slow?"
+            )
+        self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        self._finished.append(self._writing)
+
+    def _run(self, pieces: dict[str, Tensor], state: TrainingState) -> None:
+        final = self.directory / f"{PREFIX}{state.step:08d}"
+        temporary = self.directory / f".{final.name}.{self._nonce}.tmp"
+        try:
+            temporary.mkdir(parents=True, exist_ok=True)
+            file = temporary / _file_of(self.mesh.rank)
+            save_file(pieces, file.with_suffix(".part"))
+            _sync(file.with_suffix(".part"))
+            file.with_suffix(".part").replace(file)
+            if self.mesh.rank == 0:
+                self._complete(temporary, final, state)
+        except DeadlineError as error:
+            self._error = error
+        except (OSError, SafetensorError) as error:
+            self._error = CheckpointError(
+                f"{final}: rank {self.mesh.rank} cannot write it ({error}); is the disk full? "
+                "The checkpoint before is untouched"
+            )
+
+    def _complete(self, temporary: Path, final: Path, state: TrainingState) -> None:
+        deadline = time.monotonic() + self.timeout_s
+        while missing := [r for r in range(self.mesh.world) if not (temporary / _file_of(r)).is_file()]:
+            if time.monotonic() > deadline:
+                raise DeadlineError(
+                    f"{final}: ranks {missing} wrote nothing within {self.timeout_s:.0f} s (learner.write_timeout_s); "
+                    "all ranks need the same run directory"
+                )
+            time.sleep(POLL_S)
+        (temporary / STATE).write_text(json.dumps({**asdict(state), "ranks": self.mesh.world}) + "\n")
+        _sync(temporary / STATE)
+        _sync(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        _sync(self.directory)
+        for old in _complete(self.directory)[: -self.keep]:
+            shutil.rmtree(old)
+
+
+def _file_of(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _shares(model: Decoder, flat: FlatParameters) -> Iterator[tuple[str, Tensor, int]]:
+    """(name, this rank's view of it, where that starts in the flat buffer) of every tensor in ``flat``."""
+    storage = flat.weights.untyped_storage().data_ptr()
+    for name, view in views(model).items():
+        if view.untyped_storage().data_ptr() == storage:
+            yield name, view, int(view.storage_offset())
+
+
+def _pieces(model: Decoder, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+    known = {place.name: place for place in places(model.config)}
+    tp = model.mesh.tp
+    for flat in optimizer.flats:
+        if not flat.sharing.counts:
+            continue
+        own = {"weight": flat.master.data, **optimizer.moments(flat)}
+        for name, view, offset in _shares(model, flat):
+            begin, end = max(offset, flat.range.start), min(offset + view.numel(), flat.range.stop)
+            if begin >= end:
+                continue
+            part = f"{tp.rank}/{tp.size}" if known[name].dim is not None else "0/1"
+            for kind, tensor in own.items():
+                yield (
+                    f"{kind}|{name}|{part}|{begin - offset}",
+                    tensor[begin - flat.range.start : end - flat.range.start],
+                )
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def load(path: Path, model: Decoder, optimizer: Optimizer) -> TrainingState:
+    """Load into ``model`` and ``optimizer`` in place, whatever the mesh that wrote it.
 
     Raises :class:`CheckpointError` naming the file, or the tensor that does not fit.
     """
-    try:
-        state = json.loads((path / STATE).read_text())
-        parameters, moments, extra = (load_file(path / f"{n}.safetensors") for n in ("model", "optimizer", "extra"))
-        step, version, run_id = int(state["step"]), int(state["version"]), str(state["run_id"])
-        optimizer.steps, optimizer.skipped = int(state["updates"]), int(state["skipped_updates"])
-        fraction, rng = extra["expert_fraction"], extra["rng"]
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: damaged ({error!r}); remove it to resume from an older one") from error
-    ours = dict(model.named_parameters())
-    _compare(path, {n: p.shape for n, p in ours.items()}, {n: t.shape for n, t in parameters.items()})
-    for name in moments:
-        if name.split(".", 1)[1] not in ours:
-            raise CheckpointError(f"{path}: optimizer state {name} belongs to no parameter of this model")
-    with torch.no_grad():
-        for name, parameter in ours.items():
-            parameter.copy_(parameters[name])
-    optimizer.load_state(moments)
-    torch.set_rng_state(rng)
-    device = next(iter(ours.values())).device
-    return CheckpointState(step, version, run_id, fraction.to(device))
+    reader = CheckpointReader(path)
+    known = {place.name: place for place in places(model.config)}
+    reader.check(known)
+    tp = model.mesh.tp
+    for flat in optimizer.flats:
+        moments = optimizer.moments(flat)
+        for name, view, offset in _shares(model, flat):
+            view.copy_(reader.part("weight", known[name], tp.rank, tp.size))
+            begin, end = max(offset, flat.range.start), min(offset + view.numel(), flat.range.stop)
+            if begin >= end:
+                continue
+            target = slice(begin - flat.range.start, end - flat.range.start)
+            for kind, shard in (("weight", flat.master.data), *moments.items()):
+                whole = reader.part(kind, known[name], tp.rank, tp.size).reshape(-1)
+                shard[target].copy_(whole[begin - offset : end - offset])
+    optimizer.set_steps(reader.state.updates, reader.state.skipped_updates)
+    torch.set_rng_state(reader.rng(model.mesh.rank))
+    return reader.state
 
 
-def _compare(path: Path, ours: dict[str, torch.Size], theirs: dict[str, torch.Size]) -> None:
-    for name in sorted(set(ours) | set(theirs)):
-        if ours.get(name) != theirs.get(name):
+class CheckpointReader:
+    """One checkpoint's tensors by name; files are mapped, so a tensor is read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            found = json.loads((path / STATE).read_text())
+            ranks = int(found.pop("ranks"))
+            self.state = TrainingState(**found)
+            self._files = [safe_open(path / _file_of(rank), framework="pt") for rank in range(ranks)]
+            self._index: dict[tuple[str, str], list[tuple[int, int, int, int, str]]] = {}
+            self._rng: dict[int, int] = {}
+            for number, file in enumerate(self._files):
+                for key in file.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118  # no mapping
+                    self._add(number, key)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise self._damaged(error) from error
+
+    def _add(self, number: int, key: str) -> None:
+        if key.startswith("rng|"):
+            self._rng[int(key.removeprefix("rng|"))] = number
+            return
+        kind, name, part, start = key.split("|")
+        index, parts = (int(n) for n in part.split("/"))
+        self._index.setdefault((kind, name), []).append((parts, index, int(start), number, key))
+
+    def _damaged(self, error: Exception | str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: damaged ({error}); remove it to resume from an older one")
+
+    def check(self, known: dict[str, Place]) -> None:
+        """Raises :class:`CheckpointError` for tensors that the model does not have."""
+        for kind, name in self._index:
+            if name not in known:
+                raise CheckpointError(f"{self.path}: {kind} of {name}: no such tensor in model.path; another model's")
+
+    def names(self) -> set[str]:
+        """Tensors whose weights are here: the trained ones."""
+        return {name for kind, name in self._index if kind == "weight"}
+
+    def part(self, kind: str, place: Place, rank: int, size: int) -> Tensor:
+        """Part ``rank`` of ``size`` of a tensor, float32, joined from whatever parts were written."""
+        pieces = sorted(self._index.get((kind, place.name), []))
+        if not pieces:
+            raise CheckpointError(f"{self.path}: {kind} of {place.name} is missing; it belongs to another model")
+        written = pieces[0][0]
+        if written == size and place.dim is not None:
+            return self._read(pieces, place, rank, written)
+        whole = [self._read(pieces, place, index, written) for index in range(written)]
+        joined = whole[0] if written == 1 else torch.cat(whole, dim=place.dim or 0)
+        return joined if place.dim is None else joined.chunk(size, dim=place.dim)[rank]
+
+    def _read(self, pieces: list[tuple[int, int, int, int, str]], place: Place, index: int, parts: int) -> Tensor:
+        try:
+            flat = [self._tensor(number, key) for _, i, _, number, key in pieces if i == index]
+        except SafetensorError as error:
+            raise self._damaged(error) from error
+        shape = place.part_shape(parts)
+        joined = flat[0] if len(flat) == 1 else torch.cat(flat)
+        if joined.numel() != torch.Size(shape).numel():
             raise CheckpointError(
-                f"{path}: {name} is {list(theirs.get(name, ()))} there and {list(ours.get(name, ()))} in model.path; "
-                "it belongs to another model"
+                f"{self.path}: {place.name} has {joined.numel()} elements there, {list(shape)} in model.path; "
+                "it belongs to another model, or a file is missing"
             )
+        return joined.view(shape)
+
+    def rng(self, rank: int) -> Tensor:
+        """The random state of ``rank``, or of rank 0 if there was no such rank."""
+        number = self._rng.get(rank, self._rng.get(0))
+        if number is None:
+            raise self._damaged("no random state")
+        owner = rank if rank in self._rng else 0
+        return self._tensor(number, f"rng|{owner}")
+
+    def _tensor(self, number: int, key: str) -> Tensor:
+        found: Tensor = self._files[number].get_tensor(key)  # type: ignore[no-untyped-call]
+        return found

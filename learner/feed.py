@@ -5,9 +5,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
 from common import wire
-from common.errors import DeadlineError
+from common.errors import DataError, DeadlineError
 from common.link import BrokerLink
+from learner.model.config import ModelConfig
 
 POLL_S = 0.2
 WORD_EVERY_S = 10.0
@@ -68,3 +74,32 @@ class Feed:
     def checkpointed(self, step: int) -> None:
         """Nothing up to ``step`` will be asked for again."""
         self.link.send(wire.Checkpointed(step))
+
+
+def check_ids(tag: str, token_ids: NDArray[np.int32], vocab_size: int) -> None:
+    """Raises :class:`DataError` if an id is outside the vocabulary."""
+    if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < vocab_size:
+        worst = token_ids[(token_ids < 0) | (token_ids >= vocab_size)][0]
+        raise DataError(
+            f"{tag}: token id {worst} lies outside the vocabulary of {vocab_size}; is model.path the actors'?"
+        )
+
+
+def recorded_experts(experts: NDArray[np.uint16], model: ModelConfig, device: torch.device) -> Tensor | None:
+    """The rollout's routing ``[N, R]`` as i64 ``[N, L, k]``, -1 where nothing was recorded; None without records.
+
+    Raises :class:`DataError` if ``R`` is not this model's or an expert does not exist.
+    """
+    if experts.shape[1] == 0:
+        return None
+    layers, chosen = len(model.sparse_layers), model.num_experts_per_tok
+    if experts.shape[1] != layers * chosen:
+        raise DataError(
+            f"routing records of width {experts.shape[1]}; this model has {layers} sparse layers x {chosen} experts "
+            "a token: is model.path the actors'?"
+        )
+    known = experts != wire.UNROUTED
+    if (experts[known] >= model.num_experts).any():
+        raise DataError(f"routing records name an expert beyond {model.num_experts - 1}")
+    found = torch.from_numpy(np.where(known, experts.astype(np.int64), -1)).to(device)
+    return found.view(len(experts), layers, chosen)

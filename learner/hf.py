@@ -1,14 +1,13 @@
-"""Hugging Face directories: weights in, weights out, and the names that travel to the fleet.
+"""Hugging Face directories: each rank reads its part of every tensor, rank by rank what is written.
 
-Experts are stacked in our model and one tensor each in the files, so one parameter of ours may
-have many names; every name maps to a *view* of our parameter, and loading, saving and publishing
-all go through those views.
+Reading touches one slice at a time and writing one file's worth, so the model is never held twice.
 """
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,37 +15,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from common.errors import ModelError
+from learner.layout import Place, places, views
+from learner.mesh import Mesh
 from learner.model.decoder import Decoder
-from learner.model.moe import SparseMLP
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 STAMP = "warmstart.json"  # says that tools.warmstart may replace a directory: not for one that was trained
 SHARD_BYTES = 4 << 30
+DERIVED = ("rotary_emb.inv_freq",)  # old files carry these; they follow from the configuration
 
 
 def hf_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, view of our parameter) in a fixed order; a tied head has no name."""
-    yield "model.embed_tokens.weight", model.embed_tokens.weight.data
-    for index, layer in enumerate(model.layers):
-        prefix = f"model.layers.{index}."
-        for name, parameter in layer.named_parameters():
-            if not name.startswith("mlp.") or not isinstance(layer.mlp, SparseMLP):
-                yield prefix + name, parameter.data
-        if isinstance(layer.mlp, SparseMLP):
-            yield from _expert_tensors(prefix + "mlp.", layer.mlp)
-    yield "model.norm.weight", model.norm.weight.data
-    if model.lm_head is not None:
-        yield "lm_head.weight", model.lm_head.data
-
-
-def _expert_tensors(prefix: str, mlp: SparseMLP) -> Iterator[tuple[str, Tensor]]:
-    yield prefix + "gate.weight", mlp.router.weight.data
-    inner = mlp.gate_up.shape[1] // 2
-    for expert in range(mlp.experts):
-        gate_up = mlp.gate_up.data[expert]
-        yield f"{prefix}experts.{expert}.gate_proj.weight", gate_up[:inner]
-        yield f"{prefix}experts.{expert}.up_proj.weight", gate_up[inner:]
-        yield f"{prefix}experts.{expert}.down_proj.weight", mlp.down.data[expert]
+    """(Hugging Face name, view of our parameter) of what this rank holds, in the order of the files."""
+    held = views(model)
+    for place in places(model.config):
+        if place.name in held:
+            yield place.name, held[place.name]
 
 
 def _files(directory: Path) -> dict[str, list[str]]:
@@ -66,61 +50,94 @@ def _files(directory: Path) -> dict[str, list[str]]:
 
 @torch.no_grad()
 def load_hf(directory: str | Path, model: Decoder) -> None:
-    """Copy the directory's weights into ``model``, one tensor at a time.
+    """Copy this rank's part of the directory's weights into ``model``, one tensor at a time.
 
     Raises :class:`ModelError` naming a file that is missing or damaged and tensors that are
     missing, unknown or of another shape.
     """
     directory = Path(directory)
-    targets = dict(hf_tensors(model))
-    waiting = set(targets)
+    config, mesh = model.config, model.mesh
+    known = {place.name: place for place in places(config)}
+    held = views(model)
+    waiting = set(known)
     for file, names in sorted(_files(directory).items()):
         try:
             with safe_open(directory / file, framework="pt") as opened:
                 for name in names:
-                    if name == "lm_head.weight" and model.lm_head is None:
+                    if (name == "lm_head.weight" and config.tie_word_embeddings) or name.endswith(DERIVED):
                         continue
-                    _copy(opened.get_tensor(name), name, targets, directory / file)
+                    source = opened.get_slice(name)
+                    _check(name, tuple(source.get_shape()), known, directory / file)
                     waiting.discard(name)
+                    if name in held:
+                        held[name].copy_(_part(source, known[name], mesh))
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{directory / file}: {error}; copy the whole directory again") from error
     if waiting:
         raise ModelError(f"{directory}: {len(waiting)} tensors are missing, among them {sorted(waiting)[0]}")
 
 
-def _copy(source: Tensor, name: str, targets: dict[str, Tensor], file: Path) -> None:
-    target = targets.get(name)
-    if target is None:
+def _check(name: str, shape: tuple[int, ...], known: dict[str, Place], file: Path) -> None:
+    if name not in known:
         raise ModelError(f"{file}: unknown tensor {name}; config.json and the weights do not belong together")
-    if target.shape != source.shape:
-        raise ModelError(f"{file}: {name} has shape {list(source.shape)}, config.json implies {list(target.shape)}")
-    target.copy_(source)
+    if known[name].shape != shape:
+        raise ModelError(f"{file}: {name} has shape {list(shape)}, config.json implies {list(known[name].shape)}")
 
 
-def save_hf(model: Decoder, source: str | Path, directory: str | Path) -> None:
-    """Write a directory that transformers loads: weights of ``model``, all else copied from ``source``.
+def _part(source: Any, place: Place, mesh: Mesh) -> Tensor:
+    """This rank's part of a tensor in a file; reads no more than that."""
+    if place.dim is None or mesh.tp.size == 1:
+        return torch.as_tensor(source[:])
+    each = place.shape[place.dim] // mesh.tp.size
+    rows = slice(mesh.tp.rank * each, (mesh.tp.rank + 1) * each)
+    return torch.as_tensor(source[rows] if place.dim == 0 else source[:, rows])
 
-    Sharded above SHARD_BYTES; the same weights give the same bytes.
-    """
+
+def copy_extras(source: str | Path, directory: str | Path) -> None:
+    """Everything of a model directory but its weights: configuration, tokenizer, chat template."""
     source, directory = Path(source), Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
         if file.is_file() and not file.name.endswith(".safetensors") and file.name not in (INDEX, STAMP):
             shutil.copyfile(file, directory / file.name)
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in hf_tensors(model):
-        if size + tensor.nbytes > SHARD_BYTES and shards[-1]:
-            shards.append({})
+
+
+def save_hf(tensors: Iterable[tuple[str, Tensor]], source: str | Path, directory: str | Path) -> None:
+    """Write a directory that transformers loads: weights from ``tensors``, all else from ``source``.
+
+    One file's worth is held at a time (SHARD_BYTES); the same weights give the same bytes. Raises
+    :class:`ModelError` if the disk does not take it.
+    """
+    directory = Path(directory)
+    try:
+        copy_extras(source, directory)
+        _write(tensors, directory)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{directory}: cannot write the model ({error}); is the disk full?") from error
+
+
+def _write(tensors: Iterable[tuple[str, Tensor]], directory: Path) -> None:
+    files: list[list[str]] = []
+    held: dict[str, Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        save_file(held, directory / f"model-{len(files) + 1:05d}.part", {"format": "pt"})
+        files.append(list(held))
+        held.clear()
+
+    for name, tensor in tensors:
+        if size + tensor.nbytes > SHARD_BYTES and held:
+            flush()
             size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
+        held[name] = tensor.detach().cpu().contiguous()
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    flush()
     weight_map = {}
-    for number, shard in enumerate(shards):
-        file_name = SINGLE if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        weight_map.update(dict.fromkeys(shard, file_name))
-        save_file({n: t.contiguous().cpu() for n, t in shard.items()}, directory / file_name, {"format": "pt"})
-    if len(shards) > 1:
-        total = sum(t.nbytes for _, t in hf_tensors(model))
+    for number, names in enumerate(files, 1):
+        final = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        (directory / f"model-{number:05d}.part").replace(directory / final)
+        weight_map.update(dict.fromkeys(names, final))
+    if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")

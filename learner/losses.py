@@ -87,3 +87,11 @@ def balance_loss(prob_sums: Tensor, tokens: int, expert_fraction: Tensor) -> Ten
         return prob_sums.sum()
     experts = prob_sums.shape[1]
     return experts * (expert_fraction * prob_sums / tokens).sum(dim=1).mean()
+
+
+def router_z_loss(z_sums: Tensor, tokens: int) -> Tensor:
+    """``mean over layers and tokens of logsumexp(router logits)^2`` (ST-MoE, 2202.08906, eq. 5).
+
+    ``z_sums[L]`` are this rank's sums over tokens, ``tokens`` counts the whole batch's.
+    """
+    return z_sums.sum() if z_sums.numel() == 0 else (z_sums / tokens).mean()

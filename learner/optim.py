@@ -1,11 +1,17 @@
-"""AdamW with global gradient clipping, a warm-up and a decay."""
+"""AdamW over flat, sharded parameters, with global gradient clipping, a warm-up and a decay."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from common.config import OptimSection
+from learner.mesh import ALONE
+from learner.model.decoder import Decoder
+from learner.parallel.flat import FlatParameters, Sharing
+
+TP_WHOLE = ("norm", "router", "o_bias", "down_bias", "shared.")  # every tp rank holds these whole
 
 
 def learning_rate(config: OptimSection, update: int, total: int) -> float:
@@ -19,22 +25,43 @@ def learning_rate(config: OptimSection, update: int, total: int) -> float:
     return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * left)
 
 
-class Optimizer:
-    """AdamW over a model's named parameters; :meth:`step` expects gradients summed over ranks."""
+def sharing_of(name: str, model: Decoder) -> Sharing:
+    """Who else holds the parameter ``name``.
 
-    def __init__(self, model: nn.Module, config: OptimSection, total_steps: int) -> None:
-        self.names = [name for name, _ in model.named_parameters()]
-        self.parameters = [parameter for _, parameter in model.named_parameters()]
-        self.config, self.total_steps = config, total_steps
+    ======== ========================= ============================
+    kind     cut over                  the same on
+    ======== ========================= ============================
+    experts  pp, ep, tp                dp
+    cut      pp, tp                    dp, ep
+    whole    pp                        dp, ep, tp
+    table    tp                        dp, ep, first and last stage
+    ======== ========================= ============================
+    """
+    mesh = model.mesh
+    leads = mesh.at["dp_replicate"] == 0
+    if ".mlp.gate_up" in name or ".mlp.down" in name:
+        layer = model.layers[name.split(".")[1]]
+        if hasattr(layer.mlp, "router") and not name.endswith("_bias"):
+            return Sharing("experts", mesh.dp_shard, mesh.dp_replicate, ALONE, leads)
+    if any(part in name for part in TP_WHOLE):
+        return Sharing("whole", mesh.dense_shard, mesh.dp_replicate, mesh.tp, leads and mesh.at["tp"] == 0)
+    if name == "embed" and model.config.tie_word_embeddings:
+        return Sharing("table", mesh.dense_shard, mesh.dp_replicate, mesh.ends, leads and mesh.is_first_stage)
+    return Sharing("cut", mesh.dense_shard, mesh.dp_replicate, ALONE, leads)
+
+
+class Optimizer:
+    """AdamW over a model's parameters, which it moves into flat buffers."""
+
+    def __init__(self, model: Decoder, config: OptimSection, total_steps: int) -> None:
+        self.config, self.total_steps, self.mesh = config, total_steps, model.mesh
         self.steps = 0  # updates applied
         self.skipped = 0  # updates refused because a gradient was not finite
+        self.flats = list(_flatten(model, config.weight_decay))
         self._adam = torch.optim.AdamW(
-            self.parameters,
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-        )
+            [{"params": [flat.master], "weight_decay": flat.decay} for flat in self.flats],
+            lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True,
+        )  # fmt: skip
 
     @property
     def lr(self) -> float:
@@ -42,47 +69,60 @@ class Optimizer:
         return learning_rate(self.config, self.steps, self.total_steps)
 
     def zero_grad(self) -> None:
-        """Gradients that no token reaches stay zeros, so that all ranks reduce the same tensors."""
-        for parameter in self.parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            else:
-                parameter.grad.zero_()
-
-    def grads(self) -> list[Tensor]:
-        """Every gradient, in parameter order."""
-        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        """Before the first micro-batch."""
+        for flat in self.flats:
+            flat.zero_grad()
 
     def step(self) -> float:
-        """Clip to ``optim.max_grad_norm`` and update; returns the norm before clipping.
+        """Sum gradients over the mesh, clip to ``optim.max_grad_norm``, update; the norm before clipping.
 
-        A norm that is not finite changes nothing and is counted in ``skipped``.
+        A norm that is not finite changes nothing, on any rank, and is counted in ``skipped``.
         """
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-        value = float(norm)
-        if not math.isfinite(value):
+        for flat in self.flats:
+            flat.reduce()
+        squares = torch.stack([flat.squared_norm() for flat in self.flats]).sum()
+        norm = math.sqrt(float(self.mesh.sum(squares.double())))
+        if not math.isfinite(norm):
             self.skipped += 1
-            return value
-        for group in self._adam.param_groups:
+            return norm
+        scale = min(1.0, self.config.max_grad_norm / (norm + 1e-6))
+        for flat, group in zip(self.flats, self._adam.param_groups, strict=True):
             group["lr"] = self.lr
+            flat.master.grad = flat.own_grads if scale == 1.0 else flat.own_grads.mul_(scale)
         self._adam.step()
+        for flat in self.flats:
+            flat.publish()
         self.steps += 1
-        return value
+        return norm
 
-    def state(self) -> dict[str, Tensor]:
-        """``{moment}.{parameter}`` tensors, for a checkpoint."""
-        state = {}
-        for name, parameter in zip(self.names, self.parameters, strict=True):
-            for key, value in self._adam.state.get(parameter, {}).items():
-                state[f"{key}.{name}"] = value
-        return state
+    def moments(self, flat: FlatParameters) -> dict[str, Tensor]:
+        """This rank's shard of AdamW's two moments, made if no update was applied yet."""
+        state = self._adam.state[flat.master]
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name not in state:
+                state[name] = torch.zeros_like(flat.master)
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.master.device)
+        return {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """The inverse of :meth:`state`; names and shapes were checked by the checkpoint."""
-        self._adam.state.clear()
-        by_name = dict(zip(self.names, self.parameters, strict=True))
-        for full, value in state.items():
-            key, name = full.split(".", 1)
-            parameter = by_name[name]
-            target = value if key == "step" else value.to(parameter.device)
-            self._adam.state[parameter][key] = target
+    def set_steps(self, steps: int, skipped: int) -> None:
+        """After moments were loaded: how many updates they have seen."""
+        self.steps, self.skipped = steps, skipped
+        for flat in self.flats:
+            self.moments(flat)
+            self._adam.state[flat.master]["step"].fill_(steps)
+            flat.refresh_master()
+
+
+def _flatten(model: Decoder, weight_decay: float) -> Iterator[FlatParameters]:
+    """One buffer for each kind of sharing, and norms and biases apart: they do not decay."""
+    groups: dict[tuple[str, bool], list[tuple[str, nn.Parameter]]] = {}
+    sharings: dict[str, Sharing] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        sharing = sharing_of(name, model)
+        sharings[sharing.name] = sharing
+        groups.setdefault((sharing.name, parameter.ndim > 1), []).append((name, parameter))
+    for (kind, decays), named in groups.items():
+        yield FlatParameters(named, sharings[kind], weight_decay if decays else 0.0)

@@ -2,11 +2,13 @@
 
 ::
 
-    ScoreRequest -> wait until our weights are new enough -> packed forward -> log p -> ScoreResult
-         weights: Prepare/Go -> received in the background -> swapped in between two requests
+    ScoreRequests -> wait until our weights are new enough -> one packed forward -> log p -> ScoreResults
+         weights: Prepare/Go -> received in the background -> swapped in between two batches
 
 Scoring happens here, off the learner's critical path, so the learner never runs a second forward
-pass to find its old policy. ``torchrun -m learner.score`` starts one independent replica a rank.
+pass to find its old policy. Requests that wait are scored together. ``torchrun -m learner.score``
+starts one independent replica a rank, or one replica on all ranks where ``replica.ep`` x
+``replica.tp`` says so.
 """
 
 import logging
@@ -16,9 +18,12 @@ import socket
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from common import wire
 from common.cli import run_process
@@ -26,83 +31,152 @@ from common.config import RunConfig
 from common.errors import CroupierError, DataError
 from common.link import connect
 from common.process import StopFlag
-from common.weights import StagedWeights, WeightReceiver
+from common.weights import StagedWeights, WeightReceiver, is_frozen
 from learner.device import pick_device
-from learner.hf import hf_tensors, load_hf
-from learner.logprobs import score_tokens, target_positions
+from learner.feed import check_ids, recorded_experts
+from learner.followers import IDLE, IDLE_S, SCORE, STOP, SWAP, Followers, Packed
+from learner.hf import load_hf
+from learner.layout import places, views
+from learner.logprobs import Head, score_tokens, target_positions
+from learner.mesh import Mesh
 from learner.model.config import ModelConfig
 from learner.model.decoder import Decoder
+from learner.step import micro_batches
 from learner.weights.group import join, unpack
 
 IDLE_WAIT_S = 0.01  # how long an idle replica blocks for a message before it looks for new weights
 
 log = logging.getLogger("replica")
+Scored = tuple[NDArray[np.float32], NDArray[np.float32]]  # log p [N] and at the alternatives [N, k]
 
 
 class PolicyScorer:
     """Log-probabilities of packed sequences under the weights it holds."""
 
-    def __init__(self, model: Decoder, chunk: int) -> None:
+    def __init__(
+        self, model: Decoder, logprob_mb: float, micro_batch_tokens: int = 1 << 30, frozen: Sequence[str] = ()
+    ) -> None:
         self.model = model
-        self.chunk = chunk
         self.version = 0
+        self.followers = Followers(model.mesh)
+        self._logprob_mb, self._limit, self._frozen = logprob_mb, micro_batch_tokens, tuple(frozen)
+        self._places = {place.name: place for place in places(model.config)}
+
+    def score(self, requests: Sequence[wire.ScoreRequest]) -> list[Scored]:
+        """``log p`` of every wanted token ``[N]`` and at its alternatives ``[N, k]``, 0 elsewhere; one pack.
+
+        Raises :class:`DataError` naming the request that cannot be scored.
+        """
+        self.followers.order(SCORE)
+        packed = self.followers.share(self._pack(requests))
+        scores = self.run(packed)
+        out, token, found = [], 0, 0
+        for request in requests:
+            at = np.flatnonzero(request.wanted)
+            log_p = np.zeros(len(request.token_ids), np.float32)
+            topk_log_p = np.zeros(request.topk_ids.shape, np.float32)
+            mine = slice(found, found + len(at))
+            log_p[at], topk_log_p[at] = scores[0][mine], scores[1][mine]
+            out.append((log_p, topk_log_p))
+            token, found = token + len(request.token_ids), mine.stop
+        return out
+
+    def check(self, request: wire.ScoreRequest) -> None:
+        """Raises :class:`DataError` for a request that cannot be scored, before others are packed with it."""
+        tag = f"score_request {request.request}"
+        check_ids(tag, request.token_ids, self.model.config.vocab_size)
+        if request.topk_ids.size:
+            check_ids(tag, request.topk_ids.reshape(-1), self.model.config.vocab_size)
+        target_positions(request.cu_seqlens, request.wanted)
+        recorded_experts(request.experts, self.model.config, torch.device("cpu"))
+
+    def _pack(self, requests: Sequence[wire.ScoreRequest]) -> Packed:
+        device = self.model.device
+        starts = np.cumsum([0] + [len(r.token_ids) for r in requests])
+        offsets = [r.cu_seqlens[1:].astype(np.int64) + start for r, start in zip(requests, starts, strict=False)]
+        at = [target_positions(r.cu_seqlens, r.wanted) for r in requests]
+        together = [a + start for a, start in zip(at, starts, strict=False)]
+
+        def tensor(arrays: list[NDArray[np.int64]]) -> Tensor:
+            return torch.from_numpy(np.concatenate(arrays)).to(device)
+
+        experts = np.concatenate([r.experts for r in requests])
+        return Packed(
+            tensor([r.token_ids.astype(np.int64) for r in requests]),
+            torch.from_numpy(np.concatenate([np.zeros(1, np.int64), *offsets])),
+            tensor(together),
+            tensor([r.topk_ids[a].astype(np.int64) for r, a in zip(requests, at, strict=True)]),
+            recorded_experts(experts, self.model.config, device),
+            requests[0].temperature,
+        )
 
     @torch.no_grad()
-    def score(self, request: wire.ScoreRequest) -> tuple[np.ndarray, np.ndarray]:
-        """``log p`` of every wanted token ``[N]`` and at its alternatives ``[N, k]``; 0 elsewhere."""
-        device = self.model.device
-        vocab_size = self.model.config.vocab_size
-        if len(request.token_ids) and not 0 <= request.token_ids.min() <= request.token_ids.max() < vocab_size:
-            raise DataError(f"score_request {request.request}: a token id lies outside the vocabulary of {vocab_size}")
-        token_ids = torch.from_numpy(request.token_ids.astype(np.int64)).to(device)
-        hidden = self.model.hidden(token_ids, request.cu_seqlens).hidden
-        at = target_positions(request.cu_seqlens, request.wanted)
-        tokens = torch.from_numpy(at).to(device)
-        topk = torch.from_numpy(request.topk_ids[at].astype(np.int64)).to(device)
-        scores = score_tokens(
-            hidden[tokens - 1], self.model.head, token_ids[tokens], topk, request.temperature, self.chunk
-        )
-        log_p = np.zeros(len(request.token_ids), np.float32)
-        topk_log_p = np.zeros(request.topk_ids.shape, np.float32)
-        log_p[at] = scores[0].cpu().numpy()
-        topk_log_p[at] = scores[1].cpu().numpy()
-        return log_p, topk_log_p
+    def run(self, packed: Packed) -> Scored:
+        """The wanted tokens' scores, in order; micro-batch by micro-batch."""
+        model, offsets = self.model, packed.cu_seqlens.numpy()
+        head = Head(model.head, packed.temperature, self._logprob_mb, model.mesh.tp)
+        log_p, at_ids = np.zeros(len(packed.at), np.float32), np.zeros(tuple(packed.ids.shape), np.float32)
+        positions = packed.at.cpu().numpy()
+        for first, last in micro_batches(offsets, self._limit):
+            start, end = int(offsets[first]), int(offsets[last])
+            a, b = np.searchsorted(positions, (start, end)).tolist()
+            experts = None if packed.experts is None else packed.experts[start:end]
+            hidden = model.hidden(packed.token_ids[start:end], offsets[first : last + 1] - start, experts)
+            at = packed.at[a:b]
+            scores = score_tokens(hidden[at - 1 - start], head, packed.token_ids[at], packed.ids[a:b])
+            log_p[a:b], at_ids[a:b] = scores.logp.cpu().numpy(), scores.at_ids.cpu().numpy()
+        return log_p, at_ids
 
     @torch.no_grad()
     def swap(self, staged: StagedWeights) -> None:
-        """Copy a received version into the model; checks that it holds exactly the model's tensors."""
-        targets = dict(hf_tensors(self.model))
-        received = dict(unpack(staged.buckets))
-        if set(targets) != set(received):
-            odd = sorted(set(targets) ^ set(received))[:3]
+        """Copy a received version into the model; it must hold the model's tensors, but for the frozen ones."""
+        received = {slot.name for bucket, _ in staged.buckets for slot in bucket.slots}
+        odd = {name for name in set(self._places) ^ received if not is_frozen(name, self._frozen)}
+        if odd:
             raise DataError(
-                f"version {staged.version}: tensors {odd} are missing or unknown; is model.path the learner's?"
+                f"version {staged.version}: tensors {sorted(odd)[:3]} are missing or unknown; "
+                "is model.path the learner's?"
             )
-        for name, tensor in received.items():
-            targets[name].copy_(tensor)
+        self.followers.order(SWAP)
+        self.take(self.followers.share_weights(staged))
+
+    @torch.no_grad()
+    def take(self, staged: StagedWeights) -> None:
+        """This rank's part of every tensor."""
+        held, tp = views(self.model), self.model.mesh.tp
+        for name, tensor in unpack(staged.buckets):
+            if name in held:
+                dim = self._places[name].dim
+                held[name].copy_(tensor if dim is None else tensor.chunk(tp.size, dim=dim)[tp.rank])
         self.version = staged.version
+
+    def follow(self) -> None:
+        """A rank that is not the first: do as the leader says until it stops."""
+        while (kind := self.followers.order(IDLE)) != STOP:
+            if kind == SCORE:
+                self.run(self.followers.share(None))
+            elif kind == SWAP:
+                self.take(self.followers.share_weights(None))
 
 
 class ReplicaService:
     """One replica; :meth:`run` returns when the broker says Stop or the process is asked to end."""
 
-    def __init__(self, config: RunConfig, name: str, stop: StopFlag) -> None:
-        torch.set_num_threads(config.replica.threads)
+    def __init__(self, config: RunConfig, name: str, stop: StopFlag, scorer: PolicyScorer) -> None:
         self.config = config
         self.stop = stop
-        rank = int(os.environ.get("RANK", "0"))
-        device = pick_device()
-        model = Decoder(ModelConfig.from_hf_dir(config.model.path)).to(device)
-        load_hf(config.model.path, model)
-        self.scorer = PolicyScorer(model, config.learner.logprob_chunk)
+        self.scorer = scorer
+        rank = scorer.model.mesh.rank if scorer.followers.any else int(os.environ.get("RANK", "0"))
+        device = scorer.model.device
         self._requests: deque[wire.ScoreRequest] = deque()
+        self._last_order = time.perf_counter()  # when the followers last heard of us
         hello = wire.Hello(
             role="replica",
-            name=f"{name}.{rank}" if "RANK" in os.environ else name,
+            name=f"{name}.{rank}" if "RANK" in os.environ and not scorer.followers.any else name,
             run_id="",
             session=secrets.token_hex(4),
             rank=rank,
-            world=int(os.environ.get("WORLD_SIZE", "1")),
+            world=1 if scorer.followers.any else int(os.environ.get("WORLD_SIZE", "1")),
             version=0,
             capacity=0,
             host=socket.gethostname(),
@@ -123,9 +197,10 @@ class ReplicaService:
                     self._handle(message)
                     block = False
                 self._swap()
-                if self._ready():
-                    self._answer(self._requests.popleft())
+                self._answer()
+                self._keep_company()
         finally:
+            self.scorer.followers.order(STOP)
             self.receiver.close()
             self.link.close("stopped")
 
@@ -157,20 +232,68 @@ class ReplicaService:
             self.link.set_version(staged.version)
             self.receiver.applied(staged)
 
-    def _answer(self, request: wire.ScoreRequest) -> None:
-        began = time.perf_counter()
-        try:
-            log_p, topk_log_p = self.scorer.score(request)
-        except DataError as error:
-            log.error("%s", error)
+    def _answer(self) -> None:
+        """Score what waits, as much of it as one batch takes."""
+        batch: list[wire.ScoreRequest] = []
+        tokens = 0
+        while self._ready():
+            request = self._requests[0]
+            tokens += len(request.token_ids)
+            if batch and (tokens > self.config.replica.batch_tokens or not _alike(request, batch[0])):
+                break
+            self._requests.popleft()
+            try:
+                self.scorer.check(request)
+                batch.append(request)
+            except DataError as error:
+                log.error("%s", error)
+        if not batch:
             return
-        seconds = time.perf_counter() - began
-        self.link.send(wire.ScoreResult(request.request, self.scorer.version, seconds, log_p, topk_log_p))
+        began = self._last_order = time.perf_counter()
+        scored = self.scorer.score(batch)
+        seconds = (time.perf_counter() - began) / len(batch)
+        for request, (log_p, topk_log_p) in zip(batch, scored, strict=True):
+            self.link.send(wire.ScoreResult(request.request, self.scorer.version, seconds, log_p, topk_log_p))
+
+    def _keep_company(self) -> None:
+        """Followers wait for orders no longer than their group's timeout."""
+        now = time.perf_counter()
+        if self.scorer.followers.any and now - self._last_order > IDLE_S:
+            self.scorer.followers.order(IDLE)
+            self._last_order = now
+
+
+def _alike(a: wire.ScoreRequest, b: wire.ScoreRequest) -> bool:
+    """Whether two requests can be one pack."""
+    return (
+        a.temperature == b.temperature
+        and a.topk_ids.shape[1] == b.topk_ids.shape[1]
+        and a.experts.shape[1] == b.experts.shape[1]
+    )
+
+
+def build_scorer(config: RunConfig) -> PolicyScorer:
+    """This rank's share of the replica's model, loaded."""
+    alone = config.replica.ep * config.replica.tp == 1
+    mesh = Mesh({}, 0, pick_device()) if alone else Mesh.from_environment(config.replica)
+    model = Decoder(ModelConfig.from_hf_dir(config.model.path), mesh)
+    model.to(device=mesh.device, dtype=getattr(torch, config.learner.dtype))
+    model.use_grouped_experts(mesh.device.type == "cuda")
+    load_hf(config.model.path, model)
+    return PolicyScorer(model, config.learner.logprob_mb, config.learner.micro_batch_tokens, config.optim.freeze)
 
 
 def run_replica(config: RunConfig, name: str, stop: StopFlag) -> None:
     """Serve one run to its end."""
-    ReplicaService(config, name, stop).run()
+    torch.set_num_threads(config.replica.threads)
+    scorer = build_scorer(config)
+    try:
+        if scorer.model.mesh.rank == 0:
+            ReplicaService(config, name, stop, scorer).run()
+        else:
+            scorer.follow()
+    finally:
+        scorer.model.mesh.close()
 
 
 def main() -> int:

@@ -1,8 +1,8 @@
-"""One optimizer step over one packed shard.
+"""One optimizer step over one packed shard, on any mesh.
 
 ::
 
-    micro-batches -> hidden -> log p -> loss -> backward ... -> all-reduce -> clip -> AdamW
+    micro-batches -> pipeline(stage -> head -> loss -> backward) -> reduce -> clip -> AdamW
 """
 
 from collections.abc import Iterator
@@ -13,11 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from learner.logprobs import target_positions, token_logprobs
-from learner.losses import Anchor, balance_loss, policy_loss
+from learner.logprobs import Head, loss_through_head, target_positions
+from learner.losses import Anchor, LossStats, balance_loss, policy_loss, router_z_loss
+from learner.mesh import Mesh
 from learner.model.decoder import Decoder
+from learner.model.packing import Pack
 from learner.optim import Optimizer
-from learner.parallel.data import DataParallel
+from learner.parallel.pipeline import StageResult, run_pipeline
 
 
 @dataclass
@@ -34,6 +36,7 @@ class StepBatch:
     log_p_v: Tensor  # f32
     denominator: int  # trainable tokens of the whole batch before rejection, over all ranks
     tokens_global: int  # tokens of the whole batch, over all ranks
+    experts: Tensor | None = None  # i64 [N, L, k] of the rollout, -1 where not recorded
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,16 @@ class StepSettings:
     clip_high: float
     weight_cap: float | None
     balance: float
+    router_z: float
     temperature: float
     micro_batch_tokens: int
-    logprob_chunk: int
+    logprob_mb: float
+    head_float32: bool = False
 
 
 # Added up over micro-batches and ranks; policy_loss explains the last six.
 SUMMED = (
-    "policy", "balance", "entropy", "scored",
+    "policy", "balance", "router_z", "entropy", "scored", "replayed", "rerouted",
     "accepted", "clipped", "ratio", "weight", "weight_squared", "kl",
 )  # fmt: skip
 
@@ -76,66 +81,93 @@ def train_step(
     batch: StepBatch,
     expert_fraction: Tensor,
     settings: StepSettings,
-    parallel: DataParallel,
 ) -> tuple[dict[str, float], Tensor]:
     """Train once on ``batch``; returns metrics over all ranks and this step's expert fractions ``[L, E]``.
 
     A rank without tokens takes part in every collective; a batch without an accepted token moves
-    the weights by the balance loss alone.
+    the weights by the routers' losses alone.
     """
     optimizer.zero_grad()
-    sums = dict.fromkeys(SUMMED, 0.0)
-    counts = torch.zeros(expert_fraction.shape, dtype=torch.int64, device=model.device)
-    for first, last in micro_batches(batch.cu_seqlens, settings.micro_batch_tokens):
-        loss, part, part_counts = _forward(model, batch, first, last, expert_fraction, settings)
-        loss.backward()
-        counts += part_counts
-        for name, value in part.items():
-            sums[name] += value
-    parallel.all_reduce_sum([*optimizer.grads(), counts])
+    work = _Work(model, batch, expert_fraction, settings)
+    run_pipeline(model.mesh, work.shapes, model.dtype, work.run_stage)
     lr = optimizer.lr
     grad_norm = optimizer.step()
-    sums = parallel.sum_floats(sums)
+    sums = model.mesh.sum_floats(dict(zip(SUMMED, work.sums.tolist(), strict=True)))
+    counts = model.mesh.sum(work.counts)
     metrics = _metrics(sums, counts, settings)
     metrics |= {"grad_norm": grad_norm, "lr": lr, "skipped_updates": float(optimizer.skipped)}
     return metrics, _fractions(counts, expert_fraction)
 
 
-def _forward(
-    model: Decoder, batch: StepBatch, first: int, last: int, expert_fraction: Tensor, settings: StepSettings
-) -> tuple[Tensor, dict[str, float], Tensor]:
-    start, end = int(batch.cu_seqlens[first]), int(batch.cu_seqlens[last])
-    offsets = batch.cu_seqlens[first : last + 1] - start
-    tokens = slice(start, end)
-    token_ids = batch.token_ids[tokens]
-    at = torch.from_numpy(target_positions(offsets, batch.trainable[tokens].cpu().numpy())).to(model.device)
-    forward = model.hidden(token_ids, offsets)
-    logp, entropy = token_logprobs(
-        forward.hidden[at - 1], model.head, token_ids[at], settings.temperature, settings.logprob_chunk
-    )
-    loss, stats = policy_loss(
-        logp,
-        batch.log_q[tokens][at],
-        batch.log_m[tokens][at],
-        batch.log_p_v[tokens][at],
-        None,
-        batch.advantages[tokens][at],
-        batch.accept[tokens][at],
-        batch.denominator,
-        anchor=settings.anchor,
-        clip_low=settings.clip_low,
-        clip_high=settings.clip_high,
-        weight_cap=settings.weight_cap,
-    )
-    balance = balance_loss(forward.prob_sums_LE, batch.tokens_global, expert_fraction)
-    sums = {
-        "policy": float(loss.detach()),
-        "balance": float(balance.detach()),
-        "entropy": float(entropy.sum()),
-        "scored": float(len(at)),
-        **{name: float(value) for name, value in vars(stats).items()},
-    }
-    return loss + settings.balance * balance, sums, forward.counts_LE
+class _Work:
+    """One step's micro-batches and what they add up to on this rank."""
+
+    def __init__(self, model: Decoder, batch: StepBatch, expert_fraction: Tensor, settings: StepSettings) -> None:
+        self.model, self.batch, self.settings = model, batch, settings
+        self.expert_fraction = expert_fraction
+        self.ranges = _equal_count(model.mesh, list(micro_batches(batch.cu_seqlens, settings.micro_batch_tokens)))
+        tokens = [int(batch.cu_seqlens[last] - batch.cu_seqlens[first]) for first, last in self.ranges]
+        self.shapes = [(-(-n // model.mesh.tp.size), model.config.hidden_size) for n in tokens]
+        self.sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=model.device)
+        self.counts = torch.zeros(expert_fraction.shape, dtype=torch.int64, device=model.device)
+
+    def run_stage(self, index: int, received: Tensor | None) -> StageResult:
+        """Forward of one micro-batch; metrics are added to :attr:`sums`."""
+        first, last = self.ranges[index]
+        batch, model = self.batch, self.model
+        tokens = slice(int(batch.cu_seqlens[first]), int(batch.cu_seqlens[last]))
+        offsets = batch.cu_seqlens[first : last + 1] - tokens.start
+        experts = None if batch.experts is None else batch.experts[tokens]
+        pack = model.pack(batch.token_ids[tokens], offsets, experts)
+        x, routing = model.stage(pack, received)
+        balance = balance_loss(routing.prob_sums_LE, batch.tokens_global, self.expert_fraction)
+        router_z = router_z_loss(routing.z_sums_L, batch.tokens_global)
+        loss = self.settings.balance * balance + self.settings.router_z * router_z
+        self.counts += routing.counts_LE
+        sums = {"balance": balance, "router_z": router_z, "replayed": routing.replayed, "rerouted": routing.rerouted}
+        if model.mesh.is_last_stage:
+            policy, more = self._policy(x, pack, tokens, offsets)
+            loss = loss + policy
+            if model.mesh.at["tp"] == 0:  # its neighbours found the same
+                sums |= more
+        nothing = torch.zeros((), device=model.device)
+        self.sums += torch.stack([sums.get(name, nothing).detach().double() for name in SUMMED])
+        return StageResult(None if model.mesh.is_last_stage else x, loss)
+
+    def _policy(
+        self, x: Tensor, pack: Pack, tokens: slice, offsets: NDArray[np.int32]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        batch, model, settings = self.batch, self.model, self.settings
+        at = torch.from_numpy(target_positions(offsets, batch.trainable[tokens].cpu().numpy())).to(model.device)
+        log_q, log_m, log_p_v, advantages, accept = (
+            per_token[tokens][at]
+            for per_token in (batch.log_q, batch.log_m, batch.log_p_v, batch.advantages, batch.accept)
+        )
+        found: list[LossStats] = []
+
+        def per_token(logp: Tensor, part: slice) -> Tensor:
+            loss, stats = policy_loss(
+                logp, log_q[part], log_m[part], log_p_v[part], None, advantages[part], accept[part],
+                batch.denominator, anchor=settings.anchor, clip_low=settings.clip_low,
+                clip_high=settings.clip_high, weight_cap=settings.weight_cap,
+            )  # fmt: skip
+            found.append(stats)
+            return loss
+
+        head = Head(model.head, settings.temperature, settings.logprob_mb, model.mesh.tp, settings.head_float32)
+        loss, _, entropy = loss_through_head(model.whole(x, pack)[at - 1], head, pack.token_ids[at], per_token)
+        scored = torch.tensor(float(len(at)), device=model.device)
+        sums = {"policy": loss, "entropy": entropy.sum(), "scored": scored}
+        for stats in found:
+            for name, value in vars(stats).items():
+                sums[name] = sums[name] + value if name in sums else value
+        return loss, sums
+
+
+def _equal_count(mesh: Mesh, ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same number of micro-batches on every rank: those without data run empty ones."""
+    end = ranges[-1][1] if ranges else 0
+    return ranges + [(end, end)] * (mesh.max_int(len(ranges)) - len(ranges))
 
 
 def _fractions(counts: Tensor, previous: Tensor) -> Tensor:
@@ -149,9 +181,10 @@ def _metrics(sums: dict[str, float], counts: Tensor, settings: StepSettings) -> 
     load = counts.float()
     busiest = (load.max(dim=1).values / load.mean(dim=1).clamp_min(1e-9)).max() if load.numel() else torch.tensor(0.0)
     return {
-        "loss": sums["policy"] + settings.balance * sums["balance"],
+        "loss": sums["policy"] + settings.balance * sums["balance"] + settings.router_z * sums["router_z"],
         "policy_loss": sums["policy"],
         "balance_loss": sums["balance"],
+        "router_z_loss": sums["router_z"],
         "entropy": sums["entropy"] / max(1.0, sums["scored"]),
         "clip_fraction": sums["clipped"] / accepted,
         "ratio_mean": sums["ratio"] / accepted,
@@ -159,4 +192,5 @@ def _metrics(sums: dict[str, float], counts: Tensor, settings: StepSettings) -> 
         "weight_ess": sums["weight"] ** 2 / squared if squared > 0 else 0.0,
         "kl_to_behaviour": sums["kl"] / accepted,
         "expert_load_max": float(busiest),
+        "routing_disagreement": sums["rerouted"] / max(1.0, sums["replayed"]),
     }

@@ -23,21 +23,24 @@ import numpy as np
 import torch
 
 from common import wire
-from common.config import RunConfig
-from common.errors import CheckpointError, ConfigError
+from common.config import MEGABYTE, RunConfig
+from common.errors import CheckpointError
 from common.link import BrokerLink, connect
 from common.process import StopFlag
 from learner import checkpoint
-from learner.device import pick_device
-from learner.feed import Feed
-from learner.hf import hf_tensors, load_hf, save_hf
+from learner.checkpoint import CheckpointWriter, TrainingState
+from learner.feed import Feed, check_ids, recorded_experts
+from learner.freeze import freeze
+from learner.hf import load_hf, save_hf
+from learner.mesh import Mesh
 from learner.model.config import ModelConfig
 from learner.model.decoder import Decoder
 from learner.optim import Optimizer
-from learner.parallel.data import DataParallel
 from learner.step import StepBatch, StepSettings, train_step
+from learner.weights.gather import Snapshot, WeightGather
 from learner.weights.publish import WeightPublisher
 
+EXPORT_BUCKET_BYTES = 256 * MEGABYTE  # gathered at once for the final model
 FAREWELL_S = 60.0  # how long the learner stays for late joiners after its last step
 
 log = logging.getLogger("learner")
@@ -49,43 +52,45 @@ class Learner:
 
     config: RunConfig
     stop: StopFlag
-    parallel: DataParallel
-    device: torch.device
+    mesh: Mesh
     model: Decoder
     optimizer: Optimizer
+    frozen: frozenset[str]
     link: BrokerLink
     expert_fraction: torch.Tensor  # [L, E] of the last step
     step: int = 0  # the next to train; the weights are version ``step``
     published: int = 0  # newest version that the fleet was sent
     resync: str = ""  # why somebody asked to be sent it again
     publish_seconds: float = 0.0
+    snapshot: Snapshot | None = None  # version ``step``, whole on rank 0
 
     def run(self) -> None:
         """Train every step, then stay until the broker says Stop."""
-        config = self.config
-        feed = Feed(self.link, self.parallel.rank, self.parallel.world, config.learner.wait_s, self._stopping)
-        publisher = self._publisher() if self.parallel.rank == 0 else None
-        if publisher is not None and self.step > self.published:
-            self._publish(publisher, self.step)
+        config, mesh = self.config, self.mesh
+        feed = Feed(self.link, mesh.data_rank, mesh.data_ranks, config.learner.wait_s, self._stopping)
+        publisher = self._publisher() if mesh.rank == 0 else None
+        directory = config.run.path / "checkpoints"
+        writer = CheckpointWriter(directory, mesh, config.learner.checkpoint_keep, config.learner.write_timeout_s)
+        self._publish(publisher)
         other = self._other(publisher)
         while self.step < config.run.steps and not self._stopping():
             began = time.perf_counter()
             shard = feed.fetch(self.step, other)
-            if shard is None:
-                break
+            if mesh.max_int(shard is None):
+                break  # one of us was told to stop
+            assert shard is not None
             fetched = time.perf_counter()
+            batch = to_batch(shard, mesh.device, self.model.config)
             metrics, self.expert_fraction = train_step(
-                self.model, self.optimizer, to_batch(shard, self.device), self.expert_fraction,
-                settings_of(config), self.parallel,
-            )  # fmt: skip
+                self.model, self.optimizer, batch, self.expert_fraction, settings_of(config)
+            )
             metrics |= {"seconds_fetch": fetched - began, "seconds_train": time.perf_counter() - fetched}
             self.step += 1
-            if publisher is not None:
+            if mesh.rank == 0:
                 feed.commit(self.step - 1, metrics | {"seconds_publish": self.publish_seconds})
-                if self.step > self.published:
-                    self._publish(publisher, self.step)
-            if self._checkpoint_due():
-                self._checkpoint(feed)
+            self._publish(publisher)
+            self._checkpoint(writer, feed)
+        self._finish(writer, feed)
         self._farewell(feed, other)
 
     # ---- weights --------------------------------------------------------------------------------
@@ -93,15 +98,24 @@ class Learner:
     def _publisher(self) -> WeightPublisher:
         weights = self.config.weights
         return WeightPublisher(
-            self.link.send, self.link.receive, weights.host, weights.bucket_mb, weights.deadline_s, self.device,
-            weight_backend(self.config, self.device),
+            self.link.send, self.link.receive, weights.host, weights.bucket_mb, weights.deadline_s, self.mesh.device,
+            weight_backend(self.config, self.mesh.device),
         )  # fmt: skip
 
-    def _publish(self, publisher: WeightPublisher, version: int) -> None:
+    def _publish(self, publisher: WeightPublisher | None) -> None:
+        """Gather the present weights, on every rank, and send them if the fleet has not had them."""
+        bucket_bytes = int(self.config.weights.bucket_mb * MEGABYTE)
+        self.snapshot = Snapshot(WeightGather(self.model, bucket_bytes, self.frozen))
+        if publisher is not None and self.step > self.published:
+            self._send(publisher)
+        self.snapshot.finish()
+        self.published = max(self.published, self.step)
+
+    def _send(self, publisher: WeightPublisher) -> None:
+        assert self.snapshot is not None, "gathered before the first fetch"
         self.resync = ""  # whoever asked gets it now
-        self.link.set_version(version)
-        self.publish_seconds = publisher.publish(version, hf_tensors(self.model), self._note, self._stopping)
-        self.published = max(self.published, version)
+        self.link.set_version(self.step)
+        self.publish_seconds = publisher.publish(self.step, self.snapshot, self._note, self._stopping)
 
     def _note(self, message: Any) -> None:
         match message:
@@ -115,7 +129,7 @@ class Learner:
             self._note(message)
             if self.resync and publisher is not None and self.step >= self.published:
                 log.info("sending version %d again: %s", self.step, self.resync)
-                self._publish(publisher, self.step)
+                self._send(publisher)
 
         return handle
 
@@ -124,21 +138,34 @@ class Learner:
 
     # ---- checkpoints ----------------------------------------------------------------------------
 
-    def _checkpoint_due(self) -> bool:
+    def _checkpoint(self, writer: CheckpointWriter, feed: Feed) -> None:
+        """Begin one where it is due, and tell the broker of those that are complete."""
         every = self.config.learner.checkpoint_every
-        return self.step == self.config.run.steps or (every > 0 and self.step % every == 0)
-
-    def _checkpoint(self, feed: Feed) -> None:
-        if self.parallel.rank == 0:
-            directory = self.config.run.path / "checkpoints"
-            checkpoint.save(
-                directory, self.model, self.optimizer, step=self.step, version=self.step, run_id=self.link.run_id,
-                expert_fraction=self.expert_fraction, keep=self.config.learner.checkpoint_keep,
+        if self.step == self.config.run.steps or (every > 0 and self.step % every == 0):
+            optimizer = self.optimizer
+            state = TrainingState(
+                self.step, self.step, self.link.run_id, optimizer.steps, optimizer.skipped,
+                self.expert_fraction.tolist(),
             )  # fmt: skip
-            feed.checkpointed(self.step - 1)
-            if self.step == self.config.run.steps:
-                save_hf(self.model, self.config.model.path, self.config.run.path / "model")
-        self.parallel.barrier()
+            writer.start(self.model, optimizer, state)
+        self._report(writer, feed)
+
+    def _report(self, writer: CheckpointWriter, feed: Feed) -> None:
+        for step in writer.finished():
+            if self.mesh.rank == 0:
+                feed.checkpointed(step - 1)
+
+    def _finish(self, writer: CheckpointWriter, feed: Feed) -> None:
+        writer.wait()
+        self._report(writer, feed)
+        if self.step == self.config.run.steps:
+            tensors = WeightGather(self.model, EXPORT_BUCKET_BYTES).tensors()
+            if self.mesh.rank == 0:
+                save_hf(tensors, self.config.model.path, self.config.run.path / "model")
+            else:
+                for _ in tensors:
+                    pass
+        self.mesh.barrier()
 
     def _farewell(self, feed: Feed, other: Callable[[Any], None]) -> None:
         deadline = time.monotonic() + FAREWELL_S
@@ -157,14 +184,20 @@ def settings_of(config: RunConfig) -> StepSettings:
         clip_high=loss.clip_high,
         weight_cap=loss.weight_cap,
         balance=loss.balance,
+        router_z=loss.router_z,
         temperature=config.rollout.temperature,
         micro_batch_tokens=config.learner.micro_batch_tokens,
-        logprob_chunk=config.learner.logprob_chunk,
+        logprob_mb=config.learner.logprob_mb,
+        head_float32=config.learner.head_float32,
     )
 
 
-def to_batch(shard: wire.Shard, device: torch.device) -> StepBatch:
-    """The shard's arrays as tensors; advantages spread over each trajectory's tokens."""
+def to_batch(shard: wire.Shard, device: torch.device, model: ModelConfig) -> StepBatch:
+    """The shard's arrays as tensors; advantages spread over each trajectory's tokens.
+
+    Raises :class:`DataError` for token ids outside the vocabulary.
+    """
+    check_ids(f"shard of step {shard.step}, rank {shard.rank}", shard.token_ids, model.vocab_size)
     lengths = np.diff(shard.cu_seqlens)
 
     def tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
@@ -181,6 +214,7 @@ def to_batch(shard: wire.Shard, device: torch.device) -> StepBatch:
         log_p_v=tensor(shard.log_p, torch.float32),
         denominator=shard.denominator,
         tokens_global=shard.tokens_global,
+        experts=recorded_experts(shard.experts, model, device),
     )
 
 
@@ -191,17 +225,15 @@ def weight_backend(config: RunConfig, device: torch.device) -> str:
     return "nccl" if device.type == "cuda" and config.actor.engine != "local" else "gloo"
 
 
-def _connect(
-    config: RunConfig, parallel: DataParallel, version: int, run_id: str, stop: StopFlag
-) -> tuple[BrokerLink, int]:
+def _connect(config: RunConfig, mesh: Mesh, version: int, run_id: str, stop: StopFlag) -> tuple[BrokerLink, int]:
     """Say Hello; returns the link and the newest version that was published so far (-1: told to stop)."""
     hello = wire.Hello(
         role="learner",
         name="learner",
         run_id=run_id,
-        session=f"{parallel.broadcast_int(secrets.randbits(31)):08x}",
-        rank=parallel.rank,
-        world=parallel.world,
+        session=f"{mesh.broadcast_int(secrets.randbits(31)):08x}",
+        rank=mesh.rank,
+        world=mesh.world,
         version=version,
         capacity=0,
         host=socket.gethostname(),
@@ -220,34 +252,42 @@ def run_learner(config: RunConfig, _name: str, stop: StopFlag) -> None:
     """Train one run to its end on this rank."""
     torch.set_num_threads(config.learner.threads)
     torch.manual_seed(config.run.seed)
-    parallel = DataParallel.from_environment()
+    mesh = Mesh.from_environment(config.learner)
     try:
-        if parallel.world != config.learner.ranks:
-            raise ConfigError(
-                f"learner.ranks={config.learner.ranks}, but torchrun started {parallel.world}: "
-                f"use --nproc-per-node {config.learner.ranks} or set learner.ranks={parallel.world}"
-            )
-        _train(config, parallel, stop)
+        _train(config, mesh, stop)
     finally:
-        parallel.close()
+        mesh.close()
 
 
-def _train(config: RunConfig, parallel: DataParallel, stop: StopFlag) -> None:
-    device = pick_device()
-    model = Decoder(ModelConfig.from_hf_dir(config.model.path)).to(device)
+def build_model(config: RunConfig, mesh: Mesh) -> Decoder:
+    """This rank's share of the model at ``model.path``, loaded."""
+    learner = config.learner
+    model = Decoder(ModelConfig.from_hf_dir(config.model.path), mesh, recompute=learner.recompute)
+    model.to(device=mesh.device, dtype=getattr(torch, learner.dtype))
+    model.use_grouped_experts(mesh.device.type == "cuda")
     load_hf(config.model.path, model)
+    if learner.compile:
+        for layer in model.layers.values():
+            layer.compile(dynamic=True)
+    return model
+
+
+def _train(config: RunConfig, mesh: Mesh, stop: StopFlag) -> None:
+    model = build_model(config, mesh)
+    frozen = freeze(model, config.optim.freeze)
     optimizer = Optimizer(model, config.optim, config.run.steps)
     step, run_id = 0, ""
     expert_fraction = model.uniform_expert_fraction()
     found = _find_checkpoint(config)
     if found is not None:
         state = checkpoint.load(found, model, optimizer)
-        step, run_id, expert_fraction = state.step, state.run_id, state.expert_fraction
+        step, run_id = state.step, state.run_id
+        expert_fraction = torch.tensor(state.expert_fraction, device=mesh.device).view(expert_fraction.shape)
         log.info("resumed from %s at step %d", found, step)
-    link, published = _connect(config, parallel, step, run_id, stop)
+    link, published = _connect(config, mesh, step, run_id, stop)
     try:
         if published >= 0:
-            Learner(config, stop, parallel, device, model, optimizer, link, expert_fraction, step, published).run()
+            Learner(config, stop, mesh, model, optimizer, frozen, link, expert_fraction, step, published).run()
     finally:
         link.close("finished" if not stop.is_set else "stopped")
 

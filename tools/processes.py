@@ -76,21 +76,24 @@ def processes_of(config: RunConfig, config_file: Path) -> list[Process]:
     logs = config.run.path / LOGS
     python, file = sys.executable, str(config_file)
     found = [Process("broker", [python, "-m", "broker", file], logs / "broker.log")]
-    learner = [python, "-m"]
-    if config.learner.ranks > 1:
-        ranks = str(config.learner.ranks)
-        learner += ["torch.distributed.run", "--standalone", "--nproc-per-node", ranks, "-m"]
-    learner += ["learner", file]
+    learner = [*_start(config.learner.ranks), "learner", file]
     found.append(Process("learner", learner, logs / "learner.log", config.learner.threads))
     for index in range(config.replica.count if config.obrs.mode != "off" else 0):
         name = f"replica-{index}"
-        command = [python, "-m", "learner.score", file, "--name", name]
+        command = [*_start(config.replica.ep * config.replica.tp), "learner.score", file, "--name", name]
         found.append(Process(name, command, logs / f"{name}.log", config.replica.threads, may_restart=True))
     for index in range(config.actor.count):
         name = f"actor-{index}"
         command = [python, "-m", "actor", file, "--name", name]
         found.append(Process(name, command, logs / f"{name}.log", config.actor.threads, may_restart=True))
     return found
+
+
+def _start(ranks: int) -> list[str]:
+    """How a module is started on ``ranks`` processes of this machine."""
+    if ranks == 1:
+        return [sys.executable, "-m"]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
 
 
 def descendants(root: int) -> dict[int, int]:

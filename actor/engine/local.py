@@ -12,7 +12,7 @@ Legend: n live rows, U unique prompts, P prompt length, V vocabulary, R experts 
 """
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from actor.engine.rows import Rows
 from actor.engine.sampling import sample
 from common.errors import EngineError, ModelError
 from common.routing import REMEDY
+from common.weights import is_frozen
 
 PREFILL_TOKENS = 8192  # padded prompt tokens of one pass: bounds its activations
 
@@ -39,7 +40,8 @@ class LocalEngine:
 
     ``max_sequences`` decode together, each of at most ``max_length`` tokens, prompt included.
     ``threads`` sets this process's torch threads; with ``record_experts`` completions say which
-    experts read each token. Raises ModelError if the directory cannot be used.
+    experts read each token. Versions come without the tensors that ``frozen`` matches (``optim.freeze``).
+    Raises ModelError if the directory cannot be used.
     """
 
     def __init__(
@@ -50,9 +52,11 @@ class LocalEngine:
         dtype: torch.dtype = torch.float32,
         threads: int = 1,
         record_experts: bool = False,
+        frozen: Sequence[str] = (),
     ) -> None:
         torch.set_num_threads(threads)
         self._model = load_model(Path(model_dir), max_length, dtype)
+        self._frozen = tuple(frozen)
         self._recorder = _recorder(self._model, model_dir) if record_experts else None
         config = self._model.config
         self.vocab_size: int = config.vocab_size
@@ -135,22 +139,23 @@ class LocalEngine:
 
     @torch.no_grad()
     def swap(self, version: int, tensors: Mapping[str, Tensor]) -> None:
-        """Copy a complete set of weights in place; the KV cache is kept.
+        """Copy all weights but the frozen ones in place; the KV cache is kept.
 
         Raises EngineError, and changes nothing, if names or shapes are not those of the model.
         """
         missing, unknown = self._targets.keys() - tensors.keys(), tensors.keys() - self._targets.keys()
+        missing = {name for name in missing if not is_frozen(name, self._frozen)}
         if missing or unknown:
             raise EngineError(
                 f"version {version}: {len(missing)} tensors are missing (first: {min(missing, default='none')}) and "
                 f"{len(unknown)} unknown (first: {min(unknown, default='none')}); publish this model's own checkpoint"
             )
-        for name, target in self._targets.items():
-            if tensors[name].shape != target.shape:
-                given, wanted = tuple(tensors[name].shape), tuple(target.shape)
+        for name, tensor in tensors.items():
+            if tensor.shape != self._targets[name].shape:
+                given, wanted = tuple(tensor.shape), tuple(self._targets[name].shape)
                 raise EngineError(f"version {version}: {name} has shape {given}, the model has {wanted}")
-        for name, target in self._targets.items():
-            target.copy_(tensors[name])
+        for name, tensor in tensors.items():
+            self._targets[name].copy_(tensor)
         self.version = version
 
     # ---- one step ---------------------------------------------------------------------------------

@@ -1,13 +1,22 @@
 """The architecture, read from a Hugging Face directory's config.json."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from common.errors import ModelError
+from learner.model.rope import RopeConfig
 
-MODEL_TYPES = ("qwen3_moe", "qwen3")
+# Family -> what it has that its configuration does not say.
+FAMILIES: dict[str, dict[str, bool]] = {
+    "qwen3_moe": {"qk_norm": True},
+    "qwen3": {"qk_norm": True},
+    "qwen2_moe": {"qkv_bias": True},
+    "qwen2": {"qkv_bias": True},
+    "llama": {},
+}
+SPARSE = ("qwen3_moe", "qwen2_moe")
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -23,11 +32,16 @@ class ModelConfig:
     num_key_value_heads: int
     head_dim: int
     rms_norm_eps: float
-    rope_theta: float
     tie_word_embeddings: bool
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    qk_norm: bool = True
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
     num_experts: int = 0
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
+    shared_expert_intermediate_size: int = 0  # 0: no shared expert
     norm_topk_prob: bool = True
     decoder_sparse_step: int = 1
     mlp_only_layers: tuple[int, ...] = ()
@@ -41,9 +55,9 @@ class ModelConfig:
         )
 
     @property
-    def sparse_layers(self) -> int:
-        """How many layers have experts."""
-        return sum(self.is_sparse(i) for i in range(self.num_hidden_layers))
+    def sparse_layers(self) -> tuple[int, ...]:
+        """The layers with experts."""
+        return tuple(i for i in range(self.num_hidden_layers) if self.is_sparse(i))
 
     @classmethod
     def from_hf_dir(cls, directory: str | Path) -> "ModelConfig":
@@ -68,7 +82,8 @@ class ModelConfig:
     def from_dict(cls, hf: dict[str, Any], source: str) -> "ModelConfig":
         """From the content of a config.json; ``source`` names it in errors."""
         _refuse_unsupported(hf, source)
-        rope = hf.get("rope_parameters") or {}
+        family = hf["model_type"]
+        bias = bool(hf.get("attention_bias", False))
         try:
             heads = int(hf["num_attention_heads"])
             return cls(
@@ -80,32 +95,42 @@ class ModelConfig:
                 num_key_value_heads=int(hf.get("num_key_value_heads") or heads),
                 head_dim=int(hf.get("head_dim") or int(hf["hidden_size"]) // heads),
                 rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
-                rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10000.0))),
                 tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
-                num_experts=int(hf.get("num_experts") or hf.get("num_local_experts") or 0)
-                if hf["model_type"] == "qwen3_moe"
-                else 0,
-                num_experts_per_tok=int(hf.get("num_experts_per_tok") or 0),
-                moe_intermediate_size=int(hf.get("moe_intermediate_size") or 0),
-                norm_topk_prob=bool(hf.get("norm_topk_prob", False)),
-                decoder_sparse_step=int(hf.get("decoder_sparse_step", 1)),
-                mlp_only_layers=tuple(hf.get("mlp_only_layers") or ()),
+                rope=RopeConfig.from_dict(hf, source),
+                qk_norm=FAMILIES[family].get("qk_norm", False),
+                qkv_bias=bias or FAMILIES[family].get("qkv_bias", False),
+                o_bias=bias,
+                mlp_bias=bool(hf.get("mlp_bias", False)),
+                **(_sparse_part(hf, family) if family in SPARSE else {}),
             )
         except KeyError as error:
             raise ModelError(f"{source}: {error.args[0]} is missing; the directory may be half written") from error
 
 
+def _sparse_part(hf: dict[str, Any], family: str) -> dict[str, Any]:
+    shared = int(hf["shared_expert_intermediate_size"]) if family == "qwen2_moe" else 0
+    return {
+        "num_experts": int(hf.get("num_experts") or hf.get("num_local_experts") or 0),
+        "num_experts_per_tok": int(hf["num_experts_per_tok"]),
+        "moe_intermediate_size": int(hf["moe_intermediate_size"]),
+        "shared_expert_intermediate_size": shared,
+        "norm_topk_prob": bool(hf.get("norm_topk_prob", False)),
+        "decoder_sparse_step": int(hf.get("decoder_sparse_step", 1)),
+        "mlp_only_layers": tuple(hf.get("mlp_only_layers") or ()),
+    }
+
+
 def _refuse_unsupported(hf: dict[str, Any], source: str) -> None:
-    if hf.get("model_type") not in MODEL_TYPES:
-        raise ModelError(f"{source}: model_type={hf.get('model_type')!r}; this learner trains {', '.join(MODEL_TYPES)}")
-    rope = hf.get("rope_parameters") or {}
-    scaling = hf.get("rope_scaling") or {}
-    kind = rope.get("rope_type", scaling.get("rope_type", scaling.get("type", "default")))
+    family = hf.get("model_type")
+    if family not in FAMILIES:
+        raise ModelError(f"{source}: model_type={family!r}; this learner trains {', '.join(FAMILIES)}")
+    bias, qkv_bias = hf.get("attention_bias"), hf.get("qkv_bias", True)
+    activation = hf.get("hidden_act", "silu")
     for key, value, usable in (
-        ("rope_type", kind, kind == "default"),
         ("use_sliding_window", hf.get("use_sliding_window"), not hf.get("use_sliding_window")),
-        ("attention_bias", hf.get("attention_bias"), not hf.get("attention_bias")),
-        ("hidden_act", hf.get("hidden_act", "silu"), hf.get("hidden_act", "silu") == "silu"),
+        ("attention_bias", bias, not bias or family in ("llama", "qwen3", "qwen3_moe")),
+        ("qkv_bias", qkv_bias, qkv_bias or family != "qwen2_moe"),
+        ("hidden_act", activation, activation == "silu"),
     ):
         if not usable:
             raise ModelError(f"{source}: {key}={value!r} is not supported; use a checkpoint without it")

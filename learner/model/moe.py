@@ -1,6 +1,10 @@
 """Feed-forward layers: dense SwiGLU, and routed experts without capacity limits.
 
-Legend: N tokens, C hidden width, E experts, k experts a token, I expert width, A = N*k assignments.
+::
+
+    router -> top k (or the experts of the rollout) -> to the experts' ranks -> experts -> back -> sum
+
+Legend: n tokens of this rank, C hidden width, E experts, k experts a token, I expert width.
 """
 
 from dataclasses import dataclass
@@ -9,75 +13,119 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from learner.mesh import Axis
+from learner.model.attention import pad_rows
 from learner.model.config import ModelConfig
+from learner.model.experts import Assignment, combine, run_experts, take_rows
+from learner.model.packing import Pack
+from learner.parallel.collectives import exchange, exchange_counts, gather_tokens, scatter_tokens
 
 
 @dataclass
 class RouterStats:
-    """What one layer's router did to a pack."""
+    """What one layer's router did to this rank's tokens. Sums, so that ranks and micro-batches add up."""
 
     prob_sums_E: Tensor  # probabilities summed over tokens, with gradient
-    counts_E: Tensor  # assignments, no gradient
+    z_sum: Tensor  # squared log-sum-exp of the logits, summed over tokens, with gradient
+    counts_E: Tensor  # assignments by the router's own choice, no gradient
+    replayed: Tensor  # assignments that came from the rollout
+    rerouted: Tensor  # those among them that the router would not have chosen
 
 
 class DenseMLP(nn.Module):
-    """SwiGLU."""
+    """SwiGLU; the inner width is cut over tp."""
+
+    def __init__(self, config: ModelConfig, tp: int) -> None:
+        super().__init__()
+        inner = config.intermediate_size // tp
+        self.gate_up = nn.Parameter(torch.empty(2 * inner, config.hidden_size))
+        self.gate_up_bias = nn.Parameter(torch.empty(2 * inner)) if config.mlp_bias else None
+        self.down = nn.Parameter(torch.empty(config.hidden_size, inner))
+        self.down_bias = nn.Parameter(torch.empty(config.hidden_size)) if config.mlp_bias else None
+
+    def forward(self, x_nC: Tensor, _layer: int, pack: Pack) -> tuple[Tensor, None]:
+        """``[n, C] -> [n, C]``; no router, so no statistics."""
+        gate, up = F.linear(gather_tokens(x_nC, pack.tp), self.gate_up, self.gate_up_bias).chunk(2, dim=-1)
+        out = scatter_tokens(F.linear(F.silu(gate) * up, self.down), pack.tp)
+        return (out if self.down_bias is None else out + self.down_bias), None
+
+
+class SharedExpert(nn.Module):
+    """An expert that every token visits, behind a sigmoid gate (Qwen2-MoE); whole on every rank."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        inner = config.shared_expert_intermediate_size
+        self.gate_up = nn.Parameter(torch.empty(2 * inner, config.hidden_size))
+        self.down = nn.Parameter(torch.empty(config.hidden_size, inner))
+        self.gate = nn.Parameter(torch.empty(1, config.hidden_size))
 
-    def forward(self, x_NC: Tensor) -> tuple[Tensor, None]:
-        """``[N, C] -> [N, C]``; no router, so no statistics."""
-        return self.down_proj(F.silu(self.gate_proj(x_NC)) * self.up_proj(x_NC)), None
+    def forward(self, x_nC: Tensor) -> Tensor:
+        """``[n, C] -> [n, C]``."""
+        gate, up = F.linear(x_nC, self.gate_up).chunk(2, dim=-1)
+        return F.sigmoid(F.linear(x_nC, self.gate)) * F.linear(F.silu(gate) * up, self.down)
 
 
 class SparseMLP(nn.Module):
     """Top-k softmax router over SwiGLU experts; dropless, with a deterministic combine.
 
-    Tokens are sorted by expert, each expert works on one contiguous slice (or all at once in a
-    grouped GEMM), and results return by the inverse permutation, so no two writes ever race.
+    The experts lie on the ranks of ``axis`` (ep x tp), ``experts / size`` on each.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, axis: Axis) -> None:
         super().__init__()
         self.top_k, self.experts = config.num_experts_per_tok, config.num_experts
         self.norm_topk_prob = config.norm_topk_prob
+        self.axis = axis
+        self.held = self.experts // axis.size
         width, inner = config.hidden_size, config.moe_intermediate_size
-        self.router = nn.Linear(width, self.experts, bias=False)
-        self.gate_up = nn.Parameter(torch.empty(self.experts, 2 * inner, width))
-        self.down = nn.Parameter(torch.empty(self.experts, width, inner))
-        self.grouped = False  # grouped GEMM instead of slices; chosen by device, see Decoder
+        self.router = nn.Parameter(torch.empty(self.experts, width))
+        self.gate_up = nn.Parameter(torch.empty(self.held, 2 * inner, width))
+        self.down = nn.Parameter(torch.empty(self.held, width, inner))
+        self.shared = SharedExpert(config) if config.shared_expert_intermediate_size else None
+        self.grouped = False  # grouped GEMM instead of one expert after the other; see Decoder
 
-    def forward(self, x_NC: Tensor) -> tuple[Tensor, RouterStats]:
-        """``[N, C] -> [N, C]`` and the router's statistics."""
-        probs_NE = F.softmax(self.router(x_NC).float(), dim=-1)
-        gates_Nk, chosen_Nk = probs_NE.topk(self.top_k, dim=-1)
-        if self.norm_topk_prob:
-            gates_Nk = gates_Nk / gates_Nk.sum(dim=-1, keepdim=True)
-        assigned_A = chosen_Nk.reshape(-1)
-        order_A = assigned_A.argsort(stable=True)
-        counts_E = torch.bincount(assigned_A, minlength=self.experts)
-        inputs_AC = x_NC.index_select(0, order_A // self.top_k)
-        outputs_AC = self._grouped(inputs_AC, counts_E) if self.grouped else self._sliced(inputs_AC, counts_E)
-        inverse_A = torch.empty_like(order_A)
-        inverse_A[order_A] = torch.arange(len(order_A), device=order_A.device)
-        outputs_NkC = outputs_AC.index_select(0, inverse_A).unflatten(0, (-1, self.top_k))
-        mixed = (outputs_NkC * gates_Nk.to(x_NC.dtype)[..., None]).sum(dim=1)
-        return mixed, RouterStats(probs_NE.sum(dim=0), counts_E)
+    def forward(self, x_nC: Tensor, layer: int, pack: Pack) -> tuple[Tensor, RouterStats]:
+        """``[n, C] -> [n, C]`` and the router's statistics; ``layer`` counts sparse layers."""
+        own = pack.local
+        rows = x_nC[: own.stop - own.start]  # without the padding
+        recorded = None if pack.experts is None else pack.experts[own, layer]
+        gates, chosen, stats = self._route(rows, recorded)
+        mixed = self._dispatch(rows, gates.to(rows.dtype), chosen)
+        if self.shared is not None:
+            mixed = mixed + self.shared(rows)
+        return pad_rows(mixed, len(x_nC)), stats
 
-    def _sliced(self, inputs_AC: Tensor, counts_E: Tensor) -> Tensor:
-        parts = inputs_AC.split(counts_E.tolist())
-        outputs = []
-        for part, gate_up, down in zip(parts, self.gate_up.unbind(0), self.down.unbind(0), strict=True):
-            if len(part):
-                gate, up = F.linear(part, gate_up).chunk(2, dim=-1)
-                outputs.append(F.linear(F.silu(gate) * up, down))
-        return torch.cat(outputs) if outputs else inputs_AC
+    def _route(self, x_nC: Tensor, recorded_nk: Tensor | None) -> tuple[Tensor, Tensor, RouterStats]:
+        logits_nE = F.linear(x_nC, self.router).float()
+        probs_nE = logits_nE.softmax(dim=-1)
+        own_nk = chosen_nk = probs_nE.detach().topk(self.top_k, dim=-1).indices
+        nothing = torch.zeros((), device=x_nC.device)
+        replayed = rerouted = nothing
+        if recorded_nk is not None:
+            known = recorded_nk >= 0
+            chosen_nk = torch.where(known, recorded_nk, own_nk)
+            agrees = (chosen_nk[:, :, None] == own_nk[:, None, :]).any(dim=-1)
+            replayed, rerouted = known.sum().float(), (known & ~agrees).sum().float()
+        if self.norm_topk_prob:  # over the chosen alone: the others get no gradient, not even rounding
+            gates_nk = logits_nE.gather(1, chosen_nk).softmax(dim=-1)
+        else:
+            gates_nk = probs_nE.gather(1, chosen_nk)
+        counts_E = torch.bincount(own_nk.reshape(-1), minlength=self.experts)
+        z_sum = logits_nE.logsumexp(dim=-1).square().sum()
+        return gates_nk, chosen_nk, RouterStats(probs_nE.sum(dim=0), z_sum, counts_E, replayed, rerouted)
 
-    def _grouped(self, inputs_AC: Tensor, counts_E: Tensor) -> Tensor:
-        ends_E = counts_E.cumsum(0).to(torch.int32)
-        gate, up = F.grouped_mm(inputs_AC, self.gate_up.transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
-        return F.grouped_mm(F.silu(gate) * up, self.down.transpose(1, 2), offs=ends_E)
+    def _dispatch(self, x_nC: Tensor, gates_nk: Tensor, chosen_nk: Tensor) -> Tensor:
+        assignment = Assignment.of(chosen_nk, self.experts)
+        weights_A = assignment.sort(gates_nk)
+        if self.axis.size == 1:
+            return run_experts(x_nC, weights_A, self.gate_up, self.down, assignment, self.grouped)
+        send_rE = assignment.counts_E.view(self.axis.size, self.held)
+        receive_rE = exchange_counts(send_rE, self.axis)
+        send, receive = torch.stack((send_rE.sum(1), receive_rE.sum(1))).tolist()
+        rows = exchange(take_rows(x_nC, assignment), send, receive, self.axis)
+        weights = exchange(weights_A, send, receive, self.axis)
+        experts = torch.arange(self.held, device=rows.device).repeat(self.axis.size)
+        here = Assignment.of(experts.repeat_interleave(receive_rE.reshape(-1))[:, None], self.held)
+        out = run_experts(rows, here.sort(weights[:, None]), self.gate_up, self.down, here, self.grouped)
+        return combine(exchange(out, receive, send, self.axis), assignment)

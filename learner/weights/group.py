@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from common.weights import Bucket
+from common.weights import BLOCK_WORDS, ROW_WORDS, Bucket, block_sums
 from common.wire import Prepare
 
 DIGEST_BYTES = 16
@@ -42,31 +42,42 @@ class WeightGroup:
         else:
             self._group = dist.ProcessGroupGloo(prefix, rank, world, timeout)
 
-    def broadcast(self, tensor: torch.Tensor) -> None:
-        """From rank 0 into ``tensor``, in place."""
-        self._group.broadcast([tensor]).wait()
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """Where broadcasts arrive: uint8 ``[nbytes]``."""
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
-    def receive(self, nbytes: int) -> torch.Tensor:
-        """One broadcast from the learner: uint8 ``[nbytes]``."""
-        tensor = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-        self.broadcast(tensor)
-        return tensor
+    def start(self, tensor: torch.Tensor) -> Any:
+        """Begin one broadcast from rank 0 into ``tensor``, in place; returns what to wait for."""
+        return self._group.broadcast([tensor])
 
-    def view(self, tensor: torch.Tensor) -> memoryview:
-        """The bytes of a bucket."""
-        return tensor.cpu().numpy().data
+    def sums(self, tensor: torch.Tensor) -> bytes:
+        """:func:`common.weights.block_sums`, where the tensor lies."""
+        return tensor_sums(tensor)
 
     def receive_digest(self) -> str:
         """The learner's digest, in hex."""
-        return self.receive(DIGEST_BYTES).cpu().numpy().tobytes().hex()
+        tensor = self.allocate(DIGEST_BYTES)
+        self.start(tensor).wait()
+        return tensor.cpu().numpy().tobytes().hex()
 
     def send_digest(self, digest: str) -> None:
         """The learner's side of :meth:`receive_digest`."""
-        self.broadcast(torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8, device=self.device))
+        self.start(torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8, device=self.device)).wait()
 
     def close(self) -> None:
         """Leave the group."""
         self._group = None
+
+
+def tensor_sums(tensor: torch.Tensor) -> bytes:
+    """:func:`common.weights.block_sums` of uint8 ``[nbytes]``; a GPU sends only the sums over its bus."""
+    if not tensor.is_cuda:
+        return block_sums(tensor.numpy())
+    step = 8 * BLOCK_WORDS
+    padded = torch.nn.functional.pad(tensor, (0, -len(tensor) % step))
+    blocks = padded.view(torch.int64).view(-1, BLOCK_WORDS // ROW_WORDS, ROW_WORDS)
+    both = torch.cat((blocks.sum(dim=1), blocks.sum(dim=2)), dim=1)
+    return both.cpu().numpy().tobytes()
 
 
 def join(prepare: Prepare, deadline_s: float, device: torch.device) -> WeightGroup:

@@ -7,7 +7,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -16,15 +16,15 @@ import torch.distributed as dist
 
 from common.config import MEGABYTE
 from common.errors import DeadlineError
-from common.weights import Bucket, WeightDigest, brief, plan_buckets
+from common.weights import AHEAD, Bucket, WeightDigest, brief
 from common.wire import Go, Publish, PublishDone, Published, PublishFailed, Welcome
+from learner.weights.gather import Snapshot
 from learner.weights.group import WeightGroup
 
 POLL_S = 0.2
 BROKER_ATTEMPTS = 6  # preparation deadlines that the broker may use up before it answers
 
 log = logging.getLogger("learner.weights")
-NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
 
 class WeightPublisher:
@@ -44,7 +44,7 @@ class WeightPublisher:
         self._send = send
         self._receive = receive
         self._host = host
-        self._bucket_bytes = int(bucket_mb * MEGABYTE)
+        self.bucket_bytes = int(bucket_mb * MEGABYTE)
         self._deadline_s = deadline_s
         self._device = device
         self._backend = backend
@@ -54,7 +54,7 @@ class WeightPublisher:
         self._group: tuple[int, WeightGroup] | None = None
 
     def publish(
-        self, version: int, tensors: NamedTensors, other: Callable[[Any], None], should_stop: Callable[[], bool]
+        self, version: int, weights: Snapshot, other: Callable[[Any], None], should_stop: Callable[[], bool]
     ) -> float:
         """Offer ``version`` and send it to all who are ready; returns the seconds it took.
 
@@ -63,9 +63,8 @@ class WeightPublisher:
         :class:`DeadlineError` when the broker does not answer.
         """
         began = time.perf_counter()
-        named = [(name, tensor.detach()) for name, tensor in tensors]
-        listing = [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in named]
-        offer = Publish(version, self._host, self._store.port, self._backend, self._bucket_bytes, listing)
+        listing = weights.listing
+        offer = Publish(version, self._host, self._store.port, self._backend, self.bucket_bytes, listing)
         self._send(offer)
         deadline = time.monotonic() + BROKER_ATTEMPTS * self._deadline_s
         while time.monotonic() < deadline:
@@ -73,7 +72,7 @@ class WeightPublisher:
                 return time.perf_counter() - began
             message = self._receive(POLL_S)
             if isinstance(message, Go) and message.version == version:
-                if self._collective(message, listing, dict(named), began):
+                if self._collective(message, weights, began):
                     return time.perf_counter() - began
             elif isinstance(message, Welcome):  # a broker that came back knows of no offer
                 self._send(offer)
@@ -88,27 +87,50 @@ class WeightPublisher:
             "(weights.deadline_s); its log names the receiver that it waits for"
         )
 
-    def _collective(self, go: Go, listing: list[list[Any]], tensors: dict[str, torch.Tensor], began: float) -> bool:
+    def _collective(self, go: Go, weights: Snapshot, began: float) -> bool:
         try:
             if self._group is None or self._group[0] != go.epoch:
                 self._close_group()
                 world = len(go.members) + 1
                 group = WeightGroup(self._store, go.epoch, 0, world, self._backend, self._deadline_s, self._device)
                 self._group = (go.epoch, group)
-            digest = WeightDigest()
-            for bucket in plan_buckets(listing, self._bucket_bytes):
-                flat = flatten(bucket, tensors, self._group[1].device)
-                self._group[1].broadcast(flat)
-                digest.update(self._group[1].view(flat))
-            self._group[1].send_digest(digest.hex())
+            digest = self._broadcast(self._group[1], weights)
+            self._group[1].send_digest(digest)
         except RuntimeError as error:  # what torch's process groups raise for a lost or late member
             self._close_group()
             reason = brief(error)
             log.warning("publish of version %d to %s broke: %s", go.version, ", ".join(go.members), reason)
             self._send(PublishFailed(go.epoch, go.version, reason))
             return False
-        self._send(Published(go.epoch, go.version, digest.hex(), time.perf_counter() - began))
+        self._send(Published(go.epoch, go.version, digest, time.perf_counter() - began))
         return True
+
+    def _broadcast(self, group: WeightGroup, weights: Snapshot) -> str:
+        """Every bucket; while one is on the wire the next is gathered, laid out and summed up."""
+        digest = WeightDigest()
+        under_way: list[tuple[Any, torch.Tensor]] = []
+        spare: list[torch.Tensor] = []
+        for index, bucket in enumerate(weights.buckets):
+            flat = as_one(bucket, weights.tensors(index), group.device)
+            if flat is None:
+                room = next((t for t in spare if len(t) >= bucket.nbytes), None)
+                spare = [t for t in spare if t is not room]
+                room = group.allocate(max(bucket.nbytes, self.bucket_bytes)) if room is None else room
+                flat = flatten(bucket, weights.tensors(index), room[: bucket.nbytes])
+            under_way.append((group.start(flat), flat))
+            digest.update(group.sums(flat))
+            if len(under_way) > AHEAD:
+                self._done(*under_way.pop(0), spare)
+        for work, flat in under_way:
+            self._done(work, flat, spare)
+        return digest.hex()
+
+    @staticmethod
+    def _done(work: Any, flat: torch.Tensor, spare: list[torch.Tensor]) -> None:
+        work.wait()
+        base = flat._base
+        if base is not None and base.dtype == torch.uint8:  # a room of ours, not a slice of the parameters
+            spare.append(base)
 
     def _close_group(self) -> None:
         if self._group is not None:
@@ -116,10 +138,30 @@ class WeightPublisher:
             self._group = None
 
 
-def flatten(bucket: Bucket, tensors: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
-    """The bucket's tensors in one uint8 tensor, padding zeroed."""
-    flat = torch.zeros(bucket.nbytes, dtype=torch.uint8, device=device)
+def as_one(bucket: Bucket, tensors: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor | None:
+    """The bucket as a slice of the memory its tensors lie in, if they do so in its order without gaps."""
+    parts = [tensors[slot.name] for slot in bucket.slots]
+    storage, base = parts[0].untyped_storage(), parts[0].data_ptr()
+    for slot, part in zip(bucket.slots, parts, strict=True):
+        if part.data_ptr() - base != slot.offset or part.device != device or not part.is_contiguous():
+            return None
+        if part.untyped_storage().data_ptr() != storage.data_ptr():
+            return None
+    last = bucket.slots[-1]
+    if last.offset + last.nbytes != bucket.nbytes:
+        return None
+    start = base - storage.data_ptr()
+    one = torch.empty(0, dtype=torch.uint8, device=device)
+    one.set_(storage, start, (bucket.nbytes,), (1,))  # bytes of another dtype's storage
+    return one
+
+
+def flatten(bucket: Bucket, tensors: dict[str, torch.Tensor], flat: torch.Tensor) -> torch.Tensor:
+    """Copies the bucket's tensors into ``flat``, uint8 ``[nbytes]``, padding zeroed."""
+    end = 0
     for slot in bucket.slots:
-        source = tensors[slot.name].contiguous().view(-1).view(torch.uint8)
-        flat[slot.offset : slot.offset + slot.nbytes].copy_(source)
+        flat[end : slot.offset].zero_()
+        end = slot.offset + slot.nbytes
+        flat[slot.offset : end].copy_(tensors[slot.name].contiguous().view(-1).view(torch.uint8))
+    flat[end:].zero_()
     return flat

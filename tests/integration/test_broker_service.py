@@ -188,12 +188,12 @@ def test_a_late_actor_gets_the_current_weights_before_any_grant(make):
 
 
 def test_the_learner_is_told_what_it_waits_for_and_wrong_ranks_are_refused(make):
-    broker = make(learner=LearnerSection(ranks=1))
+    broker = make(learner=LearnerSection())
     learner = Peer(broker, "learner", "learner")
     learner.link.send(wire.Fetch(0, 0, 1))
     assert "an actor" in learner.expect(wire.Waiting).detail
     learner.link.send(wire.Fetch(0, 0, 2))
-    with pytest.raises(ProtocolError, match=r"learner\.ranks=1"):
+    with pytest.raises(ProtocolError, match=r"over 2 shards.*says 1 over 1"):
         learner.expect(wire.Shard)
     learner.link.close()
 
@@ -226,7 +226,7 @@ def test_a_missing_model_directory_names_the_remedy(tmp_path):
 @pytest.mark.parametrize(
     ("fetch", "words"),
     [
-        (wire.Fetch(0, 5, 1), "rank 0 of 1 asks for the shard of rank 5"),
+        (wire.Fetch(0, 5, 1), "rank 0 of 1 asks for shard 5 of 1"),
         (wire.Fetch(STEPS, 0, 1), r"none of this run's 4 \(run\.steps\)"),
         (wire.Fetch(-1, 0, 1), "step -1"),
     ],

@@ -14,7 +14,7 @@ PARTS = ("broker", "learner", "replica-0", "actor-0")
 
 
 def test_any_order_will_do_and_two_ranks_train_as_told(tmp_path, model):
-    with Fleet(tmp_path, model, "learner.ranks=2", "run.steps=6", "evaluation.every=3") as fleet:
+    with Fleet(tmp_path, model, "learner.dp_shard=2", "run.steps=6", "evaluation.every=3") as fleet:
         fleet.start("learner", ranks=2)
         fleet.start("actor-0")
         fleet.start("replica-0")
@@ -39,7 +39,7 @@ REFUSALS = {
         ("broker.address=tcp://127.0.0.1:9", "actor.wait_s=1"),
         ("tcp://127.0.0.1:9", "python -m broker"),
     ),
-    "rank_count": ("learner", ("learner.ranks=2",), ("learner.ranks=2", "--nproc-per-node 2")),
+    "rank_count": ("learner", ("learner.dp_shard=2",), ("dp_shard=2", "--nproc-per-node 2")),
 }
 
 

@@ -3,17 +3,21 @@
 import queue
 import threading
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from actor.weights import GroupCollective, bucket_tensors
 from broker.publishing import LEARNER, PublishCoordinator
 from common import wire
+from common.config import MEGABYTE
 from common.errors import WeightsError
-from common.weights import WeightDigest, WeightReceiver, plan_buckets
+from common.weights import WeightDigest, WeightReceiver, block_sums, plan_buckets
 from learner.weights import group as weight_group
-from learner.weights.publish import WeightPublisher
+from learner.weights.group import tensor_sums
+from learner.weights.publish import WeightPublisher, as_one, flatten
 
 CPU = torch.device("cpu")
 DEADLINE_S = 3.0
@@ -67,7 +71,9 @@ class Relay:
             except queue.Empty:
                 return None
 
-        return WeightPublisher(lambda m: self.incoming.put((LEARNER, m)), receive, "127.0.0.1", 0.001, DEADLINE_S, CPU)
+        return WeightPublisher(
+            lambda m: self.incoming.put((LEARNER, m)), receive, "127.0.0.1", 1000 / MEGABYTE, DEADLINE_S, CPU
+        )
 
     def add(self, name, join=None):
         join = join or (lambda p: GroupCollective(p, DEADLINE_S, CPU))
@@ -94,6 +100,17 @@ def tensors(version):
     ]
 
 
+class Held:
+    """A snapshot of tensors at hand."""
+
+    def __init__(self, named, bucket_bytes):
+        self.listing = [[n, str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in named]
+        self.buckets, self.named = plan_buckets(self.listing, bucket_bytes), dict(named)
+
+    def tensors(self, index):
+        return {slot.name: self.named[slot.name] for slot in self.buckets[index].slots}
+
+
 def take(receiver, seconds=10.0):
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -104,7 +121,7 @@ def take(receiver, seconds=10.0):
 
 
 def publish(publisher, version):
-    return publisher.publish(version, tensors(version), lambda m: None, lambda: False)
+    return publisher.publish(version, Held(tensors(version), 1000), lambda m: None, lambda: False)
 
 
 def assert_holds(staged, version, unpack=bucket_tensors):
@@ -172,13 +189,45 @@ def test_buckets_respect_the_bound_and_large_tensors_get_their_own():
         plan_buckets([["x", "int3", [1]]], 64)
 
 
+@pytest.mark.parametrize("nbytes", [8, 4096, 3 * 2**20, 2**20 + 16])
+def test_sums_notice_a_changed_bit_and_words_that_changed_places(nbytes):
+    generator = np.random.default_rng(nbytes)
+    data = generator.integers(0, 256, nbytes, np.uint8)
+    sums = block_sums(data)
+    assert sums == block_sums(data.copy()) == tensor_sums(torch.from_numpy(data))
+    changed = data.copy()
+    changed[nbytes // 2] ^= 1
+    assert block_sums(changed) != sums
+    if nbytes > 8:
+        words = data.copy().view(np.uint64)
+        words[[0, len(words) // 3]] = words[[len(words) // 3, 0]]
+        assert block_sums(words.view(np.uint8)) != sums
+
+
+def test_a_bucket_that_is_one_piece_of_memory_is_not_copied():
+    flat = torch.arange(64, dtype=torch.float32)
+    named = [("a", flat[:16].view(4, 4)), ("b", flat[16:24]), ("c", flat[24:])]
+    held = Held(named, 1 << 20)
+    one = as_one(held.buckets[0], held.tensors(0), CPU)
+    assert one.data_ptr() == flat.data_ptr() and one.nbytes == 256
+    copied = flatten(held.buckets[0], held.tensors(0), torch.empty(256, dtype=torch.uint8))
+    assert torch.equal(one, copied)
+    gap = Held([named[0], named[2]], 1 << 20)
+    assert as_one(gap.buckets[0], gap.tensors(0), CPU) is None
+    odd = Held([("x", flat[:3]), ("y", flat[3:7])], 1 << 20)  # alignment puts y further on
+    assert as_one(odd.buckets[0], odd.tensors(0), CPU) is None
+
+
 def test_a_wrong_digest_is_refused():
     class Lying:
-        def receive(self, nbytes):
+        def allocate(self, nbytes):
             return torch.zeros(nbytes, dtype=torch.uint8)
 
-        def view(self, tensor):
-            return memoryview(tensor.numpy())
+        def start(self, tensor):
+            return SimpleNamespace(wait=lambda: None)
+
+        def sums(self, tensor):
+            return block_sums(tensor.numpy())
 
         def receive_digest(self):
             return WeightDigest().hex()

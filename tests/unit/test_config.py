@@ -92,7 +92,7 @@ def test_no_unknown_key_passes(tmp_path_factory: pytest.TempPathFactory, name: s
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("learner.logprob_chunk=0", "learner.logprob_chunk"), ("optim.beta1=1.5", "optim.beta1"),
+        ("learner.logprob_mb=0", "learner.logprob_mb"), ("optim.beta1=1.5", "optim.beta1"),
         ("optim.weight_decay=nan", "optim.weight_decay"), ("actor.wait_s=-5", "actor.wait_s"),
         ("broker.verify_rate=7", "broker.verify_rate"), ("run.name=..", "plain name"),
         ("replica.count=0", "obrs.mode=off"), ("broker.queue_mb=0.001", "largest step"),

@@ -91,7 +91,7 @@ def test_the_stamp_tells_ours_from_others(tmp_path: Path) -> None:
 
 def test_commands_of_one_and_two_ranks() -> None:
     one, two = (
-        processes_of(RunConfig(learner=LearnerSection(ranks=ranks), actor=ActorSection(count=1)), Path("c.yaml"))
+        processes_of(RunConfig(learner=LearnerSection(dp_shard=ranks), actor=ActorSection(count=1)), Path("c.yaml"))
         for ranks in (1, 2)
     )
     assert one[1].command[1:] == ["-m", "learner", "c.yaml"]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from common.errors import DataError
-from learner.logprobs import score_tokens, target_positions, token_logprobs
+from learner.logprobs import Head, loss_through_head, score_tokens, target_positions, token_logprobs, top_of_rows
 
 N, C, V = 37, 16, 53
 
@@ -17,38 +17,83 @@ def inputs():
     return hidden, head, torch.randint(0, V, (N,), generator=g)
 
 
+def head_of(weight, temperature, rows):
+    return Head(weight, temperature, chunk_mb=rows * V * 4 / 2**20)
+
+
+def whole_softmax(hidden, weight, targets, temperature):
+    whole = torch.log_softmax(hidden @ weight.T / temperature, dim=1)
+    return whole.gather(1, targets[:, None])[:, 0], -(whole.exp() * whole).sum(1)
+
+
 @pytest.mark.parametrize("chunk", [1, 8, 37, 1000])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_values_entropy_and_gradients_are_those_of_a_whole_softmax(chunk, temperature):
-    hidden, head, targets = inputs()
-    logp, entropy = token_logprobs(hidden, head, targets, temperature, chunk)
-    whole = torch.log_softmax(hidden @ head.T / temperature, dim=1)
-    expected = whole.gather(1, targets[:, None])[:, 0]
-    assert torch.allclose(logp, expected, atol=1e-6)
-    assert torch.allclose(entropy, -(whole.exp() * whole).sum(1), atol=1e-5)
+    hidden, weight, targets = inputs()
+    logp, entropy = token_logprobs(hidden, head_of(weight, temperature, chunk), targets)
+    expected, expected_entropy = whole_softmax(hidden, weight, targets, temperature)
+    assert torch.allclose(logp, expected, atol=1e-5)
+    assert torch.allclose(entropy, expected_entropy, atol=1e-5)
     weights = torch.randn(N, generator=torch.Generator().manual_seed(1))
-    grads = torch.autograd.grad((logp * weights).sum(), (hidden, head))
-    for ours, theirs in zip(grads, torch.autograd.grad((expected * weights).sum(), (hidden, head)), strict=True):
+    grads = torch.autograd.grad((logp * weights).sum(), (hidden, weight))
+    for ours, theirs in zip(grads, torch.autograd.grad((expected * weights).sum(), (hidden, weight)), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 1000])
+def test_a_loss_through_the_head_is_the_loss_of_the_log_probabilities(chunk):
+    hidden, weight, targets = inputs()
+    factors = torch.randn(N, generator=torch.Generator().manual_seed(1))
+
+    def per_token(logp, part):
+        return (factors[part] * logp.exp().clamp(max=0.9)).sum()  # no gradient where it is clipped
+
+    loss, logp, entropy = loss_through_head(hidden, head_of(weight, 0.8, chunk), targets, per_token)
+    expected, expected_entropy = whole_softmax(hidden, weight, targets, 0.8)
+    reference = per_token(expected, slice(0, N))
+    assert torch.allclose(loss, reference, atol=1e-5)
+    assert torch.allclose(logp, expected, atol=1e-5)
+    assert torch.allclose(entropy, expected_entropy, atol=1e-5)
+    grads = torch.autograd.grad(3.0 * loss, (hidden, weight))
+    for ours, theirs in zip(grads, torch.autograd.grad(3.0 * reference, (hidden, weight)), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
 def test_no_tokens_give_no_gradient():
-    hidden, head, _ = inputs()
-    logp, _ = token_logprobs(hidden[:0], head, torch.zeros(0, dtype=torch.int64), 1.0, 8)
-    logp.sum().backward()
-    assert not head.grad.any()
+    hidden, weight, _ = inputs()
+    nothing = torch.zeros(0, dtype=torch.int64)
+    logp, _ = token_logprobs(hidden[:0], head_of(weight, 1.0, 8), nothing)
+    loss, _, _ = loss_through_head(hidden[:0], head_of(weight, 1.0, 8), nothing, lambda logp, part: logp.sum())
+    (logp.sum() + loss).backward()
+    assert not weight.grad.any()
 
 
-def test_scores_at_alternatives_and_the_rest():
-    hidden, head, targets = inputs()
+def test_scores_at_alternatives_the_likeliest_and_the_rest():
+    hidden, weight, targets = inputs()
     ids = torch.stack([torch.randperm(V, generator=torch.Generator().manual_seed(i))[:5] for i in range(N)])
-    logp, at, rest = score_tokens(hidden, head, targets, ids, 0.9, 8)
-    whole = torch.softmax((hidden @ head.T / 0.9).double(), dim=1)
-    assert torch.allclose(logp.double(), whole.gather(1, targets[:, None])[:, 0].log(), atol=1e-6)
-    assert torch.allclose(at.double(), whole.gather(1, ids).log(), atol=1e-6)
-    assert torch.allclose(rest.double().exp(), 1 - whole.gather(1, ids).sum(1), atol=1e-6)
-    _, _, none_left = score_tokens(hidden, head, targets, torch.arange(V).expand(N, V), 1.0, 8)
-    assert (none_left.exp() < 1e-5).all()
+    scores = score_tokens(hidden, head_of(weight, 0.9, 8), targets, ids, top=7)
+    whole = torch.softmax((hidden @ weight.T / 0.9).double(), dim=1)
+    assert torch.allclose(scores.logp.double(), whole.gather(1, targets[:, None])[:, 0].log(), atol=1e-5)
+    assert torch.allclose(scores.at_ids.double(), whole.gather(1, ids).log(), atol=1e-5)
+    assert torch.allclose(scores.residual.double().exp(), 1 - whole.gather(1, ids).sum(1), atol=1e-5)
+    assert torch.allclose(scores.entropy.double(), -(whole * whole.log()).sum(1), atol=1e-5)
+    best = whole.topk(7, dim=1)
+    assert torch.equal(scores.top_ids, best.indices)
+    assert torch.allclose(scores.top_logp.double(), best.values.log(), atol=1e-5)
+    everything = score_tokens(hidden, head_of(weight, 1.0, 8), targets, torch.arange(V).expand(N, V))
+    assert (everything.residual.exp() < 1e-5).all()
+
+
+@pytest.mark.parametrize("width", [1, 40, 640, 2571, 5000])
+def test_the_greatest_of_rows_are_those_of_topk(width):
+    x = torch.randn(6, width, generator=torch.Generator().manual_seed(width))
+    x[2] = x[2].sort().values  # all of them in the last block
+    x[3, 5 % width] = float("-inf")
+    k = min(20, width)
+    values, ids = top_of_rows(x, k)
+    assert torch.equal(values, x.topk(k, dim=1).values)
+    assert torch.equal(x.gather(1, ids), values)
+    assert all(len(set(row.tolist())) == k for row in ids)
 
 
 def test_a_first_token_has_no_logprob():

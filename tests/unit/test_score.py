@@ -27,13 +27,14 @@ def request(topk=0, temperature=0.8):
 
 @pytest.mark.parametrize("topk", [0, 3])
 @pytest.mark.parametrize("chunk", [4, 512])
-def test_scores_are_those_of_each_sequence_alone(topk, chunk):
+@pytest.mark.parametrize("limit", [1, 7, 100])
+def test_scores_are_those_of_each_sequence_alone(topk, chunk, limit):
     model, asked = model_of(), request(topk)
-    log_p, at = PolicyScorer(model, chunk).score(asked)
+    log_p, at = scorer_of(model, chunk, limit).score([asked])[0]
     for a, b in zip(asked.cu_seqlens, asked.cu_seqlens[1:], strict=False):
         with torch.no_grad():
             tokens = torch.from_numpy(asked.token_ids[a:b].astype(np.int64))
-            logits = model.hidden(tokens, [0, b - a]).hidden @ model.head.T
+            logits = model.hidden(tokens, [0, b - a]) @ model.head.T
             whole = (logits / asked.temperature).log_softmax(1).numpy()
         for t in range(a, b):
             if not asked.wanted[t]:
@@ -45,15 +46,62 @@ def test_scores_are_those_of_each_sequence_alone(topk, chunk):
                 assert at[t] == pytest.approx(row[asked.topk_ids[t]], abs=1e-5)
 
 
+def scorer_of(model, chunk, limit=1 << 30):
+    return PolicyScorer(model, chunk * CONFIG.vocab_size * 4 / 2**20, limit)
+
+
+def test_requests_scored_together_are_those_scored_apart():
+    scorer = scorer_of(model_of(), 4, 8)
+    many = [request(2), request(2), request(2)]
+    many[1].token_ids = (many[1].token_ids + 5) % CONFIG.vocab_size
+    many[2].wanted = np.zeros_like(many[2].wanted)
+    together = scorer.score(many)
+    for asked, (log_p, at) in zip(many, together, strict=True):
+        alone_log_p, alone_at = scorer.score([asked])[0]
+        assert log_p == pytest.approx(alone_log_p, abs=1e-6)
+        assert at == pytest.approx(alone_at, abs=1e-6)
+    assert not np.allclose(together[0][0], together[1][0])
+    assert not together[2][0].any()
+
+
+def test_recorded_experts_are_replayed_in_scoring():
+    """The replica's p must be the learner's: both follow the record (algorithms.md 9, rule 6)."""
+    asked = request()
+    model = model_of()
+    own, _ = scorer_of(model, 64).score([asked])[0]
+    asked.experts = np.tile(np.array([0, 1, 0, 1], np.uint16), (sum(LENGTHS), 1))
+    replayed, _ = scorer_of(model, 64).score([asked])[0]
+    tokens, experts = torch.from_numpy(asked.token_ids.astype(np.int64)), torch.tensor([[0, 1], [0, 1]])
+    with torch.no_grad():
+        hidden = model.hidden(tokens, asked.cu_seqlens, experts.expand(sum(LENGTHS), 2, 2))
+        whole = (hidden @ model.head.T / asked.temperature).log_softmax(1)
+    at = np.flatnonzero(asked.wanted)
+    assert replayed[at] == pytest.approx(whole[at - 1, tokens[at]].numpy(), abs=1e-5)
+    assert not np.allclose(own, replayed)
+    for experts, words in ((asked.experts[:, :2], "width 2"), (asked.experts + np.uint16(9), "beyond 3")):
+        asked.experts = experts
+        with pytest.raises(DataError, match=words):
+            scorer_of(model, 64).check(asked)
+
+
+def test_frozen_tensors_need_not_come():
+    scorer = PolicyScorer(model_of(0), 64.0, frozen=("model.embed_tokens.*",))
+    tensors = list(hf_tensors(model_of(1)))
+    assert tensors[0][0] == "model.embed_tokens.weight"
+    scorer.swap(staged(tensors[1:], 5))
+    assert scorer.version == 5
+    assert torch.equal(scorer.model.embed, model_of(0).embed)
+
+
 def test_an_id_outside_the_vocabulary_is_refused():
     asked = request()
     asked.token_ids[3] = 19
     with pytest.raises(DataError, match="outside the vocabulary of 19"):
-        PolicyScorer(model_of(), 8).score(asked)
+        PolicyScorer(model_of(), 8.0).check(asked)
 
 
 def test_a_swap_takes_every_tensor_or_none():
-    scorer = PolicyScorer(model_of(0), 64)
+    scorer = PolicyScorer(model_of(0), 64.0)
     new = model_of(1)
     tensors = list(hf_tensors(new))
     scorer.swap(staged(tensors, 5))

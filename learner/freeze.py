@@ -1,0 +1,30 @@
+"""Parameters that stay as they came: ``optim.freeze`` names them by patterns of tensor names."""
+
+from collections.abc import Sequence
+
+from common.errors import ConfigError
+from common.weights import is_frozen
+from learner.layout import places, views
+from learner.model.decoder import Decoder
+
+
+def freeze(model: Decoder, patterns: Sequence[str]) -> frozenset[str]:
+    """Switch off the gradients of what ``patterns`` match; returns their names, those of other ranks included.
+
+    Raises :class:`ConfigError` for a pattern that matches nothing, or a part of tensors that are
+    one parameter here (q, k and v; gate and up; the experts of a layer).
+    """
+    names = [place.name for place in places(model.config)]
+    for pattern in patterns:
+        if not any(is_frozen(name, (pattern,)) for name in names):
+            raise ConfigError(f"optim.freeze: {pattern!r} matches no tensor; names look like {names[1]}")
+    owner = {p.untyped_storage().data_ptr(): name for name, p in model.named_parameters()}
+    chosen: dict[str, dict[bool, str]] = {}
+    for name, view in views(model).items():
+        chosen.setdefault(owner[view.untyped_storage().data_ptr()], {})[is_frozen(name, patterns)] = name
+    for both in chosen.values():
+        if len(both) == 2:
+            raise ConfigError(f"optim.freeze: {both[True]} is frozen but {both[False]} is not; they are trained as one")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(True not in chosen[name])
+    return frozenset(name for name in names if is_frozen(name, patterns))

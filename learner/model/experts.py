@@ -1,0 +1,167 @@
+"""What experts compute: SwiGLU on the rows that were sent to them, and the sum of what comes back.
+
+Assignments are sorted by expert. Gates multiply before the down projection, on the narrow side.
+Every row is written once and sums run in a fixed order, so results repeat bit for bit.
+
+::
+
+    x_RC --rows of expert 0, 1, ...--> gate|up --> silu(gate) * up * weight --> down --> sum per row
+
+Legend: R rows, C hidden width, E experts of this rank, k assignments a row, A = R*k assignments,
+I expert width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class Assignment:
+    """Which rows go to which expert."""
+
+    source_A: Tensor  # row of each assignment, sorted by expert
+    inverse_Rk: Tensor  # sorted place of each row's assignments
+    counts_E: Tensor  # assignments to each expert
+
+    @classmethod
+    def of(cls, experts_Rk: Tensor, num_experts: int) -> "Assignment":
+        """``experts_Rk``: the experts of every row."""
+        flat = experts_Rk.reshape(-1)
+        order_A = flat.argsort(stable=True)
+        inverse = torch.empty_like(order_A)
+        inverse[order_A] = torch.arange(len(order_A), device=order_A.device)
+        counts = torch.bincount(flat, minlength=num_experts)
+        return cls(order_A // experts_Rk.shape[1], inverse.view(experts_Rk.shape), counts)
+
+    def sort(self, values_Rk: Tensor) -> Tensor:
+        """``[R, k] -> [A]`` in expert order, with gradient."""
+        out = values_Rk.new_empty(values_Rk.numel())
+        return out.scatter(0, self.inverse_Rk.reshape(-1), values_Rk.reshape(-1))
+
+
+def run_experts(
+    x_RC: Tensor, weights_A: Tensor, gate_up_E: Tensor, down_E: Tensor, assignment: Assignment, grouped: bool
+) -> Tensor:
+    """``[R, C] -> [R, C]``: the weighted sum of each row's experts.
+
+    ``grouped`` takes one grouped GEMM for all experts (GPUs); otherwise each expert has its turn,
+    with its rows in cache, which is the faster way on CPUs (``tools.bench learner``).
+    """
+    if grouped:
+        return _grouped(x_RC, weights_A, gate_up_E, down_E, assignment)
+    result: Tensor = _InTurn.apply(x_RC, weights_A, gate_up_E, down_E, assignment)  # type: ignore[no-untyped-call]
+    return result
+
+
+def sum_rows(out_AC: Tensor, inverse_Rk: Tensor) -> Tensor:
+    """``[A, C] -> [R, C]``: each row's assignments added up, in order."""
+    if inverse_Rk.shape[1] == 1:
+        return out_AC.index_select(0, inverse_Rk.squeeze(1))
+    if out_AC.device.type == "cpu":  # one pass, no [R, k, C] between
+        summed: Tensor = F.embedding_bag(inverse_Rk, out_AC, mode="sum")
+        return summed
+    rows = out_AC.index_select(0, inverse_Rk.reshape(-1)).view(*inverse_Rk.shape, out_AC.shape[1])
+    return rows.sum(dim=1)
+
+
+class _InTurn(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_RC: Tensor, weights_A: Tensor, gate_up_E: Tensor, down_E: Tensor, assignment: Assignment
+    ) -> Tensor:
+        ends = assignment.counts_E.cumsum(0).tolist()
+        inner = down_E.shape[2]
+        pre = x_RC.new_empty((len(weights_A), 2 * inner))
+        out = x_RC.new_empty((len(weights_A), x_RC.shape[1]))
+        start = 0
+        for expert, end in enumerate(ends):
+            if end > start:
+                rows = x_RC.index_select(0, assignment.source_A[start:end])
+                both = torch.mm(rows, gate_up_E[expert].T, out=pre[start:end])
+                hidden = F.silu(both[:, :inner]).mul_(both[:, inner:]).mul_(weights_A[start:end, None])
+                torch.mm(hidden, down_E[expert].T, out=out[start:end])
+            start = end
+        ctx.save_for_backward(x_RC, weights_A, gate_up_E, down_E, pre)
+        ctx.assignment, ctx.ends = assignment, ends
+        return sum_rows(out, assignment.inverse_Rk)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+        x_RC, weights_A, gate_up_E, down_E, pre = ctx.saved_tensors
+        grad_RC, source_A = grads[0], ctx.assignment.source_A
+        inner = down_E.shape[2]
+        grad_gate_up, grad_down = torch.empty_like(gate_up_E), torch.empty_like(down_E)
+        grad_weights = torch.empty_like(weights_A)
+        grad_rows = x_RC.new_empty((len(weights_A), x_RC.shape[1]))
+        start = 0
+        for expert, end in enumerate(ctx.ends):
+            if end == start:
+                grad_gate_up[expert], grad_down[expert] = 0, 0
+                continue
+            source, weight = source_A[start:end], weights_A[start:end, None]
+            gate, up = pre[start:end, :inner], pre[start:end, inner:]
+            grad = grad_RC.index_select(0, source)
+            grad_hidden = torch.mm(grad, down_E[expert])
+            active = F.silu(gate)
+            product = active * up
+            grad_weights[start:end] = (grad_hidden * product).sum(dim=1)
+            torch.mm(grad.T, product.mul_(weight), out=grad_down[expert])
+            grad_hidden.mul_(weight)
+            grad_both = torch.empty_like(pre[start:end])
+            torch.mul(grad_hidden, active, out=grad_both[:, inner:])
+            grad_both[:, :inner] = torch.ops.aten.silu_backward(grad_hidden.mul_(up), gate)
+            torch.mm(grad_both.T, x_RC.index_select(0, source), out=grad_gate_up[expert])
+            torch.mm(grad_both, gate_up_E[expert], out=grad_rows[start:end])
+            start = end
+        return sum_rows(grad_rows, ctx.assignment.inverse_Rk), grad_weights, grad_gate_up, grad_down, None
+
+
+class _TakeRows(torch.autograd.Function):
+    """``x[source]``; goes back as a sum in fixed order, where index_select's would race on a GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RC: Tensor, source_A: Tensor, inverse_Rk: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_Rk)
+        return x_RC.index_select(0, source_A)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return sum_rows(grads[0], ctx.saved_tensors[0]), None, None
+
+
+class _SumRows(torch.autograd.Function):
+    """:func:`sum_rows`; goes back as a gather."""
+
+    @staticmethod
+    def forward(ctx: Any, out_AC: Tensor, source_A: Tensor, inverse_Rk: Tensor) -> Tensor:
+        ctx.save_for_backward(source_A)
+        return sum_rows(out_AC, inverse_Rk)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0].index_select(0, ctx.saved_tensors[0]), None, None
+
+
+def take_rows(x_RC: Tensor, assignment: Assignment) -> Tensor:
+    """``[R, C] -> [A, C]`` in expert order."""
+    result: Tensor = _TakeRows.apply(x_RC, assignment.source_A, assignment.inverse_Rk)  # type: ignore[no-untyped-call]
+    return result
+
+
+def combine(out_AC: Tensor, assignment: Assignment) -> Tensor:
+    """``[A, C] -> [R, C]``: :func:`sum_rows` with gradient."""
+    result: Tensor = _SumRows.apply(out_AC, assignment.source_A, assignment.inverse_Rk)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _grouped(x_RC: Tensor, weights_A: Tensor, gate_up_E: Tensor, down_E: Tensor, assignment: Assignment) -> Tensor:
+    ends_E = assignment.counts_E.cumsum(0).to(torch.int32)
+    rows = take_rows(x_RC, assignment)
+    gate, up = F.grouped_mm(rows, gate_up_E.transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
+    hidden = F.silu(gate) * up * weights_A[:, None]
+    out = F.grouped_mm(hidden, down_E.transpose(1, 2), offs=ends_E)
+    return combine(out, assignment)

@@ -1,0 +1,116 @@
+"""Parameters in flat buffers: one reduce-scatter for their gradients, one gather for their update.
+
+::
+
+    grads [P] --reduce-scatter over ``shard``--> [P/s] --all-reduce over ``replicate``--> AdamW --gather--> weights [P]
+
+Every rank keeps 1/s of the optimizer's state (ZeRO stage 1, arXiv 1910.02054): float32 weights and
+two moments. Parameters and gradients are views of the buffers, so nothing is copied together.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from learner.mesh import Axis
+from learner.parallel.collectives import sum_over
+
+ALIGNMENT = 64  # elements; a shard starts at a multiple
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Which ranks hold the same parameters, and which of them answers for what."""
+
+    name: str
+    shard: Axis  # the optimizer's state is cut over these
+    replicate: Axis  # and repeated over these
+    partial: Axis  # ranks that hold the same parameter and see other tokens, beside the data ranks
+    counts: bool  # whether this rank's shard counts in norms and checkpoints (others hold the same)
+
+
+class FlatParameters:
+    """The parameters of one sharing, flat, with this rank's shard of the optimizer's state."""
+
+    def __init__(self, named: Sequence[tuple[str, nn.Parameter]], sharing: Sharing, decay: float) -> None:
+        self.sharing, self.decay = sharing, decay
+        self.names = [name for name, _ in named]
+        self.parameters = [parameter for _, parameter in named]
+        like = self.parameters[0]
+        total = sum(p.numel() for p in self.parameters)
+        unit = ALIGNMENT * sharing.shard.size
+        self.padded = -(-total // unit) * unit
+        self.weights = torch.zeros(self.padded, dtype=like.dtype, device=like.device)
+        self.grads = torch.zeros(self.padded, dtype=torch.float32, device=like.device)
+        self._adopt(like.dtype == torch.float32)
+        size = self.padded // sharing.shard.size
+        self.range = range(sharing.shard.rank * size, (sharing.shard.rank + 1) * size)
+        self._own = slice(self.range.start, self.range.stop)
+        mine = self.weights[self._own]
+        self.master = nn.Parameter(mine if like.dtype == torch.float32 else mine.float())
+        self.own_grads = self.grads[self._own]  # valid after :meth:`reduce`
+
+    def _adopt(self, exact: bool) -> None:
+        """Move the parameters into the buffer; float32 gradients are written in place by autograd."""
+        start = 0
+        for parameter in self.parameters:
+            end = start + parameter.numel()
+            self.weights[start:end].copy_(parameter.data.reshape(-1))
+            parameter.data = self.weights[start:end].view(parameter.shape)
+            grad = self.grads[start:end].view(parameter.shape)
+            if exact:
+                parameter.grad = grad
+            else:
+                parameter.register_post_accumulate_grad_hook(_into(grad))
+            start = end
+
+    def zero_grad(self) -> None:
+        """Gradients that no token reaches stay zeros, so that all ranks reduce the same buffer."""
+        self.grads.zero_()
+
+    def reduce(self) -> None:
+        """Sum the gradients over all who hold these parameters; each rank ends with its shard's."""
+        sharing = self.sharing
+        sum_over(self.grads, sharing.partial)
+        if sharing.shard.size > 1:
+            self.own_grads = torch.empty(len(self.range), device=self.grads.device)
+            dist.reduce_scatter_tensor(self.own_grads, self.grads, group=sharing.shard.group)
+        sum_over(self.own_grads, sharing.replicate)
+
+    def squared_norm(self) -> Tensor:
+        """Of the shard, where it counts."""
+        value = self.own_grads.square().sum()
+        return value if self.sharing.counts else torch.zeros_like(value)
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Everyone gets the updated weights."""
+        if self.weights.dtype != torch.float32:
+            self.weights[self._own].copy_(self.master)
+        if self.sharing.shard.size > 1:
+            dist.all_gather_into_tensor(self.weights, self.weights[self._own].clone(), group=self.sharing.shard.group)
+
+    @torch.no_grad()
+    def refresh_master(self) -> None:
+        """After weights were loaded from outside."""
+        if self.weights.dtype != torch.float32:
+            self.master.copy_(self.weights[self._own])
+
+
+class _Into:
+    """Adds a parameter's gradient to a float32 buffer and frees it."""
+
+    def __init__(self, grad: Tensor) -> None:
+        self.grad = grad
+
+    def __call__(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self.grad.add_(parameter.grad)
+            parameter.grad = None
+
+
+def _into(grad: Tensor) -> _Into:
+    return _Into(grad)

@@ -1,0 +1,113 @@
+"""Whole tensors on rank 0, from any mesh, a bucket at a time.
+
+::
+
+    places (names, owners) -> buckets -> parts sent by their owners -> joined along the cut dimension
+
+While one bucket is used the parts of the next are already on their way. Every rank takes part in
+the same order; ranks that own nothing of a bucket only pass by.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from common.weights import Bucket, plan_buckets
+from learner.layout import Place, places, views
+from learner.model.decoder import Decoder
+
+
+class WeightGather:
+    """The tensors of ``model`` but for the frozen ones, whole on rank 0, in the same order on all ranks."""
+
+    def __init__(self, model: Decoder, bucket_bytes: int, frozen: frozenset[str] = frozenset()) -> None:
+        self.model, self.mesh = model, model.mesh
+        self.places = {place.name: place for place in places(model.config) if place.name not in frozen}
+        self.owners = {name: place.owners(model.config, self.mesh) for name, place in self.places.items()}
+        self.is_local = all(owners == [0] for owners in self.owners.values())  # rank 0 has it all anyway
+        self._views = views(model)
+        if self.is_local:  # in the order of memory, so that a bucket is a slice of the flat parameters
+            self.places = dict(sorted(self.places.items(), key=lambda item: self._views[item[0]].data_ptr()))
+        dtype = str(model.dtype).removeprefix("torch.")
+        self.listing = [[name, dtype, list(place.shape)] for name, place in self.places.items()]
+        self.buckets = plan_buckets(self.listing, bucket_bytes)
+
+    def __iter__(self) -> Iterator[tuple[Bucket, dict[str, Tensor]]]:
+        """Each bucket with its whole tensors on rank 0, with none elsewhere. Collective."""
+        waiting = self._start(self.buckets[0]) if self.buckets else None
+        for index, bucket in enumerate(self.buckets):
+            current, waiting = waiting, None
+            if index + 1 < len(self.buckets):
+                waiting = self._start(self.buckets[index + 1])
+            assert current is not None
+            yield bucket, current.finish()
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole tensor) on rank 0; nothing elsewhere. Collective."""
+        for _, tensors in self:
+            yield from tensors.items()
+
+    def _start(self, bucket: Bucket) -> "_Transfer":
+        names = [slot.name for slot in bucket.slots]
+        if self.is_local:
+            return _Transfer([], {name: [self._views[name]] for name in names} if self.mesh.rank == 0 else {}, {})
+        ops: list[dist.P2POp] = []
+        parts: dict[str, list[Tensor]] = {}
+        for name in names:
+            place, owners = self.places[name], self.owners[name]
+            for owner in owners:
+                if owner == 0 and self.mesh.rank == 0:
+                    parts.setdefault(name, []).append(self._views[name])
+                elif self.mesh.rank == 0:
+                    part = torch.empty(place.part_shape(len(owners)), dtype=self.model.dtype, device=self.mesh.device)
+                    ops.append(dist.P2POp(dist.irecv, part, owner))
+                    parts.setdefault(name, []).append(part)
+                elif owner == self.mesh.rank:
+                    ops.append(dist.P2POp(dist.isend, self._views[name].contiguous(), 0))
+        works = dist.batch_isend_irecv(ops) if ops else []
+        return _Transfer(works, parts, {name: self.places[name] for name in names})
+
+
+class _Transfer:
+    """One bucket's parts under way."""
+
+    def __init__(self, works: list[dist.Work], parts: dict[str, list[Tensor]], whole: dict[str, Place]) -> None:
+        self._works, self._parts, self._places = works, parts, whole
+
+    def finish(self) -> dict[str, Tensor]:
+        """Wait, and join what was cut."""
+        for work in self._works:
+            work.wait()
+        joined = {}
+        for name, parts in self._parts.items():
+            dim = self._places[name].dim if name in self._places else None
+            joined[name] = parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim or 0)
+        return joined
+
+
+class Snapshot:
+    """A version's whole tensors on rank 0, gathered as they are asked for and kept for who asks again.
+
+    What had to be gathered is kept in host memory; what lies on rank 0 anyway is not copied, and so
+    is good until the next update.
+    """
+
+    def __init__(self, gather: WeightGather) -> None:
+        self.listing, self.buckets = gather.listing, gather.buckets
+        self._keep_on_host = not gather.is_local
+        self._source = iter(gather)
+        self._held: list[dict[str, Tensor]] = []
+
+    def tensors(self, index: int) -> dict[str, Tensor]:
+        """Of bucket ``index``."""
+        while len(self._held) <= index:
+            _, tensors = next(self._source)
+            self._held.append({n: t.cpu() for n, t in tensors.items()} if self._keep_on_host else tensors)
+        return self._held[index]
+
+    def finish(self) -> None:
+        """Gather what nobody asked for, so that the other ranks can go on."""
+        if self.buckets:
+            self.tensors(len(self.buckets) - 1)

@@ -1,0 +1,172 @@
+"""Checkpoints: the same run after as without, atomic, kept, and refused by name when they do not fit."""
+
+import dataclasses
+import json
+import threading
+import time
+
+import pytest
+import torch
+
+from common.config import OptimSection
+from common.errors import CheckpointError, ConfigError, DeadlineError
+from learner import checkpoint
+from learner.checkpoint import CheckpointWriter, TrainingState
+from learner.freeze import freeze
+from learner.hf import hf_tensors
+from learner.mesh import single
+from learner.model.decoder import Decoder
+from learner.optim import Optimizer
+from learner.step import train_step
+from tests.unit.test_step import CONFIG, LENGTHS, OPTIM, STEPS, batch_of, model_of, settings, train
+
+EVERYTHING = list(range(len(LENGTHS)))
+
+
+def writer_of(directory, keep=2, timeout=5.0):
+    return CheckpointWriter(directory, single(), keep, timeout)
+
+
+def write(writer, model, optimizer, step, fraction=None):
+    fraction = model.uniform_expert_fraction() if fraction is None else fraction
+    state = TrainingState(step, step, "r", optimizer.steps, optimizer.skipped, fraction.tolist())
+    writer.start(model, optimizer, state)
+
+
+def saved(directory, step=1):
+    model = model_of()
+    optimizer = Optimizer(model, OptimSection(), 10)
+    writer = writer_of(directory)
+    write(writer, model, optimizer, step)
+    writer.wait()
+    assert writer.finished() == [step]
+    return model, optimizer
+
+
+def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path):
+    whole, _, _ = train(EVERYTHING, 0.7)
+    model = model_of()
+    optimizer = Optimizer(model, OPTIM, STEPS)
+    fraction = model.uniform_expert_fraction()
+    writer = writer_of(tmp_path)
+    for step in range(STEPS):
+        if step == 2:
+            write(writer, model, optimizer, step, fraction)
+            expected_rng = torch.get_rng_state()
+            with torch.no_grad():  # training goes on while the copy is written
+                next(model.parameters()).add_(1.0)
+            writer.wait()
+            torch.rand(3)
+            model = model_of(seed=9)
+            optimizer = Optimizer(model, OPTIM, STEPS)
+            state = checkpoint.load(checkpoint.latest(tmp_path), model, optimizer)
+            assert (state.step, state.version, state.run_id, state.updates) == (2, 2, "r", 2)
+            assert torch.equal(torch.get_rng_state(), expected_rng)
+            fraction = torch.tensor(state.expert_fraction)
+        _, fraction = train_step(model, optimizer, batch_of(step, EVERYTHING, 0.7), fraction, settings())
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters(), strict=True))
+
+
+def test_the_last_finished_checkpoints_are_kept_and_leftovers_removed(tmp_path):
+    (tmp_path / ".step-00000009.x.tmp").mkdir()
+    (tmp_path / "step-00000008").mkdir()  # half deleted or half copied: no state.json
+    for step in (1, 2, 3):
+        saved(tmp_path, step)
+    assert checkpoint.latest(tmp_path).name == "step-00000003"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003", "step-00000008"]
+    assert checkpoint.latest(tmp_path / "nothing") is None
+
+
+def test_until_every_rank_has_written_there_is_no_checkpoint_and_the_late_are_named(tmp_path):
+    model = model_of()
+    writer = writer_of(tmp_path, timeout=0.3)
+    writer.mesh.world = 3  # two ranks that never write
+    write(writer, model, Optimizer(model, OptimSection(), 10), 4)
+    with pytest.raises(DeadlineError, match=r"step-00000004: ranks \[1, 2\] wrote nothing within"):
+        writer.wait()
+    assert checkpoint.latest(tmp_path) is None
+
+
+def test_a_late_rank_is_waited_for(tmp_path):
+    model = model_of()
+    writer = writer_of(tmp_path)
+    writer.mesh.world = 2
+    write(writer, model, Optimizer(model, OptimSection(), 10), 4)
+
+    def second():
+        time.sleep(0.2)
+        (next(tmp_path.glob(".step-*.tmp")) / "rank-00001.safetensors").write_bytes(b"")
+
+    threading.Thread(target=second).start()
+    writer.wait()
+    assert checkpoint.latest(tmp_path).name == "step-00000004"
+
+
+def test_a_disk_that_takes_no_more_costs_no_older_checkpoint(tmp_path):
+    model, optimizer = saved(tmp_path)
+    writer = writer_of(tmp_path)
+    blocked = tmp_path / f".step-00000002.{writer._nonce}.tmp"
+    blocked.write_text("a file where the directory should be")
+    write(writer, model, optimizer, 2)
+    with pytest.raises(CheckpointError, match=r"step-00000002: rank 0 cannot write it .*is the disk full"):
+        writer.wait()
+    assert checkpoint.latest(tmp_path).name == "step-00000001"
+    blocked.unlink()
+    write(writer, model, optimizer, 3)
+    writer.wait()
+    assert writer.finished() == [3]
+
+
+@pytest.mark.parametrize("change", [{"num_experts": 8}, {"moe_intermediate_size": 16}, {"num_hidden_layers": 3}])
+def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path, change):
+    saved(tmp_path)
+    other = Decoder(dataclasses.replace(CONFIG, **change))
+    with pytest.raises(CheckpointError, match=r"model\.layers\.[02]\..*belongs to another model"):
+        checkpoint.load(checkpoint.latest(tmp_path), other, Optimizer(other, OptimSection(), 10))
+    shallow = Decoder(dataclasses.replace(CONFIG, num_hidden_layers=1))
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\..*no such tensor in model.path"):
+        checkpoint.load(checkpoint.latest(tmp_path), shallow, Optimizer(shallow, OptimSection(), 10))
+
+
+@pytest.mark.parametrize("harm", ["half", "json", "missing", "pickle"])
+def test_a_damaged_checkpoint_says_so(tmp_path, harm):
+    model, optimizer = saved(tmp_path)
+    path = checkpoint.latest(tmp_path)
+    file = path / "rank-00000.safetensors"
+    if harm == "half":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    elif harm == "missing":
+        file.unlink()
+    elif harm == "pickle":
+        torch.save({"a": 1}, file)
+    else:
+        (path / "state.json").write_text(json.dumps({"ranks": 1, "step": 1, "surprise": 2}))
+    with pytest.raises(CheckpointError, match=r"step-00000001: damaged.*resume from an older one"):
+        checkpoint.load(path, model, optimizer)
+
+
+def test_frozen_parameters_stay_and_are_neither_kept_nor_gathered(tmp_path):
+    patterns = ("model.embed_tokens.*", "model.layers.0.mlp.experts.*")
+    model = model_of()
+    names = freeze(model, patterns)
+    optimizer = Optimizer(model, OPTIM, STEPS)
+    before = {name: tensor.clone() for name, tensor in hf_tensors(model)}
+    train_step(model, optimizer, batch_of(0, EVERYTHING, 0.7), model.uniform_expert_fraction(), settings())
+    after = dict(hf_tensors(model))
+    assert {name for name in after if torch.equal(before[name], after[name])} == names
+    assert "model.layers.0.mlp.experts.3.up_proj.weight" in names
+    writer = writer_of(tmp_path)
+    write(writer, model, optimizer, 1)
+    writer.wait()
+    assert checkpoint.CheckpointReader(checkpoint.latest(tmp_path)).names() == set(after) - names
+    other = model_of()
+    freeze(other, patterns)
+    checkpoint.load(checkpoint.latest(tmp_path), other, Optimizer(other, OPTIM, STEPS))
+    assert all(torch.equal(tensor, after[name]) for name, tensor in hf_tensors(other))
+
+
+def test_a_pattern_that_cannot_be_frozen_is_refused():
+    with pytest.raises(ConfigError, match=r"'layers\.0' matches no tensor; names look like model\."):
+        freeze(model_of(), ("layers.0",))
+    with pytest.raises(ConfigError, match=r"layers\.0\.self_attn\.q_proj\.weight is frozen but .* is not"):
+        freeze(model_of(), ("model.layers.0.self_attn.q_proj.weight",))

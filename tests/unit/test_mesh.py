@@ -1,0 +1,279 @@
+"""Any mesh trains as one process does: loss, gradient norm and updated weights, over gloo."""
+
+import json
+import socket
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
+
+from common.config import LearnerSection, OptimSection
+from common.errors import ConfigError
+from learner import checkpoint
+from learner.checkpoint import CheckpointWriter, TrainingState
+from learner.mesh import AXES, Mesh, check_world, single
+from learner.model.config import ModelConfig
+from learner.model.decoder import Decoder
+from learner.optim import Optimizer
+from learner.step import StepBatch, StepSettings, train_step
+from learner.weights.gather import WeightGather
+
+USUAL = {
+    "vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "head_dim": 8, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "num_experts": 4,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 8, "mlp_only_layers": (1,),
+}  # fmt: skip
+MODELS = {
+    "moe": ModelConfig(**USUAL),
+    "tied_shared_biased": ModelConfig(**{
+        **USUAL, "tie_word_embeddings": True, "shared_expert_intermediate_size": 12, "qkv_bias": True, "o_bias": True,
+        "mlp_bias": True, "qk_norm": False, "norm_topk_prob": False, "mlp_only_layers": (0, 3),
+    }),
+}  # fmt: skip
+LENGTHS = (5, 9, 3, 9, 7, 4, 8)
+STEPS = 2
+OPTIM = OptimSection(lr=1e-2, eps=1e-3, weight_decay=0.1)  # a small eps would turn rounding into whole steps
+# Case -> (how sequences go to the data ranks, accepted share, experts that the rollout used)
+CASES = {
+    "even": ("round", 0.7, None),
+    "uneven": ("last", 0.7, None),
+    "empty_rank": ("first", 0.7, None),
+    "all_rejected": ("round", 0.0, None),
+    "idle_experts": ("round", 0.7, (0, 1)),
+}
+MESHES = {
+    2: ({"tp": 2}, {"ep": 2}, {"dp_shard": 2}, {"dp_replicate": 2}, {"pp": 2}),
+    4: (
+        {"tp": 2, "ep": 2}, {"ep": 2, "dp_shard": 2}, {"tp": 2, "dp_shard": 2}, {"pp": 2, "dp_shard": 2},
+        {"pp": 2, "tp": 2}, {"pp": 2, "ep": 2}, {"dp_replicate": 2, "dp_shard": 2}, {"pp": 4}, {"tp": 4}, {"ep": 4},
+        {"dp_replicate": 2, "ep": 2},
+    ),
+}  # fmt: skip
+
+PAIRS = MESHES[4][:4]
+RESUMED = {  # written on one mesh, read on the next
+    2: ({"tp": 2}, {"pp": 2}, {"dp_shard": 2}),
+    4: ({"tp": 2, "ep": 2}, {"pp": 2, "dp_shard": 2}, {"dp_replicate": 2, "ep": 2}, {"tp": 4}),
+}
+
+
+def split(how, ranks):
+    everyone = list(range(len(LENGTHS)))
+    if how == "round":
+        return [everyone[r::ranks] for r in range(ranks)]
+    if how == "first":
+        return [everyone if r == 0 else [] for r in range(ranks)]
+    return [everyone[r : r + 1] if r < ranks - 1 else everyone[ranks - 1 :] for r in range(ranks)]
+
+
+def batch_of(config, step, sequences, accepted, recorded):
+    rng = np.random.default_rng(step)
+    parts = []
+    for length in LENGTHS:
+        trainable = (np.arange(length) >= 2).astype(np.uint8)
+        log_q = -rng.random(length) * 3
+        log_p = np.minimum(log_q + 0.3 * rng.standard_normal(length), 0)
+        parts.append({
+            "token_ids": rng.integers(0, config.vocab_size, length), "trainable": trainable,
+            "accept": (rng.random(length) < accepted) * trainable, "log_q": log_q, "log_p_v": log_p,
+            "log_m": np.minimum(log_q, log_p), "advantages": np.full(length, rng.standard_normal()),
+        })  # fmt: skip
+    kinds = {"token_ids": torch.int64, "trainable": torch.uint8, "accept": torch.uint8}
+    chosen = {
+        name: torch.from_numpy(np.concatenate([parts[s][name] for s in sequences] or [np.zeros(0)])).to(
+            kinds.get(name, torch.float32)
+        )
+        for name in parts[0]
+    }
+    offsets = np.concatenate(([0], np.cumsum([LENGTHS[s] for s in sequences]))).astype(np.int32)
+    experts = None
+    if recorded is not None:
+        experts = torch.tensor(recorded).expand(int(offsets[-1]), len(config.sparse_layers), 2)
+    return StepBatch(
+        **chosen, cu_seqlens=offsets, denominator=int(sum(p["trainable"].sum() for p in parts)),
+        tokens_global=sum(LENGTHS), experts=experts,
+    )  # fmt: skip
+
+
+def model_of(config, mesh):
+    """The same weights on any mesh: drawn whole, by name."""
+    from learner.layout import places, views
+
+    model = Decoder(config, mesh)
+    held = views(model)
+    for index, place in enumerate(places(config)):
+        generator = torch.Generator().manual_seed(index)
+        whole = torch.randn(place.shape, generator=generator) * 0.2 + (1.0 if len(place.shape) == 1 else 0.0)
+        if place.name in held:
+            part = whole if place.dim is None else whole.chunk(mesh.tp.size, dim=place.dim)[mesh.tp.rank]
+            held[place.name].copy_(part)
+    return model
+
+
+def train(config, mesh, case, *, save=None, resume=None):
+    """Weights and metrics; ``save`` stops after the first step with a checkpoint there, ``resume`` goes on from one."""
+    how, accepted, recorded = CASES[case]
+    model = model_of(config, mesh)
+    optimizer = Optimizer(model, OPTIM, STEPS)
+    fraction, first = model.uniform_expert_fraction(), 0
+    if resume is not None:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(7.0)
+        state = checkpoint.load(checkpoint.latest(resume), model, optimizer)
+        fraction, first = torch.tensor(state.expert_fraction), state.step
+    settings = StepSettings(
+        anchor="behaviour", clip_low=0.2, clip_high=0.3, weight_cap=None, balance=0.05, router_z=0.01,
+        temperature=0.9, micro_batch_tokens=18, logprob_mb=8 * 20 * 4 / 2**20,
+    )  # fmt: skip
+    history = []
+    sequences = split(how, mesh.data_ranks)[mesh.data_rank]
+    for step in range(first, STEPS):
+        batch = batch_of(config, step, sequences, accepted, recorded)
+        metrics, fraction = train_step(model, optimizer, batch, fraction, settings)
+        history.append(metrics)
+        if save is not None:
+            writer = CheckpointWriter(save, mesh, 2, 20.0)
+            state = TrainingState(1, 1, "run", optimizer.steps, optimizer.skipped, fraction.tolist())
+            writer.start(model, optimizer, state)
+            writer.wait()
+            mesh.barrier()
+            return {}, history
+    return dict(WeightGather(model, 2000).tensors()), history
+
+
+def name_of(model, sizes, case):
+    return "-".join((model, *(f"{k}{v}" for k, v in sizes.items()), case))
+
+
+def plan(world):
+    """Every case on every pair of axes; elsewhere the hardest, and the model with everything else."""
+    for sizes in MESHES[world]:
+        cases = CASES if world == 2 or sizes in PAIRS else ("empty_rank",)
+        yield from (("moe", sizes, case) for case in cases)
+        yield "tied_shared_biased", sizes, "even"
+
+
+def rank_main(rank, world, port, out):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    meshes = {}
+    for model, sizes, case in plan(world):
+        key = tuple(sizes.items())
+        mesh = meshes.setdefault(key, None) or Mesh(sizes, rank, torch.device("cpu"))
+        meshes[key] = mesh
+        weights, history = train(MODELS[model], mesh, case)
+        if rank == 0:
+            name = name_of(model, sizes, case)
+            save_file({n: t.contiguous() for n, t in weights.items()}, out / f"{name}.safetensors")
+            (out / f"{name}.json").write_text(json.dumps(history))
+    for sizes, then in zip(RESUMED[world], RESUMED[world][1:], strict=False):
+        for model in MODELS:
+            where = out / "checkpoints" / name_of(model, sizes, "resumed")
+            train(MODELS[model], meshes[tuple(sizes.items())], "even", save=where)
+            weights, _ = train(MODELS[model], meshes[tuple(then.items())], "even", resume=where)
+            if rank == 0:
+                save_file({n: t.contiguous() for n, t in weights.items()}, out / f"{where.name}.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Both worlds' results, by case."""
+    out = tmp_path_factory.mktemp("mesh")
+    for world in MESHES:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        mp.start_processes(rank_main, (world, port, out), nprocs=world, start_method="forkserver")
+    return out
+
+
+@pytest.fixture(scope="module")
+def reference():
+    torch.set_num_threads(1)
+    wanted = {(model, case) for world in MESHES for model, _, case in plan(world)}
+    return {(model, case): train(MODELS[model], single(), case) for model, case in sorted(wanted)}
+
+
+@pytest.mark.parametrize(("model", "sizes", "case"), [p for world in MESHES for p in plan(world)], ids=str)
+def test_a_mesh_trains_as_one_process_does(trained, reference, model, sizes, case):
+    weights, history = reference[model, case]
+    name = name_of(model, sizes, case)
+    for ours, theirs in zip(history, json.loads((trained / f"{name}.json").read_text()), strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-5, abs=1e-6)
+    found = load_file(trained / f"{name}.safetensors")
+    assert set(found) == set(weights)
+    for key, tensor in weights.items():
+        assert torch.allclose(found[key], tensor, rtol=1e-5, atol=1e-5), key
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("sizes", [s for world in MESHES for s in RESUMED[world][:-1]], ids=str)
+def test_a_checkpoint_resumes_on_another_mesh_and_on_one_process(trained, reference, model, sizes):
+    expected, _ = reference[model, "even"]
+    name = name_of(model, sizes, "resumed")
+    alone, _ = train(MODELS[model], single(), "even", resume=trained / "checkpoints" / name)
+    for found in (load_file(trained / f"{name}.safetensors"), alone):
+        assert set(found) == set(expected)
+        for key, tensor in expected.items():
+            assert torch.allclose(found[key], tensor, rtol=1e-5, atol=1e-5), key
+
+
+def test_cases_are_what_they_say(reference):
+    _, history = reference["moe", "all_rejected"]
+    assert history[0]["policy_loss"] == 0 < history[0]["balance_loss"]
+    assert reference["moe", "idle_experts"][1][0]["routing_disagreement"] > 0.1
+    start = dict(WeightGather(model_of(MODELS["moe"], single()), 2000).tensors())
+    after = reference["moe", "idle_experts"][0]
+    shrunk = 0.999**2  # two decays at lr 0.01 and 0.1; no gradient reached it
+    idle = "model.layers.0.mlp.experts.3.down_proj.weight"
+    assert torch.allclose(after[idle], start[idle] * shrunk, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [{"tp": 2, "ep": 3}, {"pp": 2, "dp_replicate": 2, "dp_shard": 3, "ep": 5, "tp": 7}])
+def test_coordinates_and_shards_agree_with_the_configuration(sizes):
+    section = LearnerSection(**sizes)
+    seen = set()
+    for rank in range(section.ranks):
+        mesh = Mesh.__new__(Mesh)
+        mesh.sizes = {axis: sizes.get(axis, 1) for axis in AXES}
+        mesh.at = mesh._coordinates(rank)
+        assert mesh.rank_of(**mesh.at) == rank
+        assert mesh.data_rank == section.data_rank_of(rank) < section.data_ranks == mesh.data_ranks
+        seen.add(tuple(mesh.at.values()))
+    assert len(seen) == section.ranks
+
+
+class Sized:
+    """As much of a mesh as the checks look at."""
+
+    def __init__(self, **sizes):
+        self.sizes = {axis: sizes.get(axis, 1) for axis in AXES}
+
+    def __getattr__(self, name):
+        size = self.sizes["ep"] * self.sizes["tp"] if name == "experts" else self.sizes[name]
+        return type("Axis", (), {"size": size, "rank": 0})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"tp": 3}, "num_attention_heads=4 is not a multiple of tp=3"),
+        ({"ep": 3}, r"num_experts=4 is not a multiple of ep\*tp=3"),
+        ({"ep": 4, "tp": 2}, r"num_experts=4 is not a multiple of ep\*tp=8"),
+        ({"pp": 5}, "fewer layers than stages: num_hidden_layers=4 is not a multiple of pp=5"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_model_is_refused_with_its_numbers(sizes, words):
+    from learner.model.decoder import check_mesh
+
+    with pytest.raises(ConfigError, match=words):
+        check_mesh(MODELS["moe"], Sized(**sizes))
+
+
+def test_a_product_that_is_not_the_world_is_refused_with_every_number():
+    with pytest.raises(ConfigError, match=r"pp=2 x tp=2 = 4 ranks, but 3 were started.*--nproc-per-node 4"):
+        check_world({"pp": 2, "tp": 2}, 3)
