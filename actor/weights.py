@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from common.weights import BLOCK_WORDS, ROW_WORDS, Bucket, block_sums
+from common.weights import BLOCK_WORDS, ROW_WORDS, WATCHDOG_FACTOR, Bucket, Watched, block_sums
 from common.wire import Prepare
 
 DIGEST_BYTES = 16
@@ -27,10 +27,11 @@ class GroupCollective:
         store = dist.TCPStore(publish["host"], publish["port"], is_master=False, timeout=timeout)
         prefix = dist.PrefixStore(f"weights/{prepare.epoch}", store)
         self._store = store
+        self._deadline_s, self._on_gpu = deadline_s, publish["backend"] == "nccl"
         self._group: Any
         if publish["backend"] == "nccl":
             options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timeout
+            options._timeout = WATCHDOG_FACTOR * timeout
             self._group = dist.ProcessGroupNCCL(prefix, prepare.rank, prepare.world, options)
         else:
             self._group = dist.ProcessGroupGloo(prefix, prepare.rank, prepare.world, timeout)
@@ -41,7 +42,8 @@ class GroupCollective:
 
     def start(self, tensor: torch.Tensor) -> Any:
         """Begin one broadcast from rank 0 into ``tensor``, in place; returns what to wait for."""
-        return self._group.broadcast([tensor])
+        work = self._group.broadcast([tensor])
+        return Watched(work, self._deadline_s, self._group.abort) if self._on_gpu else work
 
     def sums(self, tensor: torch.Tensor) -> bytes:
         """:func:`common.weights.block_sums`, where the tensor lies."""

@@ -125,7 +125,7 @@ class PublishCoordinator:
             return []
         attempt.sending = True
         attempt.waiting = set(attempt.members)
-        attempt.deadline = now + 2 * self.deadline_s  # the learner's own deadline comes first
+        attempt.deadline = now + 2 * self.deadline_s + attempt.publish.seconds  # the learner's own deadline comes first
         go = Go(self.epoch, attempt.publish.version, attempt.members)
         return [(name, go) for name in (*attempt.members, LEARNER)]
 
@@ -195,8 +195,9 @@ class PublishCoordinator:
             return []
         late = sorted(attempt.waiting)
         stage = "to apply" if attempt.sending else "to be ready for"
+        allowed = self.deadline_s + (attempt.publish.seconds if attempt.sending else 0.0)
         self.log.warning("%s took longer than %.0f s %s version %d: dropped",
-                         ", ".join(late) or LEARNER, self.deadline_s, stage, attempt.publish.version)  # fmt: skip
+                         ", ".join(late) or LEARNER, allowed, stage, attempt.publish.version)  # fmt: skip
         for name in late:
             self.late[name] = self.late.get(name, 0) + 1
             self._suspended.add(name)
@@ -204,7 +205,7 @@ class PublishCoordinator:
             outgoing: Outgoing = []
             for name in late:
                 outgoing += self._drop(name)
-            attempt.deadline = now + self.deadline_s
+            attempt.deadline = now + self.deadline_s + attempt.publish.seconds
             return outgoing
         self._dropped += late
         return self._begin(attempt.publish, receivers, now, attempt.number + 1)

@@ -46,6 +46,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "learner.tp": (1, 4096), "learner.write_timeout_s": (0.1, 1e6),
     "learner.threads": (1, 4096), "learner.checkpoint_every": (0, 2**31),
     "learner.wait_s": (0, 1e6),
+    "weights.least_mb_s": (0.001, 1e9),
     "replica.count": (0, 4096), "replica.ep": (1, 4096), "replica.tp": (1, 4096), "replica.batch_tokens": (1, 2**31),
     "replica.threads": (1, 4096), "replica.wait_s": (0, 1e6),
     "warmstart.layers": (1, 1000), "warmstart.hidden": (1, 1e6), "warmstart.heads": (1, 1000),
@@ -354,7 +355,8 @@ class WeightsSection:
 
     backend: Literal["auto", "gloo", "nccl"] = "auto"  # auto: nccl where every receiver has a GPU of its own
     bucket_mb: float = 64.0
-    deadline_s: float = 20.0  # for readiness, and again for the collective
+    deadline_s: float = 20.0  # for readiness, and again for the collective, beside what its size takes
+    least_mb_s: float = 100.0  # a receiver that takes less than this is late
     host: str = "127.0.0.1"  # address of the learner's rank 0 as receivers see it
 
     def __post_init__(self) -> None:

@@ -27,6 +27,8 @@ from numpy.typing import NDArray
 from common.errors import WeightsError
 from common.wire import Applied, Go, Prepare, Publish, Ready, ReceiveFailed
 
+WATCH_S = 0.0005  # between two looks at a GPU's operation
+WATCHDOG_FACTOR = 10  # NCCL's own timeout, which ends the process, comes long after ours
 AHEAD = 2  # broadcasts under way while an earlier one is summed up
 ALIGNMENT = 16  # bytes; every tensor of a bucket starts at a multiple
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
@@ -126,6 +128,28 @@ class Work(Protocol):
 
     def wait(self) -> Any:
         """Until it is done; raises if it broke."""
+
+
+class Watched:
+    """A NCCL operation with a deadline on the host.
+
+    NCCL's own wait only orders streams, and its watchdog ends the process; a receiver that dies must
+    end neither the learner nor its neighbours.
+    """
+
+    def __init__(self, work: Any, deadline_s: float, abort: Callable[[], None]) -> None:
+        """``work.is_completed()`` is polled; ``abort`` frees a communicator that is stuck."""
+        self._work, self._abort = work, abort
+        self._deadline_s, self._deadline = deadline_s, time.monotonic() + deadline_s
+
+    def wait(self) -> None:
+        """Until it is done; RuntimeError after the deadline."""
+        while not self._work.is_completed():
+            if time.monotonic() > self._deadline:
+                self._abort()
+                raise RuntimeError(f"a broadcast was not done within {self._deadline_s:.0f} s (weights.deadline_s)")
+            time.sleep(WATCH_S)
+        self._work.wait()
 
 
 class Collective(Protocol):

@@ -509,6 +509,7 @@ class Publish(_Unchecked):
     backend: str  # "gloo" | "nccl"
     bucket_bytes: int
     tensors: list[list[Any]]
+    seconds: float = 0.0  # that so many bytes may take, beside weights.deadline_s
 
 
 @dataclass

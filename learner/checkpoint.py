@@ -125,7 +125,7 @@ class CheckpointWriter:
                 self._complete(temporary, final, state)
         except DeadlineError as error:
             self._error = error
-        except (OSError, SafetensorError) as error:
+        except Exception as error:  # noqa: BLE001  # whatever it was, this checkpoint must not count as written
             self._error = CheckpointError(
                 f"{final}: rank {self.mesh.rank} cannot write it ({error}); is the disk full? "
                 "The checkpoint before is untouched"
@@ -194,14 +194,15 @@ def _pieces(model: Decoder, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]
 
 
 @torch.no_grad()
-def load(path: Path, model: Decoder, optimizer: Optimizer) -> TrainingState:
+def load(path: Path, model: Decoder, optimizer: Optimizer, frozen: frozenset[str] = frozenset()) -> TrainingState:
     """Load into ``model`` and ``optimizer`` in place, whatever the mesh that wrote it.
 
-    Raises :class:`CheckpointError` naming the file, or the tensor that does not fit.
+    ``frozen`` must be what was frozen then. Raises :class:`CheckpointError` naming the file, or the
+    tensor that does not fit.
     """
     reader = CheckpointReader(path)
     known = {place.name: place for place in places(model.config)}
-    reader.check(known)
+    reader.check(known, {place.name for place in places(model.config)} - frozen)
     tp = model.mesh.tp
     for flat in optimizer.flats:
         moments = optimizer.moments(flat)
@@ -248,11 +249,19 @@ class CheckpointReader:
     def _damaged(self, error: Exception | str) -> CheckpointError:
         return CheckpointError(f"{self.path}: damaged ({error}); remove it to resume from an older one")
 
-    def check(self, known: dict[str, Place]) -> None:
-        """Raises :class:`CheckpointError` for tensors that the model does not have."""
-        for kind, name in self._index:
-            if name not in known:
-                raise CheckpointError(f"{self.path}: {kind} of {name}: no such tensor in model.path; another model's")
+    def check(self, known: dict[str, Place], trained: set[str]) -> None:
+        """Raises :class:`CheckpointError` unless these are the tensors that are trained now."""
+        names = self.names()
+        for name in sorted(names - set(known)):
+            raise CheckpointError(f"{self.path}: {name}: no such tensor in model.path; it belongs to another model")
+        for name in sorted(names - trained):
+            raise CheckpointError(
+                f"{self.path}: {name} was trained and is frozen now; resume with the same optim.freeze"
+            )
+        for name in sorted(trained - names):
+            raise CheckpointError(
+                f"{self.path}: weight of {name} is missing; it belongs to another model, or optim.freeze kept it then"
+            )
 
     def names(self) -> set[str]:
         """Tensors whose weights are here: the trained ones."""

@@ -101,5 +101,10 @@ def recorded_experts(experts: NDArray[np.uint16], model: ModelConfig, device: to
     known = experts != wire.UNROUTED
     if (experts[known] >= model.num_experts).any():
         raise DataError(f"routing records name an expert beyond {model.num_experts - 1}")
+    by_layer = np.sort(experts.reshape(-1, chosen), axis=1)
+    if ((by_layer[:, 1:] == by_layer[:, :-1]) & (by_layer[:, 1:] != wire.UNROUTED)).any():
+        raise DataError("routing records name the same expert twice for one token")
+    if (known.any(axis=1) != known.all(axis=1)).any():
+        raise DataError("routing records are torn: a token has some of its layers and not all")
     found = torch.from_numpy(np.where(known, experts.astype(np.int64), -1)).to(device)
     return found.view(len(experts), layers, chosen)

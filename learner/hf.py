@@ -60,11 +60,15 @@ def load_hf(directory: str | Path, model: Decoder) -> None:
     known = {place.name: place for place in places(config)}
     held = views(model)
     waiting = set(known)
+    spare: Path | None = None  # where a tied head lies beside the embedding
     for file, names in sorted(_files(directory).items()):
         try:
             with safe_open(directory / file, framework="pt") as opened:
                 for name in names:
-                    if (name == "lm_head.weight" and config.tie_word_embeddings) or name.endswith(DERIVED):
+                    if name.endswith(DERIVED):
+                        continue
+                    if name == "lm_head.weight" and config.tie_word_embeddings:
+                        spare = directory / file
                         continue
                     source = opened.get_slice(name)
                     _check(name, tuple(source.get_shape()), known, directory / file)
@@ -75,6 +79,14 @@ def load_hf(directory: str | Path, model: Decoder) -> None:
             raise ModelError(f"{directory / file}: {error}; copy the whole directory again") from error
     if waiting:
         raise ModelError(f"{directory}: {len(waiting)} tensors are missing, among them {sorted(waiting)[0]}")
+    if spare is not None and "model.embed_tokens.weight" in held:
+        with safe_open(spare, framework="pt") as opened:
+            head = _part(opened.get_slice("lm_head.weight"), known["model.embed_tokens.weight"], mesh)
+        if not torch.equal(head.to(model.dtype), held["model.embed_tokens.weight"].cpu()):
+            raise ModelError(
+                f"{spare}: lm_head.weight is not model.embed_tokens.weight, but config.json says "
+                "tie_word_embeddings=true; set it to false to train both"
+            )
 
 
 def _check(name: str, shape: tuple[int, ...], known: dict[str, Place], file: Path) -> None:

@@ -15,6 +15,7 @@ class LossStats:
     """Sums over this rank's accepted tokens, so that ranks add up exactly."""
 
     accepted: Tensor
+    faulty: Tensor  # accepted tokens that were left out: a density was not finite
     clipped: Tensor  # tokens whose gradient the clip took away
     ratio: Tensor  # of the trained policy to the anchor
     weight: Tensor  # trained policy over inclusion density, what a token really counts for
@@ -43,11 +44,13 @@ def policy_loss(
     ``rho = pi_theta / pi_anchor``. The anchor is the behaviour policy (``log_q``), the broker's
     scoring version (``log_p_v``) or the policy before this update (``log_prox``; None means the
     present one, detached). ``denominator`` is the whole batch's count of trainable tokens before
-    rejection, over all ranks. Values of rejected tokens are never looked at.
+    rejection, over all ranks. Values of rejected tokens are never looked at; an accepted token whose
+    densities are not finite is a fault of the data: it is left out and counted (algorithms.md 0.4).
     """
-    on = accept > 0
-    zero = torch.zeros_like(logp)
+    accepted = accept > 0
     reference = {"behaviour": log_q, "broker": log_p_v, "proximal": logp.detach() if log_prox is None else log_prox}
+    on = accepted & log_q.isfinite() & log_m.isfinite() & (log_p_v.isfinite() | (anchor != "broker"))
+    zero = torch.zeros_like(logp)
     log_anchor = torch.where(on, reference[anchor], zero)
     log_m = torch.where(on, log_m, zero)
     kept = torch.where(on, logp, zero)
@@ -65,6 +68,7 @@ def policy_loss(
         log_ratio_q = torch.where(on, kept - torch.where(on, log_q, zero), zero)
         stats = LossStats(
             accepted=mask.sum(),
+            faulty=(accepted & ~on).float().sum(),
             clipped=((clipped_gain < gain) & on).float().sum(),
             ratio=(ratio * mask).sum(),
             weight=full.sum(),

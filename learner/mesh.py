@@ -181,7 +181,7 @@ class Mesh:
             dist.barrier()
         except RuntimeError as error:
             raise DeadlineError(
-                f"rank {self.rank}: not every rank arrived within {COLLECTIVE_TIMEOUT_S:.0f} s: {error}"
+                f"rank {self.rank}: a rank died, or did not arrive within {COLLECTIVE_TIMEOUT_S:.0f} s: {error}"
             ) from error
 
     def close(self) -> None:

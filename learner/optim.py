@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +59,10 @@ class Optimizer:
         self.steps = 0  # updates applied
         self.skipped = 0  # updates refused because a gradient was not finite
         self.flats = list(_flatten(model, config.weight_decay))
+        groups: list[dict[str, Any]] = [{"params": [flat.master], "weight_decay": flat.decay} for flat in self.flats]
+        idle = nn.Parameter(torch.zeros(0, device=model.device))  # where all of a stage is frozen
         self._adam = torch.optim.AdamW(
-            [{"params": [flat.master], "weight_decay": flat.decay} for flat in self.flats],
+            [*groups, {"params": [idle]}],
             lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True,
         )  # fmt: skip
 
@@ -80,13 +83,15 @@ class Optimizer:
         """
         for flat in self.flats:
             flat.reduce()
-        squares = torch.stack([flat.squared_norm() for flat in self.flats]).sum()
-        norm = math.sqrt(float(self.mesh.sum(squares.double())))
+        squares = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        for flat in self.flats:
+            squares += flat.squared_norm()
+        norm = math.sqrt(float(self.mesh.sum(squares)))
         if not math.isfinite(norm):
             self.skipped += 1
             return norm
         scale = min(1.0, self.config.max_grad_norm / (norm + 1e-6))
-        for flat, group in zip(self.flats, self._adam.param_groups, strict=True):
+        for flat, group in zip(self.flats, self._adam.param_groups, strict=False):
             group["lr"] = self.lr
             flat.master.grad = flat.own_grads if scale == 1.0 else flat.own_grads.mul_(scale)
         self._adam.step()
@@ -111,7 +116,6 @@ class Optimizer:
         for flat in self.flats:
             self.moments(flat)
             self._adam.state[flat.master]["step"].fill_(steps)
-            flat.refresh_master()
 
 
 def _flatten(model: Decoder, weight_decay: float) -> Iterator[FlatParameters]:

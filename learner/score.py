@@ -54,12 +54,18 @@ class PolicyScorer:
     """Log-probabilities of packed sequences under the weights it holds."""
 
     def __init__(
-        self, model: Decoder, logprob_mb: float, micro_batch_tokens: int = 1 << 30, frozen: Sequence[str] = ()
+        self,
+        model: Decoder,
+        logprob_mb: float,
+        micro_batch_tokens: int = 1 << 30,
+        frozen: Sequence[str] = (),
+        head_float32: bool = False,
     ) -> None:
         self.model = model
         self.version = 0
         self.followers = Followers(model.mesh)
         self._logprob_mb, self._limit, self._frozen = logprob_mb, micro_batch_tokens, tuple(frozen)
+        self._head_float32 = head_float32
         self._places = {place.name: place for place in places(model.config)}
 
     def score(self, requests: Sequence[wire.ScoreRequest]) -> list[Scored]:
@@ -67,8 +73,9 @@ class PolicyScorer:
 
         Raises :class:`DataError` naming the request that cannot be scored.
         """
+        packed = self._pack(requests)
         self.followers.order(SCORE)
-        packed = self.followers.share(self._pack(requests))
+        packed = self.followers.share(packed)
         scores = self.run(packed)
         out, token, found = [], 0, 0
         for request in requests:
@@ -114,7 +121,7 @@ class PolicyScorer:
     def run(self, packed: Packed) -> Scored:
         """The wanted tokens' scores, in order; micro-batch by micro-batch."""
         model, offsets = self.model, packed.cu_seqlens.numpy()
-        head = Head(model.head, packed.temperature, self._logprob_mb, model.mesh.tp)
+        head = Head(model.head, packed.temperature, self._logprob_mb, model.mesh.tp, self._head_float32)
         log_p, at_ids = np.zeros(len(packed.at), np.float32), np.zeros(tuple(packed.ids.shape), np.float32)
         positions = packed.at.cpu().numpy()
         for first, last in micro_batches(offsets, self._limit):
@@ -130,13 +137,17 @@ class PolicyScorer:
     @torch.no_grad()
     def swap(self, staged: StagedWeights) -> None:
         """Copy a received version into the model; it must hold the model's tensors, but for the frozen ones."""
-        received = {slot.name for bucket, _ in staged.buckets for slot in bucket.slots}
-        odd = {name for name in set(self._places) ^ received if not is_frozen(name, self._frozen)}
+        received = {slot.name: slot.shape for bucket, _ in staged.buckets for slot in bucket.slots}
+        odd = {name for name in set(self._places) ^ set(received) if not is_frozen(name, self._frozen)}
         if odd:
             raise DataError(
                 f"version {staged.version}: tensors {sorted(odd)[:3]} are missing or unknown; "
                 "is model.path the learner's?"
             )
+        for name, shape in received.items():
+            if shape != self._places[name].shape:
+                wanted = list(self._places[name].shape)
+                raise DataError(f"version {staged.version}: {name} has shape {list(shape)}, the model has {wanted}")
         self.followers.order(SWAP)
         self.take(self.followers.share_weights(staged))
 
@@ -189,7 +200,7 @@ class ReplicaService:
     def run(self) -> None:
         """Score until told to stop."""
         try:
-            if self.link.wait_welcome(self.config.replica.wait_s, lambda: self.stop.is_set) is None:
+            if self.link.wait_welcome(self.config.replica.wait_s, self._stopping) is None:
                 return
             while not self.stop.is_set:
                 block = not self._ready()
@@ -203,6 +214,10 @@ class ReplicaService:
             self.scorer.followers.order(STOP)
             self.receiver.close()
             self.link.close("stopped")
+
+    def _stopping(self) -> bool:
+        self._keep_company()
+        return self.stop.is_set
 
     def _ready(self) -> bool:
         return bool(self._requests) and self._requests[0].min_version <= self.scorer.version
@@ -278,9 +293,12 @@ def build_scorer(config: RunConfig) -> PolicyScorer:
     mesh = Mesh({}, 0, pick_device()) if alone else Mesh.from_environment(config.replica)
     model = Decoder(ModelConfig.from_hf_dir(config.model.path), mesh)
     model.to(device=mesh.device, dtype=getattr(torch, config.learner.dtype))
-    model.use_grouped_experts(mesh.device.type == "cuda")
+    model.prepare(compiled=config.learner.compile)
     load_hf(config.model.path, model)
-    return PolicyScorer(model, config.learner.logprob_mb, config.learner.micro_batch_tokens, config.optim.freeze)
+    learner = config.learner
+    return PolicyScorer(
+        model, learner.logprob_mb, learner.micro_batch_tokens, config.optim.freeze, learner.head_float32
+    )
 
 
 def run_replica(config: RunConfig, name: str, stop: StopFlag) -> None:

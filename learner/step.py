@@ -55,10 +55,10 @@ class StepSettings:
     head_float32: bool = False
 
 
-# Added up over micro-batches and ranks; policy_loss explains the last six.
+# Added up over micro-batches and ranks; policy_loss explains the last seven.
 SUMMED = (
     "policy", "balance", "router_z", "entropy", "scored", "replayed", "rerouted",
-    "accepted", "clipped", "ratio", "weight", "weight_squared", "kl",
+    "accepted", "faulty", "clipped", "ratio", "weight", "weight_squared", "kl",
 )  # fmt: skip
 
 
@@ -192,5 +192,6 @@ def _metrics(sums: dict[str, float], counts: Tensor, settings: StepSettings) -> 
         "weight_ess": sums["weight"] ** 2 / squared if squared > 0 else 0.0,
         "kl_to_behaviour": sums["kl"] / accepted,
         "expert_load_max": float(busiest),
+        "faulty_tokens": sums["faulty"],
         "routing_disagreement": sums["rerouted"] / max(1.0, sums["replayed"]),
     }

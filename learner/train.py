@@ -73,11 +73,11 @@ class Learner:
         writer = CheckpointWriter(directory, mesh, config.learner.checkpoint_keep, config.learner.write_timeout_s)
         self._publish(publisher)
         other = self._other(publisher)
-        while self.step < config.run.steps and not self._stopping():
+        while self.step < config.run.steps:
             began = time.perf_counter()
             shard = feed.fetch(self.step, other)
             if mesh.max_int(shard is None):
-                break  # one of us was told to stop
+                break  # one of us was told to stop, so all of us do
             assert shard is not None
             fetched = time.perf_counter()
             batch = to_batch(shard, mesh.device, self.model.config)
@@ -99,7 +99,7 @@ class Learner:
         weights = self.config.weights
         return WeightPublisher(
             self.link.send, self.link.receive, weights.host, weights.bucket_mb, weights.deadline_s, self.mesh.device,
-            weight_backend(self.config, self.mesh.device),
+            weight_backend(self.config, self.mesh.device), weights.least_mb_s,
         )  # fmt: skip
 
     def _publish(self, publisher: WeightPublisher | None) -> None:
@@ -264,11 +264,8 @@ def build_model(config: RunConfig, mesh: Mesh) -> Decoder:
     learner = config.learner
     model = Decoder(ModelConfig.from_hf_dir(config.model.path), mesh, recompute=learner.recompute)
     model.to(device=mesh.device, dtype=getattr(torch, learner.dtype))
-    model.use_grouped_experts(mesh.device.type == "cuda")
+    model.prepare(compiled=learner.compile)
     load_hf(config.model.path, model)
-    if learner.compile:
-        for layer in model.layers.values():
-            layer.compile(dynamic=True)
     return model
 
 
@@ -280,7 +277,7 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopFlag) -> None:
     expert_fraction = model.uniform_expert_fraction()
     found = _find_checkpoint(config)
     if found is not None:
-        state = checkpoint.load(found, model, optimizer)
+        state = checkpoint.load(found, model, optimizer, frozen)
         step, run_id = state.step, state.run_id
         expert_fraction = torch.tensor(state.expert_fraction, device=mesh.device).view(expert_fraction.shape)
         log.info("resumed from %s at step %d", found, step)
@@ -297,6 +294,9 @@ def _find_checkpoint(config: RunConfig) -> Path | None:
         return None
     directory = config.run.path / "checkpoints"
     found = checkpoint.latest(directory)
-    if found is None and directory.exists() and any(directory.iterdir()):
-        raise CheckpointError(f"learner.resume=true, but {directory} holds no complete checkpoint")
+    if found is None and any(directory.glob(f"{checkpoint.PREFIX}*")):
+        raise CheckpointError(
+            f"learner.resume=true, but {directory} holds no complete checkpoint: each lacks its {checkpoint.STATE}; "
+            "restore one, or remove them to begin again"
+        )
     return found

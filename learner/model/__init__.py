@@ -1,1 +1,1 @@
-"""The learner's own decoder: Qwen3-MoE and Qwen3, over packed sequences."""
+"""The learner's own decoder: Qwen and Llama, dense and mixture-of-experts, over packed sequences."""

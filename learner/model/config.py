@@ -46,6 +46,18 @@ class ModelConfig:
     decoder_sparse_step: int = 1
     mlp_only_layers: tuple[int, ...] = ()
 
+    def check(self, source: str) -> None:
+        """Raises :class:`ModelError` with the numbers of sizes that contradict each other."""
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ModelError(
+                f"{source}: num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.num_experts_per_tok > self.num_experts:
+            raise ModelError(
+                f"{source}: num_experts_per_tok={self.num_experts_per_tok} is more than num_experts={self.num_experts}"
+            )
+
     def is_sparse(self, layer: int) -> bool:
         """Whether ``layer`` has experts (transformers' rule)."""
         return (
@@ -86,7 +98,7 @@ class ModelConfig:
         bias = bool(hf.get("attention_bias", False))
         try:
             heads = int(hf["num_attention_heads"])
-            return cls(
+            found = cls(
                 vocab_size=int(hf["vocab_size"]),
                 hidden_size=int(hf["hidden_size"]),
                 intermediate_size=int(hf["intermediate_size"]),
@@ -103,8 +115,12 @@ class ModelConfig:
                 mlp_bias=bool(hf.get("mlp_bias", False)),
                 **(_sparse_part(hf, family) if family in SPARSE else {}),
             )
+            found.check(source)
+            return found
         except KeyError as error:
             raise ModelError(f"{source}: {error.args[0]} is missing; the directory may be half written") from error
+        except (TypeError, ValueError) as error:
+            raise ModelError(f"{source}: a size is not a number ({error})") from error
 
 
 def _sparse_part(hf: dict[str, Any], family: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from learner.mesh import Mesh, check_divides, single, spread
 from learner.model.attention import Attention, pad_rows
 from learner.model.config import ModelConfig
+from learner.model.experts import ExpertSettings
 from learner.model.moe import DenseMLP, RouterStats, SparseMLP
 from learner.model.norm import RMSNorm
 from learner.model.packing import Pack, PackPlan
@@ -88,11 +89,19 @@ class Decoder(nn.Module):
         """Of the parameters, and of what stages hand on."""
         return next(self.parameters()).dtype
 
-    def use_grouped_experts(self, grouped: bool) -> None:
-        """Grouped GEMM for the experts (the choice on GPUs), or one expert after the other (CPU)."""
+    def use_experts(self, how: ExpertSettings) -> None:
+        """How all layers compute their experts."""
         for module in self.modules():
             if isinstance(module, SparseMLP):
-                module.grouped = grouped
+                module.how = how
+
+    def prepare(self, *, compiled: bool) -> None:
+        """Choose what is fastest on the parameters' device; ``compiled`` takes torch.compile where it helps."""
+        on_gpu = self.device.type == "cuda"
+        self.use_experts(ExpertSettings(grouped=on_gpu, compiled=compiled and not on_gpu))
+        if compiled and on_gpu:
+            for layer in self.layers.values():
+                layer.compile(dynamic=True)
 
     def uniform_expert_fraction(self) -> Tensor:
         """``[L, E]`` of an evenly loaded router: the balance loss starts from it."""

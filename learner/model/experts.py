@@ -11,12 +11,17 @@ Legend: R rows, C hidden width, E experts of this rank, k assignments a row, A =
 I expert width.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+LOG2_E = math.log2(math.e)
 
 
 @dataclass
@@ -43,18 +48,65 @@ class Assignment:
         return out.scatter(0, self.inverse_Rk.reshape(-1), values_Rk.reshape(-1))
 
 
-def run_experts(
-    x_RC: Tensor, weights_A: Tensor, gate_up_E: Tensor, down_E: Tensor, assignment: Assignment, grouped: bool
-) -> Tensor:
-    """``[R, C] -> [R, C]``: the weighted sum of each row's experts.
+@dataclass
+class ExpertSettings:
+    """How experts are computed; which way is faster depends on the device (``tools.bench learner``)."""
 
-    ``grouped`` takes one grouped GEMM for all experts (GPUs); otherwise each expert has its turn,
-    with its rows in cache, which is the faster way on CPUs (``tools.bench learner``).
-    """
-    if grouped:
+    grouped: bool = False  # one grouped GEMM for all (GPUs); else each has its turn, its rows in cache (CPUs)
+    compiled: bool = False  # torch.compile for what lies between the products
+
+
+def run_experts(
+    x_RC: Tensor, weights_A: Tensor, gate_up_E: Tensor, down_E: Tensor, assignment: Assignment, how: ExpertSettings
+) -> Tensor:
+    """``[R, C] -> [R, C]``: the weighted sum of each row's experts."""
+    if how.grouped:
         return _grouped(x_RC, weights_A, gate_up_E, down_E, assignment)
-    result: Tensor = _InTurn.apply(x_RC, weights_A, gate_up_E, down_E, assignment)  # type: ignore[no-untyped-call]
+    pair = _compiled_pair() if how.compiled else (swiglu, swiglu_back)
+    result: Tensor = _InTurn.apply(x_RC, weights_A, gate_up_E, down_E, assignment, pair)  # type: ignore[no-untyped-call]
     return result
+
+
+def swiglu(both: Tensor, weight: Tensor) -> Tensor:
+    """``[n, 2I], [n] -> [n, I]``: silu(gate) * up * weight."""
+    gate, up = both.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up).mul_(weight[:, None])
+
+
+def swiglu_back(grad: Tensor, both: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``grad[n, I]`` -> gradients of ``both`` and ``weight``, and :func:`swiglu` again. ``grad`` is used up."""
+    gate, up = both.chunk(2, dim=-1)
+    active = F.silu(gate)
+    product = active * up
+    grad_weight = (grad * product).sum(dim=1)
+    grad.mul_(weight[:, None])
+    grad_both = torch.empty_like(both)
+    grad_gate, grad_up = grad_both.chunk(2, dim=-1)
+    torch.mul(grad, active, out=grad_up)
+    grad_gate.copy_(torch.ops.aten.silu_backward(grad.mul_(up), gate))
+    return grad_both, product.mul_(weight[:, None]), grad_weight
+
+
+def _fused(both: Tensor, weight: Tensor) -> Tensor:
+    """:func:`swiglu` as torch.compile likes it: one expression, in float32, exponentials in base 2."""
+    gate, up = both.float().chunk(2, dim=-1)
+    return (gate / (1 + torch.exp2(gate * -LOG2_E)) * up * weight[:, None]).to(both.dtype)
+
+
+def _fused_back(grad: Tensor, both: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    gate, up = both.float().chunk(2, dim=-1)
+    sigmoid = 1 / (1 + torch.exp2(gate * -LOG2_E))
+    active = gate * sigmoid
+    product, grad = active * up, grad.float()
+    weighted = grad * weight[:, None]
+    grad_gate = weighted * up * (sigmoid + active * (1 - sigmoid))
+    grad_both = torch.cat((grad_gate, weighted * active), dim=1).to(both.dtype)
+    return grad_both, (product * weight[:, None]).to(both.dtype), (grad * product).sum(dim=1).to(weight.dtype)
+
+
+@cache
+def _compiled_pair() -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor, Tensor]]]:
+    return torch.compile(_fused, dynamic=True), torch.compile(_fused_back, dynamic=True)
 
 
 def sum_rows(out_AC: Tensor, inverse_Rk: Tensor) -> Tensor:
@@ -71,29 +123,33 @@ def sum_rows(out_AC: Tensor, inverse_Rk: Tensor) -> Tensor:
 class _InTurn(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_RC: Tensor, weights_A: Tensor, gate_up_E: Tensor, down_E: Tensor, assignment: Assignment
+        ctx: Any,
+        x_RC: Tensor,
+        weights_A: Tensor,
+        gate_up_E: Tensor,
+        down_E: Tensor,
+        assignment: Assignment,
+        pair: tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor, Tensor]]],
     ) -> Tensor:
         ends = assignment.counts_E.cumsum(0).tolist()
-        inner = down_E.shape[2]
-        pre = x_RC.new_empty((len(weights_A), 2 * inner))
+        pre = x_RC.new_empty((len(weights_A), gate_up_E.shape[1]))
         out = x_RC.new_empty((len(weights_A), x_RC.shape[1]))
         start = 0
         for expert, end in enumerate(ends):
             if end > start:
                 rows = x_RC.index_select(0, assignment.source_A[start:end])
                 both = torch.mm(rows, gate_up_E[expert].T, out=pre[start:end])
-                hidden = F.silu(both[:, :inner]).mul_(both[:, inner:]).mul_(weights_A[start:end, None])
+                hidden = pair[0](both, weights_A.detach()[start:end])
                 torch.mm(hidden, down_E[expert].T, out=out[start:end])
             start = end
         ctx.save_for_backward(x_RC, weights_A, gate_up_E, down_E, pre)
-        ctx.assignment, ctx.ends = assignment, ends
+        ctx.assignment, ctx.ends, ctx.back = assignment, ends, pair[1]
         return sum_rows(out, assignment.inverse_Rk)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
         x_RC, weights_A, gate_up_E, down_E, pre = ctx.saved_tensors
         grad_RC, source_A = grads[0], ctx.assignment.source_A
-        inner = down_E.shape[2]
         grad_gate_up, grad_down = torch.empty_like(gate_up_E), torch.empty_like(down_E)
         grad_weights = torch.empty_like(weights_A)
         grad_rows = x_RC.new_empty((len(weights_A), x_RC.shape[1]))
@@ -102,22 +158,15 @@ class _InTurn(torch.autograd.Function):
             if end == start:
                 grad_gate_up[expert], grad_down[expert] = 0, 0
                 continue
-            source, weight = source_A[start:end], weights_A[start:end, None]
-            gate, up = pre[start:end, :inner], pre[start:end, inner:]
+            source = source_A[start:end]
             grad = grad_RC.index_select(0, source)
             grad_hidden = torch.mm(grad, down_E[expert])
-            active = F.silu(gate)
-            product = active * up
-            grad_weights[start:end] = (grad_hidden * product).sum(dim=1)
-            torch.mm(grad.T, product.mul_(weight), out=grad_down[expert])
-            grad_hidden.mul_(weight)
-            grad_both = torch.empty_like(pre[start:end])
-            torch.mul(grad_hidden, active, out=grad_both[:, inner:])
-            grad_both[:, :inner] = torch.ops.aten.silu_backward(grad_hidden.mul_(up), gate)
+            grad_both, hidden, grad_weights[start:end] = ctx.back(grad_hidden, pre[start:end], weights_A[start:end])
+            torch.mm(grad.T, hidden, out=grad_down[expert])
             torch.mm(grad_both.T, x_RC.index_select(0, source), out=grad_gate_up[expert])
             torch.mm(grad_both, gate_up_E[expert], out=grad_rows[start:end])
             start = end
-        return sum_rows(grad_rows, ctx.assignment.inverse_Rk), grad_weights, grad_gate_up, grad_down, None
+        return sum_rows(grad_rows, ctx.assignment.inverse_Rk), grad_weights, grad_gate_up, grad_down, None, None
 
 
 class _TakeRows(torch.autograd.Function):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from learner.mesh import Axis
 from learner.model.attention import pad_rows
 from learner.model.config import ModelConfig
-from learner.model.experts import Assignment, combine, run_experts, take_rows
+from learner.model.experts import Assignment, ExpertSettings, combine, run_experts, take_rows
 from learner.model.packing import Pack
 from learner.parallel.collectives import exchange, exchange_counts, gather_tokens, scatter_tokens
 
@@ -83,7 +83,7 @@ class SparseMLP(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(self.held, 2 * inner, width))
         self.down = nn.Parameter(torch.empty(self.held, width, inner))
         self.shared = SharedExpert(config) if config.shared_expert_intermediate_size else None
-        self.grouped = False  # grouped GEMM instead of one expert after the other; see Decoder
+        self.how = ExpertSettings()
 
     def forward(self, x_nC: Tensor, layer: int, pack: Pack) -> tuple[Tensor, RouterStats]:
         """``[n, C] -> [n, C]`` and the router's statistics; ``layer`` counts sparse layers."""
@@ -119,7 +119,7 @@ class SparseMLP(nn.Module):
         assignment = Assignment.of(chosen_nk, self.experts)
         weights_A = assignment.sort(gates_nk)
         if self.axis.size == 1:
-            return run_experts(x_nC, weights_A, self.gate_up, self.down, assignment, self.grouped)
+            return run_experts(x_nC, weights_A, self.gate_up, self.down, assignment, self.how)
         send_rE = assignment.counts_E.view(self.axis.size, self.held)
         receive_rE = exchange_counts(send_rE, self.axis)
         send, receive = torch.stack((send_rE.sum(1), receive_rE.sum(1))).tolist()
@@ -127,5 +127,5 @@ class SparseMLP(nn.Module):
         weights = exchange(weights_A, send, receive, self.axis)
         experts = torch.arange(self.held, device=rows.device).repeat(self.axis.size)
         here = Assignment.of(experts.repeat_interleave(receive_rE.reshape(-1))[:, None], self.held)
-        out = run_experts(rows, here.sort(weights[:, None]), self.gate_up, self.down, here, self.grouped)
+        out = run_experts(rows, here.sort(weights[:, None]), self.gate_up, self.down, here, self.how)
         return combine(exchange(out, receive, send, self.axis), assignment)

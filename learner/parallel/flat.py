@@ -93,12 +93,6 @@ class FlatParameters:
         if self.sharing.shard.size > 1:
             dist.all_gather_into_tensor(self.weights, self.weights[self._own].clone(), group=self.sharing.shard.group)
 
-    @torch.no_grad()
-    def refresh_master(self) -> None:
-        """After weights were loaded from outside."""
-        if self.weights.dtype != torch.float32:
-            self.master.copy_(self.weights[self._own])
-
 
 class _Into:
     """Adds a parameter's gradient to a float32 buffer and frees it."""

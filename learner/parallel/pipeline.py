@@ -95,7 +95,8 @@ def run_pipeline(mesh: Mesh, shapes: Sequence[tuple[int, int]], dtype: torch.dty
             assert grad_output is not None
             ends = [(result.output, grad_output), (result.loss, None)]
             ends = [(tensor, grad) for tensor, grad in ends if tensor.requires_grad]
-            torch.autograd.backward([tensor for tensor, _ in ends], [grad for _, grad in ends])
+            if ends:  # else all of this stage and of those before is frozen
+                torch.autograd.backward([tensor for tensor, _ in ends], [grad for _, grad in ends])
         if received is None:
             return None
         return torch.zeros_like(received) if received.grad is None else received.grad

@@ -39,6 +39,7 @@ class WeightPublisher:
         deadline_s: float,
         device: torch.device,
         backend: str = "gloo",
+        least_mb_s: float = 100.0,
     ) -> None:
         """``device`` holds the tensors; ``backend`` is gloo, which sends buckets from memory, or nccl."""
         self._send = send
@@ -47,6 +48,7 @@ class WeightPublisher:
         self.bucket_bytes = int(bucket_mb * MEGABYTE)
         self._deadline_s = deadline_s
         self._device = device
+        self._least_bytes_s = least_mb_s * MEGABYTE
         self._backend = backend
         self._store = dist.TCPStore(
             host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=deadline_s)
@@ -64,9 +66,11 @@ class WeightPublisher:
         """
         began = time.perf_counter()
         listing = weights.listing
-        offer = Publish(version, self._host, self._store.port, self._backend, self.bucket_bytes, listing)
+        seconds = sum(bucket.nbytes for bucket in weights.buckets) / self._least_bytes_s
+        offer = Publish(version, self._host, self._store.port, self._backend, self.bucket_bytes, listing, seconds)
         self._send(offer)
-        deadline = time.monotonic() + BROKER_ATTEMPTS * self._deadline_s
+        waited = BROKER_ATTEMPTS * (self._deadline_s + seconds)
+        deadline = time.monotonic() + waited
         while time.monotonic() < deadline:
             if should_stop():
                 return time.perf_counter() - began
@@ -81,10 +85,9 @@ class WeightPublisher:
                     return time.perf_counter() - began
             elif message is not None:
                 other(message)
-        waited = BROKER_ATTEMPTS * self._deadline_s
         raise DeadlineError(
             f"version {version}: the broker did not start the publish within {waited:.0f} s "
-            "(weights.deadline_s); its log names the receiver that it waits for"
+            "(weights.deadline_s, weights.least_mb_s); its log names the receiver that it waits for"
         )
 
     def _collective(self, go: Go, weights: Snapshot, began: float) -> bool:

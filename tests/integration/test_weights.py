@@ -14,7 +14,7 @@ from broker.publishing import LEARNER, PublishCoordinator
 from common import wire
 from common.config import MEGABYTE
 from common.errors import WeightsError
-from common.weights import WeightDigest, WeightReceiver, block_sums, plan_buckets
+from common.weights import Watched, WeightDigest, WeightReceiver, block_sums, plan_buckets
 from learner.weights import group as weight_group
 from learner.weights.group import tensor_sums
 from learner.weights.publish import WeightPublisher, as_one, flatten
@@ -216,6 +216,18 @@ def test_a_bucket_that_is_one_piece_of_memory_is_not_copied():
     assert as_one(gap.buckets[0], gap.tensors(0), CPU) is None
     odd = Held([("x", flat[:3]), ("y", flat[3:7])], 1 << 20)  # alignment puts y further on
     assert as_one(odd.buckets[0], odd.tensors(0), CPU) is None
+
+
+def test_a_gpu_operation_that_never_ends_is_given_up_and_its_communicator_freed():
+    aborted = []
+    stuck = Watched(SimpleNamespace(is_completed=lambda: False), 0.05, lambda: aborted.append(True))
+    with pytest.raises(RuntimeError, match="not done within 0 s"):
+        stuck.wait()
+    assert aborted == [True]
+    answers = iter([False, False, True])
+    done = SimpleNamespace(is_completed=lambda: next(answers), wait=lambda: aborted.append("waited"))
+    Watched(done, 5.0, lambda: aborted.append("never")).wait()
+    assert aborted == [True, "waited"]
 
 
 def test_a_wrong_digest_is_refused():

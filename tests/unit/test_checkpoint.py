@@ -67,6 +67,39 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters(), strict=True))
 
 
+def test_in_bfloat16_the_float32_weights_are_what_is_resumed(tmp_path):
+    def low():
+        model = model_of().to(torch.bfloat16)
+        return model, Optimizer(model, OPTIM, STEPS)
+
+    model, optimizer = low()
+    fraction = model.uniform_expert_fraction()
+    for step in range(2):
+        _, fraction = train_step(model, optimizer, batch_of(step, EVERYTHING, 0.7), fraction, settings())
+    writer = writer_of(tmp_path)
+    write(writer, model, optimizer, 2, fraction)
+    writer.wait()
+    other, resumed = low()
+    checkpoint.load(checkpoint.latest(tmp_path), other, resumed)
+    for ours, theirs in zip(optimizer.flats, resumed.flats, strict=True):
+        assert torch.equal(ours.master, theirs.master)
+        assert torch.equal(ours.weights, theirs.weights)
+        assert not torch.equal(ours.master, ours.weights.float())
+
+
+def test_what_cannot_be_written_for_any_reason_does_not_count(tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("surprise")
+
+    model = model_of()
+    writer = writer_of(tmp_path)
+    monkeypatch.setattr("learner.checkpoint.save_file", broken)
+    write(writer, model, Optimizer(model, OptimSection(), 10), 3)
+    with pytest.raises(CheckpointError, match="surprise"):
+        writer.wait()
+    assert writer.finished() == []
+
+
 def test_the_last_finished_checkpoints_are_kept_and_leftovers_removed(tmp_path):
     (tmp_path / ".step-00000009.x.tmp").mkdir()
     (tmp_path / "step-00000008").mkdir()  # half deleted or half copied: no state.json
@@ -161,8 +194,30 @@ def test_frozen_parameters_stay_and_are_neither_kept_nor_gathered(tmp_path):
     assert checkpoint.CheckpointReader(checkpoint.latest(tmp_path)).names() == set(after) - names
     other = model_of()
     freeze(other, patterns)
-    checkpoint.load(checkpoint.latest(tmp_path), other, Optimizer(other, OPTIM, STEPS))
+    checkpoint.load(checkpoint.latest(tmp_path), other, Optimizer(other, OPTIM, STEPS), names)
     assert all(torch.equal(tensor, after[name]) for name, tensor in hf_tensors(other))
+
+
+def test_freezing_something_else_on_resume_is_refused(tmp_path):
+    saved(tmp_path)
+    for patterns, words in (
+        (("model.embed_tokens.*",), "was trained and is frozen now"),
+        ((), "optim.freeze kept it then"),
+    ):
+        model = model_of()
+        names = freeze(model, patterns)
+        optimizer = Optimizer(model, OPTIM, STEPS)
+        if not patterns:
+            write(writer := writer_of(tmp_path / "less"), frozen_model := model_of(), frozen_optimizer(frozen_model), 1)
+            writer.wait()
+        where = tmp_path if patterns else tmp_path / "less"
+        with pytest.raises(CheckpointError, match=words):
+            checkpoint.load(checkpoint.latest(where), model, optimizer, names)
+
+
+def frozen_optimizer(model):
+    freeze(model, ("model.norm.*",))
+    return Optimizer(model, OPTIM, STEPS)
 
 
 def test_a_pattern_that_cannot_be_frozen_is_refused():

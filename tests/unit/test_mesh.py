@@ -13,6 +13,7 @@ from common.config import LearnerSection, OptimSection
 from common.errors import ConfigError
 from learner import checkpoint
 from learner.checkpoint import CheckpointWriter, TrainingState
+from learner.freeze import freeze
 from learner.mesh import AXES, Mesh, check_world, single
 from learner.model.config import ModelConfig
 from learner.model.decoder import Decoder
@@ -31,6 +32,7 @@ MODELS = {
         **USUAL, "tie_word_embeddings": True, "shared_expert_intermediate_size": 12, "qkv_bias": True, "o_bias": True,
         "mlp_bias": True, "qk_norm": False, "norm_topk_prob": False, "mlp_only_layers": (0, 3),
     }),
+    "dense": ModelConfig(**{**USUAL, "num_experts": 0, "num_experts_per_tok": 0, "mlp_only_layers": ()}),
 }  # fmt: skip
 LENGTHS = (5, 9, 3, 9, 7, 4, 8)
 STEPS = 2
@@ -43,6 +45,13 @@ CASES = {
     "all_rejected": ("round", 0.0, None),
     "idle_experts": ("round", 0.7, (0, 1)),
 }
+HALF = ("model.embed_tokens.*", "model.layers.0.*", "model.layers.1.*")  # all of the first stage of two
+OTHERWISE = {  # name -> (model, case, more)
+    "frozen": ("moe", "uneven", {"frozen": HALF}),
+    "frozen_tied": ("tied_shared_biased", "even", {"frozen": HALF}),
+    "recompute": ("moe", "empty_rank", {"recompute": True}),
+    "dense": ("dense", "empty_rank", {}),
+}
 MESHES = {
     2: ({"tp": 2}, {"ep": 2}, {"dp_shard": 2}, {"dp_replicate": 2}, {"pp": 2}),
     4: (
@@ -53,6 +62,7 @@ MESHES = {
 }  # fmt: skip
 
 PAIRS = MESHES[4][:4]
+RESUMED_MODELS = ("moe", "tied_shared_biased")
 RESUMED = {  # written on one mesh, read on the next
     2: ({"tp": 2}, {"pp": 2}, {"dp_shard": 2}),
     4: ({"tp": 2, "ep": 2}, {"pp": 2, "dp_shard": 2}, {"dp_replicate": 2, "ep": 2}, {"tp": 4}),
@@ -112,10 +122,12 @@ def model_of(config, mesh):
     return model
 
 
-def train(config, mesh, case, *, save=None, resume=None):
+def train(config, mesh, case, *, save=None, resume=None, frozen=(), recompute=False):
     """Weights and metrics; ``save`` stops after the first step with a checkpoint there, ``resume`` goes on from one."""
     how, accepted, recorded = CASES[case]
     model = model_of(config, mesh)
+    model.recompute = recompute
+    freeze(model, frozen)
     optimizer = Optimizer(model, OPTIM, STEPS)
     fraction, first = model.uniform_expert_fraction(), 0
     if resume is not None:
@@ -169,8 +181,14 @@ def rank_main(rank, world, port, out):
             name = name_of(model, sizes, case)
             save_file({n: t.contiguous() for n, t in weights.items()}, out / f"{name}.safetensors")
             (out / f"{name}.json").write_text(json.dumps(history))
+    for sizes in MESHES[world] if world == 2 else ():
+        for name, (model, case, more) in OTHERWISE.items():
+            weights, _ = train(MODELS[model], meshes[tuple(sizes.items())], case, **more)
+            if rank == 0:
+                file = out / f"{name_of(model, sizes, name)}.safetensors"
+                save_file({n: t.contiguous() for n, t in weights.items()}, file)
     for sizes, then in zip(RESUMED[world], RESUMED[world][1:], strict=False):
-        for model in MODELS:
+        for model in RESUMED_MODELS:
             where = out / "checkpoints" / name_of(model, sizes, "resumed")
             train(MODELS[model], meshes[tuple(sizes.items())], "even", save=where)
             weights, _ = train(MODELS[model], meshes[tuple(then.items())], "even", resume=where)
@@ -210,7 +228,17 @@ def test_a_mesh_trains_as_one_process_does(trained, reference, model, sizes, cas
         assert torch.allclose(found[key], tensor, rtol=1e-5, atol=1e-5), key
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_frozen_recomputed_and_dense_models_train_alike(trained, name):
+    model, case, more = OTHERWISE[name]
+    expected, _ = train(MODELS[model], single(), case, **more)
+    for sizes in MESHES[2]:
+        found = load_file(trained / f"{name_of(model, sizes, name)}.safetensors")
+        for key, tensor in expected.items():
+            assert torch.allclose(found[key], tensor, rtol=1e-5, atol=1e-5), (sizes, key)
+
+
+@pytest.mark.parametrize("model", RESUMED_MODELS)
 @pytest.mark.parametrize("sizes", [s for world in MESHES for s in RESUMED[world][:-1]], ids=str)
 def test_a_checkpoint_resumes_on_another_mesh_and_on_one_process(trained, reference, model, sizes):
     expected, _ = reference[model, "even"]

@@ -22,6 +22,7 @@ from learner.hf import hf_tensors, load_hf, save_hf
 from learner.layout import places, views
 from learner.model.config import ModelConfig
 from learner.model.decoder import Decoder
+from learner.model.experts import ExpertSettings
 from learner.model.packing import PackPlan
 from tools.stamp import STAMP, ModelState, model_state
 
@@ -174,18 +175,22 @@ def test_a_later_token_and_a_neighbour_change_nothing(directories):
     assert not torch.allclose(before[int(offsets[2]) + 10 :], after[int(offsets[2]) + 10 :], atol=1e-2)
 
 
-def test_grouped_experts_are_those_that_take_turns(directories):
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("how", [ExpertSettings(grouped=True), ExpertSettings(compiled=True)], ids=str)
+def test_experts_computed_otherwise_are_those_that_take_turns(directories, how):
+    if how.compiled and shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
     token_ids, offsets = pack()
     results = []
-    for grouped in (False, True):
+    for settings in (ExpertSettings(), how):
         model = ours(directories["moe"])
-        model.use_grouped_experts(grouped)
+        model.use_experts(settings)
         hidden = model.hidden(token_ids, offsets)
         hidden.square().sum().backward()
         results.append((hidden.detach(), [p.grad for p in model.parameters() if p.grad is not None]))
     assert torch.allclose(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
-    for in_turn, grouped in zip(results[0][1], results[1][1], strict=True):
-        assert torch.allclose(in_turn, grouped, rtol=1e-4, atol=1e-5 * float(in_turn.abs().max() + 1))
+    for in_turn, other in zip(results[0][1], results[1][1], strict=True):
+        assert torch.allclose(in_turn, other, rtol=1e-4, atol=1e-5 * float(in_turn.abs().max() + 1))
 
 
 def test_an_empty_pack_runs_and_reaches_no_weight(directories):

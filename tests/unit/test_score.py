@@ -78,10 +78,19 @@ def test_recorded_experts_are_replayed_in_scoring():
     at = np.flatnonzero(asked.wanted)
     assert replayed[at] == pytest.approx(whole[at - 1, tokens[at]].numpy(), abs=1e-5)
     assert not np.allclose(own, replayed)
-    for experts, words in ((asked.experts[:, :2], "width 2"), (asked.experts + np.uint16(9), "beyond 3")):
+    for experts, words in (
+        (asked.experts[:, :2], "width 2"), (asked.experts + np.uint16(9), "beyond 3"),
+        (np.zeros_like(asked.experts), "same expert twice"), (half_known(asked.experts), "are torn"),
+    ):  # fmt: skip
         asked.experts = experts
         with pytest.raises(DataError, match=words):
             scorer_of(model, 64).check(asked)
+
+
+def half_known(experts):
+    torn = experts.copy()
+    torn[3, 2:] = wire.UNROUTED
+    return torn
 
 
 def test_frozen_tensors_need_not_come():
@@ -109,6 +118,10 @@ def test_a_swap_takes_every_tensor_or_none():
     assert all(torch.equal(a, b) for a, b in zip(scorer.model.parameters(), new.parameters(), strict=True))
     with pytest.raises(DataError, match=r"lm_head\.weight.* missing or unknown"):
         scorer.swap(staged(tensors[:-1], 6))
+    before = [p.clone() for p in scorer.model.parameters()]
+    with pytest.raises(DataError, match=r"lm_head\.weight has shape \[1, 16\], the model has \[19, 16\]"):
+        scorer.swap(staged([(n, t + 1) for n, t in tensors[:-1]] + [("lm_head.weight", torch.zeros(1, 16))], 6))
+    assert all(torch.equal(a, b) for a, b in zip(scorer.model.parameters(), before, strict=True))
     assert scorer.version == 5
 
 

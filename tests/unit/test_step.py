@@ -1,4 +1,4 @@
-"""One step: the same on one rank and on two, however the batch is cut; checkpoints; the optimizer."""
+"""One step: the same however the batch is cut; the optimizer. (On meshes: test_mesh; resumed: test_checkpoint.)"""
 
 import numpy as np
 import pytest

@@ -1,0 +1,123 @@
+"""One MoE layer, forward and backward, beside transformers' Qwen3-MoE block and a dense product of the same work.
+
+Hidden 512, 16 experts, 4 a token, expert width 256, one thread. The dense reference multiplies the
+same FLOPs in two large matrices, forward and backward, without routing: no layer can pass it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+from learner.model.config import ModelConfig
+from learner.model.decoder import Decoder
+from learner.model.experts import ExpertSettings
+from learner.model.moe import SparseMLP
+from learner.model.packing import Pack
+from tools.bench.harness import Row, interleave, rate
+
+HIDDEN, EXPERTS, CHOSEN, WIDTH = 512, 16, 4, 256
+ACTIVE = 3 * CHOSEN * WIDTH // 2  # rows of each dense matrix
+SIZES = (1024, 8192)
+CPU = torch.device("cpu")
+HF = {
+    "vocab_size": 16, "hidden_size": HIDDEN, "intermediate_size": WIDTH, "num_hidden_layers": 1,
+    "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64, "num_experts": EXPERTS,
+    "num_experts_per_tok": CHOSEN, "moe_intermediate_size": WIDTH, "norm_topk_prob": True,
+}  # fmt: skip
+
+
+def layer(how: ExpertSettings) -> tuple[SparseMLP, Decoder]:
+    """Ours, initialised."""
+    model = Decoder(ModelConfig.from_dict({**HF, "model_type": "qwen3_moe"}, "bench"))
+    model.use_experts(how)
+    mlp = model.layers["0"].mlp
+    assert isinstance(mlp, SparseMLP)
+    for parameter in mlp.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return mlp, model
+
+
+def theirs(implementation: str) -> Qwen3MoeSparseMoeBlock:
+    """transformers' block with one of its expert implementations."""
+    config = Qwen3MoeConfig(**HF)
+    config._experts_implementation = implementation
+    block = Qwen3MoeSparseMoeBlock(config)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return block
+
+
+class Dense:
+    """The experts' FLOPs as two products, [N, C] x [C, 1.5*k*I] and back."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.up = nn.Parameter(torch.randn(ACTIVE, HIDDEN, dtype=dtype, device=device) * 0.02)
+        self.down = nn.Parameter(torch.randn(HIDDEN, ACTIVE, dtype=dtype, device=device) * 0.02)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[N, C] -> [N, C]``."""
+        return F.linear(F.linear(x, self.up), self.down)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Both."""
+        return [self.up, self.down]
+
+
+def run(reps: int, device: torch.device = CPU) -> list[Row]:
+    """Tokens/s forward and backward, for both sizes and number formats."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    rows = []
+    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        for tokens in SIZES:
+            rows += _compare(tokens, dtype, name, reps, device)
+    return rows
+
+
+def _compare(tokens: int, dtype: torch.dtype, name: str, reps: int, device: torch.device) -> list[Row]:
+    x = torch.randn(tokens, HIDDEN, dtype=dtype, device=device, requires_grad=True)
+    weight = torch.randn(tokens, HIDDEN, dtype=dtype, device=device)
+    (mine, model), (fused, _), (grouped, _) = (
+        layer(how) for how in (ExpertSettings(), ExpertSettings(compiled=True), ExpertSettings(grouped=True))
+    )
+    for module in (mine, fused, grouped, model):
+        module.to(device=device, dtype=dtype)
+    pack: Pack = model.pack(torch.zeros(tokens, dtype=torch.int64, device=device), [0, tokens])
+    eager, fast = (theirs(kind).to(device=device, dtype=dtype) for kind in ("eager", "grouped_mm"))
+    dense = Dense(dtype, device)
+
+    def timed(forward: Callable[[Tensor], Any], parameters: list[nn.Parameter]) -> float:
+        def once() -> None:
+            out = forward(x)
+            out = out[0] if isinstance(out, tuple) else out
+            (out.view(tokens, HIDDEN) * weight).sum().backward()
+            for tensor in (x, *parameters):
+                tensor.grad = None
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+
+        return rate(once, tokens)
+
+    contestants = {
+        "ours": lambda: timed(lambda x: mine(x, 0, pack), list(mine.parameters())),
+        "ours, compiled": lambda: timed(lambda x: fused(x, 0, pack), list(fused.parameters())),
+        "ours, grouped": lambda: timed(lambda x: grouped(x, 0, pack), list(grouped.parameters())),
+        "transformers eager": lambda: timed(lambda x: eager(x[None]), list(eager.parameters())),
+        "transformers grouped_mm": lambda: timed(lambda x: fast(x[None]), list(fast.parameters())),
+        "dense": lambda: timed(dense, dense.parameters()),
+    }
+    interleave(contestants, 1)  # warm
+    found = interleave(contestants, reps)
+    label, unit = f"MoE {tokens} {name}", "tokens/s"
+    best = max("transformers eager", "transformers grouped_mm", key=found.__getitem__)
+    rows = [Row("learner", f"{label}: {k}", v, unit, "dense", found["dense"], reps) for k, v in found.items()]
+    ours = max(value for k, value in found.items() if k.startswith("ours"))
+    return [
+        *rows[:-1],
+        Row("learner", f"{label}: best of ours", ours, unit, f"best of transformers ({best})", found[best], reps),
+    ]
