@@ -148,7 +148,7 @@ class _InTurn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
-        x_RC, weights_A, gate_up_E, down_E, pre = ctx.saved_tensors
+        x_RC, weights_A, gate_up_E, down_E, pre = (tensor.detach() for tensor in ctx.saved_tensors)
         grad_RC, source_A = grads[0], ctx.assignment.source_A
         grad_gate_up, grad_down = torch.empty_like(gate_up_E), torch.empty_like(down_E)
         grad_weights = torch.empty_like(weights_A)
