@@ -202,6 +202,7 @@ class WeightReceiver:
         self._staged: queue.Queue[StagedWeights] = queue.Queue()
         self._collective: tuple[int, Collective] | None = None
         self._arenas: list[Any] = []  # free; fresh memory for every version would cost more than the wire
+        self._adopted: Any = None  # the arena that the model runs on
         self._thread = threading.Thread(target=self._run, name="weight-receiver", daemon=True)
         self._thread.start()
 
@@ -229,9 +230,17 @@ class WeightReceiver:
         except queue.Empty:
             return None
 
-    def applied(self, staged: StagedWeights) -> None:
-        """Tell the broker that ``staged`` is in use: copied, so that its memory may be used again."""
-        self._release(staged.arena)
+    def applied(self, staged: StagedWeights, *, adopted: bool = False) -> None:
+        """Tell the broker that ``staged`` is in use.
+
+        It was copied, and its memory may be used again; or it was ``adopted``: its memory is what
+        the model now runs on, until the next version takes its place.
+        """
+        if adopted:
+            self._adopted, free = staged.arena, self._adopted
+            self._release(free)
+        else:
+            self._release(staged.arena)
         self._send(Applied(staged.epoch, staged.version, staged.digest))
 
     def failed(self, staged: StagedWeights, reason: str) -> None:

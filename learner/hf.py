@@ -33,8 +33,8 @@ def hf_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
             yield place.name, held[place.name]
 
 
-def _files(directory: Path) -> dict[str, list[str]]:
-    """File -> tensor names."""
+def files_of(directory: Path) -> dict[str, list[str]]:
+    """File -> tensor names of a Hugging Face directory; :class:`ModelError` if it cannot be read."""
     index = directory / INDEX
     try:
         if index.is_file():
@@ -61,7 +61,7 @@ def load_hf(directory: str | Path, model: Decoder) -> None:
     held = views(model)
     waiting = set(known)
     spare: Path | None = None  # where a tied head lies beside the embedding
-    for file, names in sorted(_files(directory).items()):
+    for file, names in sorted(files_of(directory).items()):
         try:
             with safe_open(directory / file, framework="pt") as opened:
                 for name in names:

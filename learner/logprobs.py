@@ -13,6 +13,7 @@ vocabulary, v = V/tp, k alternatives.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,10 @@ from learner.parallel.collectives import max_over, sum_over
 
 LOG2_E, LN_2 = math.log2(math.e), math.log(2.0)
 MEGABYTE = 1 << 20
-CACHE_ELEMENTS = 1 << 18  # logits worked on at once on a CPU: 1 MB, so that later passes find them in cache
+CACHE_ELEMENTS = 1 << 19  # logits worked on at once on a CPU: 2 MB, so that later passes find them in cache
+MODERATE = (-16.0, 32.0)  # a greatest base-2 logit between these needs no shift before exp2
+FEW_ROWS = 8  # below that, a dot product a row is faster than a product and its sums
+BLOCK, FINE_BLOCK = 64, 16  # a row's greatest k lie in the k blocks with the greatest maxima
 
 PerToken = Callable[[Tensor, slice], Tensor]  # (log p of some tokens, which) -> their share of the loss
 
@@ -40,6 +44,7 @@ class Head:
     chunk_mb: float = 256.0  # of float32 logits that exist at once
     tp: Axis = ALONE
     in_float32: bool = False  # the product itself in float32, also for bfloat16 weights
+    compiled: bool = False  # torch.compile for what follows the product
 
     @property
     def rows(self) -> int:
@@ -113,25 +118,92 @@ def _at(logits: Tensor, ids: Tensor, head: Head) -> Tensor:
     return logits.gather(1, local).mul_(mine)
 
 
-def _normalise(logits: Tensor, head: Head, *, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """``(lse[n], sum[n], entropy[n])`` of base-2 logits, the entropy in nats; destroys them.
+@dataclass
+class _Normal:
+    """What a softmax over base-2 logits needs, over the whole vocabulary."""
 
-    With ``keep`` the logits become ``2^(x - max)``, which over ``sum`` is this rank's probabilities.
-    """
-    top = max_over(logits.amax(dim=1), head.tp)
-    sums = torch.empty((2, len(logits)), device=logits.device)
-    step = max(1, CACHE_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
-    for start in range(0, len(logits), step):
-        rows = slice(start, start + step)
-        z = logits[rows].sub_(top[rows, None])
-        e = torch.exp2(z)
-        torch.sum(e, dim=1, out=sums[0, rows])
-        torch.sum(z.mul_(e), dim=1, out=sums[1, rows])
+    lse: Tensor  # [n] base 2
+    scale: Tensor  # [n] turns this rank's exponentials into probabilities
+    entropy: Tensor  # [n] nats
+    maxima: Tensor | None  # [n, v/BLOCK] of this rank's logits, in blocks
+
+
+def _normalise(logits: Tensor, head: Head, *, keep: bool, maxima: bool = False) -> _Normal:
+    """Normalises base-2 logits. With ``keep`` they become exponentials, see :attr:`_Normal.scale`."""
+    if head.compiled or logits.is_cuda:
+        shift, sums, products, blocks = _sums_at_once(logits, keep, head.compiled)
+    else:
+        shift, sums, products, blocks = _sums_in_cache(logits, keep, maxima)
+    highest = max_over(shift.clone(), head.tp) if head.tp.size > 1 else shift
+    away = shift - highest  # of this rank's zero from the common one
+    factor = torch.exp2(away)
+    both = sum_over(torch.stack((sums * factor, (products + sums * away) * factor)), head.tp)
+    log_sum = both[0].log2()
+    return _Normal(highest + log_sum, factor / both[0], (log_sum - both[1] / both[0]) * LN_2, blocks)
+
+
+_Sums = tuple[Tensor, Tensor, Tensor, Tensor | None]  # shift[n], sum 2^z, sum z 2^z with z = x - shift, block maxima
+
+
+def _sums_in_cache(logits: Tensor, keep: bool, maxima: bool) -> _Sums:
+    """A few rows at a time, so that all passes but the first find them in cache. Rows whose greatest logit
+    is moderate are not shifted: their exponentials are in range as they are."""
+    n, width = logits.shape
+    out = torch.zeros((3, n))
+    blocked = maxima and width >= BLOCK
+    blocks = torch.empty((n, width // BLOCK)) if blocked else None
+    step = max(1, CACHE_ELEMENTS // width)
+    room = torch.empty((min(step, n), width))
+    for start in range(0, n, step):
+        z = logits[start : start + step]
+        end = start + len(z)
+        shift, sums, products = out[0, start:end], out[1, start:end], out[2, start:end]
+        if blocks is None:
+            top = z.amax(dim=1)
+        else:
+            part = torch.amax(z[:, : width - width % BLOCK].unflatten(1, (-1, BLOCK)), dim=2, out=blocks[start:end])
+            top = part.amax(dim=1)
+            if width % BLOCK:
+                top = torch.maximum(top, z[:, width - width % BLOCK :].amax(dim=1))
+        least, most = torch.aminmax(top)
+        if least > MODERATE[0] and most < MODERATE[1]:
+            e = torch.exp2(z, out=room[: len(z)])
+        else:
+            shift.copy_(top)
+            e = torch.sub(z, top[:, None], out=room[: len(z)]).exp2_()
+        torch.sum(e, dim=1, out=sums)
+        if len(z) <= FEW_ROWS:
+            for row in range(len(z)):
+                torch.dot(z[row], e[row], out=products[row])
+        else:
+            torch.sum(z * e, dim=1, out=products)
         if keep:
             z.copy_(e)
-    sum_over(sums, head.tp)
-    log_sum = sums[0].log2()
-    return top + log_sum, sums[0], (log_sum - sums[1] / sums[0]) * LN_2
+    return out[0], out[1], out[2] - out[0] * out[1], blocks
+
+
+def _sums_at_once(logits: Tensor, keep: bool, compiled: bool) -> _Sums:
+    shift, sums, products, blocks, e = (_compiled_sums() if compiled else _all_sums)(logits, keep)
+    if keep and e is not None:
+        logits.copy_(e)
+    return shift, sums, products, blocks
+
+
+def _all_sums(x: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    width = x.shape[1]
+    whole = width - width % BLOCK
+    blocks = x[:, :whole].unflatten(1, (-1, BLOCK)).amax(dim=2) if whole else None
+    shift = x.amax(dim=1) if blocks is None else blocks.amax(dim=1)
+    if blocks is not None and whole < width:
+        shift = torch.maximum(shift, x[:, whole:].amax(dim=1))
+    z = x - shift[:, None]
+    e = torch.exp2(z)
+    return shift, e.sum(dim=1), (e * z).sum(dim=1), blocks, e if keep else None
+
+
+@cache
+def _compiled_sums() -> Callable[[Tensor, bool], tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]]:
+    return torch.compile(_all_sums, dynamic=True)
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -153,14 +225,14 @@ class _LossThroughHead(torch.autograd.Function):
         for part in head.chunks(len(targets)):
             logits = product.logits(part)
             at_target = sum_over(_at(logits, targets[part, None], head).squeeze(1), head.tp)
-            lse, sums, entropy[part] = _normalise(logits, head, keep=True)
-            logp[part] = (at_target - lse) * LN_2
+            normal = _normalise(logits, head, keep=True)
+            logp[part], entropy[part] = (at_target - normal.lse) * LN_2, normal.entropy
             with torch.enable_grad():
                 own = logp[part].detach().requires_grad_()
                 share = per_token(own, part)
                 (grad,) = torch.autograd.grad(share, own)
             loss += share.detach()
-            _grad_logits(logits, sums, targets[part], grad / head.temperature, head)
+            _grad_logits(logits, normal.scale, targets[part], grad / head.temperature, head)
             product.back(logits, part, grad_hidden, grad_head)
         ctx.save_for_backward(grad_hidden, grad_head.to(weight.dtype))
         ctx.mark_non_differentiable(logp, entropy)
@@ -172,9 +244,9 @@ class _LossThroughHead(torch.autograd.Function):
         return grad_hidden * grads[0], grad_head * grads[0], None, None, None
 
 
-def _grad_logits(exponentials: Tensor, sums: Tensor, targets: Tensor, grad: Tensor, head: Head) -> None:
-    """In place: ``2^(x - max)[n, v]`` -> ``grad[n] * (onehot(target) - p)``."""
-    exponentials.mul_((-grad / sums)[:, None])
+def _grad_logits(exponentials: Tensor, scale: Tensor, targets: Tensor, grad: Tensor, head: Head) -> None:
+    """In place: exponentials ``[n, v]`` -> ``grad[n] * (onehot(target) - p)``."""
+    exponentials.mul_((-grad * scale)[:, None])
     local, mine = _local(targets, head)
     exponentials.scatter_add_(1, local[:, None], (grad * mine)[:, None])
 
@@ -203,8 +275,8 @@ class _TokenLogprobs(torch.autograd.Function):
         for part in head.chunks(len(targets)):
             logits = product.logits(part)
             at_target = sum_over(_at(logits, targets[part, None], head).squeeze(1), head.tp)
-            lse, _, entropy[part] = _normalise(logits, head, keep=False)
-            logp[part] = (at_target - lse) * LN_2
+            normal = _normalise(logits, head, keep=False)
+            logp[part], entropy[part] = (at_target - normal.lse) * LN_2, normal.entropy
         ctx.save_for_backward(hidden, weight, targets)
         ctx.head = head
         ctx.mark_non_differentiable(entropy)
@@ -219,8 +291,8 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_head = torch.zeros(weight.shape, device=weight.device)
         for part in head.chunks(len(targets)):
             logits = product.logits(part)
-            _, sums, _ = _normalise(logits, head, keep=True)
-            _grad_logits(logits, sums, targets[part], grads[0][part] / head.temperature, head)
+            scale = _normalise(logits, head, keep=True).scale
+            _grad_logits(logits, scale, targets[part], grads[0][part] / head.temperature, head)
             product.back(logits, part, grad_hidden, grad_head)
         return grad_hidden, grad_head.to(weight.dtype), None, None
 
@@ -249,32 +321,32 @@ class Scores:
 @torch.no_grad()
 def score_tokens(hidden: Tensor, head: Head, targets: Tensor, ids: Tensor, top: int = 0) -> Scores:
     """Everything the broker asks about ``targets[N]``, ``ids[N, k]`` and the ``top`` likeliest, in one pass."""
-    n, device = len(targets), hidden.device
     product = _Product(hidden, head)
-    out = Scores(
-        torch.empty(n, device=device), torch.empty(n, device=device), torch.empty(ids.shape, device=device),
-        torch.empty(n, device=device), torch.empty((n, top), dtype=torch.int64, device=device),
-        torch.empty((n, top), device=device),
-    )  # fmt: skip
     asked = torch.cat((targets[:, None], ids), dim=1)
-    for part in head.chunks(n):
-        logits = product.logits(part)
-        found = sum_over(_at(logits, asked[part], head), head.tp)
-        if top:
-            out.top_ids[part], best = _top(logits, top, head)
-        lse, _, out.entropy[part] = _normalise(logits, head, keep=False)
-        if top:
-            out.top_logp[part] = (best - lse[:, None]) * LN_2
-        found = (found - lse[:, None]) * LN_2
-        out.logp[part], out.at_ids[part] = found[:, 0], found[:, 1:]
+    parts = [score_logits(product.logits(part), asked[part], top, head) for part in head.chunks(len(targets))]
+    if not parts:
+        parts = [score_logits(hidden.new_zeros((0, len(head.weight)), dtype=torch.float32), asked, top, head)]
+    found, entropy, top_ids, top_logp = (torch.cat(column) for column in zip(*parts, strict=True))
+    at_ids = found[:, 1:]
     # the residual by expm1 of the alternatives' log-sum: 1 - sum would lose it all near 1
-    out.residual[:] = torch.log((-torch.expm1(out.at_ids.logsumexp(dim=1))).clamp_min(0.0))
-    return out
+    residual = torch.log((-torch.expm1(at_ids.logsumexp(dim=1))).clamp_min(0.0))
+    return Scores(found[:, 0], entropy, at_ids, residual, top_ids, top_logp)
 
 
-def _top(logits: Tensor, top: int, head: Head) -> tuple[Tensor, Tensor]:
+def score_logits(logits: Tensor, asked: Tensor, top: int, head: Head) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(log p[n, k] at asked[n, k], entropy[n], top ids[n, top], their log p)`` of base-2 logits."""
+    found = sum_over(_at(logits, asked, head), head.tp)
+    normal = _normalise(logits, head, keep=False, maxima=top > 0)
+    if top == 0:
+        nothing = found[:, :0]
+        return (found - normal.lse[:, None]) * LN_2, normal.entropy, nothing.long(), nothing
+    top_ids, best = _top(logits, normal.maxima, top, head)
+    return (found - normal.lse[:, None]) * LN_2, normal.entropy, top_ids, (best - normal.lse[:, None]) * LN_2
+
+
+def _top(logits: Tensor, maxima: Tensor | None, top: int, head: Head) -> tuple[Tensor, Tensor]:
     """The ``top`` greatest of each row over the whole vocabulary: ids and values, greatest first."""
-    values, ids = top_of_rows(logits, min(top, logits.shape[1]))
+    values, ids = top_of_rows(logits, min(top, logits.shape[1]), maxima)
     ids = ids + head.tp.rank * len(head.weight)
     if head.tp.size > 1:
         shape = (head.tp.size, *values.shape)
@@ -287,23 +359,27 @@ def _top(logits: Tensor, top: int, head: Head) -> tuple[Tensor, Tensor]:
     return ids, values
 
 
-BLOCK = 32  # a row's greatest k lie in the k blocks with the greatest maxima
-
-
-def top_of_rows(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def top_of_rows(x: Tensor, k: int, maxima: Tensor | None = None, block: int = BLOCK) -> tuple[Tensor, Tensor]:
     """``x.topk(k, dim=1)``: one pass for the maxima of blocks, then only the best k blocks are looked at.
 
-    Exact; among equal values another index may be chosen than torch's.
+    Exact; among equal values another index may be chosen than torch's. ``maxima`` saves that pass.
     """
     n, width = x.shape
-    if width < 4 * BLOCK * k:
+    if width < 4 * block * k:
+        if block > FINE_BLOCK:
+            return top_of_rows(x, k, None, FINE_BLOCK)
         values, ids = x.topk(k, dim=1)
         return values, ids
-    whole = width - width % BLOCK
-    maxima = x[:, :whole].unflatten(1, (-1, BLOCK)).amax(dim=2)
-    _, blocks = top_of_rows(maxima, k)
-    columns = (blocks[:, :, None] * BLOCK + torch.arange(BLOCK, device=x.device)).flatten(1)
+    whole = width - width % block
+    if maxima is None:
+        maxima = x[:, :whole].unflatten(1, (-1, block)).amax(dim=2)
+    _, best = top_of_rows(maxima, k, None, FINE_BLOCK)
+    columns = (best[:, :, None] * block + torch.arange(block, device=x.device)).flatten(1)
     if whole < width:
         columns = torch.cat((columns, torch.arange(whole, width, device=x.device).expand(n, -1)), dim=1)
-    values, at = x.gather(1, columns).topk(k, dim=1)
+        found = x.gather(1, columns)
+    else:  # whole blocks are rows of a table
+        rows = best + torch.arange(n, device=x.device)[:, None] * maxima.shape[1]
+        found = x.reshape(-1, block).index_select(0, rows.reshape(-1)).view(n, -1)
+    values, at = top_of_rows(found, k, None, FINE_BLOCK)
     return values, columns.gather(1, at)

@@ -42,7 +42,7 @@ from learner.mesh import Mesh
 from learner.model.config import ModelConfig
 from learner.model.decoder import Decoder
 from learner.step import micro_batches
-from learner.weights.group import join, unpack
+from learner.weights.group import Adopter, join, unpack
 
 IDLE_WAIT_S = 0.01  # how long an idle replica blocks for a message before it looks for new weights
 
@@ -66,6 +66,8 @@ class PolicyScorer:
         self.followers = Followers(model.mesh)
         self._logprob_mb, self._limit, self._frozen = logprob_mb, micro_batch_tokens, tuple(frozen)
         self._head_float32 = head_float32
+        self._adopter = Adopter(model.parameters(), views(model))
+        self._adopted = False  # whether the parameters lie in memory that a receiver owns
         self._places = {place.name: place for place in places(model.config)}
 
     def score(self, requests: Sequence[wire.ScoreRequest]) -> list[Scored]:
@@ -135,8 +137,11 @@ class PolicyScorer:
         return log_p, at_ids
 
     @torch.no_grad()
-    def swap(self, staged: StagedWeights) -> None:
-        """Copy a received version into the model; it must hold the model's tensors, but for the frozen ones."""
+    def swap(self, staged: StagedWeights) -> bool:
+        """Make a received version the model's; it must hold the model's tensors, but for the frozen ones.
+
+        True if the model now runs on the memory the version arrived in, False if it was copied.
+        """
         received = {slot.name: slot.shape for bucket, _ in staged.buckets for slot in bucket.slots}
         odd = {name for name in set(self._places) ^ set(received) if not is_frozen(name, self._frozen)}
         if odd:
@@ -149,17 +154,26 @@ class PolicyScorer:
                 wanted = list(self._places[name].shape)
                 raise DataError(f"version {staged.version}: {name} has shape {list(shape)}, the model has {wanted}")
         self.followers.order(SWAP)
-        self.take(self.followers.share_weights(staged))
+        return self.take(self.followers.share_weights(staged))
 
     @torch.no_grad()
-    def take(self, staged: StagedWeights) -> None:
+    def take(self, staged: StagedWeights) -> bool:
         """This rank's part of every tensor."""
-        held, tp = views(self.model), self.model.mesh.tp
+        tp = self.model.mesh.tp
+        if not self.followers.any and self._adopter.adopt(staged):
+            self.version, self._adopted = staged.version, True
+            return True
+        if self._adopted:  # the memory that they lie in will be another version's
+            for parameter in self.model.parameters():
+                parameter.data = parameter.data.clone()
+            self._adopted = False
+        held = views(self.model)
         for name, tensor in unpack(staged.buckets):
             if name in held:
                 dim = self._places[name].dim
                 held[name].copy_(tensor if dim is None else tensor.chunk(tp.size, dim=dim)[tp.rank])
         self.version = staged.version
+        return False
 
     def follow(self) -> None:
         """A rank that is not the first: do as the leader says until it stops."""
@@ -237,15 +251,16 @@ class ReplicaService:
 
     def _swap(self) -> None:
         while (staged := self.receiver.staged()) is not None:
+            adopted = False
             try:
                 if staged.version != self.scorer.version:
-                    self.scorer.swap(staged)
+                    adopted = self.scorer.swap(staged)
             except CroupierError as error:
                 log.error("version %d cannot be used: %s", staged.version, error)
                 self.receiver.failed(staged, str(error))
                 continue
             self.link.set_version(staged.version)
-            self.receiver.applied(staged)
+            self.receiver.applied(staged, adopted=adopted)
 
     def _answer(self) -> None:
         """Score what waits, as much of it as one batch takes."""

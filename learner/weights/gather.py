@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common.weights import Bucket, plan_buckets
-from learner.layout import Place, places, views
+from learner.layout import FIRST, LAST, Place, places, views
 from learner.model.decoder import Decoder
 
 
@@ -30,6 +30,8 @@ class WeightGather:
         self._views = views(model)
         if self.is_local:  # in the order of memory, so that a bucket is a slice of the flat parameters
             self.places = dict(sorted(self.places.items(), key=lambda item: self._views[item[0]].data_ptr()))
+        else:
+            self.places = dict(sorted(self.places.items(), key=_stacked))
         dtype = str(model.dtype).removeprefix("torch.")
         self.listing = [[name, dtype, list(place.shape)] for name, place in self.places.items()]
         self.buckets = plan_buckets(self.listing, bucket_bytes)
@@ -68,6 +70,13 @@ class WeightGather:
                     ops.append(dist.P2POp(dist.isend, self._views[name].contiguous(), 0))
         works = dist.batch_isend_irecv(ops) if ops else []
         return _Transfer(works, parts, {name: self.places[name] for name in names})
+
+
+def _stacked(item: tuple[str, Place]) -> tuple[int, bool, bool]:
+    """Orders a layer's experts as models stack them: all gates and ups, then all downs."""
+    name, place = item
+    depth = {FIRST: -1, LAST: 1 << 30}.get(place.layer, place.layer)
+    return depth, place.expert is not None, place.expert is not None and "down_proj" in name
 
 
 class _Transfer:

@@ -4,14 +4,24 @@ Groups stand beside torch's default process group and know nothing of it; one ex
 membership epoch and finds its members through the learner's TCPStore.
 """
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from common.weights import BLOCK_WORDS, ROW_WORDS, WATCHDOG_FACTOR, Bucket, Watched, block_sums
+from common.weights import (
+    BLOCK_WORDS,
+    ROW_WORDS,
+    WATCHDOG_FACTOR,
+    Bucket,
+    StagedWeights,
+    TensorSlot,
+    Watched,
+    block_sums,
+)
 from common.wire import Prepare
 
 DIGEST_BYTES = 16
@@ -87,6 +97,46 @@ def join(prepare: Prepare, deadline_s: float, device: torch.device) -> WeightGro
     publish = prepare.publish
     store = dist.TCPStore(publish["host"], publish["port"], is_master=False, timeout=timedelta(seconds=deadline_s))
     return WeightGroup(store, prepare.epoch, prepare.rank, prepare.world, publish["backend"], deadline_s, device)
+
+
+class Adopter:
+    """Lets a model's parameters lie in the memory that a version arrived in: a swap that costs nothing."""
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], named: dict[str, torch.Tensor]) -> None:
+        """``named`` are the model's tensors, each a view of a parameter."""
+        views = sorted((view.data_ptr(), name) for name, view in named.items())
+        addresses = [address for address, _ in views]
+        self._homes: list[tuple[torch.nn.Parameter, list[tuple[str, int]]]] = []
+        for parameter in parameters:
+            start = parameter.data_ptr()
+            inside = views[bisect_left(addresses, start) : bisect_left(addresses, start + parameter.nbytes)]
+            self._homes.append((parameter, [(name, address - start) for address, name in inside]))
+
+    @torch.no_grad()
+    def adopt(self, staged: StagedWeights) -> bool:
+        """False, and nothing was done, unless the tensors of every parameter that came arrived side by side, in
+        its order and number format. Afterwards that memory must be left alone
+        (:meth:`common.weights.WeightReceiver.applied`)."""
+        where: dict[str, tuple[int, TensorSlot, torch.Tensor]] = {}
+        for bucket, flat in staged.buckets:
+            start = flat.data_ptr()
+            where.update((slot.name, (start + slot.offset, slot, flat)) for slot in bucket.slots)
+        found: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+        for parameter, parts in self._homes:
+            if parts[0][0] not in where:
+                continue  # frozen
+            address, slot, flat = where[parts[0][0]]
+            if any(name not in where or where[name][0] - address != offset for name, offset in parts):
+                return False
+            if sum(where[name][1].nbytes for name, _ in parts) != parameter.nbytes or flat.device != parameter.device:
+                return False
+            if getattr(torch, slot.dtype) != parameter.dtype:
+                return False
+            first = flat[slot.offset : slot.offset + slot.nbytes].view(parameter.dtype)
+            found.append((parameter, first.as_strided(parameter.shape, parameter.stride())))
+        for parameter, home in found:
+            parameter.data = home
+        return True
 
 
 def unpack(buckets: list[tuple[Bucket, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:

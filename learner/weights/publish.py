@@ -54,6 +54,7 @@ class WeightPublisher:
             host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=deadline_s)
         )
         self._group: tuple[int, WeightGroup] | None = None
+        self._spare: list[torch.Tensor] = []  # where buckets are laid out; fresh memory is slow
 
     def publish(
         self, version: int, weights: Snapshot, other: Callable[[Any], None], should_stop: Callable[[], bool]
@@ -112,33 +113,32 @@ class WeightPublisher:
         """Every bucket; while one is on the wire the next is gathered, laid out and summed up."""
         digest = WeightDigest()
         under_way: list[tuple[Any, torch.Tensor]] = []
-        spare: list[torch.Tensor] = []
         for index, bucket in enumerate(weights.buckets):
             flat = as_one(bucket, weights.tensors(index), group.device)
             if flat is None:
-                room = next((t for t in spare if len(t) >= bucket.nbytes), None)
-                spare = [t for t in spare if t is not room]
+                room = next((t for t in self._spare if len(t) >= bucket.nbytes), None)
+                self._spare = [t for t in self._spare if t is not room]
                 room = group.allocate(max(bucket.nbytes, self.bucket_bytes)) if room is None else room
                 flat = flatten(bucket, weights.tensors(index), room[: bucket.nbytes])
             under_way.append((group.start(flat), flat))
             digest.update(group.sums(flat))
             if len(under_way) > AHEAD:
-                self._done(*under_way.pop(0), spare)
+                self._done(*under_way.pop(0))
         for work, flat in under_way:
-            self._done(work, flat, spare)
+            self._done(work, flat)
         return digest.hex()
 
-    @staticmethod
-    def _done(work: Any, flat: torch.Tensor, spare: list[torch.Tensor]) -> None:
+    def _done(self, work: Any, flat: torch.Tensor) -> None:
         work.wait()
         base = flat._base
         if base is not None and base.dtype == torch.uint8:  # a room of ours, not a slice of the parameters
-            spare.append(base)
+            self._spare.append(base)
 
     def _close_group(self) -> None:
         if self._group is not None:
             self._group[1].close()
             self._group = None
+            self._spare.clear()  # a broken broadcast may still read from the others
 
 
 def as_one(bucket: Bucket, tensors: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor | None:

@@ -9,21 +9,32 @@ import subprocess
 import pytest
 
 from tests.integration.fleet import Fleet
+from tools import export
 
 PARTS = ("broker", "learner", "replica-0", "actor-0")
 
 
-def test_any_order_will_do_and_two_ranks_train_as_told(tmp_path, model):
-    with Fleet(tmp_path, model, "learner.dp_shard=2", "run.steps=6", "evaluation.every=3") as fleet:
+MESH = ("learner.tp=2", "replica.ep=2", "rollout.routing_replay=true", "run.steps=6", "evaluation.every=3")
+
+
+def test_any_order_will_do_and_a_learner_and_a_replica_of_two_ranks_each_do_their_part(tmp_path, model):
+    with Fleet(tmp_path, model, *MESH) as fleet:
         fleet.start("learner", ranks=2)
         fleet.start("actor-0")
-        fleet.start("replica-0")
+        fleet.start("replica-0", ranks=2)
         with pytest.raises(subprocess.TimeoutExpired):
             fleet.wait("actor-0", 2)  # all wait for a broker
         fleet.start("broker")
         assert [fleet.wait(name) for name in PARTS] == [0, 0, 0, 0], fleet.words()
         assert [s["step"] for s in fleet.steps()] == list(range(6))
         assert fleet.status()["versions_published"] == [1, 2, 3, 4, 5, 6]
+        learner = [s["learner"] for s in fleet.steps() if "learner" in s] or fleet.steps()
+        assert all(0 <= s["routing_disagreement"] < 0.5 for s in learner)
+        fleet.run.joinpath("config.yaml").write_text(fleet.file.read_text())
+        assert export.main([str(fleet.run), "--out", str(tmp_path / "out")]) == 0
+        for name in ("model.safetensors", "config.json", "tokenizer.json"):
+            assert (tmp_path / "out" / name).read_bytes() == (fleet.run / "model" / name).read_bytes()
+        assert export.main([str(fleet.run), "--step", "4"]) == 2
 
 
 # What is wrong, which process meets it, and the words that name the thing and the remedy.

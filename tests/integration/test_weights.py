@@ -148,6 +148,21 @@ def test_every_receiver_gets_the_same_bytes_and_the_group_is_kept_over_versions(
     assert relay.coordinator.history == [1, 2, 3] and relay.coordinator.epoch == 1
 
 
+def test_memory_is_used_again_once_its_version_is_copied_or_replaced(relay):
+    receiver = relay.add("actor-0")
+    publisher = relay.publisher()
+    homes, adopted = [], (True, True, True, False, False)
+    for version, keeps in enumerate(adopted, 1):
+        publish(publisher, version)
+        staged = take(receiver)
+        assert_holds(staged, version)
+        homes.append(staged.arena.data_ptr())
+        receiver.applied(staged, adopted=keeps)
+        assert_holds(staged, version)  # untouched until the next one comes
+    assert homes[0] != homes[1] and homes[2] == homes[0]  # the first was free when the second took its place
+    assert len(set(homes)) == 2
+
+
 def test_a_receiver_that_never_says_ready_is_dropped_and_the_other_is_served(relay):
     a = relay.add("actor-0")
     relay.add("silent")

@@ -8,6 +8,7 @@ from common import wire
 from common.errors import DataError
 from common.weights import StagedWeights, plan_buckets
 from learner.hf import hf_tensors
+from learner.layout import views
 from learner.score import PolicyScorer
 from tests.unit.test_step import CONFIG, model_of
 
@@ -125,12 +126,35 @@ def test_a_swap_takes_every_tensor_or_none():
     assert scorer.version == 5
 
 
-def staged(tensors, version):
+def test_a_version_that_arrived_in_the_models_own_order_is_adopted_and_left_again():
+    """Swaps by pointer, then by copy, then by pointer; and nobody runs on memory that was given back."""
+    scorer = PolicyScorer(model_of(0), 64.0)
+
+    def stacked(model):
+        held = views(model)
+        for parameter in model.parameters():
+            inside = [n for n in held if held[n].untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()]
+            yield from ((n, held[n]) for n in sorted(inside, key=lambda n: held[n].data_ptr()))
+
+    first, second, third = (staged(list(stacked(model_of(seed))), seed, 1 << 30) for seed in (1, 2, 3))
+    apart = staged(list(hf_tensors(model_of(4))), 4)
+    previous = None
+    for given, adopted in ((first, True), (second, True), (apart, False), (third, True)):
+        assert scorer.swap(given) is adopted
+        expected = model_of(given.version)
+        if previous is not None:
+            previous.buckets[0][1].zero_()  # the receiver writes the next version there
+        previous = given
+        assert all(torch.equal(a, b) for a, b in zip(scorer.model.parameters(), expected.parameters(), strict=True))
+        assert scorer.score([request()])[0][0] == pytest.approx(PolicyScorer(expected, 64.0).score([request()])[0][0])
+
+
+def staged(tensors, version, bucket_bytes=2000):
     """As a receiver leaves them: flat buckets of bytes."""
     described = [(name, "float32", tuple(tensor.shape)) for name, tensor in tensors]
     values = dict(tensors)
     received = []
-    for bucket in plan_buckets(described, 2000):
+    for bucket in plan_buckets(described, bucket_bytes):
         flat = torch.zeros(bucket.nbytes, dtype=torch.uint8)
         for slot in bucket.slots:
             flat[slot.offset : slot.offset + slot.nbytes] = values[slot.name].reshape(-1).view(torch.uint8)

@@ -23,6 +23,11 @@ REGISTRY = {  # name -> (module, what it measures, default repeats); imported wh
         "socket, admission, journal, packing, rejection; beside raw sockets and disk",
         3,
     ),
+    "learner": (
+        "tools.bench.learner",
+        "MoE layer, whole model, log-probabilities, publish; beside transformers, dense products, one broadcast",
+        5,
+    ),
     "store": ("tools.bench.store", "LMDB and SQLite as the journal's store, beside append + fdatasync", 5),
     "codec": ("tools.bench.codec", "encode + decode of 2,048-token trajectories", 15),
 }

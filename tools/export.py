@@ -1,0 +1,89 @@
+"""A checkpoint as a Hugging Face directory, while the run goes on or after it.
+
+::
+
+    python -m tools.export RUN_DIR                      the newest checkpoint, to RUN_DIR/export-STEP
+    python -m tools.export RUN_DIR --step 40 --out DIR --dtype bfloat16
+
+Reads one tensor at a time, whatever mesh wrote the checkpoint; the directory appears when it is whole.
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from common.config import load
+from common.errors import CheckpointError, CroupierError
+from learner.checkpoint import PREFIX, CheckpointReader, latest
+from learner.hf import files_of, save_hf
+from learner.layout import places
+from learner.model.config import ModelConfig
+from tools.console import make_console, print_error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m tools.export", description="A checkpoint to a model directory.")
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    parser.add_argument("--out", type=Path, help="the directory to make (default: RUN_DIR/export-STEP)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    given = parser.parse_args(arguments)
+    console = make_console()
+    try:
+        out = export(given.run_dir, given.step, given.out, getattr(torch, given.dtype))
+    except CroupierError as error:
+        print_error(console, error)
+        return 2
+    console.print(f"{out}: written; transformers and SGLang load it")
+    return 0
+
+
+def export(run_dir: Path, step: int | None, out: Path | None, dtype: torch.dtype) -> Path:
+    """Write the checkpoint of ``step`` (None: the newest) into ``out``; returns where it lies.
+
+    Raises :class:`CheckpointError` if there is none, or if ``out`` exists.
+    """
+    config = load(run_dir / "config.yaml")
+    directory = run_dir / "checkpoints"
+    path = latest(directory) if step is None else directory / f"{PREFIX}{step:08d}"
+    if path is None or not path.is_dir():
+        have = ", ".join(str(int(p.name.removeprefix(PREFIX))) for p in sorted(directory.glob(f"{PREFIX}*"))) or "none"
+        raise CheckpointError(
+            f"{run_dir}: no checkpoint of {'any step' if step is None else f'step {step}'}; has: {have}"
+        )
+    reader = CheckpointReader(path)
+    out = out or run_dir / f"export-{reader.state.step}"
+    if out.exists():
+        raise CheckpointError(f"{out}: exists already; name another directory with --out")
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        save_hf(_tensors(reader, Path(config.model.path), dtype), config.model.path, part)
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return out
+
+
+def _tensors(reader: CheckpointReader, model: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor: the trained ones from the checkpoint, frozen ones from the starting model."""
+    config = ModelConfig.from_hf_dir(model)
+    trained = reader.names()
+    where = {name: file for file, names in files_of(model).items() for name in names}
+    for place in places(config):
+        if place.name in trained:
+            yield place.name, reader.part("weight", place, 0, 1).to(dtype)
+        else:
+            with safe_open(model / where[place.name], framework="pt") as opened:
+                yield place.name, opened.get_tensor(place.name).to(dtype)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
