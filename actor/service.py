@@ -68,6 +68,7 @@ def make_engine(config: RunConfig) -> Engine:
         threads=config.actor.threads,
         record_experts=config.rollout.routing_replay,
         frozen=config.optim.freeze,
+        expert_bias=config.loss.expert_bias_rate > 0,
     )
 
 

@@ -41,7 +41,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "broker.journal_mb": (0, 1e9), "broker.retain_mb": (0, 1e9), "broker.queue_mb": (0, 1e9),
     "broker.score_timeout_s": (0.1, 1e6), "broker.peer_timeout_s": (0.1, 1e6), "broker.verify_rate": (0, 1),
     "actor.threads": (1, 4096), "actor.unacked_mb": (0.01, 1e9), "actor.wait_s": (0, 1e6),
-    "learner.logprob_mb": (0.0001, 1e6), "loss.router_z": (0, 1e3),
+    "learner.logprob_mb": (0.0001, 1e6), "loss.router_z": (0, 1e3), "loss.expert_bias_rate": (0, 1),
     "learner.pp": (1, 4096), "learner.dp_replicate": (1, 4096), "learner.dp_shard": (1, 4096), "learner.ep": (1, 4096),
     "learner.tp": (1, 4096), "learner.write_timeout_s": (0.1, 1e6),
     "learner.threads": (1, 4096), "learner.checkpoint_every": (0, 2**31),
@@ -190,6 +190,7 @@ class LossSection:
     weight_cap: float | None = None  # C; none is exact
     balance: float = 0.01  # coefficient of the load-balancing loss
     router_z: float = 0.0  # coefficient of the router's z-loss
+    expert_bias_rate: float = 0.0  # balances experts without a loss: their bias moves so much a step; 0: no bias
 
     def __post_init__(self) -> None:
         """Validate."""

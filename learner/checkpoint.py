@@ -188,6 +188,9 @@ def _pieces(model: Decoder, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]
                     f"{kind}|{name}|{part}|{begin - offset}",
                     tensor[begin - flat.range.start : end - flat.range.start],
                 )
+    for name, view in views(model).items():
+        if known[name].optional and known[name].owners(model.config, model.mesh) == [model.mesh.rank]:
+            yield f"weight|{name}|0/1|0", view
 
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -215,6 +218,9 @@ def load(path: Path, model: Decoder, optimizer: Optimizer, frozen: frozenset[str
             for kind, shard in (("weight", flat.master.data), *moments.items()):
                 whole = reader.part(kind, known[name], tp.rank, tp.size).reshape(-1)
                 shard[target].copy_(whole[begin - offset : end - offset])
+    for name, view in views(model).items():
+        if known[name].optional:
+            view.copy_(reader.part("weight", known[name], 0, 1))
     optimizer.set_steps(reader.state.updates, reader.state.skipped_updates)
     torch.set_rng_state(reader.rng(model.mesh.rank))
     return reader.state

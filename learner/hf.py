@@ -17,6 +17,7 @@ from torch import Tensor
 from common.errors import ModelError
 from learner.layout import Place, places, views
 from learner.mesh import Mesh
+from learner.model.config import ModelConfig
 from learner.model.decoder import Decoder
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -59,7 +60,7 @@ def load_hf(directory: str | Path, model: Decoder) -> None:
     config, mesh = model.config, model.mesh
     known = {place.name: place for place in places(config)}
     held = views(model)
-    waiting = set(known)
+    waiting = {name for name, place in known.items() if not place.optional}
     spare: Path | None = None  # where a tied head lies beside the embedding
     for file, names in sorted(files_of(directory).items()):
         try:
@@ -114,18 +115,28 @@ def copy_extras(source: str | Path, directory: str | Path) -> None:
             shutil.copyfile(file, directory / file.name)
 
 
-def save_hf(tensors: Iterable[tuple[str, Tensor]], source: str | Path, directory: str | Path) -> None:
+def save_hf(
+    tensors: Iterable[tuple[str, Tensor]], source: str | Path, directory: str | Path, config: ModelConfig | None = None
+) -> None:
     """Write a directory that transformers loads: weights from ``tensors``, all else from ``source``.
 
-    One file's worth is held at a time (SHARD_BYTES); the same weights give the same bytes. Raises
+    One file's worth is held at a time (SHARD_BYTES); the same weights give the same bytes. With
+    ``config`` the directory says whether its routers have a bias. Raises
     :class:`ModelError` if the disk does not take it.
     """
     directory = Path(directory)
     try:
         copy_extras(source, directory)
+        if config is not None and config.expert_bias:
+            _note_bias(directory / "config.json")
         _write(tensors, directory)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{directory}: cannot write the model ({error}); is the disk full?") from error
+
+
+def _note_bias(file: Path) -> None:
+    found = json.loads(file.read_text())
+    file.write_text(json.dumps({**found, "expert_bias": True}, indent=2) + "\n")
 
 
 def _write(tensors: Iterable[tuple[str, Tensor]], directory: Path) -> None:

@@ -28,6 +28,7 @@ class Place:
     layer: int  # or FIRST, LAST
     dim: int | None = None  # what tp cuts; None: every tp rank holds it whole
     expert: int | None = None
+    optional: bool = False  # zeros where a checkpoint has none; not trained by gradient; always float32
 
     def owners(self, config: ModelConfig, mesh: Mesh) -> list[int]:
         """The ranks that answer for it, in the order of its parts along ``dim``."""
@@ -96,6 +97,9 @@ def _layer_places(config: ModelConfig, layer: int) -> list[Place]:
             found.append(place("mlp.down_proj.bias", hidden))
         return found
     found.append(place("mlp.gate.weight", config.num_experts, hidden))
+    if config.expert_bias:
+        name = f"model.layers.{layer}.mlp.gate.e_score_correction_bias"
+        found.append(Place(name, (config.num_experts,), layer, optional=True))
     inner = config.moe_intermediate_size
     for expert in range(config.num_experts):
         found.append(place(f"mlp.experts.{expert}.gate_proj.weight", inner, hidden, expert=expert))
@@ -156,6 +160,8 @@ def _layer_views(layer: Layer) -> Iterator[tuple[str, Tensor]]:
 
 def _sparse_views(mlp: SparseMLP) -> Iterator[tuple[str, Tensor]]:
     yield "mlp.gate.weight", mlp.router.data
+    if mlp.bias is not None:
+        yield "mlp.gate.e_score_correction_bias", mlp.bias
     first = mlp.axis.rank * mlp.held
     for at, (gate_up, down) in enumerate(zip(mlp.gate_up.data.unbind(0), mlp.down.data.unbind(0), strict=True)):
         yield from _swiglu_views(f"mlp.experts.{first + at}.", gate_up, down)

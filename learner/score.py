@@ -306,7 +306,8 @@ def build_scorer(config: RunConfig) -> PolicyScorer:
     """This rank's share of the replica's model, loaded."""
     alone = config.replica.ep * config.replica.tp == 1
     mesh = Mesh({}, 0, pick_device()) if alone else Mesh.from_environment(config.replica)
-    model = Decoder(ModelConfig.from_hf_dir(config.model.path), mesh)
+    shape = ModelConfig.from_hf_dir(config.model.path).with_bias(config.loss.expert_bias_rate > 0)
+    model = Decoder(shape, mesh)
     model.to(device=mesh.device, dtype=getattr(torch, config.learner.dtype))
     model.prepare(compiled=config.learner.compile)
     load_hf(config.model.path, model)

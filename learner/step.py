@@ -52,6 +52,7 @@ class StepSettings:
     temperature: float
     micro_batch_tokens: int
     logprob_mb: float
+    expert_bias_rate: float = 0.0
     head_float32: bool = False
 
 
@@ -94,6 +95,8 @@ def train_step(
     grad_norm = optimizer.step()
     sums = model.mesh.sum_floats(dict(zip(SUMMED, work.sums.tolist(), strict=True)))
     counts = model.mesh.sum(work.counts)
+    if settings.expert_bias_rate > 0:
+        model.move_expert_bias(counts, settings.expert_bias_rate)
     metrics = _metrics(sums, counts, settings)
     metrics |= {"grad_norm": grad_norm, "lr": lr, "skipped_updates": float(optimizer.skipped)}
     return metrics, _fractions(counts, expert_fraction)

@@ -161,7 +161,7 @@ class Learner:
         if self.step == self.config.run.steps:
             tensors = WeightGather(self.model, EXPORT_BUCKET_BYTES).tensors()
             if self.mesh.rank == 0:
-                save_hf(tensors, self.config.model.path, self.config.run.path / "model")
+                save_hf(tensors, self.config.model.path, self.config.run.path / "model", self.model.config)
             else:
                 for _ in tensors:
                     pass
@@ -185,6 +185,7 @@ def settings_of(config: RunConfig) -> StepSettings:
         weight_cap=loss.weight_cap,
         balance=loss.balance,
         router_z=loss.router_z,
+        expert_bias_rate=loss.expert_bias_rate,
         temperature=config.rollout.temperature,
         micro_batch_tokens=config.learner.micro_batch_tokens,
         logprob_mb=config.learner.logprob_mb,
@@ -262,7 +263,8 @@ def run_learner(config: RunConfig, _name: str, stop: StopFlag) -> None:
 def build_model(config: RunConfig, mesh: Mesh) -> Decoder:
     """This rank's share of the model at ``model.path``, loaded."""
     learner = config.learner
-    model = Decoder(ModelConfig.from_hf_dir(config.model.path), mesh, recompute=learner.recompute)
+    shape = ModelConfig.from_hf_dir(config.model.path).with_bias(config.loss.expert_bias_rate > 0)
+    model = Decoder(shape, mesh, recompute=learner.recompute)
     model.to(device=mesh.device, dtype=getattr(torch, learner.dtype))
     model.prepare(compiled=learner.compile)
     load_hf(config.model.path, model)

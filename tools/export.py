@@ -65,21 +65,23 @@ def export(run_dir: Path, step: int | None, out: Path | None, dtype: torch.dtype
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        save_hf(_tensors(reader, Path(config.model.path), dtype), config.model.path, part)
+        shape = ModelConfig.from_hf_dir(config.model.path).with_bias(config.loss.expert_bias_rate > 0)
+        save_hf(_tensors(reader, shape, Path(config.model.path), dtype), config.model.path, part, shape)
         part.rename(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return out
 
 
-def _tensors(reader: CheckpointReader, model: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _tensors(
+    reader: CheckpointReader, config: ModelConfig, model: Path, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
     """Every tensor: the trained ones from the checkpoint, frozen ones from the starting model."""
-    config = ModelConfig.from_hf_dir(model)
     trained = reader.names()
     where = {name: file for file, names in files_of(model).items() for name in names}
     for place in places(config):
         if place.name in trained:
-            yield place.name, reader.part("weight", place, 0, 1).to(dtype)
+            yield place.name, reader.part("weight", place, 0, 1).to(torch.float32 if place.optional else dtype)
         else:
             with safe_open(model / where[place.name], framework="pt") as opened:
                 yield place.name, opened.get_tensor(place.name).to(dtype)

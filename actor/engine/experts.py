@@ -32,6 +32,36 @@ def use_lean_experts(model: Any) -> int:
     return bound
 
 
+BIAS = "e_score_correction_bias"
+
+
+def use_expert_bias(model: Any) -> dict[str, Tensor]:
+    """Give every router a bias that takes part in choosing experts and not in their weights (2408.15664).
+
+    Zeros, float32; returns them by checkpoint name. They then belong to the model's parameters, so
+    they are published like any other tensor.
+    """
+    found: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if _is_sparse(module):
+            bias = torch.nn.Parameter(torch.zeros(module.gate.num_experts), requires_grad=False)
+            module.gate.register_parameter(BIAS, bias)
+            module.gate.forward = MethodType(_biased_route, module.gate)
+            found[f"{name}.gate.{BIAS}"] = bias.data
+    return found
+
+
+def _biased_route(router: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """transformers' router with a bias on the choice: logits ``[N, E]``, gates ``[N, k]``, experts ``[N, k]``."""
+    logits_NE = F.linear(hidden_states.reshape(-1, router.hidden_dim), router.weight)
+    probs_NE = logits_NE.softmax(dim=-1, dtype=torch.float32)
+    experts_Nk = (probs_NE + router.e_score_correction_bias).topk(router.top_k, dim=-1).indices
+    gates_Nk = probs_NE.gather(1, experts_Nk)
+    if router.norm_topk_prob:
+        gates_Nk = gates_Nk / gates_Nk.sum(dim=-1, keepdim=True)
+    return logits_NE, gates_Nk.to(logits_NE.dtype), experts_Nk
+
+
 class ExpertRecorder:
     """Which experts the routers of ``model`` chose in its latest forward pass, by a hook on each."""
 

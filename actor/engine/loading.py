@@ -4,18 +4,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from actor.engine.experts import use_lean_experts
+from actor.engine.experts import use_expert_bias, use_lean_experts
 from common.errors import ModelError
 
 MODEL_TYPES = ("qwen3_moe", "qwen3", "qwen2", "llama")
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
-def load_model(directory: Path, max_length: int, dtype: torch.dtype) -> Any:
-    """Load from local files only. Raises ModelError for a directory that is missing, half written or unsupported."""
+def load_model(directory: Path, max_length: int, dtype: torch.dtype, expert_bias: bool = False) -> Any:
+    """Load from local files only; ``expert_bias`` gives routers one even if the directory has none.
+
+    Raises ModelError for a directory that is missing, half written or unsupported.
+    """
     for path in (directory, directory / "config.json"):
         if not path.exists():
             raise ModelError(f"{path}: not there; name a Hugging Face directory, or make one with tools.warmstart")
@@ -36,7 +40,17 @@ def load_model(directory: Path, max_length: int, dtype: torch.dtype) -> Any:
     _check_supported(model.config, directory, max_length)
     model.eval().requires_grad_(False)
     use_lean_experts(model)
+    if expert_bias or getattr(model.config, "expert_bias", False):
+        _load_bias(directory, use_expert_bias(model))
     return model
+
+
+def _load_bias(directory: Path, biases: dict[str, torch.Tensor]) -> None:
+    """What a directory that was exported with biases has of them; transformers does not know the name."""
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in set(opened.keys()) & set(biases):
+                biases[name].copy_(opened.get_tensor(name))
 
 
 def _check_supported(config: Any, directory: Path, max_length: int) -> None:

@@ -40,7 +40,8 @@ class LocalEngine:
 
     ``max_sequences`` decode together, each of at most ``max_length`` tokens, prompt included.
     ``threads`` sets this process's torch threads; with ``record_experts`` completions say which
-    experts read each token. Versions come without the tensors that ``frozen`` matches (``optim.freeze``).
+    experts read each token. Versions come without the tensors that ``frozen`` matches (``optim.freeze``);
+    ``expert_bias`` gives the routers one (``loss.expert_bias_rate``).
     Raises ModelError if the directory cannot be used.
     """
 
@@ -53,9 +54,10 @@ class LocalEngine:
         threads: int = 1,
         record_experts: bool = False,
         frozen: Sequence[str] = (),
+        expert_bias: bool = False,
     ) -> None:
         torch.set_num_threads(threads)
-        self._model = load_model(Path(model_dir), max_length, dtype)
+        self._model = load_model(Path(model_dir), max_length, dtype, expert_bias)
         self._frozen = tuple(frozen)
         self._recorder = _recorder(self._model, model_dir) if record_experts else None
         config = self._model.config

@@ -1,7 +1,7 @@
 """The architecture, read from a Hugging Face directory's config.json."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class ModelConfig:
     norm_topk_prob: bool = True
     decoder_sparse_step: int = 1
     mlp_only_layers: tuple[int, ...] = ()
+    expert_bias: bool = False  # a bias that chooses experts and weighs none (DeepSeek-V3, 2408.15664)
 
     def check(self, source: str) -> None:
         """Raises :class:`ModelError` with the numbers of sizes that contradict each other."""
@@ -57,6 +58,12 @@ class ModelConfig:
             raise ModelError(
                 f"{source}: num_experts_per_tok={self.num_experts_per_tok} is more than num_experts={self.num_experts}"
             )
+
+    def with_bias(self, wanted: bool) -> "ModelConfig":
+        """The same, with a bias on the experts if that is ``wanted`` or it has one; for sparse models only."""
+        if wanted and not self.num_experts:
+            raise ModelError("loss.expert_bias_rate: this model has no experts; set it to 0")
+        return replace(self, expert_bias=self.expert_bias or wanted)
 
     def is_sparse(self, layer: int) -> bool:
         """Whether ``layer`` has experts (transformers' rule)."""
@@ -133,6 +140,7 @@ def _sparse_part(hf: dict[str, Any], family: str) -> dict[str, Any]:
         "norm_topk_prob": bool(hf.get("norm_topk_prob", False)),
         "decoder_sparse_step": int(hf.get("decoder_sparse_step", 1)),
         "mlp_only_layers": tuple(hf.get("mlp_only_layers") or ()),
+        "expert_bias": bool(hf.get("expert_bias", False)),
     }
 
 

@@ -95,9 +95,19 @@ class Decoder(nn.Module):
             if isinstance(module, SparseMLP):
                 module.how = how
 
+    def move_expert_bias(self, counts_LE: Tensor, rate: float) -> None:
+        """After a step: every router's bias, by the whole batch's loads (algorithm 1 of 2408.15664)."""
+        for layer in self.layers.values():
+            assert isinstance(layer, Layer)
+            if isinstance(layer.mlp, SparseMLP):
+                layer.mlp.move_bias(counts_LE[layer.sparse_index], rate)
+
     def prepare(self, *, compiled: bool) -> None:
         """Choose what is fastest on the parameters' device; ``compiled`` takes torch.compile where it helps."""
         on_gpu = self.device.type == "cuda"
+        for module in self.modules():
+            if isinstance(module, SparseMLP) and module.bias is not None:
+                module.bias = module.bias.float()
         self.use_experts(ExpertSettings(grouped=on_gpu, compiled=compiled and not on_gpu))
         if compiled and on_gpu:
             for layer in self.layers.values():

@@ -82,6 +82,9 @@ class SparseMLP(nn.Module):
         self.router = nn.Parameter(torch.empty(self.experts, width))
         self.gate_up = nn.Parameter(torch.empty(self.held, 2 * inner, width))
         self.down = nn.Parameter(torch.empty(self.held, width, inner))
+        bias = torch.zeros(self.experts) if config.expert_bias else None
+        self.bias: Tensor | None
+        self.register_buffer("bias", bias)  # float32 whatever the weights are: it moves in small steps
         self.shared = SharedExpert(config) if config.shared_expert_intermediate_size else None
         self.how = ExpertSettings()
 
@@ -99,7 +102,8 @@ class SparseMLP(nn.Module):
     def _route(self, x_nC: Tensor, recorded_nk: Tensor | None) -> tuple[Tensor, Tensor, RouterStats]:
         logits_nE = F.linear(x_nC, self.router).float()
         probs_nE = logits_nE.softmax(dim=-1)
-        own_nk = chosen_nk = probs_nE.detach().topk(self.top_k, dim=-1).indices
+        merit_nE = probs_nE.detach() if self.bias is None else probs_nE.detach() + self.bias
+        own_nk = chosen_nk = merit_nE.topk(self.top_k, dim=-1).indices
         nothing = torch.zeros((), device=x_nC.device)
         replayed = rerouted = nothing
         if recorded_nk is not None:
@@ -114,6 +118,13 @@ class SparseMLP(nn.Module):
         counts_E = torch.bincount(own_nk.reshape(-1), minlength=self.experts)
         z_sum = logits_nE.logsumexp(dim=-1).square().sum()
         return gates_nk, chosen_nk, RouterStats(probs_nE.sum(dim=0), z_sum, counts_E, replayed, rerouted)
+
+    @torch.no_grad()
+    def move_bias(self, counts_E: Tensor, rate: float) -> None:
+        """Towards experts with less than the mean load, away from those with more (2408.15664, algorithm 1)."""
+        assert self.bias is not None, "built without a bias"
+        load_E = counts_E.float()
+        self.bias += rate * torch.sign(load_E.mean() - load_E)
 
     def _dispatch(self, x_nC: Tensor, gates_nk: Tensor, chosen_nk: Tensor) -> Tensor:
         assignment = Assignment.of(chosen_nk, self.experts)

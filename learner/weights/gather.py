@@ -33,7 +33,9 @@ class WeightGather:
         else:
             self.places = dict(sorted(self.places.items(), key=_stacked))
         dtype = str(model.dtype).removeprefix("torch.")
-        self.listing = [[name, dtype, list(place.shape)] for name, place in self.places.items()]
+        self.listing = [
+            [name, "float32" if place.optional else dtype, list(place.shape)] for name, place in self.places.items()
+        ]
         self.buckets = plan_buckets(self.listing, bucket_bytes)
 
     def __iter__(self) -> Iterator[tuple[Bucket, dict[str, Tensor]]]:
@@ -63,7 +65,8 @@ class WeightGather:
                 if owner == 0 and self.mesh.rank == 0:
                     parts.setdefault(name, []).append(self._views[name])
                 elif self.mesh.rank == 0:
-                    part = torch.empty(place.part_shape(len(owners)), dtype=self.model.dtype, device=self.mesh.device)
+                    dtype = torch.float32 if place.optional else self.model.dtype
+                    part = torch.empty(place.part_shape(len(owners)), dtype=dtype, device=self.mesh.device)
                     ops.append(dist.P2POp(dist.irecv, part, owner))
                     parts.setdefault(name, []).append(part)
                 elif owner == self.mesh.rank:

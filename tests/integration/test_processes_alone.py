@@ -1,6 +1,7 @@
 """Each process by itself: any order, killed and started again, and what it says when it cannot start."""
 
 import contextlib
+import json
 import shutil
 import signal
 import socket
@@ -14,7 +15,14 @@ from tools import export
 PARTS = ("broker", "learner", "replica-0", "actor-0")
 
 
-MESH = ("learner.tp=2", "replica.ep=2", "rollout.routing_replay=true", "run.steps=6", "evaluation.every=3")
+MESH = (
+    "learner.tp=2",
+    "replica.ep=2",
+    "rollout.routing_replay=true",
+    "loss.expert_bias_rate=0.001",
+    "run.steps=6",
+    "evaluation.every=3",
+)
 
 
 def test_any_order_will_do_and_a_learner_and_a_replica_of_two_ranks_each_do_their_part(tmp_path, model):
@@ -32,6 +40,7 @@ def test_any_order_will_do_and_a_learner_and_a_replica_of_two_ranks_each_do_thei
         assert all(0 <= s["routing_disagreement"] < 0.5 for s in learner)
         fleet.run.joinpath("config.yaml").write_text(fleet.file.read_text())
         assert export.main([str(fleet.run), "--out", str(tmp_path / "out")]) == 0
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["expert_bias"] is True
         for name in ("model.safetensors", "config.json", "tokenizer.json"):
             assert (tmp_path / "out" / name).read_bytes() == (fleet.run / "model" / name).read_bytes()
         assert export.main([str(fleet.run), "--step", "4"]) == 2

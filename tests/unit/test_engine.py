@@ -1,11 +1,14 @@
 """The engine against transformers itself: full forwards, ``generate``, and a chi-square of its samples."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from actor.engine.base import Completion, SampleRequest
@@ -228,6 +231,36 @@ def test_nothing_is_recorded_unless_asked_and_a_dense_model_cannot(models: dict[
     assert drain(engine)[0, 0].experts.shape == (7, 0)
     with pytest.raises(ModelError, match=r"routing_replay=true: .* no experts .*set rollout\.routing_replay=false"):
         LocalEngine(models["llama"], 1, MAX_LENGTH, record_experts=True)
+
+
+def test_a_bias_on_the_experts_chooses_them_and_is_swapped_in_and_loaded_again(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    plain = LocalEngine(models["qwen3_moe"], 4, MAX_LENGTH, record_experts=True)
+    engine = LocalEngine(models["qwen3_moe"], 4, MAX_LENGTH, record_experts=True, expert_bias=True)
+    asked = request(0, prompts(1)[0], temperature=0.0)
+
+    def run(engine: LocalEngine) -> Completion:
+        engine.add(asked)
+        return drain(engine)[0, 0]
+
+    before = run(plain)
+    assert np.array_equal(before.token_ids, run(engine).token_ids)  # zeros change nothing
+    tensors = {name: tensor.clone() for name, tensor in engine.weight_targets().items()}
+    biases = [name for name in tensors if name.endswith("e_score_correction_bias")]
+    assert biases and not set(biases) & set(plain.weight_targets())
+    for name in biases:
+        tensors[name][[0, 3]] = 9.0  # whatever the routers say
+    engine.swap(1, tensors)
+    after = run(engine)
+    fed = after.experts[:-1].reshape(-1, 2)
+    assert (np.sort(fed, axis=1) == [0, 3]).all()
+    shutil.copytree(models["qwen3_moe"], tmp_path / "with")
+    save_file({name: tensors[name] for name in biases}, tmp_path / "with" / "more.safetensors")
+    described = json.loads((tmp_path / "with" / "config.json").read_text())
+    (tmp_path / "with" / "config.json").write_text(json.dumps({**described, "expert_bias": True}))
+    again = LocalEngine(tmp_path / "with", 4, MAX_LENGTH)
+    assert np.array_equal(run(again).token_ids, after.token_ids)
 
 
 def test_swap_refuses_incomplete_or_foreign_weights_and_changes_nothing(models: dict[str, Path]) -> None:

@@ -32,6 +32,7 @@ MODELS = {
         **USUAL, "tie_word_embeddings": True, "shared_expert_intermediate_size": 12, "qkv_bias": True, "o_bias": True,
         "mlp_bias": True, "qk_norm": False, "norm_topk_prob": False, "mlp_only_layers": (0, 3),
     }),
+    "biased": ModelConfig(**USUAL, expert_bias=True),
     "dense": ModelConfig(**{**USUAL, "num_experts": 0, "num_experts_per_tok": 0, "mlp_only_layers": ()}),
 }  # fmt: skip
 LENGTHS = (5, 9, 3, 9, 7, 4, 8)
@@ -51,6 +52,7 @@ OTHERWISE = {  # name -> (model, case, more)
     "frozen_tied": ("tied_shared_biased", "even", {"frozen": HALF}),
     "recompute": ("moe", "empty_rank", {"recompute": True}),
     "dense": ("dense", "empty_rank", {}),
+    "bias": ("biased", "uneven", {"expert_bias_rate": 0.05}),
 }
 MESHES = {
     2: ({"tp": 2}, {"ep": 2}, {"dp_shard": 2}, {"dp_replicate": 2}, {"pp": 2}),
@@ -62,7 +64,7 @@ MESHES = {
 }  # fmt: skip
 
 PAIRS = MESHES[4][:4]
-RESUMED_MODELS = ("moe", "tied_shared_biased")
+RESUMED_MODELS = ("moe", "tied_shared_biased", "biased")
 RESUMED = {  # written on one mesh, read on the next
     2: ({"tp": 2}, {"pp": 2}, {"dp_shard": 2}),
     4: ({"tp": 2, "ep": 2}, {"pp": 2, "dp_shard": 2}, {"dp_replicate": 2, "ep": 2}, {"tp": 4}),
@@ -116,13 +118,15 @@ def model_of(config, mesh):
     for index, place in enumerate(places(config)):
         generator = torch.Generator().manual_seed(index)
         whole = torch.randn(place.shape, generator=generator) * 0.2 + (1.0 if len(place.shape) == 1 else 0.0)
+        if place.optional:
+            whole = torch.zeros(place.shape)
         if place.name in held:
             part = whole if place.dim is None else whole.chunk(mesh.tp.size, dim=place.dim)[mesh.tp.rank]
             held[place.name].copy_(part)
     return model
 
 
-def train(config, mesh, case, *, save=None, resume=None, frozen=(), recompute=False):
+def train(config, mesh, case, *, save=None, resume=None, frozen=(), recompute=False, expert_bias_rate=0.0):
     """Weights and metrics; ``save`` stops after the first step with a checkpoint there, ``resume`` goes on from one."""
     how, accepted, recorded = CASES[case]
     model = model_of(config, mesh)
@@ -139,6 +143,7 @@ def train(config, mesh, case, *, save=None, resume=None, frozen=(), recompute=Fa
     settings = StepSettings(
         anchor="behaviour", clip_low=0.2, clip_high=0.3, weight_cap=None, balance=0.05, router_z=0.01,
         temperature=0.9, micro_batch_tokens=18, logprob_mb=8 * 20 * 4 / 2**20,
+        expert_bias_rate=expert_bias_rate,
     )  # fmt: skip
     history = []
     sequences = split(how, mesh.data_ranks)[mesh.data_rank]
@@ -212,7 +217,7 @@ def trained(tmp_path_factory):
 @pytest.fixture(scope="module")
 def reference():
     torch.set_num_threads(1)
-    wanted = {(model, case) for world in MESHES for model, _, case in plan(world)}
+    wanted = {("biased", "even")} | {(model, case) for world in MESHES for model, _, case in plan(world)}
     return {(model, case): train(MODELS[model], single(), case) for model, case in sorted(wanted)}
 
 
@@ -248,6 +253,22 @@ def test_a_checkpoint_resumes_on_another_mesh_and_on_one_process(trained, refere
         assert set(found) == set(expected)
         for key, tensor in expected.items():
             assert torch.allclose(found[key], tensor, rtol=1e-5, atol=1e-5), key
+
+
+def test_a_bias_moves_against_the_load_and_changes_the_choice():
+    model = model_of(MODELS["biased"], single())
+    layer = model.layers["0"].mlp
+    layer.move_bias(torch.tensor([9, 3, 0, 4]), 0.1)
+    assert layer.bias.tolist() == pytest.approx([-0.1, 0.1, 0.1, 0.0])
+    x = torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
+    pack = model.pack(torch.zeros(50, dtype=torch.int64), [0, 50])
+    layer.bias.copy_(torch.tensor([5.0, 0.0, 0.0, 5.0]))  # whatever the router says
+    out, stats = layer(x, 0, pack)
+    assert stats.counts_E.tolist() == [50, 0, 0, 50]
+    pack.experts = torch.tensor([0, 3]).expand(50, 3, 2)
+    layer.bias.zero_()
+    replayed, _ = layer(x, 0, pack)
+    assert torch.allclose(out, replayed, atol=1e-6)  # the gates are the router's own
 
 
 def test_cases_are_what_they_say(reference):

@@ -1,0 +1,182 @@
+"""What only a GPU can show: bf16 beside transformers, grouped GEMM, NCCL, memory through the head, a short run.
+
+Run with ``make gpu`` (or, on a machine without this project's environment, as CONTRIBUTING.md says).
+Needs torch 2.11 and transformers 5.17 or newer; skips without a CUDA device.
+"""
+
+import itertools
+import socket
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+CUDA = torch.device("cuda", 0)
+SHAPE = {
+    "vocab_size": 1024, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "head_dim": 64, "num_experts": 16, "num_experts_per_tok": 4,
+    "moe_intermediate_size": 128, "norm_topk_prob": True, "max_position_embeddings": 1024,
+}  # fmt: skip
+LENGTHS = (200, 1, 77, 512, 33)
+OFFSETS = np.concatenate(([0], np.cumsum(LENGTHS)))
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    where = tmp_path_factory.mktemp("model")
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, initializer_range=0.05)).save_pretrained(where)
+    return where
+
+
+def decoder(directory, dtype, device=CUDA):
+    from learner.hf import load_hf
+    from learner.model.config import ModelConfig
+    from learner.model.decoder import Decoder
+
+    model = Decoder(ModelConfig.from_hf_dir(directory)).to(device=device, dtype=dtype)
+    model.prepare(compiled=False)
+    load_hf(directory, model)
+    return model
+
+
+def tokens():
+    return torch.randint(0, SHAPE["vocab_size"], (int(OFFSETS[-1]),), generator=torch.Generator().manual_seed(1)).to(
+        CUDA
+    )
+
+
+def test_bfloat16_is_no_further_from_float32_than_transformers_is(directory):
+    from transformers import AutoModelForCausalLM
+
+    ids = tokens()
+    with torch.no_grad():
+        exact = decoder(directory, torch.float32)
+        expected = exact.hidden(ids, OFFSETS) @ exact.head.T
+        ours = decoder(directory, torch.bfloat16)
+        found = (ours.hidden(ids, OFFSETS) @ ours.head.T).float()
+        hf = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).to(CUDA)
+        theirs = torch.cat([hf(ids[None, a:b]).logits[0].float() for a, b in itertools.pairwise(OFFSETS)])
+    our_error, their_error = ((x - expected).norm() / expected.norm() for x in (found, theirs))
+    assert our_error < 1.5 * their_error + 1e-3, (our_error, their_error)
+
+
+def test_a_grouped_product_is_what_taking_turns_gives(directory):
+    from learner.model.experts import ExpertSettings
+
+    results = []
+    for grouped in (False, True):
+        model = decoder(directory, torch.bfloat16)
+        model.use_experts(ExpertSettings(grouped=grouped))
+        hidden = model.hidden(tokens(), OFFSETS)
+        hidden.float().square().mean().backward()
+        results.append((hidden.detach().float(), [p.grad.float() for p in model.parameters() if p.grad is not None]))
+    assert (results[0][0] - results[1][0]).norm() / results[0][0].norm() < 0.02
+    for turn, group in zip(results[0][1], results[1][1], strict=True):
+        assert (turn - group).norm() / (turn.norm() + 1e-9) < 0.05
+
+
+def test_the_same_step_twice_gives_the_same_bits(directory):
+    """The combine adds in a fixed order; nothing in a layer races."""
+    grads = []
+    for _ in range(2):
+        model = decoder(directory, torch.bfloat16)
+        mlp = model.layers["0"].mlp
+        x = torch.randn(513, SHAPE["hidden_size"], generator=torch.Generator().manual_seed(2)).to(CUDA, torch.bfloat16)
+        x.requires_grad_()
+        out, _ = mlp(x, 0, model.pack(torch.zeros(513, dtype=torch.int64, device=CUDA), [0, 513]))
+        out.float().square().sum().backward()
+        grads.append((out.detach(), x.grad, mlp.gate_up.grad, mlp.down.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_way_through_the_head_takes_a_tenth_of_the_memory(dtype):
+    from learner.logprobs import Head, loss_through_head
+
+    n, width, vocab = 4096, 256, 151_936
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(n, width, generator=g).to(CUDA, dtype).requires_grad_()
+    weight = (torch.randn(vocab, width, generator=g) * 0.05).to(CUDA, dtype).requires_grad_()
+    targets = torch.randint(vocab, (n,), generator=g).to(CUDA)
+
+    def peak(run):
+        hidden.grad = weight.grad = None
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss = run()
+        loss.backward()
+        torch.cuda.synchronize()
+        return float(loss), torch.cuda.max_memory_allocated() - before, hidden.grad.float().clone()
+
+    def ours():
+        return loss_through_head(hidden, Head(weight, chunk_mb=128.0), targets, lambda logp, _: logp.sum())[0]
+
+    def naive():
+        return (hidden.float() @ weight.float().T).log_softmax(-1).gather(1, targets[:, None]).sum()
+
+    (ours_loss, ours_peak, ours_grad), (loss, naive_peak, grad) = peak(ours), peak(naive)
+    assert ours_peak < naive_peak / 10
+    assert ours_loss == pytest.approx(loss, rel=1e-3)
+    assert (ours_grad - grad).norm() / grad.norm() < (1e-4 if dtype is torch.float32 else 2e-2)
+
+
+def test_sums_on_the_gpu_are_those_on_the_host():
+    from common.weights import block_sums
+    from learner.weights.group import tensor_sums
+
+    data = torch.randint(0, 256, (3 * 2**20 + 48,), dtype=torch.uint8)
+    assert tensor_sums(data.to(CUDA)) == block_sums(data.numpy())
+
+
+def test_weights_go_round_an_nccl_group():
+    """One rank, as NCCL takes no GPU twice: the operations, their polling and the digest."""
+    import torch.distributed as dist
+
+    from learner.weights.group import WeightGroup
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    group = WeightGroup(store, 1, 0, 1, "nccl", 30.0, CUDA)
+    room = group.allocate(1 << 20)
+    room.random_(0, 255)
+    before = room.clone()
+    group.start(room).wait()
+    torch.cuda.synchronize()
+    assert torch.equal(room, before)
+    group.send_digest("00" * 16)
+    assert group.receive_digest() is not None
+    group.close()
+
+
+def test_a_short_run_in_bfloat16_learns(directory):
+    from common.config import OptimSection
+    from learner.optim import Optimizer
+    from learner.step import StepBatch, StepSettings, train_step
+
+    model = decoder(directory, torch.bfloat16)
+    optimizer = Optimizer(model, OptimSection(lr=3e-4), 20)
+    n = int(OFFSETS[-1])
+    on = torch.ones(n, dtype=torch.uint8, device=CUDA)
+    on[torch.from_numpy(OFFSETS[:-1])] = 0
+    log_q = torch.full((n,), -7.0, device=CUDA)
+    batch = StepBatch(
+        tokens(), OFFSETS.astype(np.int32), on, on, torch.ones(n, device=CUDA), log_q, log_q, log_q, n, n
+    )  # fmt: skip
+    settings = StepSettings(
+        anchor="behaviour", clip_low=0.2, clip_high=1e9, weight_cap=None, balance=0.01, router_z=0.001,
+        temperature=1.0, micro_batch_tokens=400, logprob_mb=64.0,
+    )  # fmt: skip
+    fraction, losses = model.uniform_expert_fraction(), []
+    for _ in range(8):
+        metrics, fraction = train_step(model, optimizer, batch, fraction, settings)
+        losses.append(metrics["policy_loss"])
+    assert losses[-1] < losses[0] - 0.1
+    assert optimizer.skipped == 0
