@@ -6,7 +6,7 @@ STAMP := $(VENV)/.croupier-stamp
 CONFIG ?= configs/quickstart.yaml
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test chaos lint format bench doctor clean .venv
+.PHONY: help demo test chaos gpu lint format bench doctor clean .venv
 
 help:  ## this list
 	@grep -hE '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z.]+):.*##/  make \1\t/'
@@ -38,6 +38,13 @@ test: lint  ## what CI runs: lint, then the fast tests
 
 chaos: $(STAMP)  ## processes killed and stopped at random, networks cut (ten minutes; networks need root)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m chaos $(ARGS)
+
+gpu: $(STAMP)  ## the checks that need a CUDA device
+	@$(BIN)/python -m pytest -q -m gpu tests/gpu $(ARGS)
+
+.gpu: $(STAMP)  ## what a lent machine (Python 3.12, torch, transformers) lacks; carry this folder and run gpu.sh there
+	@$(BIN)/pip install -q --target .gpu --python-version 3.12 --only-binary=:all: --no-deps -c constraints.txt \
+	    omegaconf PyYAML pyzmq msgpack pytest iniconfig pluggy packaging pygments rich markdown-it-py mdurl
 
 format: $(STAMP)  ## let ruff rewrite the files
 	@$(BIN)/ruff check --fix .

@@ -176,7 +176,11 @@ def test_a_later_token_and_a_neighbour_change_nothing(directories):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("how", [ExpertSettings(grouped=True), ExpertSettings(compiled=True)], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [ExpertSettings(grouped=True), pytest.param(ExpertSettings(compiled=True), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_experts_computed_otherwise_are_those_that_take_turns(directories, how):
     if how.compiled and shutil.which("g++") is None:
         pytest.skip("torch.compile needs a C++ compiler")

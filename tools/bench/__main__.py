@@ -16,14 +16,17 @@ def main(arguments: list[str] | None = None) -> int:
         description=f"benchmarks:\n{listing}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", choices=list(REGISTRY), metavar="NAME")
+    parser.add_argument("name", choices=[name for name in REGISTRY if name != "learner_gpu"], metavar="NAME")
     parser.add_argument("--json", action="store_true", help="one JSON object a row")
     parser.add_argument("--reps", type=int, help="repeats of each contestant")
+    parser.add_argument("--gpu", action="store_true", help="learner: the figures of a GPU instead")
     given = parser.parse_args(arguments)
+    if given.gpu and given.name != "learner":
+        parser.error("--gpu: only `learner` has figures of a GPU")
     if given.reps is not None and given.reps < 1:
         parser.error(f"--reps {given.reps}: at least 1")
     try:
-        rows = measure(given.name, given.reps)
+        rows = measure("learner_gpu" if given.gpu else given.name, given.reps)
     except CroupierError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

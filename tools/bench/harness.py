@@ -28,6 +28,7 @@ REGISTRY = {  # name -> (module, what it measures, default repeats); imported wh
         "MoE layer, whole model, log-probabilities, publish; beside transformers, dense products, one broadcast",
         5,
     ),
+    "learner_gpu": ("tools.bench.gpu", "MFU, memory and the MoE layer on a GPU: learner --gpu", 5),
     "store": ("tools.bench.store", "LMDB and SQLite as the journal's store, beside append + fdatasync", 5),
     "codec": ("tools.bench.codec", "encode + decode of 2,048-token trajectories", 15),
 }
