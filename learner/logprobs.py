@@ -126,10 +126,15 @@ class _Normal:
     scale: Tensor  # [n] turns this rank's exponentials into probabilities
     entropy: Tensor  # [n] nats
     maxima: Tensor | None  # [n, v/BLOCK] of this rank's logits, in blocks
+    asked: Tensor  # [n, k] log p in nats of the ids that were asked for
 
 
-def _normalise(logits: Tensor, head: Head, *, keep: bool, maxima: bool = False) -> _Normal:
-    """Normalises base-2 logits. With ``keep`` they become exponentials, see :attr:`_Normal.scale`."""
+def _normalise(logits: Tensor, asked: Tensor, head: Head, *, keep: bool, maxima: bool = False) -> _Normal:
+    """Normalises base-2 logits and finds log p at ``asked[n, k]``; two small all-reduces over tp.
+
+    With ``keep`` the logits become exponentials, see :attr:`_Normal.scale`.
+    """
+    found = _at(logits, asked, head)
     if head.compiled or logits.is_cuda:
         shift, sums, products, blocks = _sums_at_once(logits, keep, head.compiled)
     else:
@@ -137,9 +142,12 @@ def _normalise(logits: Tensor, head: Head, *, keep: bool, maxima: bool = False) 
     highest = max_over(shift.clone(), head.tp) if head.tp.size > 1 else shift
     away = shift - highest  # of this rank's zero from the common one
     factor = torch.exp2(away)
-    both = sum_over(torch.stack((sums * factor, (products + sums * away) * factor)), head.tp)
-    log_sum = both[0].log2()
-    return _Normal(highest + log_sum, factor / both[0], (log_sum - both[1] / both[0]) * LN_2, blocks)
+    mine = torch.stack((sums * factor, (products + sums * away) * factor), dim=1)
+    both = sum_over(torch.cat((mine, found), dim=1), head.tp)
+    total, log_sum = both[:, 0], both[:, 0].log2()
+    lse = highest + log_sum
+    entropy = (log_sum - both[:, 1] / total) * LN_2
+    return _Normal(lse, factor / total, entropy, blocks, (both[:, 2:] - lse[:, None]) * LN_2)
 
 
 _Sums = tuple[Tensor, Tensor, Tensor, Tensor | None]  # shift[n], sum 2^z, sum z 2^z with z = x - shift, block maxima
@@ -224,9 +232,8 @@ class _LossThroughHead(torch.autograd.Function):
         grad_head = torch.zeros(weight.shape, device=weight.device)
         for part in head.chunks(len(targets)):
             logits = product.logits(part)
-            at_target = sum_over(_at(logits, targets[part, None], head).squeeze(1), head.tp)
-            normal = _normalise(logits, head, keep=True)
-            logp[part], entropy[part] = (at_target - normal.lse) * LN_2, normal.entropy
+            normal = _normalise(logits, targets[part, None], head, keep=True)
+            logp[part], entropy[part] = normal.asked[:, 0], normal.entropy
             with torch.enable_grad():
                 own = logp[part].detach().requires_grad_()
                 share = per_token(own, part)
@@ -274,9 +281,8 @@ class _TokenLogprobs(torch.autograd.Function):
         entropy = torch.empty_like(logp)
         for part in head.chunks(len(targets)):
             logits = product.logits(part)
-            at_target = sum_over(_at(logits, targets[part, None], head).squeeze(1), head.tp)
-            normal = _normalise(logits, head, keep=False)
-            logp[part], entropy[part] = (at_target - normal.lse) * LN_2, normal.entropy
+            normal = _normalise(logits, targets[part, None], head, keep=False)
+            logp[part], entropy[part] = normal.asked[:, 0], normal.entropy
         ctx.save_for_backward(hidden, weight, targets)
         ctx.head = head
         ctx.mark_non_differentiable(entropy)
@@ -291,7 +297,7 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_head = torch.zeros(weight.shape, device=weight.device)
         for part in head.chunks(len(targets)):
             logits = product.logits(part)
-            scale = _normalise(logits, head, keep=True).scale
+            scale = _normalise(logits, targets[part, None], head, keep=True).scale
             _grad_logits(logits, scale, targets[part], grads[0][part] / head.temperature, head)
             product.back(logits, part, grad_hidden, grad_head)
         return grad_hidden, grad_head.to(weight.dtype), None, None
@@ -335,13 +341,12 @@ def score_tokens(hidden: Tensor, head: Head, targets: Tensor, ids: Tensor, top: 
 
 def score_logits(logits: Tensor, asked: Tensor, top: int, head: Head) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(log p[n, k] at asked[n, k], entropy[n], top ids[n, top], their log p)`` of base-2 logits."""
-    found = sum_over(_at(logits, asked, head), head.tp)
-    normal = _normalise(logits, head, keep=False, maxima=top > 0)
+    normal = _normalise(logits, asked, head, keep=False, maxima=top > 0)
     if top == 0:
-        nothing = found[:, :0]
-        return (found - normal.lse[:, None]) * LN_2, normal.entropy, nothing.long(), nothing
+        nothing = normal.asked[:, :0]
+        return normal.asked, normal.entropy, nothing.long(), nothing
     top_ids, best = _top(logits, normal.maxima, top, head)
-    return (found - normal.lse[:, None]) * LN_2, normal.entropy, top_ids, (best - normal.lse[:, None]) * LN_2
+    return normal.asked, normal.entropy, top_ids, (best - normal.lse[:, None]) * LN_2
 
 
 def _top(logits: Tensor, maxima: Tensor | None, top: int, head: Head) -> tuple[Tensor, Tensor]:

@@ -13,16 +13,20 @@ from torch import Tensor
 
 from learner.mesh import Axis
 
+# torch 2.13 gave these two new names and warns of the old ones; 2.11 has the old ones only.
+gather_into: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_into: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def _gather(x: Tensor, axis: Axis) -> Tensor:
     out = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x.contiguous(), group=axis.group)
+    gather_into(out, x.contiguous(), group=axis.group)
     return out
 
 
 def _reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
     out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=axis.group)
+    reduce_scatter_into(out, x.contiguous(), group=axis.group)
     return out
 
 

@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from learner.mesh import Axis
-from learner.parallel.collectives import sum_over
+from learner.parallel.collectives import gather_into, reduce_scatter_into, sum_over
 
 ALIGNMENT = 64  # elements; a shard starts at a multiple
 
@@ -77,7 +76,7 @@ class FlatParameters:
         sum_over(self.grads, sharing.partial)
         if sharing.shard.size > 1:
             self.own_grads = torch.empty(len(self.range), device=self.grads.device)
-            dist.reduce_scatter_tensor(self.own_grads, self.grads, group=sharing.shard.group)
+            reduce_scatter_into(self.own_grads, self.grads, group=sharing.shard.group)
         sum_over(self.own_grads, sharing.replicate)
 
     def squared_norm(self) -> Tensor:
@@ -91,7 +90,7 @@ class FlatParameters:
         if self.weights.dtype != torch.float32:
             self.weights[self._own].copy_(self.master)
         if self.sharing.shard.size > 1:
-            dist.all_gather_into_tensor(self.weights, self.weights[self._own].clone(), group=self.sharing.shard.group)
+            gather_into(self.weights, self.weights[self._own].clone(), group=self.sharing.shard.group)
 
 
 class _Into:

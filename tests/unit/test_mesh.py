@@ -142,7 +142,7 @@ def train(config, mesh, case, *, save=None, resume=None, frozen=(), recompute=Fa
         fraction, first = torch.tensor(state.expert_fraction), state.step
     settings = StepSettings(
         anchor="behaviour", clip_low=0.2, clip_high=0.3, weight_cap=None, balance=0.05, router_z=0.01,
-        temperature=0.9, micro_batch_tokens=18, logprob_mb=8 * 20 * 4 / 2**20,
+        temperature=0.9, micro_batch_tokens=30, logprob_mb=10 * 20 * 4 / 2**20,
         expert_bias_rate=expert_bias_rate,
     )  # fmt: skip
     history = []
