@@ -1,8 +1,13 @@
-"""Which device this process computes on."""
+"""Which device this process computes on, and how its host memory behaves."""
 
+import ctypes
 import os
+import sys
 
 import torch
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
+NEVER_TRIM = 0x7FFFFFFF
 
 
 def pick_device() -> torch.device:
@@ -10,3 +15,16 @@ def pick_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep what tensors free for the next ones; False where the C library knows no such thing.
+
+    By default every large tensor is mapped afresh and its pages are zeroed when they are first
+    touched: 27 ms for 64 MB, a tenth of a mixture-of-experts layer's time on a CPU. The process then
+    holds its peak.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, NEVER_TRIM))

@@ -32,7 +32,7 @@ from common.errors import CroupierError, DataError
 from common.link import connect
 from common.process import StopFlag
 from common.weights import StagedWeights, WeightReceiver, is_frozen
-from learner.device import pick_device
+from learner.device import keep_freed_memory, pick_device
 from learner.feed import check_ids, recorded_experts
 from learner.followers import IDLE, IDLE_S, SCORE, STOP, SWAP, Followers, Packed
 from learner.hf import load_hf
@@ -319,6 +319,7 @@ def build_scorer(config: RunConfig) -> PolicyScorer:
 
 def run_replica(config: RunConfig, name: str, stop: StopFlag) -> None:
     """Serve one run to its end."""
+    keep_freed_memory()
     torch.set_num_threads(config.replica.threads)
     scorer = build_scorer(config)
     try:

@@ -29,6 +29,7 @@ from common.link import BrokerLink, connect
 from common.process import StopFlag
 from learner import checkpoint
 from learner.checkpoint import CheckpointWriter, TrainingState
+from learner.device import keep_freed_memory
 from learner.feed import Feed, check_ids, recorded_experts
 from learner.freeze import freeze
 from learner.hf import load_hf, save_hf
@@ -251,6 +252,7 @@ def _connect(config: RunConfig, mesh: Mesh, version: int, run_id: str, stop: Sto
 
 def run_learner(config: RunConfig, _name: str, stop: StopFlag) -> None:
     """Train one run to its end on this rank."""
+    keep_freed_memory()
     torch.set_num_threads(config.learner.threads)
     torch.manual_seed(config.run.seed)
     mesh = Mesh.from_environment(config.learner)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
+from learner.device import keep_freed_memory
 from learner.model.config import ModelConfig
 from learner.model.decoder import Decoder
 from learner.model.experts import ExpertSettings
@@ -69,7 +70,8 @@ class Dense:
 
 
 def run(reps: int, device: torch.device = CPU) -> list[Row]:
-    """Tokens/s forward and backward, for both sizes and number formats."""
+    """Tokens/s forward and backward, for both sizes and number formats; memory kept, as the learner does."""
+    keep_freed_memory()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     rows = []
