@@ -308,7 +308,7 @@ class LearnerSection:
     logprob_mb: float = 256.0  # of float32 logits that exist at once
     head_float32: bool = False  # multiply by the head in float32 also where dtype is bfloat16
     recompute: bool = False  # activation checkpointing: keep each layer's input, compute the rest twice
-    compile: bool = False  # torch.compile for the layers; needs a C++ compiler on CPUs
+    compile: bool = False  # torch.compile between the large products; needs a C++ compiler on CPUs
     threads: int = 1
     checkpoint_every: int = 0  # steps; 0 writes only the final one
     checkpoint_keep: int = 2

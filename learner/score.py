@@ -60,12 +60,13 @@ class PolicyScorer:
         micro_batch_tokens: int = 1 << 30,
         frozen: Sequence[str] = (),
         head_float32: bool = False,
+        compiled: bool = False,
     ) -> None:
         self.model = model
         self.version = 0
         self.followers = Followers(model.mesh)
         self._logprob_mb, self._limit, self._frozen = logprob_mb, micro_batch_tokens, tuple(frozen)
-        self._head_float32 = head_float32
+        self._head_float32, self._compiled = head_float32, compiled
         self._adopter = Adopter(model.parameters(), views(model))
         self._adopted = False  # whether the parameters lie in memory that a receiver owns
         self._places = {place.name: place for place in places(model.config)}
@@ -123,7 +124,7 @@ class PolicyScorer:
     def run(self, packed: Packed) -> Scored:
         """The wanted tokens' scores, in order; micro-batch by micro-batch."""
         model, offsets = self.model, packed.cu_seqlens.numpy()
-        head = Head(model.head, packed.temperature, self._logprob_mb, model.mesh.tp, self._head_float32)
+        head = Head(model.head, packed.temperature, self._logprob_mb, model.mesh.tp, self._head_float32, self._compiled)
         log_p, at_ids = np.zeros(len(packed.at), np.float32), np.zeros(tuple(packed.ids.shape), np.float32)
         positions = packed.at.cpu().numpy()
         for first, last in micro_batches(offsets, self._limit):
@@ -313,7 +314,12 @@ def build_scorer(config: RunConfig) -> PolicyScorer:
     load_hf(config.model.path, model)
     learner = config.learner
     return PolicyScorer(
-        model, learner.logprob_mb, learner.micro_batch_tokens, config.optim.freeze, learner.head_float32
+        model,
+        learner.logprob_mb,
+        learner.micro_batch_tokens,
+        config.optim.freeze,
+        learner.head_float32,
+        learner.compile,
     )
 
 

@@ -54,6 +54,7 @@ class StepSettings:
     logprob_mb: float
     expert_bias_rate: float = 0.0
     head_float32: bool = False
+    compiled: bool = False
 
 
 # Added up over micro-batches and ranks; policy_loss explains the last seven.
@@ -157,7 +158,10 @@ class _Work:
             found.append(stats)
             return loss
 
-        head = Head(model.head, settings.temperature, settings.logprob_mb, model.mesh.tp, settings.head_float32)
+        head = Head(
+            model.head, settings.temperature, settings.logprob_mb, model.mesh.tp, settings.head_float32,
+            settings.compiled,
+        )  # fmt: skip
         loss, _, entropy = loss_through_head(model.whole(x, pack)[at - 1], head, pack.token_ids[at], per_token)
         scored = torch.tensor(float(len(at)), device=model.device)
         sums = {"policy": loss, "entropy": entropy.sum(), "scored": scored}

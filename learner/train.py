@@ -191,6 +191,7 @@ def settings_of(config: RunConfig) -> StepSettings:
         micro_batch_tokens=config.learner.micro_batch_tokens,
         logprob_mb=config.learner.logprob_mb,
         head_float32=config.learner.head_float32,
+        compiled=config.learner.compile,
     )
 
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from learner.mesh import Mesh, check_divides, single, spread
 from learner.model.attention import Attention, pad_rows
 from learner.model.config import ModelConfig
-from learner.model.experts import ExpertSettings
+from learner.model.experts import GROUPED_ALIGNMENT, ExpertSettings
 from learner.model.moe import DenseMLP, RouterStats, SparseMLP
 from learner.model.norm import RMSNorm
 from learner.model.packing import Pack, PackPlan
@@ -104,14 +104,12 @@ class Decoder(nn.Module):
 
     def prepare(self, *, compiled: bool) -> None:
         """Choose what is fastest on the parameters' device; ``compiled`` takes torch.compile where it helps."""
-        on_gpu = self.device.type == "cuda"
         for module in self.modules():
             if isinstance(module, SparseMLP) and module.bias is not None:
                 module.bias = module.bias.float()
-        self.use_experts(ExpertSettings(grouped=on_gpu, compiled=compiled and not on_gpu))
-        if compiled and on_gpu:
-            for layer in self.layers.values():
-                layer.compile(dynamic=True)
+        widths = (self.config.hidden_size, self.config.moe_intermediate_size)
+        aligned = all(width * self.dtype.itemsize % GROUPED_ALIGNMENT == 0 for width in widths)
+        self.use_experts(ExpertSettings(grouped=self.device.type == "cuda" and aligned, compiled=compiled))
 
     def uniform_expert_fraction(self) -> Tensor:
         """``[L, E]`` of an evenly loaded router: the balance loss starts from it."""

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LOG2_E = math.log2(math.e)
+GROUPED_ALIGNMENT = 16  # bytes: grouped GEMMs refuse rows whose stride is not a multiple
+Pair = tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor, Tensor]]]  # swiglu and its way back
 
 
 @dataclass
@@ -60,10 +62,9 @@ def run_experts(
     x_RC: Tensor, weights_A: Tensor, gate_up_E: Tensor, down_E: Tensor, assignment: Assignment, how: ExpertSettings
 ) -> Tensor:
     """``[R, C] -> [R, C]``: the weighted sum of each row's experts."""
-    if how.grouped:
-        return _grouped(x_RC, weights_A, gate_up_E, down_E, assignment)
     pair = _compiled_pair() if how.compiled else (swiglu, swiglu_back)
-    result: Tensor = _InTurn.apply(x_RC, weights_A, gate_up_E, down_E, assignment, pair)  # type: ignore[no-untyped-call]
+    way = _AllAtOnce if how.grouped else _InTurn
+    result: Tensor = way.apply(x_RC, weights_A, gate_up_E, down_E, assignment, pair)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -105,7 +106,7 @@ def _fused_back(grad: Tensor, both: Tensor, weight: Tensor) -> tuple[Tensor, Ten
 
 
 @cache
-def _compiled_pair() -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor, Tensor]]]:
+def _compiled_pair() -> Pair:
     return torch.compile(_fused, dynamic=True), torch.compile(_fused_back, dynamic=True)
 
 
@@ -129,7 +130,7 @@ class _InTurn(torch.autograd.Function):
         gate_up_E: Tensor,
         down_E: Tensor,
         assignment: Assignment,
-        pair: tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor, Tensor]]],
+        pair: Pair,
     ) -> Tensor:
         ends = assignment.counts_E.cumsum(0).tolist()
         pre = x_RC.new_empty((len(weights_A), gate_up_E.shape[1]))
@@ -207,10 +208,35 @@ def combine(out_AC: Tensor, assignment: Assignment) -> Tensor:
     return result
 
 
-def _grouped(x_RC: Tensor, weights_A: Tensor, gate_up_E: Tensor, down_E: Tensor, assignment: Assignment) -> Tensor:
-    ends_E = assignment.counts_E.cumsum(0).to(torch.int32)
-    rows = take_rows(x_RC, assignment)
-    gate, up = F.grouped_mm(rows, gate_up_E.transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
-    hidden = F.silu(gate) * up * weights_A[:, None]
-    out = F.grouped_mm(hidden, down_E.transpose(1, 2), offs=ends_E)
-    return combine(out, assignment)
+class _AllAtOnce(torch.autograd.Function):
+    """One grouped GEMM for each of the six products; ``pair`` does what lies between."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_RC: Tensor,
+        weights_A: Tensor,
+        gate_up_E: Tensor,
+        down_E: Tensor,
+        assignment: Assignment,
+        pair: Pair,
+    ) -> Tensor:
+        ends_E = assignment.counts_E.cumsum(0).to(torch.int32)
+        rows = x_RC.index_select(0, assignment.source_A)
+        pre = F.grouped_mm(rows, gate_up_E.transpose(1, 2), offs=ends_E)
+        out = F.grouped_mm(pair[0](pre, weights_A.detach()), down_E.transpose(1, 2), offs=ends_E)
+        ctx.save_for_backward(x_RC, weights_A, gate_up_E, down_E, pre, ends_E)
+        ctx.assignment, ctx.back = assignment, pair[1]
+        return sum_rows(out, assignment.inverse_Rk)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
+        x_RC, weights_A, gate_up_E, down_E, pre, ends_E = (tensor.detach() for tensor in ctx.saved_tensors)
+        source_A = ctx.assignment.source_A
+        grad = grads[0].index_select(0, source_A)
+        grad_hidden = F.grouped_mm(grad, down_E, offs=ends_E)
+        grad_both, hidden, grad_weights = ctx.back(grad_hidden, pre, weights_A)
+        grad_down = F.grouped_mm(grad.t(), hidden, offs=ends_E)
+        grad_gate_up = F.grouped_mm(grad_both.t(), x_RC.index_select(0, source_A), offs=ends_E)
+        grad_rows = F.grouped_mm(grad_both, gate_up_E, offs=ends_E)
+        return sum_rows(grad_rows, ctx.assignment.inverse_Rk), grad_weights, grad_gate_up, grad_down, None, None

@@ -68,6 +68,35 @@ def test_no_tokens_give_no_gradient():
     assert not weight.grad.any()
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_sums_are_the_same():
+    hidden, weight, targets = inputs()
+    ids = torch.arange(5).expand(N, 5)
+    plain, compiled = (
+        score_tokens(hidden, Head(weight, 0.9, compiled=c), targets, ids, top=7) for c in (False, True)
+    )  # fmt: skip
+    for name, value in vars(plain).items():
+        assert torch.allclose(value.float(), getattr(compiled, name).float(), atol=1e-5), name
+    losses = [
+        loss_through_head(hidden, Head(weight, compiled=c), targets, lambda logp, _: logp.sum())[0]
+        for c in (False, True)
+    ]
+    grads = [torch.autograd.grad(loss, (hidden, weight)) for loss in losses]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads, strict=True))
+
+
+def test_logits_far_from_zero_are_shifted_and_their_sums_are_the_same():
+    hidden, weight, targets = inputs()
+    weight = torch.cat((weight, torch.ones(V, 1)), dim=1).detach()
+    for offset in (-400.0, 0.0, 400.0):
+        moved = torch.cat((hidden, torch.full((N, 1), offset)), dim=1).detach()
+        logp, entropy = token_logprobs(moved, Head(weight), targets)
+        expected, expected_entropy = whole_softmax(hidden, weight[:, :-1], targets, 1.0)
+        assert torch.allclose(logp, expected, atol=2e-4)
+        assert torch.allclose(entropy, expected_entropy, atol=2e-3)
+
+
 def test_scores_at_alternatives_the_likeliest_and_the_rest():
     hidden, weight, targets = inputs()
     ids = torch.stack([torch.randperm(V, generator=torch.Generator().manual_seed(i))[:5] for i in range(N)])

@@ -84,10 +84,12 @@ def run(reps: int, device: torch.device = CPU) -> list[Row]:
 def _compare(tokens: int, dtype: torch.dtype, name: str, reps: int, device: torch.device) -> list[Row]:
     x = torch.randn(tokens, HIDDEN, dtype=dtype, device=device, requires_grad=True)
     weight = torch.randn(tokens, HIDDEN, dtype=dtype, device=device)
-    (mine, model), (fused, _), (grouped, _) = (
-        layer(how) for how in (ExpertSettings(), ExpertSettings(compiled=True), ExpertSettings(grouped=True))
-    )
-    for module in (mine, fused, grouped, model):
+    ways = (
+        ExpertSettings(), ExpertSettings(compiled=True),
+        ExpertSettings(grouped=True), ExpertSettings(grouped=True, compiled=True),
+    )  # fmt: skip
+    (mine, model), (fused, _), (grouped, _), (both, _) = (layer(how) for how in ways)
+    for module in (mine, fused, grouped, both, model):
         module.to(device=device, dtype=dtype)
     pack: Pack = model.pack(torch.zeros(tokens, dtype=torch.int64, device=device), [0, tokens])
     eager, fast = (theirs(kind).to(device=device, dtype=dtype) for kind in ("eager", "grouped_mm"))
@@ -108,6 +110,7 @@ def _compare(tokens: int, dtype: torch.dtype, name: str, reps: int, device: torc
     contestants = {
         "ours": lambda: timed(lambda x: mine(x, 0, pack), list(mine.parameters())),
         "ours, compiled": lambda: timed(lambda x: fused(x, 0, pack), list(fused.parameters())),
+        "ours, grouped and compiled": lambda: timed(lambda x: both(x, 0, pack), list(both.parameters())),
         "ours, grouped": lambda: timed(lambda x: grouped(x, 0, pack), list(grouped.parameters())),
         "transformers eager": lambda: timed(lambda x: eager(x[None]), list(eager.parameters())),
         "transformers grouped_mm": lambda: timed(lambda x: fast(x[None]), list(fast.parameters())),
