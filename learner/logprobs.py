@@ -379,12 +379,12 @@ def top_of_rows(x: Tensor, k: int, maxima: Tensor | None = None, block: int = BL
     if maxima is None:
         maxima = x[:, :whole].unflatten(1, (-1, block)).amax(dim=2)
     _, best = top_of_rows(maxima, k, None, FINE_BLOCK)
-    columns = (best[:, :, None] * block + torch.arange(block, device=x.device)).flatten(1)
-    if whole < width:
-        columns = torch.cat((columns, torch.arange(whole, width, device=x.device).expand(n, -1)), dim=1)
-        found = x.gather(1, columns)
-    else:  # whole blocks are rows of a table
+    if whole == width:  # blocks are rows of a table
         rows = best + torch.arange(n, device=x.device)[:, None] * maxima.shape[1]
         found = x.reshape(-1, block).index_select(0, rows.reshape(-1)).view(n, -1)
-    values, at = top_of_rows(found, k, None, FINE_BLOCK)
+        values, at = top_of_rows(found, k, None, FINE_BLOCK)
+        return values, best.gather(1, at // block) * block + at % block
+    columns = (best[:, :, None] * block + torch.arange(block, device=x.device)).flatten(1)
+    columns = torch.cat((columns, torch.arange(whole, width, device=x.device).expand(n, -1)), dim=1)
+    values, at = top_of_rows(x.gather(1, columns), k, None, FINE_BLOCK)
     return values, columns.gather(1, at)
