@@ -44,7 +44,7 @@ gpu: $(STAMP)  ## the checks that need a CUDA device
 
 .gpu: $(STAMP)  ## what a lent machine (Python 3.12, torch, transformers) lacks; carry this folder and run gpu.sh there
 	@$(BIN)/pip install -q --target .gpu --python-version 3.12 --only-binary=:all: --no-deps -c constraints.txt \
-	    omegaconf PyYAML pyzmq msgpack pytest iniconfig pluggy packaging pygments rich markdown-it-py mdurl
+	    omegaconf PyYAML pyzmq msgpack pytest pytest-timeout iniconfig pluggy packaging pygments rich markdown-it-py mdurl
 
 format: $(STAMP)  ## let ruff rewrite the files
 	@$(BIN)/ruff check --fix .

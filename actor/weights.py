@@ -22,6 +22,7 @@ class GroupCollective:
 
     def __init__(self, prepare: Prepare, deadline_s: float, device: torch.device) -> None:
         publish = prepare.publish
+        deadline_s += publish["seconds"]
         timeout = timedelta(seconds=deadline_s)
         self._device = device if publish["backend"] == "nccl" else torch.device("cpu")
         store = dist.TCPStore(publish["host"], publish["port"], is_master=False, timeout=timeout)

@@ -230,15 +230,17 @@ class WeightReceiver:
         except queue.Empty:
             return None
 
-    def applied(self, staged: StagedWeights, *, adopted: bool = False) -> None:
+    def applied(self, staged: StagedWeights, *, adopted: bool = False, copied: bool = False) -> None:
         """Tell the broker that ``staged`` is in use.
 
-        It was copied, and its memory may be used again; or it was ``adopted``: its memory is what
-        the model now runs on, until the next version takes its place.
+        ``adopted``: its memory is what the model now runs on, until another version takes its place.
+        ``copied``: the model now runs on memory of its own. Neither: the model had it already.
         """
+        if adopted or copied:
+            self._release(self._adopted)
+            self._adopted = None
         if adopted:
-            self._adopted, free = staged.arena, self._adopted
-            self._release(free)
+            self._adopted = staged.arena
         else:
             self._release(staged.arena)
         self._send(Applied(staged.epoch, staged.version, staged.digest))

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from common.errors import CheckpointError, DeadlineError
-from learner.layout import Place, places, views
+from learner.layout import BIAS, Place, places, views
 from learner.mesh import Mesh
 from learner.model.decoder import Decoder
 from learner.optim import Optimizer
@@ -205,7 +205,7 @@ def load(path: Path, model: Decoder, optimizer: Optimizer, frozen: frozenset[str
     """
     reader = CheckpointReader(path)
     known = {place.name: place for place in places(model.config)}
-    reader.check(known, {place.name for place in places(model.config)} - frozen)
+    reader.check(known, {place.name for place in places(model.config) if not place.optional} - frozen)
     tp = model.mesh.tp
     for flat in optimizer.flats:
         moments = optimizer.moments(flat)
@@ -219,7 +219,7 @@ def load(path: Path, model: Decoder, optimizer: Optimizer, frozen: frozenset[str
                 whole = reader.part(kind, known[name], tp.rank, tp.size).reshape(-1)
                 shard[target].copy_(whole[begin - offset : end - offset])
     for name, view in views(model).items():
-        if known[name].optional:
+        if known[name].optional and name in reader.names():
             view.copy_(reader.part("weight", known[name], 0, 1))
     optimizer.set_steps(reader.state.updates, reader.state.skipped_updates)
     torch.set_rng_state(reader.rng(model.mesh.rank))
@@ -259,8 +259,10 @@ class CheckpointReader:
         """Raises :class:`CheckpointError` unless these are the tensors that are trained now."""
         names = self.names()
         for name in sorted(names - set(known)):
+            if name.endswith(BIAS):
+                raise CheckpointError(f"{self.path}: {name}: set loss.expert_bias_rate above 0, as it was then")
             raise CheckpointError(f"{self.path}: {name}: no such tensor in model.path; it belongs to another model")
-        for name in sorted(names - trained):
+        for name in sorted(name for name in names - trained if not known[name].optional):
             raise CheckpointError(
                 f"{self.path}: {name} was trained and is frozen now; resume with the same optim.freeze"
             )

@@ -1,4 +1,7 @@
-"""Parameters that stay as they came: ``optim.freeze`` names them by patterns of tensor names."""
+"""Parameters that stay as they came: ``optim.freeze`` names them by patterns of tensor names.
+
+Biases of experts are no parameters: they move by ``loss.expert_bias_rate`` whatever is frozen.
+"""
 
 import re
 from collections.abc import Sequence
@@ -21,7 +24,7 @@ def freeze(model: Decoder, patterns: Sequence[str]) -> frozenset[str]:
     Raises :class:`ConfigError` for a pattern that matches nothing, or a part of tensors that are
     one parameter here (q, k and v; gate and up; the experts of a layer).
     """
-    names = [place.name for place in places(model.config)]
+    names = [place.name for place in places(model.config) if not place.optional]
     for pattern in patterns:
         if not any(is_frozen(name, (pattern,)) for name in names):
             raise ConfigError(f"optim.freeze: {pattern!r} matches no tensor; names look like {names[1]}")

@@ -16,6 +16,7 @@ from learner.model.config import ModelConfig
 from learner.model.decoder import Decoder, Layer
 from learner.model.moe import DenseMLP, SparseMLP
 
+BIAS = "mlp.gate.e_score_correction_bias"
 FIRST, LAST = -1, -2  # in place of a layer: with the embedding, with the head
 
 
@@ -98,7 +99,7 @@ def _layer_places(config: ModelConfig, layer: int) -> list[Place]:
         return found
     found.append(place("mlp.gate.weight", config.num_experts, hidden))
     if config.expert_bias:
-        name = f"model.layers.{layer}.mlp.gate.e_score_correction_bias"
+        name = f"model.layers.{layer}.{BIAS}"
         found.append(Place(name, (config.num_experts,), layer, optional=True))
     inner = config.moe_intermediate_size
     for expert in range(config.num_experts):
@@ -161,7 +162,7 @@ def _layer_views(layer: Layer) -> Iterator[tuple[str, Tensor]]:
 def _sparse_views(mlp: SparseMLP) -> Iterator[tuple[str, Tensor]]:
     yield "mlp.gate.weight", mlp.router.data
     if mlp.bias is not None:
-        yield "mlp.gate.e_score_correction_bias", mlp.bias
+        yield BIAS, mlp.bias
     first = mlp.axis.rank * mlp.held
     for at, (gate_up, down) in enumerate(zip(mlp.gate_up.data.unbind(0), mlp.down.data.unbind(0), strict=True)):
         yield from _swiglu_views(f"mlp.experts.{first + at}.", gate_up, down)

@@ -178,7 +178,11 @@ def _sums_in_cache(logits: Tensor, keep: bool, maxima: bool) -> _Sums:
             e = torch.exp2(z, out=room[: len(z)])
         else:
             shift.copy_(top)
-            e = torch.sub(z, top[:, None], out=room[: len(z)]).exp2_()
+            if keep:
+                z.sub_(top[:, None])
+            else:
+                z = z - top[:, None]
+            e = torch.exp2(z, out=room[: len(z)])
         torch.sum(e, dim=1, out=sums)
         if len(z) <= FEW_ROWS:
             for row in range(len(z)):
@@ -187,7 +191,7 @@ def _sums_in_cache(logits: Tensor, keep: bool, maxima: bool) -> _Sums:
             torch.sum(z * e, dim=1, out=products)
         if keep:
             z.copy_(e)
-    return out[0], out[1], out[2] - out[0] * out[1], blocks
+    return out[0], out[1], out[2], blocks
 
 
 def _sums_at_once(logits: Tensor, keep: bool, compiled: bool) -> _Sums:

@@ -252,16 +252,17 @@ class ReplicaService:
 
     def _swap(self) -> None:
         while (staged := self.receiver.staged()) is not None:
-            adopted = False
+            adopted = copied = False
             try:
                 if staged.version != self.scorer.version:
                     adopted = self.scorer.swap(staged)
+                    copied = not adopted
             except CroupierError as error:
                 log.error("version %d cannot be used: %s", staged.version, error)
                 self.receiver.failed(staged, str(error))
                 continue
             self.link.set_version(staged.version)
-            self.receiver.applied(staged, adopted=adopted)
+            self.receiver.applied(staged, adopted=adopted, copied=copied)
 
     def _answer(self) -> None:
         """Score what waits, as much of it as one batch takes."""

@@ -5,6 +5,7 @@
     micro-batches -> pipeline(stage -> head -> loss -> backward) -> reduce -> clip -> AdamW
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -96,7 +97,7 @@ def train_step(
     grad_norm = optimizer.step()
     sums = model.mesh.sum_floats(dict(zip(SUMMED, work.sums.tolist(), strict=True)))
     counts = model.mesh.sum(work.counts)
-    if settings.expert_bias_rate > 0:
+    if settings.expert_bias_rate > 0 and math.isfinite(grad_norm):
         model.move_expert_bias(counts, settings.expert_bias_rate)
     metrics = _metrics(sums, counts, settings)
     metrics |= {"grad_norm": grad_norm, "lr": lr, "skipped_updates": float(optimizer.skipped)}

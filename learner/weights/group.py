@@ -96,6 +96,7 @@ def join(prepare: Prepare, deadline_s: float, device: torch.device) -> WeightGro
     """A receiver joins the group that ``prepare`` describes."""
     publish = prepare.publish
     store = dist.TCPStore(publish["host"], publish["port"], is_master=False, timeout=timedelta(seconds=deadline_s))
+    deadline_s += publish["seconds"]
     return WeightGroup(store, prepare.epoch, prepare.rank, prepare.world, publish["backend"], deadline_s, device)
 
 
@@ -106,11 +107,14 @@ class Adopter:
         """``named`` are the model's tensors, each a view of a parameter."""
         views = sorted((view.data_ptr(), name) for name, view in named.items())
         addresses = [address for address, _ in views]
+        self._others = dict(named)  # what lies in no parameter: buffers, which are small and copied
         self._homes: list[tuple[torch.nn.Parameter, list[tuple[str, int]]]] = []
         for parameter in parameters:
             start = parameter.data_ptr()
             inside = views[bisect_left(addresses, start) : bisect_left(addresses, start + parameter.nbytes)]
             self._homes.append((parameter, [(name, address - start) for address, name in inside]))
+            for _, name in inside:
+                del self._others[name]
 
     @torch.no_grad()
     def adopt(self, staged: StagedWeights) -> bool:
@@ -136,6 +140,11 @@ class Adopter:
             found.append((parameter, first.as_strided(parameter.shape, parameter.stride())))
         for parameter, home in found:
             parameter.data = home
+        for name, buffer in self._others.items():
+            if name in where:
+                _, slot, flat = where[name]
+                part = flat[slot.offset : slot.offset + slot.nbytes].view(getattr(torch, slot.dtype))
+                buffer.copy_(part.view(slot.shape))
         return True
 
 

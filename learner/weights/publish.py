@@ -67,7 +67,7 @@ class WeightPublisher:
         """
         began = time.perf_counter()
         listing = weights.listing
-        seconds = sum(bucket.nbytes for bucket in weights.buckets) / self._least_bytes_s
+        seconds = self._seconds(weights)
         offer = Publish(version, self._host, self._store.port, self._backend, self.bucket_bytes, listing, seconds)
         self._send(offer)
         waited = BROKER_ATTEMPTS * (self._deadline_s + seconds)
@@ -91,12 +91,17 @@ class WeightPublisher:
             "(weights.deadline_s, weights.least_mb_s); its log names the receiver that it waits for"
         )
 
+    def _seconds(self, weights: Snapshot) -> float:
+        """What the size may take."""
+        return sum(bucket.nbytes for bucket in weights.buckets) / self._least_bytes_s
+
     def _collective(self, go: Go, weights: Snapshot, began: float) -> bool:
         try:
             if self._group is None or self._group[0] != go.epoch:
                 self._close_group()
                 world = len(go.members) + 1
-                group = WeightGroup(self._store, go.epoch, 0, world, self._backend, self._deadline_s, self._device)
+                deadline_s = self._deadline_s + self._seconds(weights)
+                group = WeightGroup(self._store, go.epoch, 0, world, self._backend, deadline_s, self._device)
                 self._group = (go.epoch, group)
             digest = self._broadcast(self._group[1], weights)
             self._group[1].send_digest(digest)

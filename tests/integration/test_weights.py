@@ -157,7 +157,7 @@ def test_memory_is_used_again_once_its_version_is_copied_or_replaced(relay):
         staged = take(receiver)
         assert_holds(staged, version)
         homes.append(staged.arena.data_ptr())
-        receiver.applied(staged, adopted=keeps)
+        receiver.applied(staged, adopted=keeps, copied=not keeps)
         assert_holds(staged, version)  # untouched until the next one comes
     assert homes[0] != homes[1] and homes[2] == homes[0]  # the first was free when the second took its place
     assert len(set(homes)) == 2

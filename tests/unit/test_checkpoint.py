@@ -14,6 +14,7 @@ from learner import checkpoint
 from learner.checkpoint import CheckpointWriter, TrainingState
 from learner.freeze import freeze
 from learner.hf import hf_tensors
+from learner.layout import BIAS
 from learner.mesh import single
 from learner.model.decoder import Decoder
 from learner.optim import Optimizer
@@ -213,6 +214,33 @@ def test_freezing_something_else_on_resume_is_refused(tmp_path):
         where = tmp_path if patterns else tmp_path / "less"
         with pytest.raises(CheckpointError, match=words):
             checkpoint.load(checkpoint.latest(where), model, optimizer, names)
+
+
+def test_biases_of_experts_are_kept_whatever_is_frozen_and_may_be_new(tmp_path):
+    def made(bias):
+        torch.manual_seed(0)
+        model = Decoder(dataclasses.replace(CONFIG, expert_bias=bias))
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        names = freeze(model, ("model.layers.0.*",))
+        return model, Optimizer(model, OPTIM, STEPS), names
+
+    for bias, directory in ((True, tmp_path / "with"), (False, tmp_path / "without")):
+        model, optimizer, _ = made(bias)
+        if bias:
+            model.layers["0"].mlp.bias.fill_(0.25)
+        write(writer := writer_of(directory), model, optimizer, 1)
+        writer.wait()
+    model, optimizer, names = made(True)
+    assert not any(name.endswith(BIAS) for name in names)
+    checkpoint.load(checkpoint.latest(tmp_path / "with"), model, optimizer, names)
+    assert model.layers["0"].mlp.bias.tolist() == [0.25] * 4
+    model, optimizer, names = made(True)
+    checkpoint.load(checkpoint.latest(tmp_path / "without"), model, optimizer, names)
+    assert not model.layers["0"].mlp.bias.any()
+    model, optimizer, names = made(False)
+    with pytest.raises(CheckpointError, match=r"correction_bias: set loss\.expert_bias_rate above 0"):
+        checkpoint.load(checkpoint.latest(tmp_path / "with"), model, optimizer, names)
 
 
 def frozen_optimizer(model):

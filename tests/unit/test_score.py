@@ -1,5 +1,7 @@
 """The policy replica's scorer: what it says is the model's own log-probability, under the version it names."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,8 @@ from common import wire
 from common.errors import DataError
 from common.weights import StagedWeights, plan_buckets
 from learner.hf import hf_tensors
-from learner.layout import views
+from learner.layout import BIAS, views
+from learner.model.decoder import Decoder
 from learner.score import PolicyScorer
 from tests.unit.test_step import CONFIG, model_of
 
@@ -128,24 +131,34 @@ def test_a_swap_takes_every_tensor_or_none():
 
 def test_a_version_that_arrived_in_the_models_own_order_is_adopted_and_left_again():
     """Swaps by pointer, then by copy, then by pointer; and nobody runs on memory that was given back."""
-    scorer = PolicyScorer(model_of(0), 64.0)
+
+    def biased(seed):
+        torch.manual_seed(seed)
+        model = Decoder(dataclasses.replace(CONFIG, expert_bias=True))
+        for tensor in views(model).values():
+            torch.nn.init.normal_(tensor, std=0.2)
+        return model
+
+    scorer = PolicyScorer(biased(0), 64.0)
 
     def stacked(model):
         held = views(model)
         for parameter in model.parameters():
             inside = [n for n in held if held[n].untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()]
             yield from ((n, held[n]) for n in sorted(inside, key=lambda n: held[n].data_ptr()))
+        yield from ((n, held[n]) for n in held if n.endswith(BIAS))
 
-    first, second, third = (staged(list(stacked(model_of(seed))), seed, 1 << 30) for seed in (1, 2, 3))
-    apart = staged(list(hf_tensors(model_of(4))), 4)
+    first, second, third = (staged(list(stacked(biased(seed))), seed, 1 << 30) for seed in (1, 2, 3))
+    apart = staged(list(hf_tensors(biased(4))), 4)
     previous = None
     for given, adopted in ((first, True), (second, True), (apart, False), (third, True)):
         assert scorer.swap(given) is adopted
-        expected = model_of(given.version)
+        expected = biased(given.version)
         if previous is not None:
             previous.buckets[0][1].zero_()  # the receiver writes the next version there
         previous = given
-        assert all(torch.equal(a, b) for a, b in zip(scorer.model.parameters(), expected.parameters(), strict=True))
+        ours, theirs = views(scorer.model), views(expected)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
         assert scorer.score([request()])[0][0] == pytest.approx(PolicyScorer(expected, 64.0).score([request()])[0][0])
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from learner.device import keep_freed_memory
 from learner.hf import load_hf
 from learner.logprobs import Head, loss_through_head
 from learner.model.config import ModelConfig
@@ -26,7 +27,8 @@ CONFIG = {
 
 
 def run(reps: int) -> list[Row]:
-    """Ours and both of transformers' expert implementations, padded."""
+    """Ours and both of transformers' expert implementations, padded; memory kept, as the learner does."""
+    keep_freed_memory()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     lengths = np.random.default_rng(0).lognormal(np.log(MEDIAN), SIGMA, SEQUENCES).clip(8, LONGEST).astype(int)
