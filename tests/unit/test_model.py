@@ -337,6 +337,28 @@ def test_weights_of_another_shape_are_refused_by_name(directories):
         load_hf(directories["moe"], deeper)
 
 
+def test_a_full_disk_or_a_file_in_the_way_is_named(directories, tmp_path):
+    source = next(iter(directories.values()))
+    (tmp_path / "out").write_text("in the way")
+    with pytest.raises(ModelError, match=r"out: cannot write the model .*is the disk full"):
+        save_hf(hf_tensors(ours(source)), source, tmp_path / "out")
+
+
+def test_a_tied_head_that_is_not_the_embedding_and_contradicting_sizes_are_refused(directories, tmp_path):
+    shutil.copytree(directories["moe"], tmp_path / "tied")
+    described = json.loads((tmp_path / "tied" / "config.json").read_text())
+    (tmp_path / "tied" / "config.json").write_text(json.dumps({**described, "tie_word_embeddings": True}))
+    with pytest.raises(ModelError, match=r"lm_head\.weight is not model\.embed_tokens\.weight.*tie_word_embeddings"):
+        ours(tmp_path / "tied")
+    for change, words in (
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok=9 is more than num_experts=8"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
+        ({"hidden_size": None}, "a size is not a number"),
+    ):
+        with pytest.raises(ModelError, match=words):
+            ModelConfig.from_dict({**described, **change}, "config.json")
+
+
 def test_a_trained_directory_is_nobody_s_to_replace(directories, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(next(iter(directories.values())), source)
