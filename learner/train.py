@@ -77,8 +77,9 @@ class Learner:
         while self.step < config.run.steps:
             began = time.perf_counter()
             shard = feed.fetch(self.step, other)
-            if mesh.max_int(shard is None):
-                break  # one of us was told to stop, so all of us do
+            if mesh.max_int(shard is None):  # one of us was told to stop, so all of us do
+                self.stop.set("another rank was told to stop")
+                break
             assert shard is not None
             fetched = time.perf_counter()
             batch = to_batch(shard, mesh.device, self.model.config)

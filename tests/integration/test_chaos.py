@@ -17,6 +17,7 @@ import zmq
 from broker.journal import Journal
 from common.config import load
 from tests.integration.fleet import ROOT, Fleet, environment
+from tools.processes import descendants
 from tools.replay import verify
 
 PARTS = ("broker", "learner", "replica-0", "actor-0", "actor-1")
@@ -120,3 +121,36 @@ def test_a_full_disk_and_peers_that_say_nothing_or_nonsense_lose_nothing(tmp_pat
         assert [fleet.wait(name) for name in PARTS[:-1]] == [0] * 4, fleet.words()
         assert fleet.status()["bad_messages"]["WireError"] > 10
         assert_nothing_lost_nothing_twice(fleet)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_a_learner_on_a_mesh_is_killed_and_goes_on_on_another(tmp_path, model):
+    """tp=2, killed; then pp=2 from its checkpoint, with the shards that the broker serves again."""
+    with Fleet(tmp_path, model, "run.steps=24", "learner.tp=2", *QUICK) as fleet:
+        for name in ("broker", "replica-0", "actor-0"):
+            start(fleet, name)
+        fleet.start("learner", ranks=2)
+        fleet.wait_for_step(5)
+        ranks = descendants(fleet.running["learner"].pid)  # torchrun gives them sessions of their own
+        fleet.kill("learner")
+        for pid in ranks:
+            os.kill(pid, signal.SIGKILL)
+        fleet.start("learner", "learner.tp=1", "learner.pp=2", "learner.resume=true", ranks=2)
+        assert [fleet.wait(name, 100) for name in ("learner", "broker")] == [0, 0], fleet.words()
+        assert_nothing_lost_nothing_twice(fleet)
+        assert (fleet.run / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_when_one_rank_is_told_to_stop_all_of_them_do(tmp_path, model):
+    with Fleet(tmp_path, model, "run.steps=5000", "learner.dp_shard=2", *QUICK) as fleet:
+        for name in ("broker", "replica-0", "actor-0"):
+            start(fleet, name)
+        launcher = fleet.start("learner", ranks=2)
+        fleet.wait_for_step(3)
+        ranks = sorted(descendants(launcher.pid))
+        assert len(ranks) == 2
+        os.kill(ranks[-1], signal.SIGTERM)
+        assert fleet.wait("learner", 40) == 0, fleet.words()
