@@ -14,7 +14,7 @@ travels once and no expert is cut.
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -213,12 +213,3 @@ def spread(total: int, parts: int, index: int) -> tuple[int, int]:
     each, more = divmod(total, parts)
     first = index * each + min(index, more)
     return first, first + each + int(index < more)
-
-
-def check_divides(model: str, sizes: Iterable[tuple[str, int, str, int]]) -> None:
-    """(what, its number, axis, its size): :class:`ConfigError` for the first that does not divide."""
-    for what, number, axis, size in sizes:
-        if number % size:
-            raise ConfigError(
-                f"{model}: {what}={number} is not a multiple of {axis}={size}; choose another {axis} for this model"
-            )

@@ -181,7 +181,7 @@ def check_run(config: str, overrides: list[str]) -> list[Finding]:
         from common.routing import read_routing
     except ImportError as error:
         return [Finding("run file", "missing", f"cannot be read yet: {error}", INSTALL)]
-    from tools.preflight import check_address, check_model
+    from tools.preflight import check_address, check_meshes, check_model
     from tools.stamp import ModelState, model_state
 
     try:
@@ -208,6 +208,8 @@ def check_run(config: str, overrides: list[str]) -> list[Finding]:
             Finding("model", "note", f"{path}: {model_state(run)}", "tools.launch makes it (tools.warmstart)"),
         ]
     findings.append(attempt("model", str(path), lambda: check_model(path)))
+    if run.learner.ranks * run.replica.ep * run.replica.tp > 1:
+        findings.append(attempt("meshes", "learner's and replica's divide the model", lambda: check_meshes(run)))
     if run.rollout.routing_replay:
         findings.append(attempt("routing replay", "the model has experts", lambda: read_routing(run)))
     return findings

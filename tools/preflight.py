@@ -6,6 +6,7 @@ import re
 import socket
 from pathlib import Path
 
+from common.config import RunConfig
 from common.errors import ConfigError, ModelError
 
 TCP = re.compile(r"tcp://(?P<host>\[[^\]]+\]|[^:]+):(?P<port>\d+)")
@@ -59,6 +60,21 @@ def _check_ipc(address: str) -> None:
         except OSError:
             return  # nothing there, or a socket file that its owner left behind: the broker replaces it
     raise _in_use(address)
+
+
+def check_meshes(config: RunConfig) -> None:
+    """Raise :class:`ConfigError` if the learner's or the replica's mesh does not divide the model.
+
+    Looks at config.json alone; costs nothing where there is one process each.
+    """
+    learner, replica = config.learner, config.replica
+    sizes = {"learner": {"pp": learner.pp, "ep": learner.ep, "tp": learner.tp}, "replica": vars(replica)}
+    if learner.ranks * replica.ep * replica.tp > 1:
+        from learner.model.config import ModelConfig  # torch, which starting one process each need not import
+
+        model = ModelConfig.from_hf_dir(config.model.path)
+        for whose, mesh in sizes.items():
+            model.check_mesh(mesh, whose)
 
 
 def check_model(path: Path) -> None:

@@ -1,11 +1,12 @@
 """The architecture, read from a Hugging Face directory's config.json."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from common.errors import ModelError
+from common.errors import ConfigError, ModelError
 from learner.model.rope import RopeConfig
 
 # Family -> what it has that its configuration does not say.
@@ -57,6 +58,28 @@ class ModelConfig:
         if self.num_experts_per_tok > self.num_experts:
             raise ModelError(
                 f"{source}: num_experts_per_tok={self.num_experts_per_tok} is more than num_experts={self.num_experts}"
+            )
+
+    def check_mesh(self, sizes: Mapping[str, int], whose: str = "learner") -> None:
+        """Raises :class:`ConfigError` with the numbers if a mesh of these ``sizes`` does not divide the model."""
+        pp, ep, tp = (sizes.get(axis, 1) for axis in ("pp", "ep", "tp"))
+        wanted = [
+            ("num_attention_heads", self.num_attention_heads, "tp", tp),
+            ("num_key_value_heads", self.num_key_value_heads, "tp", tp),
+            ("vocab_size", self.vocab_size, "tp", tp),
+        ]
+        if len(self.sparse_layers) < self.num_hidden_layers:
+            wanted.append(("intermediate_size", self.intermediate_size, "tp", tp))
+        if self.sparse_layers:
+            wanted.append(("num_experts", self.num_experts, "ep*tp", ep * tp))
+        for what, number, axis, size in wanted:
+            if number % size:
+                raise ConfigError(
+                    f"{whose}: {what}={number} is not a multiple of {axis}={size}; choose another {axis} for this model"
+                )
+        if pp > self.num_hidden_layers:
+            raise ConfigError(
+                f"{whose}: pp={pp} stages for num_hidden_layers={self.num_hidden_layers}; lower {whose}.pp"
             )
 
     def with_bias(self, wanted: bool) -> "ModelConfig":

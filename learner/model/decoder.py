@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from learner.mesh import Mesh, check_divides, single, spread
+from learner.mesh import Mesh, single, spread
 from learner.model.attention import Attention, pad_rows
 from learner.model.config import ModelConfig
 from learner.model.experts import GROUPED_ALIGNMENT, ExpertSettings
@@ -61,7 +61,7 @@ class Decoder(nn.Module):
         """``recompute`` keeps only each layer's input for the backward pass (activation checkpointing)."""
         super().__init__()
         mesh = mesh or single()
-        check_mesh(config, mesh)
+        config.check_mesh(mesh.sizes)
         self.config, self.mesh, self.recompute = config, mesh, recompute
         self.first, self.last = spread(config.num_hidden_layers, mesh.pp.size, mesh.pp.rank)
         shape = (config.vocab_size // mesh.tp.size, config.hidden_size)
@@ -176,21 +176,3 @@ class Decoder(nn.Module):
         """Final hidden states ``[N, C]``, where the whole depth lies on this rank (pp = 1)."""
         pack = self.pack(token_ids, cu_seqlens, experts)
         return self.whole(self.stage(pack, None)[0], pack)
-
-
-def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
-    """Raises :class:`ConfigError` with the numbers if the mesh does not divide the model."""
-    tp, both = mesh.tp.size, mesh.experts.size
-    sizes = [
-        ("num_attention_heads", config.num_attention_heads, "tp", tp),
-        ("num_key_value_heads", config.num_key_value_heads, "tp", tp),
-        ("vocab_size", config.vocab_size, "tp", tp),
-    ]
-    if len(config.sparse_layers) < config.num_hidden_layers:
-        sizes.append(("intermediate_size", config.intermediate_size, "tp", tp))
-    if config.sparse_layers:
-        sizes.append(("num_experts", config.num_experts, "ep*tp", both))
-    check_divides("model", sizes)
-    if mesh.pp.size > config.num_hidden_layers:
-        sizes = [("num_hidden_layers", config.num_hidden_layers, "pp", mesh.pp.size)]
-        check_divides("model: fewer layers than stages", sizes)

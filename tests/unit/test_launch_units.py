@@ -11,11 +11,19 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from common.config import ActorSection, LearnerSection, ModelSection, RunConfig, RunSection, TaskSection
+from common.config import (
+    ActorSection,
+    LearnerSection,
+    ModelSection,
+    ReplicaSection,
+    RunConfig,
+    RunSection,
+    TaskSection,
+)
 from common.errors import ConfigError, ModelError
 from common.process import StopFlag
 from tools.launch import Run, main
-from tools.preflight import check_address, check_model, free_port
+from tools.preflight import check_address, check_meshes, check_model, free_port
 from tools.processes import Process, child_environment, descendants, processes_of, stop_all, wait_all
 from tools.progress import duration, panel, plain_line, remaining_s, sparkline
 from tools.stamp import ModelState, fingerprint, model_state, write_stamp
@@ -218,6 +226,23 @@ def test_a_missing_model_is_found_before_anything_starts(tmp_path: Path) -> None
     with pytest.raises(ModelError, match="no such directory"):
         run.prepare()
     assert not config.run.path.exists()
+
+
+def test_a_mesh_that_does_not_divide_the_model_is_found_before_anything_starts(tmp_path: Path) -> None:
+    described = {
+        "model_type": "qwen3", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    (tmp_path / "model.safetensors").touch()
+    model = ModelSection(path=str(tmp_path))
+    check_meshes(RunConfig(model=model, learner=LearnerSection(tp=2, pp=2), replica=ReplicaSection(tp=2)))
+    with pytest.raises(ConfigError, match=r"learner: num_key_value_heads=2 is not a multiple of tp=3"):
+        check_meshes(RunConfig(model=model, learner=LearnerSection(tp=3)))
+    with pytest.raises(ConfigError, match=r"learner: pp=3 stages for num_hidden_layers=2; lower learner\.pp"):
+        check_meshes(RunConfig(model=model, learner=LearnerSection(pp=3)))
+    with pytest.raises(ConfigError, match=r"replica: num_attention_heads=6 is not a multiple of tp=4"):
+        check_meshes(RunConfig(model=model, replica=ReplicaSection(tp=4)))
 
 
 def test_the_display_shows_what_the_status_says() -> None:
