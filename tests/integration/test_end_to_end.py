@@ -136,6 +136,7 @@ def test_ctrl_c_ends_everything_within_ten_seconds_and_leaves_the_report(tmp_pat
     assert not processes_of(run)
 
 
+@pytest.mark.slow  # with `make chaos`; what it proves is proved there under random kills too
 @pytest.mark.chaos
 def test_killed_actor_and_replica_are_replaced_and_the_run_finishes(tmp_path, model):
     running = subprocess.Popen(
