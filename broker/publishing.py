@@ -125,9 +125,8 @@ class PublishCoordinator:
             return []
         attempt.sending = True
         attempt.waiting = set(attempt.members)
-        attempt.deadline = now + 2 * (
-            self.deadline_s + attempt.publish.seconds
-        )  # the learner's own deadline comes first
+        allowed = self.deadline_s + attempt.publish.seconds
+        attempt.deadline = now + 2 * allowed  # the learner's own deadline comes first
         go = Go(self.epoch, attempt.publish.version, attempt.members)
         return [(name, go) for name in (*attempt.members, LEARNER)]
 

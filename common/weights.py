@@ -31,6 +31,7 @@ WATCH_S = 0.0005  # between two looks at a GPU's operation
 WATCHDOG_FACTOR = 10  # NCCL's own timeout, which ends the process, comes long after ours
 AHEAD = 2  # broadcasts under way while an earlier one is summed up
 ALIGNMENT = 16  # bytes; every tensor of a bucket starts at a multiple
+EXPERT_BIAS = "e_score_correction_bias"  # of a router: chooses experts, weighs none
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
 

@@ -36,7 +36,6 @@ from learner.parallel.flat import FlatParameters
 STATE = "state.json"
 PREFIX = "step-"
 POLL_S = 0.05
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -210,14 +209,16 @@ def load(path: Path, model: Decoder, optimizer: Optimizer, frozen: frozenset[str
     for flat in optimizer.flats:
         moments = optimizer.moments(flat)
         for name, view, offset in _shares(model, flat):
-            view.copy_(reader.part("weight", known[name], tp.rank, tp.size))
+            weight = reader.part("weight", known[name], tp.rank, tp.size)
+            view.copy_(weight)
             begin, end = max(offset, flat.range.start), min(offset + view.numel(), flat.range.stop)
             if begin >= end:
                 continue
             target = slice(begin - flat.range.start, end - flat.range.start)
-            for kind, shard in (("weight", flat.master.data), *moments.items()):
-                whole = reader.part(kind, known[name], tp.rank, tp.size).reshape(-1)
-                shard[target].copy_(whole[begin - offset : end - offset])
+            part = slice(begin - offset, end - offset)
+            flat.master.data[target].copy_(weight.reshape(-1)[part])
+            for kind, shard in moments.items():
+                shard[target].copy_(reader.part(kind, known[name], tp.rank, tp.size).reshape(-1)[part])
     for name, view in views(model).items():
         if known[name].optional and name in reader.names():
             view.copy_(reader.part("weight", known[name], 0, 1))

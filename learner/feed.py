@@ -85,13 +85,11 @@ def check_ids(tag: str, token_ids: NDArray[np.int32], vocab_size: int) -> None:
         )
 
 
-def recorded_experts(experts: NDArray[np.uint16], model: ModelConfig, device: torch.device) -> Tensor | None:
-    """The rollout's routing ``[N, R]`` as i64 ``[N, L, k]``, -1 where nothing was recorded; None without records.
-
-    Raises :class:`DataError` if ``R`` is not this model's or an expert does not exist.
-    """
+def check_experts(experts: NDArray[np.uint16], model: ModelConfig) -> None:
+    """Raises :class:`DataError` if a record ``[N, R]`` is torn, of another width than this model's, or names an
+    expert that does not exist or the same one twice; ``R`` = 0 is no record."""
     if experts.shape[1] == 0:
-        return None
+        return
     layers, chosen = len(model.sparse_layers), model.num_experts_per_tok
     if experts.shape[1] != layers * chosen:
         raise DataError(
@@ -106,5 +104,11 @@ def recorded_experts(experts: NDArray[np.uint16], model: ModelConfig, device: to
         raise DataError("routing records name the same expert twice for one token")
     if (known.any(axis=1) != known.all(axis=1)).any():
         raise DataError("routing records are torn: a token has some of its layers and not all")
-    found = torch.from_numpy(np.where(known, experts.astype(np.int64), -1)).to(device)
-    return found.view(len(experts), layers, chosen)
+
+
+def experts_tensor(experts: NDArray[np.uint16], model: ModelConfig, device: torch.device) -> Tensor | None:
+    """A checked record ``[N, R]`` as i64 ``[N, L, k]``, -1 where nothing was recorded; None for ``R`` = 0."""
+    if experts.shape[1] == 0:
+        return None
+    found = np.where(experts != wire.UNROUTED, experts.astype(np.int64), -1)
+    return torch.from_numpy(found).to(device).view(len(experts), -1, model.num_experts_per_tok)

@@ -74,7 +74,7 @@ class Followers:
         if staged is not None:
             slots = [[[s.name, s.dtype, list(s.shape)] for s in bucket.slots] for bucket, _ in staged.buckets]
             text = torch.from_numpy(np.frombuffer(json.dumps([staged.version, slots]).encode(), np.uint8).copy()).long()
-        version, slots = json.loads(bytes(self._array(text, 1).cpu().to(torch.uint8).tolist()))
+        version, slots = json.loads(self._array(text, 1).cpu().to(torch.uint8).numpy().tobytes())
         buckets = []
         for index, bucket in enumerate(plan_buckets(tensors, 1 << 62)[0] for tensors in slots):
             flat = torch.empty(bucket.nbytes, dtype=torch.uint8, device=self.mesh.device)

@@ -5,7 +5,7 @@ Reading touches one slice at a time and writing one file's worth, so the model i
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from common.config import RunConfig
 from common.errors import ModelError
 from learner.layout import Place, places, views
 from learner.mesh import Mesh
@@ -24,14 +25,6 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 STAMP = "warmstart.json"  # says that tools.warmstart may replace a directory: not for one that was trained
 SHARD_BYTES = 4 << 30
 DERIVED = ("rotary_emb.inv_freq",)  # old files carry these; they follow from the configuration
-
-
-def hf_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, view of our parameter) of what this rank holds, in the order of the files."""
-    held = views(model)
-    for place in places(model.config):
-        if place.name in held:
-            yield place.name, held[place.name]
 
 
 def files_of(directory: Path) -> dict[str, list[str]]:
@@ -104,6 +97,20 @@ def _part(source: Any, place: Place, mesh: Mesh) -> Tensor:
     each = place.shape[place.dim] // mesh.tp.size
     rows = slice(mesh.tp.rank * each, (mesh.tp.rank + 1) * each)
     return torch.as_tensor(source[rows] if place.dim == 0 else source[:, rows])
+
+
+def model_config(config: RunConfig) -> ModelConfig:
+    """The architecture at ``model.path``, with a bias on its experts if the run moves one."""
+    return ModelConfig.from_hf_dir(config.model.path).with_bias(config.loss.expert_bias_rate > 0)
+
+
+def load_model(config: RunConfig, mesh: Mesh, *, recompute: bool = False) -> Decoder:
+    """This rank's share of the model at ``model.path``, as ``learner.dtype`` and ``learner.compile`` want it."""
+    model = Decoder(model_config(config), mesh, recompute=recompute)
+    model.to(device=mesh.device, dtype=getattr(torch, config.learner.dtype))
+    model.prepare(compiled=config.learner.compile)
+    load_hf(config.model.path, model)
+    return model
 
 
 def copy_extras(source: str | Path, directory: str | Path) -> None:

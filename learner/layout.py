@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from common.weights import EXPERT_BIAS
 from learner.mesh import Mesh, spread
 from learner.model.config import ModelConfig
 from learner.model.decoder import Decoder, Layer
 from learner.model.moe import DenseMLP, SparseMLP
 
-BIAS = "mlp.gate.e_score_correction_bias"
+BIAS = f"mlp.gate.{EXPERT_BIAS}"
 FIRST, LAST = -1, -2  # in place of a layer: with the embedding, with the head
 
 

@@ -21,12 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from common.config import MEGABYTE
 from common.errors import DataError
-from learner.mesh import ALONE, Axis
+from learner.mesh import ALONE, Axis, held_rows
 from learner.parallel.collectives import max_over, sum_over
 
 LOG2_E, LN_2 = math.log2(math.e), math.log(2.0)
-MEGABYTE = 1 << 20
 CACHE_ELEMENTS = 1 << 19  # logits worked on at once on a CPU: 2 MB, so that later passes find them in cache
 MODERATE = (-16.0, 32.0)  # a greatest base-2 logit between these needs no shift before exp2
 FEW_ROWS = 8  # below that, a dot product a row is faster than a product and its sums
@@ -104,17 +104,11 @@ class _Product:
         grad_head.addmm_(grad_logits.T, self.hidden[part].float())
 
 
-def _local(ids: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-    """Ids among this rank's rows of the head, and whether they are there."""
-    local = ids - head.tp.rank * len(head.weight)
-    return local.clamp(0, len(head.weight) - 1), (local >= 0) & (local < len(head.weight))
-
-
 def _at(logits: Tensor, ids: Tensor, head: Head) -> Tensor:
     """This rank's share of the logits at ``ids[n, k]``: 0 where another rank holds the id."""
     if head.tp.size == 1:
         return logits.gather(1, ids)
-    local, mine = _local(ids, head)
+    local, mine = held_rows(ids, len(head.weight), head.tp)
     return logits.gather(1, local).mul_(mine)
 
 
@@ -258,7 +252,7 @@ class _LossThroughHead(torch.autograd.Function):
 def _grad_logits(exponentials: Tensor, scale: Tensor, targets: Tensor, grad: Tensor, head: Head) -> None:
     """In place: exponentials ``[n, v]`` -> ``grad[n] * (onehot(target) - p)``."""
     exponentials.mul_((-grad * scale)[:, None])
-    local, mine = _local(targets, head)
+    local, mine = held_rows(targets, len(head.weight), head.tp)
     exponentials.scatter_add_(1, local[:, None], (grad * mine)[:, None])
 
 

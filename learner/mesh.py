@@ -13,6 +13,7 @@ the ep x tp ranks: under sequence parallelism each of those holds tokens of its 
 travels once and no expert is cut.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from common.config import LearnerSection, ReplicaSection
 from common.errors import ConfigError, DeadlineError
+from learner.device import pick_device
 
 COLLECTIVE_TIMEOUT_S = 600.0
 AXES = ("pp", "dp_replicate", "dp_shard", "ep", "tp")  # slowest first: tp neighbours share a node
@@ -50,9 +52,7 @@ class Mesh:
     def __init__(self, sizes: Mapping[str, int], rank: int, device: torch.device) -> None:
         """``sizes`` by axis. With more than one rank, torch's default group must exist; collective."""
         self.sizes = {name: int(sizes.get(name, 1)) for name in AXES}
-        self.world, self.rank, self.device = 1, rank, device
-        for size in self.sizes.values():
-            self.world *= size
+        self.world, self.rank, self.device = math.prod(self.sizes.values()), rank, device
         self.at = self._coordinates(rank)
         self._mesh = None
         if self.world > 1:
@@ -61,7 +61,6 @@ class Mesh:
         self.experts = self._axis("ep", "tp")
         self.dp_shard, self.dp_replicate = self._axis("dp_shard"), self._axis("dp_replicate")
         self.dense_shard = self._axis("dp_shard", "ep")
-        self.everyone = Axis(rank, self.world, dist.group.WORLD if self.world > 1 else None)
         self.ends = self._pipeline_ends()
 
     @classmethod
@@ -70,8 +69,8 @@ class Mesh:
 
         Raises :class:`ConfigError` if the axes' product is not the number of ranks.
         """
-        on_gpu = torch.cuda.is_available()
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
+        device = pick_device()
+        on_gpu = device.type == "cuda"
         world = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
         sizes = {name: getattr(config, name, 1) for name in AXES}
         check_world(sizes, world)
@@ -192,9 +191,7 @@ class Mesh:
 
 def check_world(sizes: Mapping[str, int], world: int) -> None:
     """Raises :class:`ConfigError` with every number if the axes' product is not ``world``."""
-    product = 1
-    for size in sizes.values():
-        product *= size
+    product = math.prod(sizes.values())
     if product != world:
         numbers = " x ".join(f"{name}={size}" for name, size in sizes.items())
         raise ConfigError(
@@ -206,6 +203,12 @@ def check_world(sizes: Mapping[str, int], world: int) -> None:
 def single(device: torch.device | None = None) -> Mesh:
     """A world of one."""
     return Mesh({}, 0, device or torch.device("cpu"))
+
+
+def held_rows(ids: Tensor, rows: int, axis: Axis) -> tuple[Tensor, Tensor]:
+    """Where ids lie in this rank's ``rows`` of a table that ``axis`` cuts, and whether they are there at all."""
+    local = ids - axis.rank * rows
+    return local.clamp(0, rows - 1), (local >= 0) & (local < rows)
 
 
 def spread(total: int, parts: int, index: int) -> tuple[int, int]:

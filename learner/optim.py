@@ -12,6 +12,7 @@ from learner.mesh import ALONE
 from learner.model.decoder import Decoder
 from learner.parallel.flat import FlatParameters, Sharing
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch's AdamW names them
 TP_WHOLE = ("norm", "router", "o_bias", "down_bias", "shared.")  # every tp rank holds these whole
 
 
@@ -103,12 +104,12 @@ class Optimizer:
     def moments(self, flat: FlatParameters) -> dict[str, Tensor]:
         """This rank's shard of AdamW's two moments, made if no update was applied yet."""
         state = self._adam.state[flat.master]
-        for name in ("exp_avg", "exp_avg_sq"):
+        for name in MOMENTS:
             if name not in state:
                 state[name] = torch.zeros_like(flat.master)
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=flat.master.device)
-        return {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
+        return {name: state[name] for name in MOMENTS}
 
     def set_steps(self, steps: int, skipped: int) -> None:
         """After moments were loaded: how many updates they have seen."""
@@ -120,13 +121,13 @@ class Optimizer:
 
 def _flatten(model: Decoder, weight_decay: float) -> Iterator[FlatParameters]:
     """One buffer for each kind of sharing, and norms and biases apart: they do not decay."""
-    groups: dict[tuple[str, bool], list[tuple[str, nn.Parameter]]] = {}
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     sharings: dict[str, Sharing] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         sharing = sharing_of(name, model)
         sharings[sharing.name] = sharing
-        groups.setdefault((sharing.name, parameter.ndim > 1), []).append((name, parameter))
-    for (kind, decays), named in groups.items():
-        yield FlatParameters(named, sharings[kind], weight_decay if decays else 0.0)
+        groups.setdefault((sharing.name, parameter.ndim > 1), []).append(parameter)
+    for (kind, decays), parameters in groups.items():
+        yield FlatParameters(parameters, sharings[kind], weight_decay if decays else 0.0)

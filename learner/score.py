@@ -33,13 +33,12 @@ from common.link import connect
 from common.process import StopFlag
 from common.weights import StagedWeights, WeightReceiver, is_frozen
 from learner.device import keep_freed_memory, pick_device
-from learner.feed import check_ids, recorded_experts
+from learner.feed import check_experts, check_ids, experts_tensor
 from learner.followers import IDLE, IDLE_S, SCORE, STOP, SWAP, Followers, Packed
-from learner.hf import load_hf
+from learner.hf import load_model
 from learner.layout import places, views
 from learner.logprobs import Head, score_tokens, target_positions
 from learner.mesh import Mesh
-from learner.model.config import ModelConfig
 from learner.model.decoder import Decoder
 from learner.step import micro_batches
 from learner.weights.group import Adopter, join, unpack
@@ -74,13 +73,13 @@ class PolicyScorer:
     def score(self, requests: Sequence[wire.ScoreRequest]) -> list[Scored]:
         """``log p`` of every wanted token ``[N]`` and at its alternatives ``[N, k]``, 0 elsewhere; one pack.
 
-        Raises :class:`DataError` naming the request that cannot be scored.
+        The requests have passed :meth:`check`.
         """
         packed = self._pack(requests)
         self.followers.order(SCORE)
         packed = self.followers.share(packed)
         scores = self.run(packed)
-        out, token, found = [], 0, 0
+        out, found = [], 0
         for request in requests:
             at = np.flatnonzero(request.wanted)
             log_p = np.zeros(len(request.token_ids), np.float32)
@@ -88,7 +87,7 @@ class PolicyScorer:
             mine = slice(found, found + len(at))
             log_p[at], topk_log_p[at] = scores[0][mine], scores[1][mine]
             out.append((log_p, topk_log_p))
-            token, found = token + len(request.token_ids), mine.stop
+            found = mine.stop
         return out
 
     def check(self, request: wire.ScoreRequest) -> None:
@@ -98,7 +97,7 @@ class PolicyScorer:
         if request.topk_ids.size:
             check_ids(tag, request.topk_ids.reshape(-1), self.model.config.vocab_size)
         target_positions(request.cu_seqlens, request.wanted)
-        recorded_experts(request.experts, self.model.config, torch.device("cpu"))
+        check_experts(request.experts, self.model.config)
 
     def _pack(self, requests: Sequence[wire.ScoreRequest]) -> Packed:
         device = self.model.device
@@ -116,7 +115,7 @@ class PolicyScorer:
             torch.from_numpy(np.concatenate([np.zeros(1, np.int64), *offsets])),
             tensor(together),
             tensor([r.topk_ids[a].astype(np.int64) for r, a in zip(requests, at, strict=True)]),
-            recorded_experts(experts, self.model.config, device),
+            experts_tensor(experts, self.model.config, device),
             requests[0].temperature,
         )
 
@@ -308,14 +307,9 @@ def build_scorer(config: RunConfig) -> PolicyScorer:
     """This rank's share of the replica's model, loaded."""
     alone = config.replica.ep * config.replica.tp == 1
     mesh = Mesh({}, 0, pick_device()) if alone else Mesh.from_environment(config.replica)
-    shape = ModelConfig.from_hf_dir(config.model.path).with_bias(config.loss.expert_bias_rate > 0)
-    model = Decoder(shape, mesh)
-    model.to(device=mesh.device, dtype=getattr(torch, config.learner.dtype))
-    model.prepare(compiled=config.learner.compile)
-    load_hf(config.model.path, model)
     learner = config.learner
     return PolicyScorer(
-        model,
+        load_model(config, mesh),
         learner.logprob_mb,
         learner.micro_batch_tokens,
         config.optim.freeze,

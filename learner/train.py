@@ -30,9 +30,9 @@ from common.process import StopFlag
 from learner import checkpoint
 from learner.checkpoint import CheckpointWriter, TrainingState
 from learner.device import keep_freed_memory
-from learner.feed import Feed, check_ids, recorded_experts
+from learner.feed import Feed, check_experts, check_ids, experts_tensor
 from learner.freeze import freeze
-from learner.hf import load_hf, save_hf
+from learner.hf import load_model, save_hf
 from learner.mesh import Mesh
 from learner.model.config import ModelConfig
 from learner.model.decoder import Decoder
@@ -63,6 +63,7 @@ class Learner:
     published: int = 0  # newest version that the fleet was sent
     resync: str = ""  # why somebody asked to be sent it again
     publish_seconds: float = 0.0
+    gather: WeightGather | None = None  # who holds what: the same for every version
     snapshot: Snapshot | None = None  # version ``step``, whole on rank 0
 
     def run(self) -> None:
@@ -106,8 +107,9 @@ class Learner:
 
     def _publish(self, publisher: WeightPublisher | None) -> None:
         """Gather the present weights, on every rank, and send them if the fleet has not had them."""
-        bucket_bytes = int(self.config.weights.bucket_mb * MEGABYTE)
-        self.snapshot = Snapshot(WeightGather(self.model, bucket_bytes, self.frozen))
+        if self.gather is None:
+            self.gather = WeightGather(self.model, int(self.config.weights.bucket_mb * MEGABYTE), self.frozen)
+        self.snapshot = Snapshot(self.gather)
         if publisher is not None and self.step > self.published:
             self._send(publisher)
         self.snapshot.finish()
@@ -199,9 +201,10 @@ def settings_of(config: RunConfig) -> StepSettings:
 def to_batch(shard: wire.Shard, device: torch.device, model: ModelConfig) -> StepBatch:
     """The shard's arrays as tensors; advantages spread over each trajectory's tokens.
 
-    Raises :class:`DataError` for token ids outside the vocabulary.
+    Raises :class:`DataError` for token ids outside the vocabulary and routing records that are not this model's.
     """
     check_ids(f"shard of step {shard.step}, rank {shard.rank}", shard.token_ids, model.vocab_size)
+    check_experts(shard.experts, model)
     lengths = np.diff(shard.cu_seqlens)
 
     def tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
@@ -218,7 +221,7 @@ def to_batch(shard: wire.Shard, device: torch.device, model: ModelConfig) -> Ste
         log_p_v=tensor(shard.log_p, torch.float32),
         denominator=shard.denominator,
         tokens_global=shard.tokens_global,
-        experts=recorded_experts(shard.experts, model, device),
+        experts=experts_tensor(shard.experts, model, device),
     )
 
 
@@ -264,19 +267,8 @@ def run_learner(config: RunConfig, _name: str, stop: StopFlag) -> None:
         mesh.close()
 
 
-def build_model(config: RunConfig, mesh: Mesh) -> Decoder:
-    """This rank's share of the model at ``model.path``, loaded."""
-    learner = config.learner
-    shape = ModelConfig.from_hf_dir(config.model.path).with_bias(config.loss.expert_bias_rate > 0)
-    model = Decoder(shape, mesh, recompute=learner.recompute)
-    model.to(device=mesh.device, dtype=getattr(torch, learner.dtype))
-    model.prepare(compiled=learner.compile)
-    load_hf(config.model.path, model)
-    return model
-
-
 def _train(config: RunConfig, mesh: Mesh, stop: StopFlag) -> None:
-    model = build_model(config, mesh)
+    model = load_model(config, mesh, recompute=config.learner.recompute)
     frozen = freeze(model, config.optim.freeze)
     optimizer = Optimizer(model, config.optim, config.run.steps)
     step, run_id = 0, ""

@@ -21,7 +21,7 @@ from torch import Tensor
 from common.config import load
 from common.errors import CheckpointError, CroupierError
 from learner.checkpoint import PREFIX, CheckpointReader, latest
-from learner.hf import files_of, save_hf
+from learner.hf import files_of, model_config, save_hf
 from learner.layout import places
 from learner.model.config import ModelConfig
 from tools.console import make_console, print_error
@@ -65,7 +65,7 @@ def export(run_dir: Path, step: int | None, out: Path | None, dtype: torch.dtype
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        shape = ModelConfig.from_hf_dir(config.model.path).with_bias(config.loss.expert_bias_rate > 0)
+        shape = model_config(config)
         save_hf(_tensors(reader, shape, Path(config.model.path), dtype), config.model.path, part, shape)
         part.rename(out)
     finally:

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from common.weights import EXPERT_BIAS
+
 FEW_ROWS = 6  # mean rows an expert up to which MKL is faster with the result transposed (measured, fp32)
 GROUPED_ALIGNMENT = 16  # bytes: grouped GEMMs refuse rows whose stride is not a multiple
 
@@ -32,9 +34,6 @@ def use_lean_experts(model: Any) -> int:
     return bound
 
 
-BIAS = "e_score_correction_bias"
-
-
 def use_expert_bias(model: Any) -> dict[str, Tensor]:
     """Give every router a bias that takes part in choosing experts and not in their weights (2408.15664).
 
@@ -45,9 +44,9 @@ def use_expert_bias(model: Any) -> dict[str, Tensor]:
     for name, module in model.named_modules():
         if _is_sparse(module):
             bias = torch.nn.Parameter(torch.zeros(module.gate.num_experts), requires_grad=False)
-            module.gate.register_parameter(BIAS, bias)
+            module.gate.register_parameter(EXPERT_BIAS, bias)
             module.gate.forward = MethodType(_biased_route, module.gate)
-            found[f"{name}.gate.{BIAS}"] = bias.data
+            found[f"{name}.gate.{EXPERT_BIAS}"] = bias.data
     return found
 
 

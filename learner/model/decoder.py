@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from learner.mesh import Mesh, single, spread
+from learner.mesh import Mesh, held_rows, single, spread
 from learner.model.attention import Attention, pad_rows
 from learner.model.config import ModelConfig
 from learner.model.experts import GROUPED_ALIGNMENT, ExpertSettings
@@ -63,11 +63,11 @@ class Decoder(nn.Module):
         mesh = mesh or single()
         config.check_mesh(mesh.sizes)
         self.config, self.mesh, self.recompute = config, mesh, recompute
-        self.first, self.last = spread(config.num_hidden_layers, mesh.pp.size, mesh.pp.rank)
+        first, last = spread(config.num_hidden_layers, mesh.pp.size, mesh.pp.rank)
         shape = (config.vocab_size // mesh.tp.size, config.hidden_size)
         needs_table = mesh.is_first_stage or (mesh.is_last_stage and config.tie_word_embeddings)
         self.embed = nn.Parameter(torch.empty(shape)) if needs_table else None
-        self.layers = nn.ModuleDict({str(i): Layer(config, i, mesh) for i in range(self.first, self.last)})
+        self.layers = nn.ModuleDict({str(i): Layer(config, i, mesh) for i in range(first, last)})
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if mesh.is_last_stage else None
         untied = mesh.is_last_stage and not config.tie_word_embeddings
         self.lm_head = nn.Parameter(torch.empty(shape)) if untied else None
@@ -132,9 +132,8 @@ class Decoder(nn.Module):
         held, tp = len(self.embed), self.mesh.tp
         if tp.size == 1:
             return F.embedding(pack.token_ids, self.embed)
-        local = pack.token_ids - tp.rank * held
-        mine = (local >= 0) & (local < held)
-        rows = F.embedding(local.clamp(0, held - 1), self.embed) * mine[:, None].to(self.dtype)
+        local, mine = held_rows(pack.token_ids, held, tp)
+        rows = F.embedding(local, self.embed) * mine[:, None].to(self.dtype)
         return scatter_tokens(pad_rows(rows, pack.local_rows * tp.size), tp)
 
     def stage(self, pack: Pack, x_nC: Tensor | None) -> tuple[Tensor, Routing]:

@@ -34,18 +34,17 @@ class Sharing:
 class FlatParameters:
     """The parameters of one sharing, flat, with this rank's shard of the optimizer's state."""
 
-    def __init__(self, named: Sequence[tuple[str, nn.Parameter]], sharing: Sharing, decay: float) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], sharing: Sharing, decay: float) -> None:
         self.sharing, self.decay = sharing, decay
-        self.names = [name for name, _ in named]
-        self.parameters = [parameter for _, parameter in named]
+        self.parameters = list(parameters)
         like = self.parameters[0]
         total = sum(p.numel() for p in self.parameters)
         unit = ALIGNMENT * sharing.shard.size
-        self.padded = -(-total // unit) * unit
-        self.weights = torch.zeros(self.padded, dtype=like.dtype, device=like.device)
-        self.grads = torch.zeros(self.padded, dtype=torch.float32, device=like.device)
+        padded = -(-total // unit) * unit
+        self.weights = torch.zeros(padded, dtype=like.dtype, device=like.device)
+        self.grads = torch.zeros(padded, dtype=torch.float32, device=like.device)
         self._adopt(like.dtype == torch.float32)
-        size = self.padded // sharing.shard.size
+        size = padded // sharing.shard.size
         self.range = range(sharing.shard.rank * size, (sharing.shard.rank + 1) * size)
         self._own = slice(self.range.start, self.range.stop)
         mine = self.weights[self._own]
@@ -63,7 +62,7 @@ class FlatParameters:
             if exact:
                 parameter.grad = grad
             else:
-                parameter.register_post_accumulate_grad_hook(_into(grad))
+                parameter.register_post_accumulate_grad_hook(_Into(grad))
             start = end
 
     def zero_grad(self) -> None:
@@ -103,7 +102,3 @@ class _Into:
         if parameter.grad is not None:
             self.grad.add_(parameter.grad)
             parameter.grad = None
-
-
-def _into(grad: Tensor) -> _Into:
-    return _Into(grad)

@@ -13,12 +13,12 @@ from common.errors import CheckpointError, ConfigError, DeadlineError
 from learner import checkpoint
 from learner.checkpoint import CheckpointWriter, TrainingState
 from learner.freeze import freeze
-from learner.hf import hf_tensors
 from learner.layout import BIAS
 from learner.mesh import single
 from learner.model.decoder import Decoder
 from learner.optim import Optimizer
 from learner.step import train_step
+from tests.unit.named import hf_tensors
 from tests.unit.test_step import CONFIG, LENGTHS, OPTIM, STEPS, batch_of, model_of, settings, train
 
 EVERYTHING = list(range(len(LENGTHS)))

@@ -3,7 +3,6 @@
 import json
 import socket
 
-import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -14,12 +13,14 @@ from common.errors import ConfigError
 from learner import checkpoint
 from learner.checkpoint import CheckpointWriter, TrainingState
 from learner.freeze import freeze
+from learner.layout import places, views
 from learner.mesh import AXES, Mesh, check_world, single
 from learner.model.config import ModelConfig
 from learner.model.decoder import Decoder
 from learner.optim import Optimizer
-from learner.step import StepBatch, StepSettings, train_step
+from learner.step import StepSettings, train_step
 from learner.weights.gather import WeightGather
+from tests.unit.test_step import batch_of
 
 USUAL = {
     "vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -80,39 +81,8 @@ def split(how, ranks):
     return [everyone[r : r + 1] if r < ranks - 1 else everyone[ranks - 1 :] for r in range(ranks)]
 
 
-def batch_of(config, step, sequences, accepted, recorded):
-    rng = np.random.default_rng(step)
-    parts = []
-    for length in LENGTHS:
-        trainable = (np.arange(length) >= 2).astype(np.uint8)
-        log_q = -rng.random(length) * 3
-        log_p = np.minimum(log_q + 0.3 * rng.standard_normal(length), 0)
-        parts.append({
-            "token_ids": rng.integers(0, config.vocab_size, length), "trainable": trainable,
-            "accept": (rng.random(length) < accepted) * trainable, "log_q": log_q, "log_p_v": log_p,
-            "log_m": np.minimum(log_q, log_p), "advantages": np.full(length, rng.standard_normal()),
-        })  # fmt: skip
-    kinds = {"token_ids": torch.int64, "trainable": torch.uint8, "accept": torch.uint8}
-    chosen = {
-        name: torch.from_numpy(np.concatenate([parts[s][name] for s in sequences] or [np.zeros(0)])).to(
-            kinds.get(name, torch.float32)
-        )
-        for name in parts[0]
-    }
-    offsets = np.concatenate(([0], np.cumsum([LENGTHS[s] for s in sequences]))).astype(np.int32)
-    experts = None
-    if recorded is not None:
-        experts = torch.tensor(recorded).expand(int(offsets[-1]), len(config.sparse_layers), 2)
-    return StepBatch(
-        **chosen, cu_seqlens=offsets, denominator=int(sum(p["trainable"].sum() for p in parts)),
-        tokens_global=sum(LENGTHS), experts=experts,
-    )  # fmt: skip
-
-
 def model_of(config, mesh):
     """The same weights on any mesh: drawn whole, by name."""
-    from learner.layout import places, views
-
     model = Decoder(config, mesh)
     held = views(model)
     for index, place in enumerate(places(config)):
@@ -148,7 +118,7 @@ def train(config, mesh, case, *, save=None, resume=None, frozen=(), recompute=Fa
     history = []
     sequences = split(how, mesh.data_ranks)[mesh.data_rank]
     for step in range(first, STEPS if case in ("even", "uneven") else 1):
-        batch = batch_of(config, step, sequences, accepted, recorded)
+        batch = batch_of(step, sequences, accepted, config, LENGTHS, recorded)
         metrics, fraction = train_step(model, optimizer, batch, fraction, settings)
         history.append(metrics)
         if save is not None:

@@ -18,12 +18,13 @@ from transformers import (
 
 from common.config import ModelSection, RunConfig
 from common.errors import ModelError
-from learner.hf import hf_tensors, load_hf, save_hf
+from learner.hf import load_hf, save_hf
 from learner.layout import places, views
 from learner.model.config import ModelConfig
 from learner.model.decoder import Decoder
 from learner.model.experts import ExpertSettings
 from learner.model.packing import PackPlan
+from tests.unit.named import hf_tensors
 from tools.stamp import STAMP, ModelState, model_state
 
 SHAPE = {

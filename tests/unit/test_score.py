@@ -9,10 +9,10 @@ import torch
 from common import wire
 from common.errors import DataError
 from common.weights import StagedWeights, plan_buckets
-from learner.hf import hf_tensors
 from learner.layout import BIAS, views
 from learner.model.decoder import Decoder
 from learner.score import PolicyScorer
+from tests.unit.named import hf_tensors
 from tests.unit.test_step import CONFIG, model_of
 
 LENGTHS = (6, 1, 9)

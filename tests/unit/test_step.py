@@ -37,17 +37,17 @@ def settings(**changes):
     return StepSettings(**{**usual, **changes})
 
 
-def batch_of(step, sequences, accepted):
-    """These sequences of one global batch; the denominators are the whole batch's."""
+def batch_of(step, sequences, accepted, config=CONFIG, lengths=LENGTHS, recorded=None):
+    """These sequences of one global batch; denominators are the whole batch's. ``recorded``: each token's experts."""
     rng = np.random.default_rng(step)
     parts = []
-    for length in LENGTHS:
+    for length in lengths:
         trainable = (np.arange(length) >= 2).astype(np.uint8)
         log_q = -rng.random(length) * 3
         log_p = np.minimum(log_q + 0.3 * rng.standard_normal(length), 0)
         advantage = rng.standard_normal()
         parts.append({
-            "token_ids": rng.integers(0, CONFIG.vocab_size, length), "trainable": trainable,
+            "token_ids": rng.integers(0, config.vocab_size, length), "trainable": trainable,
             "accept": (rng.random(length) < accepted) * trainable, "log_q": log_q, "log_p_v": log_p,
             "log_m": np.minimum(log_q, log_p), "advantages": np.full(length, advantage),
         })  # fmt: skip
@@ -58,12 +58,16 @@ def batch_of(step, sequences, accepted):
         )
         for name in parts[0]
     }
-    offsets = np.concatenate(([0], np.cumsum([LENGTHS[s] for s in sequences]))).astype(np.int32)
+    offsets = np.concatenate(([0], np.cumsum([lengths[s] for s in sequences]))).astype(np.int32)
+    experts = None
+    if recorded is not None:
+        experts = torch.tensor(recorded).expand(int(offsets[-1]), len(config.sparse_layers), len(recorded))
     return StepBatch(
         **chosen,
         cu_seqlens=offsets,
         denominator=int(sum(p["trainable"].sum() for p in parts)),
-        tokens_global=sum(LENGTHS),
+        tokens_global=sum(lengths),
+        experts=experts,
     )
 
 
