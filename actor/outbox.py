@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actor.engine.base import Completion
-from common.wire import FINISH_REASONS, Ack, Trajectories
+from actor.rollout import Turn
+from common.wire import FINISH_REASONS, STARTS, Ack, Trajectories
 
 
 @dataclass(frozen=True)
@@ -14,43 +14,67 @@ class Finished:
     """A scored rollout."""
 
     group: int
-    prompt_ids: np.ndarray[tuple[int], np.dtype[np.int32]]  # [P]
-    completion: Completion
+    sibling: int
+    turns: Sequence[Turn]
     channels: dict[str, float]
     reward: float
 
 
 def pack(run_id: str, channel_names: Sequence[str], finished: Sequence[Finished]) -> Trajectories:
-    """One message of all ``finished`` rollouts: prompt then completion, the prompt not trainable."""
-    prompts = [f.prompt_ids for f in finished]
-    completions = [f.completion for f in finished]
-    lengths = [len(p) + len(c.token_ids) for p, c in zip(prompts, completions, strict=True)]
+    """One message of all ``finished`` rollouts: what was given is not trainable, what was sampled is."""
+    turns = [turn for f in finished for turn in f.turns]
+    lengths = [sum(len(turn.given) + len(turn.completion.token_ids) for turn in f.turns) for f in finished]
 
     def interleave(fill: float, dtype: type[np.generic], values: list[np.ndarray]) -> np.ndarray:
         parts = []
-        for prompt, value in zip(prompts, values, strict=True):
-            parts += [np.full((len(prompt), *value.shape[1:]), fill, dtype), value.astype(dtype, copy=False)]
+        for turn, value in zip(turns, values, strict=True):
+            parts += [np.full((len(turn.given), *value.shape[1:]), fill, dtype), value.astype(dtype, copy=False)]
         return np.concatenate(parts)
 
     return Trajectories(
         run_id=run_id,
         channel_names=list(channel_names),
         groups=np.array([f.group for f in finished], np.int64),
-        siblings=np.array([c.sibling for c in completions], np.int32),
+        siblings=np.array([f.sibling for f in finished], np.int32),
         rewards=np.array([f.reward for f in finished], np.float32),
         channels=np.array([[f.channels[n] for n in channel_names] for f in finished], np.float32).reshape(
             len(finished), len(channel_names)
         ),
-        finish=np.array([FINISH_REASONS.index(c.finish_reason) for c in completions], np.uint8),
+        finish=np.array([FINISH_REASONS.index(f.turns[-1].completion.finish_reason) for f in finished], np.uint8),
         cu_seqlens=np.concatenate(([0], np.cumsum(lengths))).astype(np.int32),
-        token_ids=np.concatenate([a for p, c in zip(prompts, completions, strict=True) for a in (p, c.token_ids)]),
-        trainable=interleave(0, np.uint8, [np.ones(len(c.token_ids), np.uint8) for c in completions]),
-        log_q=interleave(0, np.float32, [c.logprobs for c in completions]),
-        versions=interleave(-1, np.int32, [c.versions for c in completions]),
-        topk_ids=interleave(0, np.int32, [c.topk_ids for c in completions]),
-        topk_log_q=interleave(0, np.float32, [c.topk_logprobs for c in completions]),
-        experts=np.concatenate([c.experts for c in completions]),
+        token_ids=np.concatenate([part for turn in turns for part in (turn.given, turn.completion.token_ids)]),
+        trainable=_roles(turns),
+        log_q=interleave(0, np.float32, [turn.completion.logprobs for turn in turns]),
+        versions=interleave(-1, np.int32, [turn.completion.versions for turn in turns]),
+        topk_ids=interleave(0, np.int32, [turn.completion.topk_ids for turn in turns]),
+        topk_log_q=interleave(0, np.float32, [turn.completion.topk_logprobs for turn in turns]),
+        experts=np.concatenate([_experts(f.turns) for f in finished]),
     )
+
+
+def _roles(turns: Sequence[Turn]) -> np.ndarray:
+    """``[N]``: 1 where sampled, STARTS at the first token of a fresh turn, else 0."""
+    parts = []
+    for turn in turns:
+        given = np.zeros(len(turn.given), np.uint8)
+        given[:1] = STARTS * turn.fresh
+        parts += [given, np.ones(len(turn.completion.token_ids), np.uint8)]
+    return np.concatenate(parts)
+
+
+def _experts(turns: Sequence[Turn]) -> np.ndarray:
+    """``[N, R]``: of each token the experts of the pass that read it first."""
+    parts: list[np.ndarray] = []
+    before = 0  # rows that earlier turns of the segment have recorded
+    for turn in turns:
+        if turn.fresh:
+            before = 0
+        if before:
+            parts[-1] = parts[-1][:-1]  # the last token was not read in its own turn, but in this one
+            before -= 1
+        parts.append(turn.completion.experts[before:])
+        before += len(parts[-1])
+    return np.concatenate(parts)
 
 
 class Outbox:

@@ -1,12 +1,12 @@
-"""The actor process: credits in, trajectories out, weights swapped between tokens.
+"""The actor process: credits in, trajectories out, weights taken in flight.
 
 ::
 
-    messages -> start granted groups -> swap weights that arrived -> one decode step -> score -> send
-        ^                                                                                   |
-        +-----------------------------------------------------------------------------------+
+    messages -> start granted groups -> load weights that arrived -> step the engine -> reply or score -> send
+        ^                                                                                            |
+        +--------------------------------------------------------------------------------------------+
 
-The engine decodes everything in flight together; nothing waits for a group, a grant or a publish.
+The engine samples everything in flight together; nothing waits for a group, a grant or a publish.
 """
 
 import dataclasses
@@ -16,47 +16,40 @@ import secrets
 import socket
 import time
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from actor.engine.base import Completion, Engine, SampleRequest
+from actor.engine.base import Completion, Engine, Failure, SampleRequest
+from actor.evaluation import EVALUATION_ID, Evaluations
 from actor.outbox import Finished, Outbox, pack
 from actor.rewards import combine
-from actor.tasks.base import PromptItem, Task, make_task
-from actor.weights import GroupCollective, bucket_tensors
+from actor.rollout import Rollout, Rollouts
+from actor.tasks.base import MultiTurnTask, PromptItem, Task, make_task
+from actor.weights import GroupCollective
 from common import wire
 from common.config import RunConfig
-from common.errors import ConfigError, CroupierError, TaskError
+from common.errors import ConfigError, TaskError
 from common.link import connect
 from common.philox import STREAM_EVALUATION, STREAM_SAMPLING
 from common.process import StopFlag
 from common.weights import StagedWeights, WeightReceiver
 
 IDLE_WAIT_S = 0.01  # how long an idle actor blocks for a message before it looks for new weights
-EVALUATION_ID = 1 << 62  # request ids of evaluations; groups count from 0
-EVALUATION_STRIDE = 1 << 24  # prompts of one evaluation
+ENGINE_WAIT_S = 0.005  # how long a step may wait for an engine that samples elsewhere
+REASON = 500  # characters of a failure that travel
 
 log = logging.getLogger("actor")
 
 
-@dataclass
-class _Evaluation:
-    id: int
-    items: dict[int, PromptItem]
-    prompts: int  # asked for; those without an item failed
-    rewards: dict[int, float] = field(default_factory=dict)
-    lengths: dict[int, int] = field(default_factory=dict)
-    versions: list[int] = field(default_factory=list)
+def make_engine(config: RunConfig, name: str) -> Engine:
+    """The engine that the configuration names, for the actor ``name``."""
+    if config.actor.engine == "sglang":
+        from actor.engine.sglang import SglangEngine
 
-
-def make_engine(config: RunConfig) -> Engine:
-    """The engine that the configuration names."""
-    if config.actor.engine != "local":
-        raise ConfigError(
-            f"actor.engine={config.actor.engine!r}: only the embedded engine exists; set actor.engine=local"
-        )
+        return SglangEngine(config, name)
     from actor.engine.local import LocalEngine
 
     longest = config.rollout.max_length
@@ -81,13 +74,18 @@ class ActorService:
         self.stop = stop
         self.task: Task = make_task(config.task.name, config.model.path, config.run.seed, config.task.params)
         combine(dict.fromkeys(self.task.channels, 0.0), config.task.reward_weights)  # wrong weights fail at once
-        self.engine = make_engine(config)
+        if config.rollout.max_turns > 1 and not isinstance(self.task, MultiTurnTask):
+            raise ConfigError(
+                f"rollout.max_turns={config.rollout.max_turns}: task {config.task.name} has one turn; set it to 1"
+            )
+        self.engine = make_engine(config, name)
         self.outbox = Outbox()
         self.counters: Counter[str] = Counter()
+        self.rollouts = Rollouts(config.rollout, self.task)
         self._grants: deque[wire.Grant] = deque()
-        self._prompts: dict[int, PromptItem] = {}  # by group
-        self._left: dict[int, int] = {}  # siblings still sampling, by group
-        self._evaluations: dict[int, _Evaluation] = {}
+        self._evaluations = Evaluations(config.task.name, self.counters)
+        self._loading: StagedWeights | None = None  # the version that the engine is taking into use
+        self._using = 0  # the newest version that the engine has had in use
         hello = wire.Hello(
             role="actor",
             name=name,
@@ -95,14 +93,13 @@ class ActorService:
             session=secrets.token_hex(4),
             rank=0,
             world=1,
-            version=self.engine.version,
-            capacity=config.actor.max_sequences // config.rollout.group_size,
+            version=0,
+            capacity=config.actor.max_sequences // config.rollout.started,
             host=socket.gethostname(),
             pid=os.getpid(),
         )
         self.link = connect(config.broker, hello)
-        device = next(iter(self.engine.weight_targets().values())).device
-        deadline = config.weights.deadline_s
+        deadline, device = config.weights.deadline_s, self.engine.device
         self.receiver = WeightReceiver(self.link.send, lambda prepare: GroupCollective(prepare, deadline, device))
 
     def run(self) -> None:
@@ -116,6 +113,7 @@ class ActorService:
         finally:
             self.receiver.close()
             self.link.close("stopped")
+            self.engine.close()
 
     def _turn(self) -> None:
         block = not self.engine.busy and not self._startable()
@@ -124,15 +122,15 @@ class ActorService:
             block = False
             if self.stop.is_set:
                 return
-        self._swap()
+        self._take_weights()
         self._start()
         if self.engine.busy:
             began = time.perf_counter()
-            completions = self.engine.step()
+            ended = self.engine.step(ENGINE_WAIT_S)
             self.counters["seconds_decode"] += time.perf_counter() - began  # type: ignore[assignment]
-            if completions:
-                self._collect(completions)
-        self.link.counters = {k: float(v) for k, v in self.counters.items()}
+            if ended:
+                self._collect(ended)
+        self.link.counters = self.engine.counters | {k: float(v) for k, v in self.counters.items()}
 
     def _handle(self, message: object) -> None:
         match message:
@@ -154,28 +152,31 @@ class ActorService:
 
     # ---- weights --------------------------------------------------------------------------------
 
-    def _swap(self) -> None:
-        """Use every version that has arrived, oldest first, between two decode steps."""
-        while (staged := self.receiver.staged()) is not None:
-            try:
-                self._use(staged)
-            except CroupierError as error:
-                log.error("version %d cannot be used: %s", staged.version, error)
-                self.receiver.failed(staged, str(error))
-
-    def _use(self, staged: StagedWeights) -> None:
-        if staged.version != self.engine.version:  # a resync brings the same version again
-            self.engine.swap(staged.version, dict(bucket_tensors(staged.buckets)))
+    def _take_weights(self) -> None:
+        """Use every version that has arrived, oldest first."""
+        while self._loading is None and (staged := self.receiver.staged()) is not None:
+            if staged.version == self._using:  # a resync brings the same version again
+                self.receiver.applied(staged)
+            else:
+                self._loading = staged
+                self.engine.load(staged.version, staged.buckets)
+        while self._loading is not None and (loaded := self.engine.loaded()) is not None:
+            staged, self._loading = self._loading, None
+            if loaded.error:
+                log.error("version %d cannot be used: %s", staged.version, loaded.error)
+                self.receiver.failed(staged, loaded.error)
+                continue
             self.counters["swaps"] += 1
-        self.link.set_version(staged.version)
-        self.receiver.applied(staged)
+            self._using = staged.version
+            self.link.set_version(staged.version)
+            self.receiver.applied(staged, adopted=loaded.keeps, copied=not loaded.keeps)
 
     # ---- rollouts -------------------------------------------------------------------------------
 
     def _unknown(self, grant: wire.Grant) -> wire.Grant:
         """``grant`` without the groups that we have: a broker that came back grants what we owe again."""
         queued = {group for waiting in self._grants for group in waiting.groups.tolist()}
-        have = queued | self._left.keys() | self.outbox.groups()
+        have = queued | self.rollouts.request_ids() | self.outbox.groups()
         if not have.isdisjoint(grant.groups.tolist()):
             new = np.array([group not in have for group in grant.groups.tolist()], np.bool_)
             grant = dataclasses.replace(grant, groups=grant.groups[new], prompts=grant.prompts[new])
@@ -196,128 +197,130 @@ class ActorService:
     def _start_group(self, group: int, prompt: int) -> None:
         rollout = self.config.rollout
         try:
-            item = self.task.prompt(prompt, "train")
-            self._check_prompt(item)
+            item = self._prompt(prompt, "train")
         except TaskError as error:
             self.link.send(wire.GroupFailed(group, f"prompt {prompt}: {error}"))
             return
-        self._prompts[group] = item
-        self._left[group] = rollout.group_size
+        started = self.rollouts.start(group, item, rollout.started, rollout.group_size)
+        self._ask_first(started, rollout.temperature, STREAM_SAMPLING, rollout.top_logprobs)
+
+    def _start_evaluation(self, number: int, prompts: int) -> None:
+        finished = self._evaluations.start(number, prompts, lambda n: self._prompt(n, "heldout"))
+        for request_id, item in self._evaluations.requests(number):
+            started = self.rollouts.start(request_id, item, 1, 1)
+            self._ask_first(started, self.config.evaluation.temperature, STREAM_EVALUATION, 0)
+        if finished is not None:
+            self._send_evaluation(finished)
+
+    def _prompt(self, index: int, split: Any) -> PromptItem:
+        """Raises TaskError if the task has none or it is too long, and whatever else the task raises."""
+        item, limit = self.task.prompt(index, split), self.config.rollout.max_prompt_tokens
+        if len(item.prompt_ids) > limit:
+            raise TaskError(f"a prompt of {len(item.prompt_ids)} tokens; raise rollout.max_prompt_tokens={limit}")
+        return item
+
+    def _ask_first(self, started: Sequence[Rollout], temperature: float, stream: int, top_logprobs: int) -> None:
+        """The first turn of all siblings in one request, so that their prompt is read once."""
+        first = started[0]
+        for rollout in started:
+            rollout.given = first.item.prompt_ids
         self.engine.add(
             SampleRequest(
-                request_id=group,
-                prompt_ids=item.prompt_ids,
-                samples=rollout.group_size,
-                max_tokens=rollout.max_tokens,
-                temperature=rollout.temperature,
-                noise_key=(self.config.run.seed, STREAM_SAMPLING),
-                top_logprobs=rollout.top_logprobs,
-                ignore_eos=rollout.ignore_eos,
+                request_id=first.request_id,
+                prompt_ids=first.item.prompt_ids,
+                samples=len(started),
+                max_tokens=self.config.rollout.max_tokens,
+                temperature=temperature,
+                noise_key=(self.config.run.seed, stream),
+                top_logprobs=top_logprobs,
+                ignore_eos=self.config.rollout.ignore_eos and stream == STREAM_SAMPLING,
             )
         )
 
-    def _check_prompt(self, item: PromptItem) -> None:
-        limit = self.config.rollout.max_prompt_tokens
-        if len(item.prompt_ids) > limit:
-            raise TaskError(f"a prompt of {len(item.prompt_ids)} tokens; raise rollout.max_prompt_tokens={limit}")
+    def _ask_next(self, rollout: Rollout, given: np.ndarray[Any, np.dtype[np.int32]]) -> None:
+        """A further turn, sampled as the first was."""
+        limits, train = self.config.rollout, rollout.request_id < EVALUATION_ID
+        request = self.rollouts.next_turn(
+            rollout,
+            given,
+            (self.config.run.seed, STREAM_SAMPLING if train else STREAM_EVALUATION),
+            max_tokens=limits.max_tokens,
+            temperature=limits.temperature if train else self.config.evaluation.temperature,
+            top_logprobs=limits.top_logprobs if train else 0,
+            ignore_eos=limits.ignore_eos and train,
+        )
+        self.engine.add(request)
 
-    def _start_evaluation(self, evaluation: int, prompts: int) -> None:
-        items = {n: item for n in range(prompts) if (item := self._heldout(n)) is not None}
-        self._evaluations[evaluation] = _Evaluation(evaluation, items, prompts)
-        if not items:
-            self._finish_evaluation(evaluation)
-        for n, item in items.items():
-            self.engine.add(
-                SampleRequest(
-                    request_id=EVALUATION_ID + evaluation * EVALUATION_STRIDE + n,
-                    prompt_ids=item.prompt_ids,
-                    samples=1,
-                    max_tokens=self.config.rollout.max_tokens,
-                    temperature=self.config.evaluation.temperature,
-                    noise_key=(self.config.run.seed, STREAM_EVALUATION),
-                    top_logprobs=0,
-                )
-            )
-
-    def _collect(self, completions: list[Completion]) -> None:
+    def _collect(self, ended: Sequence[Completion | Failure]) -> None:
         finished = []
-        for completion in completions:
-            if completion.request_id >= EVALUATION_ID:
-                self._collect_evaluation(completion)
-            else:
-                self.counters["tokens"] += len(completion.token_ids)
-                scored = self._score(completion)
-                if scored is not None:
-                    finished.append(scored)
+        for one in ended:
+            rollout = self.rollouts.get(one.request_id, one.sibling)
+            if rollout is None:
+                continue
+            if isinstance(one, Failure):
+                self.counters["engine_failures"] += 1
+                self._fail(rollout, one.reason)
+            elif (scored := self._advance(rollout, one)) is not None:
+                finished.append(scored)
         if finished:
             message = pack(self.link.run_id, self.task.channels, finished)
             self.outbox.add(message)
             self.link.send(message)
 
-    def _score(self, completion: Completion) -> Finished | None:
-        """None if the task's own code failed: that is not the policy's fault, and costs one sibling."""
-        group = completion.request_id
-        item = self._prompts[group]
-        self._left[group] -= 1
-        if self._left[group] == 0:
-            del self._left[group], self._prompts[group]
-        try:
-            channels, reward = self._reward(item, completion)
-        except Exception as error:  # noqa: BLE001  # a verifier is foreign code
-            self.counters["reward_failures"] += 1
-            reason = f"reward of {self.config.task.name}: {type(error).__name__}: {error}"
-            log.warning("trajectory %d.%d: %s", group, completion.sibling, reason)
-            self.link.send(wire.GroupFailed(group, reason[:500], completion.sibling))
-            return None
-        return Finished(group, item.prompt_ids, completion, channels, reward)
+    def _advance(self, rollout: Rollout, completion: Completion) -> Finished | None:
+        """One more turn is sampled: go on, or score what is whole. None unless a trajectory is to be sent.
 
-    def _reward(self, item: PromptItem, completion: Completion) -> tuple[dict[str, float], float]:
+        A task whose own code fails costs one sibling: that is not the policy's fault.
+        """
+        self.counters["tokens"] += len(completion.token_ids)
+        rollout.take(completion)
+        try:
+            reply = self.rollouts.reply(rollout)
+            if reply is not None:
+                self._ask_next(rollout, reply)
+                return None
+            channels, reward = self._reward(rollout)
+        except Exception as error:  # noqa: BLE001  # a task is foreign code
+            self.counters["reward_failures"] += 1
+            self._fail(rollout, f"{self.config.task.name}: {type(error).__name__}: {error}")
+            return None
+        place, spare = self.rollouts.ended(rollout)
+        for sibling in spare:
+            self.engine.cancel(rollout.request_id, sibling)
+            self.counters["cancelled"] += 1
+        if rollout.request_id >= EVALUATION_ID:
+            self._evaluated(rollout, reward)
+            return None
+        return Finished(rollout.request_id, place, rollout.turns, channels, reward)
+
+    def _reward(self, rollout: Rollout) -> tuple[dict[str, float], float]:
         """Channels and their weighted sum. Raises whatever the task's verifier raises."""
-        channels = self.task.reward(item, completion.token_ids)
+        completions = [turn.completion.token_ids for turn in rollout.turns]
+        if isinstance(self.task, MultiTurnTask):
+            channels = self.task.reward_turns(rollout.item, completions)
+        else:
+            channels = self.task.reward(rollout.item, completions[0])
         return channels, combine(channels, self.config.task.reward_weights)
 
-    def _collect_evaluation(self, completion: Completion) -> None:
-        number, n = divmod(completion.request_id - EVALUATION_ID, EVALUATION_STRIDE)
-        evaluation = self._evaluations[number]
-        try:
-            _, evaluation.rewards[n] = self._reward(evaluation.items[n], completion)
-        except Exception as error:  # noqa: BLE001  # a verifier is foreign code
-            self._evaluation_failed(n, error)
-            evaluation.rewards[n] = 0.0
-        evaluation.lengths[n] = len(completion.token_ids)
-        evaluation.versions += [int(completion.versions.min()), int(completion.versions.max())]
-        if len(evaluation.rewards) == len(evaluation.items):
-            self._finish_evaluation(number)
+    def _fail(self, rollout: Rollout, reason: str) -> None:
+        """``rollout`` will never be whole."""
+        log.warning("rollout %d.%d: %s", rollout.request_id, rollout.sibling, reason)
+        place = self.rollouts.failed(rollout)
+        if rollout.request_id >= EVALUATION_ID:
+            self.counters["evaluation_failures"] += 1
+            self._evaluated(rollout, 0.0)
+        elif place is not None:
+            self.link.send(wire.GroupFailed(rollout.request_id, reason[:REASON], place))
 
-    def _heldout(self, n: int) -> PromptItem | None:
-        """Held-out prompt ``n``; None, and a reward of 0, if the task cannot make a fitting one."""
-        try:
-            item = self.task.prompt(n, "heldout")
-            self._check_prompt(item)
-        except Exception as error:  # noqa: BLE001  # a task is foreign code
-            self._evaluation_failed(n, error)
-            return None
-        return item
+    def _evaluated(self, rollout: Rollout, reward: float) -> None:
+        finished = self._evaluations.take(rollout, reward)
+        if finished is not None:
+            self._send_evaluation(finished)
 
-    def _evaluation_failed(self, n: int, error: Exception) -> None:
-        self.counters["evaluation_failures"] += 1
-        log.warning(
-            "held-out prompt %d of %s counts as 0: %s: %s", n, self.config.task.name, type(error).__name__, error
-        )
-
-    def _finish_evaluation(self, number: int) -> None:
-        """Report it; prompts that failed count as 0."""
-        evaluation = self._evaluations.pop(number)
-        versions = evaluation.versions or [self.engine.version]
-        self.link.send(
-            wire.EvaluationResult(
-                evaluation=number,
-                version_min=min(versions),
-                version_max=max(versions),
-                rewards=np.array([evaluation.rewards.get(n, 0.0) for n in range(evaluation.prompts)], np.float32),
-                lengths=np.array([evaluation.lengths.get(n, 0) for n in range(evaluation.prompts)], np.int32),
-            )
-        )
+    def _send_evaluation(self, result: wire.EvaluationResult) -> None:
+        if result.version_max < 0:  # nothing was sampled
+            result = dataclasses.replace(result, version_min=self._using, version_max=self._using)
+        self.link.send(result)
 
 
 def run_actor(config: RunConfig, name: str, stop: StopFlag) -> None:

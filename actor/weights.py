@@ -4,7 +4,7 @@ The learner is rank 0 and hosts the TCPStore; the layout of the buckets and the 
 :mod:`common.weights`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -72,7 +72,7 @@ def tensor_sums(tensor: torch.Tensor) -> bytes:
     return both.cpu().numpy().tobytes()
 
 
-def bucket_tensors(buckets: list[tuple[Bucket, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+def bucket_tensors(buckets: Iterable[tuple[Bucket, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of every slot, views into the received buckets."""
     for bucket, flat in buckets:
         for slot in bucket.slots:

@@ -17,7 +17,7 @@ from broker.groups import Trajectory
 from broker.packing import balance, runs
 from common.errors import DataError
 from common.obrs import Divergence, Thinning, coins, divergence, effective_sample_size, thin
-from common.wire import Shard
+from common.wire import STARTS, Shard
 from common.zbounds import enumerated_acceptance, interpolate, kappa, without_impossible, z_bounds
 
 ZWeight = Literal["none", "context", "batch"]
@@ -35,8 +35,9 @@ class Batch:
     advantages: NDArray[np.float32]  # [B]
     truncated: NDArray[np.bool_]  # [B]
     cu_seqlens: NDArray[np.int64]  # [B+1]
+    segments: NDArray[np.int64]  # [S+1] the same with every trajectory cut where another segment of it starts
     token_ids: NDArray[np.int32]  # [N]
-    trainable: NDArray[np.uint8]  # [N]
+    trainable: NDArray[np.uint8]  # [N] 0 or 1
     log_q: NDArray[np.float32]  # [N]
     versions: NDArray[np.int32]  # [N]
     members: list[Trajectory]  # [B]; alternatives and expert records stay in the frames that they arrived in
@@ -109,9 +110,10 @@ def collate(
     sizes = np.unique(groups, return_counts=True)[1]
     trainable = np.concatenate([t.trainable for t in ordered])
     if mask_silent and not (silent := without_signal(rewards, sizes)).all():
-        trainable = np.where(np.repeat(np.repeat(silent, sizes), [len(t.token_ids) for t in ordered]), 0, trainable)
-        trainable = trainable.astype(np.uint8)
-    lengths = np.array([len(t.token_ids) for t in ordered], np.int64)
+        unwanted = np.repeat(np.repeat(silent, sizes), [len(t.token_ids) for t in ordered]) & (trainable == 1)
+        trainable = np.where(unwanted, np.uint8(0), trainable)
+    cu_seqlens = np.concatenate(([0], np.cumsum([len(t.token_ids) for t in ordered], dtype=np.int64)))
+    starts = np.flatnonzero(trainable == STARTS)
     return Batch(
         step=step,
         group_size=group_size,
@@ -120,9 +122,10 @@ def collate(
         rewards=rewards,
         advantages=group_advantages(rewards, sizes, group_size, kind, epsilon),
         truncated=np.array([t.truncated for t in ordered], np.bool_),
-        cu_seqlens=np.concatenate(([0], np.cumsum(lengths))),
+        cu_seqlens=cu_seqlens,
+        segments=np.union1d(cu_seqlens, starts) if len(starts) else cu_seqlens,
         token_ids=np.concatenate([t.token_ids for t in ordered]),
-        trainable=trainable,
+        trainable=np.where(trainable == STARTS, np.uint8(0), trainable) if len(starts) else trainable,
         log_q=np.concatenate([t.log_q for t in ordered]),
         versions=np.concatenate([t.versions for t in ordered]),
         members=ordered,
@@ -298,8 +301,13 @@ def _spread(
 
 
 def make_shards(batch: Batch, decision: Decision, world: int, temperature: float) -> list[Shard]:
-    """One shard a rank, balanced by tokens. The denominator counts every trainable token (algorithms.md 1.8)."""
+    """One shard a rank, balanced by tokens. The denominator counts every trainable token (algorithms.md 1.8).
+
+    A shard's rows are segments; those of one trajectory share its advantage and its rank.
+    """
     log_q = np.where(batch.trainable == 1, batch.log_q, np.float32(0))
+    segment_lengths = np.diff(batch.segments)
+    owner = np.searchsorted(batch.cu_seqlens, batch.segments[:-1], side="right") - 1  # each segment's trajectory
     lengths = np.diff(batch.cu_seqlens)
     shards = []
     for rank, members in enumerate(balance(lengths, world)):
@@ -310,6 +318,8 @@ def make_shards(batch: Batch, decision: Decision, world: int, temperature: float
                 return array[ranges[0][0] : ranges[0][1]]
             return np.concatenate([array[a:b] for a, b in ranges]) if ranges else array[:0]
 
+        inner = members if len(owner) == len(lengths) else np.flatnonzero(np.isin(owner, members))
+        rows = owner[inner]
         shards.append(
             Shard(
                 step=batch.step,
@@ -318,10 +328,10 @@ def make_shards(batch: Batch, decision: Decision, world: int, temperature: float
                 denominator=decision.denominator,
                 tokens_global=len(batch.token_ids),
                 temperature=temperature,
-                groups=batch.groups[members],
-                siblings=batch.siblings[members],
-                advantages=batch.advantages[members],
-                cu_seqlens=np.concatenate(([0], np.cumsum(lengths[members]))).astype(np.int32),
+                groups=batch.groups[rows],
+                siblings=batch.siblings[rows],
+                advantages=batch.advantages[rows],
+                cu_seqlens=np.concatenate(([0], np.cumsum(segment_lengths[inner]))).astype(np.int32),
                 token_ids=part(batch.token_ids),
                 trainable=part(batch.trainable),
                 accept=part(decision.accept),

@@ -97,7 +97,7 @@ class Steps:
             request=number,
             min_version=min_version,
             temperature=self.config.rollout.temperature,
-            cu_seqlens=batch.cu_seqlens.astype(np.int32),
+            cu_seqlens=batch.segments.astype(np.int32),
             token_ids=batch.token_ids,
             wanted=batch.trainable,
             topk_ids=batch.topk_ids,

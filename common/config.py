@@ -41,6 +41,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "broker.journal_mb": (0, 1e9), "broker.retain_mb": (0, 1e9), "broker.queue_mb": (0, 1e9),
     "broker.score_timeout_s": (0.1, 1e6), "broker.peer_timeout_s": (0.1, 1e6), "broker.verify_rate": (0, 1),
     "actor.threads": (1, 4096), "actor.unacked_mb": (0.01, 1e9), "actor.wait_s": (0, 1e6),
+    "rollout.oversample": (1, 4), "rollout.max_turns": (1, 1000), "rollout.max_reply_tokens": (0, 1e6),
+    "engine.tp": (1, 4096), "engine.concurrency": (0, 1e6), "engine.restarts": (0, 1e6),
+    "engine.backoff_s": (0, 3600), "engine.start_timeout_s": (1, 1e6), "engine.request_timeout_s": (1, 1e6),
+    "engine.attempts": (1, 100),
     "learner.logprob_mb": (0.0001, 1e6), "loss.router_z": (0, 1e3), "loss.expert_bias_rate": (0, 1),
     "learner.pp": (1, 4096), "learner.dp_replicate": (1, 4096), "learner.dp_shard": (1, 4096), "learner.ep": (1, 4096),
     "learner.tp": (1, 4096), "learner.write_timeout_s": (0.1, 1e6),
@@ -101,8 +105,11 @@ class RolloutSection:
 
     groups_per_step: int = 32
     group_size: int = 8
-    max_tokens: int = 8  # per completion
+    max_tokens: int = 8  # per completion, that is per turn
     max_prompt_tokens: int = 8
+    max_turns: int = 1  # of a conversation with a task that answers
+    max_reply_tokens: int = 0  # of what the environment says between two turns
+    oversample: float = 1.0  # siblings started for one wanted, the first to end are kept: faster, but favours the short
     temperature: float = 1.0
     top_logprobs: int = 0  # ids and log q of the k likeliest tokens, beside the sampled one
     ignore_eos: bool = False  # sample max_tokens always (throughput measurements)
@@ -125,7 +132,13 @@ class RolloutSection:
     @property
     def max_length(self) -> int:
         """Tokens of the longest possible trajectory, prompt included."""
-        return self.max_prompt_tokens + self.max_tokens
+        turns = self.max_turns * self.max_tokens + (self.max_turns - 1) * self.max_reply_tokens
+        return self.max_prompt_tokens + turns
+
+    @property
+    def started(self) -> int:
+        """Siblings that are started for a group."""
+        return math.ceil(self.group_size * self.oversample)
 
     def largest_group(self, routed: int = 0) -> int:
         """Bytes of a group whose every sibling is as long as it may be; ``routed`` experts are recorded of a token."""
@@ -295,6 +308,54 @@ class ActorSection:
 
 
 @dataclass(frozen=True)
+class EngineSection:
+    """The SGLang servers behind an actor with ``actor.engine=sglang``."""
+
+    launch: int = 1  # servers that the actor starts itself
+    addresses: tuple[str, ...] = ()  # http://HOST:PORT of servers that run already; launch=0 then
+    python: str = "python"  # of the environment that sglang is installed in (tools.sglang_cpu makes one for CPUs)
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: SGLang finds it
+    tp: int = 1  # tensor parallel ranks of a server that the actor starts
+    args: tuple[str, ...] = ()  # more flags for a server that the actor starts
+    update: Literal["retract", "in_place", "abort"] = "retract"  # what becomes of requests in flight at an update
+    concurrency: int = 0  # requests sent to a server at once; 0 lets the servers' own load decide
+    least_servers: int = 1  # fewer that may still come back end the actor
+    restarts: int = 5  # of one server in a row, waits doubling between them; health for restart_after_s forgets them
+    backoff_s: float = 1.0  # before the first restart
+    start_timeout_s: float = 900.0  # until a server answers
+    heartbeat_s: float = 1.0  # between two looks at a server's load
+    server_timeout_s: float = 20.0  # a server that has not answered for so long is lost
+    request_timeout_s: float = 1800.0  # for one answer
+    attempts: int = 4  # of one rollout before it is reported as failed
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        _require(self.launch >= 0, "engine.launch", self.launch, "must not be negative")
+        _require(
+            (self.launch > 0) != bool(self.addresses),
+            "engine.launch",
+            self.launch,
+            "either the actor starts servers, or engine.addresses names them (launch=0 then)",
+        )
+        for address in self.addresses:
+            _require(
+                address.startswith(("http://", "https://")), "engine.addresses", address, "must read http://HOST:PORT"
+            )
+        _require(
+            1 <= self.least_servers <= max(self.launch, len(self.addresses)),
+            "engine.least_servers",
+            self.least_servers,
+            "must lie between 1 and the number of servers",
+        )
+        _require(
+            self.server_timeout_s > 2 * self.heartbeat_s > 0,
+            "engine.server_timeout_s",
+            self.server_timeout_s,
+            f"must exceed two heartbeats (engine.heartbeat_s={self.heartbeat_s})",
+        )
+
+
+@dataclass(frozen=True)
 class LearnerSection:
     """The learner's mesh, its micro-batches and its checkpoints."""
 
@@ -413,6 +474,7 @@ class RunConfig:
     optim: OptimSection = field(default_factory=OptimSection)
     broker: BrokerSection = field(default_factory=BrokerSection)
     actor: ActorSection = field(default_factory=ActorSection)
+    engine: EngineSection = field(default_factory=EngineSection)
     learner: LearnerSection = field(default_factory=LearnerSection)
     replica: ReplicaSection = field(default_factory=ReplicaSection)
     weights: WeightsSection = field(default_factory=WeightsSection)
@@ -445,16 +507,16 @@ class RunConfig:
             "the broker's version is scored only with rejection on; set obrs.mode=threshold or loss.anchor=behaviour",
         )
         _require(
-            self.actor.max_sequences >= self.rollout.group_size,
+            self.actor.max_sequences >= self.rollout.started,
             "actor.max_sequences",
             self.actor.max_sequences,
-            f"must hold one whole group (rollout.group_size={self.rollout.group_size})",
+            f"must hold one whole group (rollout.group_size={self.rollout.group_size}, with rollout.oversample)",
         )
         _require(
-            not self.rollout.routing_replay or self.actor.engine == "local",
-            "rollout.routing_replay",
-            self.rollout.routing_replay,
-            f"actor.engine={self.actor.engine} records no experts; set it to false or actor.engine=local",
+            self.loss.expert_bias_rate == 0 or self.actor.engine == "local",
+            "loss.expert_bias_rate",
+            self.loss.expert_bias_rate,
+            f"actor.engine={self.actor.engine} cannot take a bias of the experts; set it to 0 or actor.engine=local",
         )
 
     def check_room(self, routed: int = 0) -> None:

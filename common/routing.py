@@ -16,9 +16,14 @@ REMEDY = "set rollout.routing_replay=false or name a Qwen3-MoE directory in mode
 class Routing:
     """Sizes of a model's mixture of experts."""
 
-    layers: int  # that have experts
+    sparse: tuple[int, ...]  # the layers that have experts, counted from 0
     experts: int  # of a layer
     per_token: int  # experts of a layer that read one token
+
+    @property
+    def layers(self) -> int:
+        """How many layers have experts."""
+        return len(self.sparse)
 
     @property
     def width(self) -> int:
@@ -36,7 +41,7 @@ def read_routing(config: RunConfig) -> Routing | None:
     path = Path(config.model.path) / "config.json"
     try:
         hf = json.loads(path.read_text())
-        routing = _routing(hf) if hf["model_type"] == MODEL_TYPE else Routing(0, 0, 0)
+        routing = _routing(hf) if hf["model_type"] == MODEL_TYPE else Routing((), 0, 0)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path}: cannot be read ({error}); the directory may be half written") from error
     if not routing.width:
@@ -59,5 +64,5 @@ def _routing(hf: dict[str, object]) -> Routing:
     dense = hf.get("mlp_only_layers") or ()
     if not isinstance(dense, list | tuple):
         raise TypeError(f"mlp_only_layers={dense!r} is no list")
-    layers = sum(i not in dense and (i + 1) % every == 0 for i in range(number("num_hidden_layers")))
-    return Routing(layers if experts else 0, experts, number("num_experts_per_tok"))
+    sparse = (i for i in range(number("num_hidden_layers")) if i not in dense and (i + 1) % every == 0)
+    return Routing(tuple(sparse) if experts else (), experts, number("num_experts_per_tok"))

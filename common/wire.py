@@ -34,6 +34,7 @@ from common.errors import DataError
 FINISH_REASONS = ("stop", "length")
 LOG_Q_TOLERANCE = 1e-6
 NEVER = (1 << 31) - 1  # a version that no policy has
+STARTS = 2  # in ``trainable``: a token before which a new segment begins, which what lies before is no context of
 UNROUTED = (1 << 16) - 1  # in the whole row of a token whose experts nobody recorded
 MAX_TEXT = 256  # characters of a peer's name, host and the like
 MAX_COUNTERS = 256  # of a heartbeat
@@ -208,7 +209,7 @@ class Trajectories(_Routed):
     finish: Bytes = array("u1", 1)  # [B] index in FINISH_REASONS
     cu_seqlens: Int32 = array("i4", 1)  # [B+1]
     token_ids: Int32 = array("i4", 1)  # [N]
-    trainable: Bytes = array("u1", 1)  # [N] 1 where the policy sampled the token
+    trainable: Bytes = array("u1", 1)  # [N] 1 where the policy sampled the token; STARTS opens a further segment
     log_q: Float32 = array("f4", 1)  # [N] under the distribution really sampled; 0 where not trainable
     versions: Int32 = array("i4", 1)  # [N] weight version of each sampled token; -1 where not trainable
     topk_ids: Int32 = array("i4", 2)  # [N, k]
@@ -249,7 +250,7 @@ class Trajectories(_Routed):
             starts = self.cu_seqlens[:-1][full]
             versions = np.where(self.trainable == 1, self.versions, np.int32(NEVER))
             oldest[full] = np.minimum.reduceat(versions, starts)
-            sampled[full] = np.add.reduceat(self.trainable, starts, dtype=np.int32)
+            sampled[full] = np.add.reduceat(self.trainable == 1, starts, dtype=np.int32)
         return oldest, sampled
 
     def faults(self, vocab_size: int, newest_version: int, expert_count: int = 0) -> dict[int, str]:
@@ -279,7 +280,7 @@ class Trajectories(_Routed):
             and self.log_q.max() <= LOG_Q_TOLERANCE
             and self.token_ids.min() >= 0
             and self.token_ids.max() < vocab_size
-            and self.trainable.max() <= 1
+            and self.trainable.max() <= STARTS
             and oldest.max() < NEVER
             and oldest.min() >= 0
             and self.versions.max() <= newest_version
@@ -310,7 +311,7 @@ class Trajectories(_Routed):
         note(self.log_q > LOG_Q_TOLERANCE, "log_q is positive: no log-probability")
         outside = f"token id outside the vocabulary of {vocab_size}"
         note((self.token_ids < 0) | (self.token_ids >= vocab_size), outside)
-        note(self.trainable > 1, "trainable must be 0 or 1")
+        note(self.trainable > STARTS, f"trainable must be 0, 1, or {STARTS} where a segment starts")
         note(on & (self.versions < 0), "a sampled token has no version")
         note(on & (self.versions > newest_version), f"version from the future (newest is {newest_version})")
         if self.topk_log_q.shape[1]:

@@ -1,5 +1,7 @@
-"""A Hugging Face directory -> a transformers model ready to decode."""
+"""A Hugging Face directory -> a transformers model ready to decode, or what its configuration says."""
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,37 @@ from common.errors import ModelError
 
 MODEL_TYPES = ("qwen3_moe", "qwen3", "qwen2", "llama")
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What an actor knows of a model that runs elsewhere."""
+
+    vocab_size: int
+    stop_ids: list[int]  # tokens that end a completion, the main one first
+
+
+def read_model_facts(directory: Path, max_length: int) -> ModelFacts:
+    """From config.json and generation_config.json; loads no weights.
+
+    Raises ModelError for a directory that cannot be read or sequences that are too long for the model.
+    """
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        longest, vocab_size = int(config["max_position_embeddings"]), int(config["vocab_size"])
+        beside = directory / "generation_config.json"
+        generation = json.loads(beside.read_text()) if beside.is_file() else {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{path}: cannot be read ({type(error).__name__}: {error}); name a complete Hugging Face directory in "
+            "model.path"
+        ) from error
+    if max_length > longest:
+        raise ModelError(f"{directory}: max_length={max_length} exceeds max_position_embeddings={longest}")
+    named = [source.get("eos_token_id") for source in (config, generation)]
+    ids = [i for one in named if one is not None for i in (one if isinstance(one, list) else [one])]
+    return ModelFacts(vocab_size, list(dict.fromkeys(ids)))
 
 
 def load_model(directory: Path, max_length: int, dtype: torch.dtype, expert_bias: bool = False) -> Any:

@@ -21,16 +21,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from actor.engine.base import Completion, SampleRequest
+from actor.engine.base import Completion, Loaded, SampleRequest, check_request
 from actor.engine.experts import ExpertRecorder
 from actor.engine.kvcache import SlotCache
 from actor.engine.loading import load_model, stop_ids
 from actor.engine.names import checkpoint_views
 from actor.engine.rows import Rows
 from actor.engine.sampling import sample
+from actor.weights import bucket_tensors
 from common.errors import EngineError, ModelError
 from common.routing import REMEDY
-from common.weights import is_frozen
+from common.weights import Bucket, is_frozen
 
 PREFILL_TOKENS = 8192  # padded prompt tokens of one pass: bounds its activations
 
@@ -65,6 +66,7 @@ class LocalEngine:
         self._stop_ids = np.array(stop_ids(self._model), np.int64)
         self.eos_id = int(self._stop_ids[0]) if len(self._stop_ids) else -1
         self.version = 0
+        self._loaded: Loaded | None = None
         self._max_length = max_length
         self._cache = SlotCache(
             layers=config.num_hidden_layers,
@@ -76,6 +78,7 @@ class LocalEngine:
         )
         self._rows = Rows(max_sequences, max_length, self._recorder.width if self._recorder else 0)
         self._waiting: deque[SampleRequest] = deque()
+        self._unwanted: set[tuple[int, int]] = set()  # cancelled before they had a row
         self._columns = torch.arange(max_length)
         self._targets = checkpoint_views(self._model)
 
@@ -91,32 +94,12 @@ class LocalEngine:
 
     def add(self, request: SampleRequest) -> None:
         """Queue a request. Raises EngineError if it can never be sampled."""
-        prompt, longest = request.prompt_ids, len(request.prompt_ids) + request.max_tokens
-        slots = self._rows.slots
-        problem = None
-        if prompt.ndim != 1 or len(prompt) == 0:
-            problem = f"prompt_ids of shape {prompt.shape} must be [P] with P >= 1"
-        elif prompt.min() < 0 or prompt.max() >= self.vocab_size:
-            bad = prompt[(prompt < 0) | (prompt >= self.vocab_size)][0]
-            problem = f"prompt token id {bad} is outside [0, {self.vocab_size}); is it another model's tokenizer?"
-        elif request.max_tokens < 1 or longest > self._max_length:
-            problem = (
-                f"prompt of {len(prompt)} tokens + max_tokens={request.max_tokens} must lie within "
-                f"max_length={self._max_length}; shorten the prompt or raise max_length"
-            )
-        elif not 1 <= request.samples <= slots:
-            problem = f"samples={request.samples} must lie in [1, max_sequences={slots}]"
-        elif not 0.0 <= request.temperature < float("inf"):
-            problem = f"temperature={request.temperature} must be finite and not negative"
-        elif not 0 <= request.top_logprobs <= self.vocab_size:
-            problem = f"top_logprobs={request.top_logprobs} must lie in [0, {self.vocab_size}]"
-        if problem is not None:
-            raise EngineError(f"request {request.request_id}: {problem}")
+        check_request(request, self.vocab_size, self._max_length, self._rows.slots)
         self._waiting.append(request)
 
     @torch.inference_mode()
-    def step(self) -> list[Completion]:
-        """Admit what fits, sample the next token of every live row, return what finished.
+    def step(self, wait_s: float = 0.0) -> list[Completion]:
+        """Admit what fits, sample the next token of every live row, return what finished; never waits.
 
         Raises EngineError, naming the version and a request, on non-finite logits; call
         :meth:`abort` before going on.
@@ -129,11 +112,46 @@ class LocalEngine:
         self._sample(logits[0] if len(logits) == 1 else torch.cat(logits))
         return self._finish()
 
+    def cancel(self, request_id: int, sibling: int) -> None:
+        """Forget one sibling; one that still waits is sampled with its request and dropped when it ends."""
+        row = self._rows.find(request_id, sibling)
+        if row is not None:
+            self._remove(np.array([row]))
+        elif any(request.request_id == request_id for request in self._waiting):
+            self._unwanted.add((request_id, sibling))
+
     def abort(self) -> None:
         """Forget everything in flight."""
         self._waiting.clear()
+        self._unwanted.clear()
         self._rows.clear()
         self._cache.clear()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return next(iter(self._targets.values())).device
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """None of its own."""
+        return {}
+
+    def load(self, version: int, buckets: Sequence[tuple[Bucket, Tensor]]) -> None:
+        """Copy them into the model between two steps."""
+        try:
+            self.swap(version, dict(bucket_tensors(buckets)))
+            self._loaded = Loaded(version)
+        except EngineError as error:
+            self._loaded = Loaded(version, str(error))
+
+    def loaded(self) -> Loaded | None:
+        """At once."""
+        loaded, self._loaded = self._loaded, None
+        return loaded
+
+    def close(self) -> None:
+        """Nothing to release."""
 
     def weight_targets(self) -> dict[str, Tensor]:
         """Checkpoint name -> view of the live parameter."""
@@ -250,16 +268,24 @@ class LocalEngine:
         rows.record(sampled.ids.numpy(), sampled.logprobs.numpy(), self.version, top)
 
     def _finish(self) -> list[Completion]:
-        """Take finished rows out and close the gaps they leave."""
+        """Take finished rows out."""
         done = self._rows.done(self._stop_ids)
         if not len(done):
             return []
         completions = [self._rows.completion(int(row), self._stop_ids) for row in done]
+        self._remove(done)
+        if self._unwanted:
+            wanted = [c for c in completions if (c.request_id, c.sibling) not in self._unwanted]
+            self._unwanted -= {(c.request_id, c.sibling) for c in completions}
+            return wanted
+        return completions
+
+    def _remove(self, rows: NDArray[np.int64]) -> None:
+        """Take rows (ascending) out and close the gaps they leave."""
         longest = int(self._rows.positions.max())
-        sources, targets = self._rows.remove(done)
+        sources, targets = self._rows.remove(rows)
         if len(sources):
             self._cache.move(torch.from_numpy(sources), torch.from_numpy(targets), longest)
-        return completions
 
 
 def _recorder(model: Any, directory: str | Path) -> ExpertRecorder:

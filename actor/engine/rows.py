@@ -22,6 +22,7 @@ _STATE = np.dtype(
         ("temperature", np.float32),
         ("prompt", np.int32),  # tokens
         ("sampled", np.int32),  # tokens
+        ("earlier", np.int32),  # tokens that earlier turns sampled
         ("max_tokens", np.int32),
         ("newest", np.int32),  # token id
         ("top_logprobs", np.int32),
@@ -73,6 +74,13 @@ class Rows:
         """Whose sequence ``row`` is."""
         return self._requests[row]
 
+    def find(self, request_id: int, sibling: int) -> int | None:
+        """The row of one sibling, if it is live."""
+        siblings = self._state["sibling"][: self.live]
+        return next(
+            (int(r) for r in np.flatnonzero(siblings == sibling) if self._requests[r].request_id == request_id), None
+        )
+
     def first_row(self, request: SampleRequest) -> int:
         """The row of a newly appended request's sibling 0."""
         return next(row for row, owner in enumerate(self._requests) if owner is request)
@@ -88,7 +96,8 @@ class Rows:
         state = self._state[rows]
         state["request_low"] = request.request_id & 0xFFFFFFFF
         state["request_high"] = request.request_id >> WORD_BITS
-        state["sibling"] = np.arange(request.samples)
+        state["sibling"] = request.first_sibling + np.arange(request.samples)
+        state["earlier"] = request.first_token
         state["key"] = self._keys.index(request.noise_key)
         state["temperature"] = request.temperature
         state["prompt"] = len(request.prompt_ids)
@@ -103,7 +112,7 @@ class Rows:
     def uniforms(self) -> NDArray[np.float64]:
         """``[n]`` in (0, 1), from (seed, stream; token index, sibling, request) alone."""
         state = self._state[: self.live]
-        counters = (state["sampled"], state["sibling"], state["request_low"], state["request_high"])
+        counters = (state["earlier"] + state["sampled"], state["sibling"], state["request_low"], state["request_high"])
         if len(self._keys) == 1:
             return uniforms(*self._keys[0], *counters)
         out = np.empty(self.live, np.float64)

@@ -5,8 +5,9 @@
 """
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,17 @@ class Task(Protocol):
 
     def reward(self, item: PromptItem, completion_ids: NDArray[np.int32]) -> dict[str, float]:
         """Every channel's value for a completion ``[T]``."""
+
+
+@runtime_checkable
+class MultiTurnTask(Task, Protocol):
+    """A task that answers the policy (``rollout.max_turns`` turns at most)."""
+
+    def reply(self, item: PromptItem, completions: Sequence[NDArray[np.int32]]) -> NDArray[np.int32] | None:
+        """The ids that follow the last of ``completions`` (one for each turn so far); None at the end."""
+
+    def reward_turns(self, item: PromptItem, completions: Sequence[NDArray[np.int32]]) -> dict[str, float]:
+        """Every channel's value for a whole conversation; stands for :meth:`reward`."""
 
 
 def make_task(name: str, model_dir: str, seed: int, params: dict[str, Any]) -> Task:

@@ -5,6 +5,7 @@ import pytest
 
 from actor.engine.base import Completion
 from actor.outbox import Finished, Outbox, pack
+from actor.rollout import Turn
 from common import wire
 
 
@@ -22,7 +23,8 @@ def finished(group: int, sibling: int, prompt: int = 3, tokens: int = 4, reason:
         finish_reason=reason,
     )
     prompt_ids = np.arange(prompt, dtype=np.int32)
-    return Finished(group, prompt_ids, completion, {"right": 1.0, "short": float(sibling)}, float(sibling) / 2)
+    channels = {"right": 1.0, "short": float(sibling)}
+    return Finished(group, sibling, [Turn(prompt_ids, completion)], channels, float(sibling) / 2)
 
 
 def ack(pairs: list[tuple[int, int]], reasons: list[str] | None = None) -> wire.Ack:

@@ -417,7 +417,7 @@ def test_reward_channels_are_in_the_receipt():
     assert pipeline.step(0).receipt["reward_channels"] == {"correct": 0.5, "style": 0.5}
 
 
-ROUTING = Routing(layers=2, experts=8, per_token=2)
+ROUTING = Routing((0, 1), experts=8, per_token=2)
 ROUTED = RolloutSection(groups_per_step=2, group_size=G, max_prompt_tokens=3, max_tokens=5, routing_replay=True)
 
 
@@ -502,4 +502,4 @@ def test_expert_records_count_in_every_bound():
         ("max_message_mb", BrokerSection(queue_mb=64, max_message_mb=1)),
     ):
         with pytest.raises(ConfigError, match=rf"broker\.{key}=1.* with the 16384 experts"):
-            Pipeline(config(rollout=ROUTED, broker=broker), 16, Routing(2048, 64, 8))
+            Pipeline(config(rollout=ROUTED, broker=broker), 16, Routing(tuple(range(2048)), 64, 8))

@@ -17,7 +17,7 @@ from common.config import BrokerSection, ObrsSection, RolloutSection, RunConfig,
 from common.routing import Routing
 
 B, G, STEPS, VOCAB = 3, 2, 6, 16
-ROUTING = Routing(layers=3, experts=8, per_token=2)
+ROUTING = Routing((0, 1, 2), experts=8, per_token=2)
 
 
 def config(**sections) -> RunConfig:

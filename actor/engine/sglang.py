@@ -1,0 +1,494 @@
+"""Sampling on real SGLang servers: token ids in, token ids out, log q and versions as the servers log them.
+
+::
+
+    add -> home of its key (actor.engine.routing) -> sent while the server keeps up (actor.engine.pacing)
+        -> reply (actor.engine.reply) -> Completion
+             | aborted by an update: the tokens are kept, the rest is asked for as a further piece
+             | server lost or reply untrue: all of it is thrown away and sampled again elsewhere
+
+Servers live on an event loop in a thread (actor.engine.server); this object belongs to the actor's
+main thread, which reads replies there, so that nothing heavy runs on the loop.
+"""
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import orjson
+import torch
+
+from actor.engine.base import Completion, Failure, Loaded, SampleRequest, check_request
+from actor.engine.loading import read_model_facts
+from actor.engine.pacing import Pace
+from actor.engine.probe import sampling
+from actor.engine.push import Pusher, Version
+from actor.engine.reply import FLAT_FIELDS, Asked, Piece, read_piece
+from actor.engine.routing import Router
+from actor.engine.server import Server, State
+from common.config import RunConfig
+from common.errors import DataError, EngineError
+from common.routing import read_routing
+from common.weights import Bucket
+
+END_S = 15.0  # for the servers to be stopped
+STEAL = 2  # requests that must wait at one target before an idle one takes a key from it
+
+log = logging.getLogger("actor.engine")
+
+
+@dataclass(eq=False)
+class _Sample:
+    """One sibling on its way."""
+
+    request: SampleRequest
+    sibling: int
+    pieces: list[Piece] = field(default_factory=list)
+    sampled: int = 0  # tokens of the pieces
+    tries: int = 0  # pieces lost with a server or untrue
+    target: str = ""
+    serial: int = 0  # of the request under way: a reply to an earlier one is not ours any more
+    task: "asyncio.Future[Any] | None" = None
+
+    @property
+    def left(self) -> int:
+        """Tokens that may still be sampled."""
+        return self.request.max_tokens - self.sampled
+
+
+@dataclass
+class _Target:
+    """A server, or one data-parallel rank of it."""
+
+    name: str
+    server: Server
+    rank: int | None
+    pace: Pace
+    waiting: deque[_Sample] = field(default_factory=deque)
+    under_way: int = 0
+    seen: int = 0  # looks at the server's load that the pace has had
+
+    @property
+    def load(self) -> int:
+        """Requests that it carries or will."""
+        return self.under_way + len(self.waiting)
+
+
+class SglangEngine:
+    """Samples on the servers of ``config.engine``; see :class:`actor.engine.base.Engine`.
+
+    Raises EngineError if none of them can be used.
+    """
+
+    def __init__(self, config: RunConfig, name: str, run_tag: str = "croupier") -> None:
+        """``name`` of the actor; ``run_tag`` marks this run's versions among others'."""
+        self.config, self.name = config, name
+        facts = read_model_facts(Path(config.model.path), config.rollout.max_length)
+        self.vocab_size, self._stop_ids = facts.vocab_size, facts.stop_ids
+        self.eos_id = self._stop_ids[0] if self._stop_ids else -1
+        routing = read_routing(config)
+        self._routed = (routing.sparse, routing.per_token) if routing else ((), 0)
+        self._tag_prefix = f"{run_tag}-"
+        self.device = torch.device("cpu")
+        self._counters: Counter[str] = Counter()
+        self._router = Router()
+        self._samples: dict[tuple[int, int], _Sample] = {}
+        self._homeless: deque[_Sample] = deque()
+        self._ended: list[Completion | Failure] = []
+        self._events: queue.SimpleQueue[tuple[_Sample, int, bytes | EngineError] | None] = queue.SimpleQueue()
+        self._serial = 0
+        self._held: Version | None = None
+        self._loading = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="engine", daemon=True)
+        self._thread.start()
+        self._targets: dict[str, _Target] = {}
+        self._servers: list[Server] = self._run(self._begin())
+
+    def _run(self, work: Coroutine[Any, Any, Any], timeout_s: float = END_S) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout_s)
+
+    async def _begin(self) -> list[Server]:
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60.0))
+        weights, engine = self.config.weights, self.config.engine
+        self._pusher = Pusher(weights.deadline_s, weights.least_mb_s, self.name)
+        addresses = engine.addresses or ("",) * engine.launch
+        servers: list[Server] = []
+        for index, address in enumerate(addresses):
+            label = f"{self.name}/server-{index}"
+            server = Server(
+                self.config, label, address, self._session, self._pusher, self._tag, self.vocab_size,
+                lambda: self._events.put(None), lambda: servers,
+            )  # fmt: skip
+            servers.append(server)
+            server.begin()
+        return servers
+
+    def _tag(self, version: int) -> str:
+        return f"{self._tag_prefix}{version}"
+
+    # ---- what the actor sees ---------------------------------------------------------------------
+
+    @property
+    def version(self) -> int:
+        """The oldest that a serving server samples from; -1 while none serves."""
+        return min((server.version for server in self._servers if server.state == State.SERVING), default=-1)
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is in flight or a server is not as it should be."""
+        return bool(self._samples) or self._loading or any(s.state != State.SERVING for s in self._servers)
+
+    @property
+    def in_flight(self) -> int:
+        """Siblings that have not been returned."""
+        return len(self._samples)
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """Requests, tokens, retries, and how the servers are."""
+        serving = [server for server in self._servers if server.state == State.SERVING]
+        return {
+            **{name: float(value) for name, value in self._counters.items()},
+            "servers": float(len(self._servers)),
+            "servers_serving": float(len(serving)),
+            "server_restarts": float(sum(server.restarts for server in self._servers)),
+            "seconds_paused": sum(server.paused_s for server in self._servers),
+            "concurrency": float(sum(target.pace.limit for target in self._targets.values())),
+            "routes_moved": float(self._router.moved),
+            "routes_displaced": float(self._router.displaced),
+        }
+
+    @property
+    def servers(self) -> Sequence[Server]:
+        """For reports and tests."""
+        return self._servers
+
+    def add(self, request: SampleRequest) -> None:
+        """Queue a request. Raises EngineError, naming it, if it can never be sampled."""
+        check_request(request, self.vocab_size, self.config.rollout.max_length, self.config.actor.max_sequences)
+        for index in range(request.samples):
+            sample = _Sample(request, request.first_sibling + index)
+            self._samples[request.request_id, sample.sibling] = sample
+            self._place(sample)
+
+    def step(self, wait_s: float = 0.0) -> Sequence[Completion | Failure]:
+        """Read what has been answered and send what may be sent; returns what ended."""
+        self._drain(wait_s)
+        self._check_floor()
+        self._refresh_targets()
+        self._dispatch()
+        ended, self._ended = self._ended, []
+        return ended
+
+    def cancel(self, request_id: int, sibling: int) -> None:
+        """Forget one sibling."""
+        sample = self._samples.pop((request_id, sibling), None)
+        if sample is None:
+            return
+        self._cancel(sample)
+        target = self._targets.get(sample.target)
+        for waiting in (self._homeless, target.waiting if target is not None else ()):
+            if sample in waiting:
+                waiting.remove(sample)  # type: ignore[union-attr]
+
+    def abort(self) -> None:
+        """Forget everything in flight."""
+        for sample in list(self._samples.values()):
+            self._cancel(sample)
+        self._samples.clear()
+        self._homeless.clear()
+        for target in self._targets.values():
+            target.waiting.clear()
+            target.under_way = 0
+
+    def load(self, version: int, buckets: Sequence[tuple[Bucket, torch.Tensor]]) -> None:
+        """Push a version to every server; each goes on sampling as soon as it has it."""
+        self._held = Version(version, self._tag(version), buckets)
+        self._loading = True
+        held = self._held
+
+        def aim() -> None:
+            for server in self._servers:
+                server.aim(held)
+
+        self._loop.call_soon_threadsafe(aim)
+
+    def loaded(self) -> Loaded | None:
+        """In use once every server that serves has it, and at least one does."""
+        if not self._loading or self._held is None:
+            return None
+        number = self._held.number
+        if not all(server.settled for server in self._servers):
+            return None
+        if any(server.state == State.SERVING and server.version == number for server in self._servers):
+            self._loading = False
+            return Loaded(number, keeps=True)
+        return None  # none serves now; those that come back start from it
+
+    def close(self) -> None:
+        """Stop what we started."""
+
+        async def end() -> None:
+            await asyncio.gather(*(server.end() for server in self._servers), return_exceptions=True)
+            self._pusher.close()
+            await self._session.close()
+
+        with contextlib.suppress(TimeoutError):
+            self._run(end())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=1.0)
+
+    # ---- servers ---------------------------------------------------------------------------------
+
+    def _check_floor(self) -> None:
+        """Raise EngineError once too few servers can ever serve again."""
+        least = self.config.engine.least_servers
+        hopeful = [server for server in self._servers if server.state != State.GONE]
+        if len(hopeful) < least:
+            reasons = "; ".join(server.why for server in self._servers if server.state == State.GONE)
+            raise EngineError(
+                f"{self.name}: {len(hopeful)} of {len(self._servers)} servers are left, "
+                f"engine.least_servers={least} are needed: {reasons}"
+            )
+
+    def _refresh_targets(self) -> None:
+        """Follow the servers' states: targets come with SERVING and go with anything else."""
+        for server in self._servers:
+            names = self._target_names(server)
+            if server.state == State.SERVING:
+                for rank, name in names:
+                    if name not in self._targets:
+                        pace = Pace(self.config.engine.concurrency, self.config.actor.max_sequences)
+                        self._targets[name] = _Target(name, server, rank, pace)
+                    target = self._targets[name]
+                    if target.seen != server.loads and server.load is not None and not self._loading:
+                        target.seen = server.loads
+                        target.pace.observe(server.load, target.under_way)
+            else:
+                for _, name in names:
+                    self._drop_target(name, server)
+        if self._targets and self._homeless:
+            waiting, self._homeless = self._homeless, deque()
+            for sample in waiting:
+                self._place(sample)
+
+    @staticmethod
+    def _target_names(server: Server) -> list[tuple[int | None, str]]:
+        ranks = server.identity.data_parallel if server.identity is not None else 1
+        return [(None, server.name)] if ranks == 1 else [(rank, f"{server.name}.{rank}") for rank in range(ranks)]
+
+    def _drop_target(self, name: str, server: Server) -> None:
+        target = self._targets.pop(name, None)
+        if target is None:
+            return
+        for sample in target.waiting:
+            self._place(sample)
+        if server.state in (State.LOST, State.GONE):
+            for sample in [s for s in self._samples.values() if s.target == name and s.task is not None]:
+                self._cancel(sample)
+                self._retry(sample, f"{name} was lost")
+
+    # ---- requests --------------------------------------------------------------------------------
+
+    def _place(self, sample: _Sample) -> None:
+        """Into the queue of its home."""
+        if not self._targets:
+            sample.target = ""
+            self._homeless.append(sample)
+            return
+        loads = {name: target.load for name, target in self._targets.items()}
+        sample.target = self._router.place(sample.request.request_id, loads)
+        self._targets[sample.target].waiting.append(sample)
+
+    def _dispatch(self) -> None:
+        for target in self._targets.values():
+            if target.server.state != State.SERVING:
+                continue
+            self._steal(target)
+            while target.waiting and target.under_way < target.pace.limit:
+                self._send(target, target.waiting.popleft())
+
+    def _steal(self, idle: _Target) -> None:
+        """Take a whole key from the longest queue rather than idle."""
+        if idle.waiting or idle.under_way >= idle.pace.limit:
+            return
+        longest = max(self._targets.values(), key=lambda target: len(target.waiting))
+        if len(longest.waiting) < STEAL or longest is idle:
+            return
+        key = longest.waiting[-1].request.request_id
+        self._router.move(key, idle.name)
+        moving = [sample for sample in longest.waiting if sample.request.request_id == key]
+        longest.waiting = deque(sample for sample in longest.waiting if sample.request.request_id != key)
+        for sample in moving:
+            sample.target = idle.name
+            idle.waiting.append(sample)
+
+    def _send(self, target: _Target, sample: _Sample) -> None:
+        self._serial += 1
+        sample.serial, serial = self._serial, self._serial
+        target.under_way += 1
+        body = orjson.dumps(self._fields(target, sample), option=orjson.OPT_SERIALIZE_NUMPY)
+        client, timeout = target.server.client, self.config.engine.request_timeout_s
+
+        async def ask() -> None:
+            try:
+                answer: bytes | EngineError = await client.send("/generate", body, timeout)
+            except EngineError as error:
+                answer = error
+            self._events.put((sample, serial, answer))
+
+        sample.task = asyncio.run_coroutine_threadsafe(ask(), self._loop)  # type: ignore[assignment]
+        self._counters["requests"] += 1
+
+    def _fields(self, target: _Target, sample: _Sample) -> dict[str, Any]:
+        request = sample.request
+        prompt = request.prompt_ids
+        if sample.pieces:
+            prompt = np.concatenate([prompt, *(piece.token_ids for piece in sample.pieces)])
+        fields: dict[str, Any] = {
+            "input_ids": np.ascontiguousarray(prompt, np.int32),
+            "sampling_params": sampling(request.temperature, sample.left, self._stop_ids, request.ignore_eos),
+            "return_logprob": True,
+            "logprob_start_len": -1,
+            "top_logprobs_num": request.top_logprobs,
+            "rid": f"{self.name}.{sample.serial}",
+        }
+        identity = target.server.identity
+        if request.top_logprobs and identity is not None and identity.flat_top:
+            fields |= FLAT_FIELDS
+        if self._routed[0]:
+            fields["return_routed_experts"] = True
+        if target.rank is not None:
+            fields["data_parallel_rank"] = target.rank
+        return fields
+
+    def _cancel(self, sample: _Sample) -> None:
+        if sample.task is None:
+            return
+        sample.task.cancel()
+        sample.task = None
+        target = self._targets.get(sample.target)
+        if target is not None:
+            target.under_way -= 1
+            rid = f"{self.name}.{sample.serial}"
+            asyncio.run_coroutine_threadsafe(_quietly(target.server.client.abort(rid)), self._loop)
+        sample.serial = 0
+
+    def _drain(self, wait_s: float) -> None:
+        """Take every answer; the first may be waited for."""
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                event = self._events.get(timeout=max(0.0, deadline - time.monotonic())) if wait_s else None
+                event = self._events.get_nowait() if not wait_s else event
+            except queue.Empty:
+                return
+            wait_s = 0.0
+            if event is not None:
+                self._take(*event)
+
+    def _take(self, sample: _Sample, serial: int, answer: bytes | EngineError) -> None:
+        if serial != sample.serial:
+            return  # cancelled meanwhile
+        sample.task, sample.serial = None, 0
+        target = self._targets.get(sample.target)
+        if target is not None:
+            target.under_way -= 1
+        if isinstance(answer, EngineError):
+            self._counters["requests_failed"] += 1
+            if target is not None:
+                self._loop.call_soon_threadsafe(target.server.suspect, str(answer))
+            self._retry(sample, str(answer))
+            return
+        request = sample.request
+        asked = Asked(
+            len(request.prompt_ids) + sample.sampled, sample.left, request.top_logprobs, self.vocab_size, *self._routed
+        )
+        try:
+            piece = read_piece(answer, asked)
+            self._versions_of(piece)
+        except DataError as error:
+            self._counters["replies_refused"] += 1
+            if target is not None and "weight version" in str(error):
+                self._loop.call_soon_threadsafe(target.server.disown, str(error))
+            self._retry(sample, f"{sample.target}: {error}")
+            return
+        self._join(sample, piece)
+
+    def _join(self, sample: _Sample, piece: Piece) -> None:
+        """A further piece: the end, or a reason to ask for the rest."""
+        self._counters["cached_tokens"] += piece.cached_tokens
+        self._counters["prompt_tokens"] += len(sample.request.prompt_ids) + sample.sampled
+        sample.pieces.append(piece)
+        sample.sampled += len(piece.token_ids)
+        if piece.finish == "abort" and sample.left > 0:
+            self._counters["resumed"] += 1
+            self._place(sample)
+            return
+        key = (sample.request.request_id, sample.sibling)
+        del self._samples[key]
+        self._ended.append(self._completion(sample))
+
+    def _retry(self, sample: _Sample, why: str) -> None:
+        """Sample it again from its prompt, elsewhere: what a lost server sampled is nobody's rollout."""
+        sample.tries += 1
+        sample.pieces.clear()
+        sample.sampled = 0
+        if sample.tries >= self.config.engine.attempts:
+            self._samples.pop((sample.request.request_id, sample.sibling), None)
+            reason = f"{sample.tries} attempts (engine.attempts), the last: {why}"
+            self._ended.append(Failure(sample.request.request_id, sample.sibling, reason))
+            return
+        self._counters["retries"] += 1
+        log.warning("rollout %d.%d is sampled again: %s", sample.request.request_id, sample.sibling, why)
+        self._place(sample)
+
+    def _versions_of(self, piece: Piece) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """``[T]`` numbers of the versions that sampled each token."""
+        versions = np.empty(len(piece.token_ids), np.int32)
+        for tag, start, end in piece.spans:
+            number = tag.removeprefix(self._tag_prefix)
+            if number == tag or not number.isdecimal():
+                raise DataError(f"weight version {tag!r} is not of this run ({self._tag_prefix}N)")
+            versions[start:end] = int(number)
+        return versions
+
+    def _completion(self, sample: _Sample) -> Completion:
+        request, pieces = sample.request, sample.pieces
+        return Completion(
+            request_id=request.request_id,
+            sibling=sample.sibling,
+            token_ids=np.concatenate([piece.token_ids for piece in pieces]),
+            logprobs=np.concatenate([piece.logprobs for piece in pieces]),
+            versions=np.concatenate([self._versions_of(piece) for piece in pieces]),
+            topk_ids=np.concatenate([piece.topk_ids for piece in pieces]),
+            topk_logprobs=np.concatenate([piece.topk_logprobs for piece in pieces]),
+            experts=_join_experts(pieces),
+            finish_reason="stop" if pieces[-1].finish == "stop" else "length",
+            cached_tokens=pieces[0].cached_tokens,
+        )
+
+
+def _join_experts(pieces: Sequence[Piece]) -> np.ndarray[Any, np.dtype[np.uint16]]:
+    """A token's experts are those of the piece that read it first, which is what sampled its successor."""
+    whole = pieces[-1].experts.copy()
+    for piece in reversed(pieces[:-1]):
+        read = max(0, len(piece.experts) - 1)
+        whole[:read] = piece.experts[:read]
+    return whole
+
+
+async def _quietly(work: Coroutine[Any, Any, Any]) -> None:
+    with contextlib.suppress(EngineError):
+        await work
