@@ -1,7 +1,7 @@
 """Tasks: prompts by index, rewards by channel.
 
-``make_task`` knows ``sort6`` (the quick start), ``fixed`` (throughput measurements) and
-``gym:<name>`` for every reasoning-gym data set.
+``make_task`` knows ``sort6`` (the quick start), ``guess`` (several turns), ``fixed`` (throughput
+measurements) and ``gym:<name>`` for every reasoning-gym data set.
 """
 
 import difflib
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from common.errors import TaskError
 
 Split = Literal["train", "heldout"]
-BUILT_IN = ("sort6", "fixed")
+BUILT_IN = ("sort6", "guess", "fixed")
 GYM_PREFIX = "gym:"
 
 
@@ -62,6 +62,10 @@ def make_task(name: str, model_dir: str, seed: int, params: dict[str, Any]) -> T
         from actor.tasks.sort6 import Sort6
 
         return Sort6(seed, params)
+    if name == "guess":
+        from actor.tasks.guess import Guess
+
+        return Guess(seed, params)
     if name == "fixed":
         from actor.tasks.fixed import FixedLength
 

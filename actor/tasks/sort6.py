@@ -36,7 +36,8 @@ def decode(ids: NDArray[np.int32]) -> str:
     return "".join(ALPHABET[i] for i in ids.tolist())
 
 
-def _is_held_out(question: int) -> bool:
+def is_held_out(question: int) -> bool:
+    """One number in eight."""
     return ((question * _HASH) & 0xFFFFFFFF) >> 29 == 0  # the top three bits: one in eight
 
 
@@ -57,7 +58,7 @@ class Sort6:
             counter = (index & 0xFFFFFFFF, index >> 32, attempt, SPLITS.index(split))
             words = philox4x32((self._seed, STREAM_PROMPTS), *counter)
             question = int(words[0]) % QUESTIONS
-            if _is_held_out(question) == wanted:
+            if is_held_out(question) == wanted:
                 digits = f"{question:0{DIGITS}d}"
                 return PromptItem(encode(digits + ">"), "".join(sorted(digits)) + "$")
         raise AssertionError("ten thousand draws missed a split of one in eight")
