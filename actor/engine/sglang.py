@@ -248,6 +248,8 @@ class SglangEngine:
             self._run(end())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=1.0)
+        if not self._thread.is_alive():
+            self._loop.close()
 
     # ---- servers ---------------------------------------------------------------------------------
 
