@@ -5,18 +5,18 @@
     start -> SampleRequest -> Completion -> take: the environment replies -> SampleRequest -> ... -> ended
 
 Token in, token out: a turn's prompt is the exact ids of everything before it and what the
-environment said since; nothing is ever decoded and encoded again. A turn whose prompt does not go
-on where the last one ended starts a new segment (``fresh``), whose context is its own prompt alone.
+environment said since; nothing is ever decoded and encoded again. An agent behind the gateway
+(actor.gateway) may begin another conversation: a ``fresh`` turn, whose segment of the trajectory
+has its own prompt alone as context.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actor.engine.base import Completion, SampleRequest
+from actor.engine.base import Completion
 from actor.tasks.base import MultiTurnTask, PromptItem, Task
 from common.config import RolloutSection
 from common.errors import TaskError
@@ -42,16 +42,11 @@ class Rollout:
     item: PromptItem
     turns: list[Turn] = field(default_factory=list)
     given: Ids | None = None  # of the turn being sampled
-    fresh: bool = False
 
     @property
     def context(self) -> Ids:
-        """Exact ids of everything since the last fresh turn's prompt, that included."""
-        parts: list[Ids] = []
-        for turn in self.turns:
-            if turn.fresh:
-                parts.clear()
-            parts += [turn.given, turn.completion.token_ids]
+        """Exact ids of every turn so far."""
+        parts = [part for turn in self.turns for part in (turn.given, turn.completion.token_ids)]
         return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
     @property
@@ -59,15 +54,10 @@ class Rollout:
         """Tokens of all turns."""
         return sum(len(turn.completion.token_ids) for turn in self.turns)
 
-    @property
-    def length(self) -> int:
-        """Tokens of all segments."""
-        return sum(len(turn.given) + len(turn.completion.token_ids) for turn in self.turns)
-
     def take(self, completion: Completion) -> None:
         """The turn that was asked for has been sampled."""
         assert self.given is not None
-        self.turns.append(Turn(self.given, completion, self.fresh and bool(self.turns)))
+        self.turns.append(Turn(self.given, completion))
         self.given = None
 
 
@@ -120,20 +110,6 @@ class Rollouts:
                 f"the environment said {len(reply)} tokens; raise rollout.max_reply_tokens={limits.max_reply_tokens}"
             )
         return reply
-
-    def next_turn(self, rollout: Rollout, given: Ids, noise_key: tuple[int, int], **more: Any) -> SampleRequest:
-        """The request for one further turn of one rollout, after ``given`` ids. ``more`` are fields of the request."""
-        rollout.given = np.ascontiguousarray(given, np.int32)
-        context = rollout.context if not rollout.fresh else np.zeros(0, np.int32)
-        return SampleRequest(
-            request_id=rollout.request_id,
-            prompt_ids=np.concatenate([context, rollout.given]),
-            samples=1,
-            noise_key=noise_key,
-            first_sibling=rollout.sibling,
-            first_token=rollout.sampled,
-            **more,
-        )
 
     def ended(self, rollout: Rollout) -> tuple[int, Sequence[int]]:
         """``rollout`` is whole: its place among the siblings, and whom to cancel because enough have ended."""

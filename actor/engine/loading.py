@@ -1,6 +1,7 @@
 """A Hugging Face directory -> a transformers model ready to decode, or what its configuration says."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from transformers.utils import logging as transformers_logging
 
 from actor.engine.experts import use_expert_bias, use_lean_experts
 from common.errors import ModelError
+from common.weights import is_frozen
 
+HEAD = "lm_head.weight"
 MODEL_TYPES = ("qwen3_moe", "qwen3", "qwen2", "llama")
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
@@ -23,10 +26,30 @@ class ModelFacts:
 
     vocab_size: int
     stop_ids: list[int]  # tokens that end a completion, the main one first
+    architectures: list[str]
+    shapes: dict[str, tuple[int, ...]]  # of its tensors, by name; a head tied to the embedding is none
+
+
+def differing(own: Mapping[str, tuple[int, ...]], tensors: Mapping[str, tuple[int, ...]], frozen: Sequence[str]) -> str:
+    """How ``tensors`` (name -> shape) of a version differ from a model's ``own``; "" if they do not.
+
+    What ``frozen`` matches may be missing.
+    """
+    missing = {name for name in own.keys() - tensors.keys() if not is_frozen(name, frozen)}
+    unknown = tensors.keys() - own.keys()
+    if missing or unknown:
+        return (
+            f"{len(missing)} tensors are missing (first: {min(missing, default='none')}) and "
+            f"{len(unknown)} unknown (first: {min(unknown, default='none')}); publish this model's own checkpoint"
+        )
+    for name, shape in tensors.items():
+        if shape != own[name]:
+            return f"{name} has shape {shape}, the model has {own[name]}"
+    return ""
 
 
 def read_model_facts(directory: Path, max_length: int) -> ModelFacts:
-    """From config.json and generation_config.json; loads no weights.
+    """From config.json, generation_config.json and the headers of the weights.
 
     Raises ModelError for a directory that cannot be read or sequences that are too long for the model.
     """
@@ -43,9 +66,31 @@ def read_model_facts(directory: Path, max_length: int) -> ModelFacts:
         ) from error
     if max_length > longest:
         raise ModelError(f"{directory}: max_length={max_length} exceeds max_position_embeddings={longest}")
+    shapes = tensor_shapes(directory)
+    if config.get("tie_word_embeddings"):
+        shapes.pop(HEAD, None)
     named = [source.get("eos_token_id") for source in (config, generation)]
     ids = [i for one in named if one is not None for i in (one if isinstance(one, list) else [one])]
-    return ModelFacts(vocab_size, list(dict.fromkeys(ids)))
+    return ModelFacts(
+        vocab_size=vocab_size,
+        stop_ids=list(dict.fromkeys(ids)),
+        architectures=list(config.get("architectures") or []),
+        shapes=shapes,
+    )
+
+
+def tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the directory's tensors; reads no weights. Raises ModelError if a file is damaged."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        except Exception as error:  # safetensors has one error class of its own and passes OSError on
+            raise ModelError(f"{file}: cannot be read ({error}); copy the whole directory") from error
+    if not shapes:
+        raise ModelError(f"{directory}: has none of {', '.join(WEIGHT_FILES)}; copy the whole directory")
+    return shapes
 
 
 def load_model(directory: Path, max_length: int, dtype: torch.dtype, expert_bias: bool = False) -> Any:

@@ -24,14 +24,14 @@ from torch import Tensor
 from actor.engine.base import Completion, Loaded, SampleRequest, check_request
 from actor.engine.experts import ExpertRecorder
 from actor.engine.kvcache import SlotCache
-from actor.engine.loading import load_model, stop_ids
+from actor.engine.loading import differing, load_model, stop_ids
 from actor.engine.names import checkpoint_views
 from actor.engine.rows import Rows
 from actor.engine.sampling import sample
 from actor.weights import bucket_tensors
 from common.errors import EngineError, ModelError
 from common.routing import REMEDY
-from common.weights import Bucket, is_frozen
+from common.weights import Bucket
 
 PREFILL_TOKENS = 8192  # padded prompt tokens of one pass: bounds its activations
 
@@ -163,17 +163,10 @@ class LocalEngine:
 
         Raises EngineError, and changes nothing, if names or shapes are not those of the model.
         """
-        missing, unknown = self._targets.keys() - tensors.keys(), tensors.keys() - self._targets.keys()
-        missing = {name for name in missing if not is_frozen(name, self._frozen)}
-        if missing or unknown:
-            raise EngineError(
-                f"version {version}: {len(missing)} tensors are missing (first: {min(missing, default='none')}) and "
-                f"{len(unknown)} unknown (first: {min(unknown, default='none')}); publish this model's own checkpoint"
-            )
-        for name, tensor in tensors.items():
-            if tensor.shape != self._targets[name].shape:
-                given, wanted = tuple(tensor.shape), tuple(self._targets[name].shape)
-                raise EngineError(f"version {version}: {name} has shape {given}, the model has {wanted}")
+        own = {name: tuple(tensor.shape) for name, tensor in self._targets.items()}
+        wrong = differing(own, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, self._frozen)
+        if wrong:
+            raise EngineError(f"version {version}: {wrong}")
         for name, tensor in tensors.items():
             self._targets[name].copy_(tensor)
         self.version = version

@@ -11,6 +11,7 @@ never reaches a server (docs/decisions/0015).
 
 import asyncio
 import contextlib
+import secrets
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from actor.engine.client import Client, ServerLostError, within
+from common.errors import EngineError
 from common.weights import Bucket, brief
 
 
@@ -47,7 +49,7 @@ class Pusher:
 
     def __init__(self, deadline_s: float, least_mb_s: float, name: str) -> None:
         self._deadline_s, self._least = deadline_s, least_mb_s * (1 << 20)
-        self._name = name
+        self._name = f"{name}/{secrets.token_hex(4)}"  # a server remembers the groups of actors that have ended
         self._store = dist.TCPStore(
             "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=deadline_s)
         )
@@ -135,7 +137,7 @@ class Pusher:
         if client.name in self._groups:
             return self._groups[client.name]
         self._joined += 1
-        name = f"{self._name}/{client.name}/{self._joined}"
+        name = f"{self._name}/{self._joined}"
         world = 1 + ranks
         timeout = timedelta(seconds=allowed)
         store = sglang_store(self._store, name, "cpu")
@@ -155,6 +157,14 @@ class Pusher:
             raise ServerLostError(f"{client.name} did not join a weights group: {brief(error)}") from error
         self._groups[client.name] = (name, group)
         return name, group
+
+    async def part(self, client: Client) -> None:
+        """Leave the group with a server that goes on without us."""
+        held = self._groups.get(client.name)
+        if held is not None:
+            with contextlib.suppress(EngineError):
+                await client.call("/destroy_weights_update_group", {"group_name": held[0]})
+            self.leave(client.name)
 
     def leave(self, server: str) -> None:
         """Forget the group with a server; its sockets close."""

@@ -22,6 +22,7 @@ from typing import Any
 import aiohttp
 
 from actor.engine.client import Client, ServerLostError, ServerRefusedError
+from actor.engine.loading import ModelFacts
 from actor.engine.probe import Identity, check_density, identify
 from actor.engine.process import ServerProcess, command, free_port
 from actor.engine.push import Pusher, TornError, Version
@@ -62,7 +63,7 @@ class Server:
         session: aiohttp.ClientSession,
         pusher: Pusher,
         tag: Callable[[int], str],
-        vocab_size: int,
+        model: ModelFacts,
         notify: Callable[[], None],
         siblings: Callable[[], Sequence["Server"]],
     ) -> None:
@@ -79,7 +80,7 @@ class Server:
         self.load: Any = None  # the latest Load
         self.loads = 0  # looks at it
         self.client = Client(address, name, session)
-        self._session, self._pusher, self._tag, self._vocab = session, pusher, tag, vocab_size
+        self._session, self._pusher, self._tag, self._model = session, pusher, tag, model
         self._notify, self.siblings = notify, siblings
         self._process: ServerProcess | None = None
         self._target: Version | None = None
@@ -126,6 +127,8 @@ class Server:
             await asyncio.gather(self._task, return_exceptions=True)
         if self._process is not None:
             await asyncio.to_thread(self._process.kill)
+        else:
+            await self._pusher.part(self.client)
 
     # ---- its life --------------------------------------------------------------------------------
 
@@ -156,23 +159,28 @@ class Server:
         await self._start()
         try:
             self.identity = await identify(self.client, self.config.engine.update)
-            self._check_flags(self.identity)
+            await self._check_model(self.identity)
         except ServerLostError:
             raise
         except EngineError as error:
             raise UnfitError(str(error)) from error
         await self._find_version()
         try:
-            await check_density(self.client, self._vocab, self.config.rollout.temperature)
+            await check_density(self.client, self._model.vocab_size, self.config.rollout.temperature)
         except ServerLostError as error:
             raise ServerLostError(f"{error} (while its log-probabilities were tested)") from error
         except EngineError as error:
             raise UnfitError(str(error)) from error
 
-    def _check_flags(self, identity: Identity) -> None:
-        wanted = self.config.engine.tp if self._process is not None else identity.ranks
-        if identity.ranks != wanted:
-            raise EngineError(f"{self.name} has {identity.ranks} ranks where engine.tp={wanted} was asked for")
+    async def _check_model(self, identity: Identity) -> None:
+        served = (await self.client.call("/model_info")).get("architectures")
+        if served and self._model.architectures and served != self._model.architectures:
+            raise EngineError(
+                f"{self.name} serves {', '.join(served)}, model.path={self.config.model.path} is "
+                f"{', '.join(self._model.architectures)}; start it with that model"
+            )
+        if self._process is not None and identity.ranks != self.config.engine.tp:
+            raise EngineError(f"{self.name} has {identity.ranks} ranks where engine.tp={self.config.engine.tp}")
 
     async def _start(self) -> None:
         """Start it, or wait until it is there."""

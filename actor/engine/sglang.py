@@ -29,7 +29,7 @@ import orjson
 import torch
 
 from actor.engine.base import Completion, Failure, Loaded, SampleRequest, check_request
-from actor.engine.loading import read_model_facts
+from actor.engine.loading import differing, read_model_facts
 from actor.engine.pacing import Pace
 from actor.engine.probe import sampling
 from actor.engine.push import Pusher, Version
@@ -93,8 +93,8 @@ class SglangEngine:
     def __init__(self, config: RunConfig, name: str, run_tag: str = "croupier") -> None:
         """``name`` of the actor; ``run_tag`` marks this run's versions among others'."""
         self.config, self.name = config, name
-        facts = read_model_facts(Path(config.model.path), config.rollout.max_length)
-        self.vocab_size, self._stop_ids = facts.vocab_size, facts.stop_ids
+        self._model = read_model_facts(Path(config.model.path), config.rollout.max_length)
+        self.vocab_size, self._stop_ids = self._model.vocab_size, self._model.stop_ids
         self.eos_id = self._stop_ids[0] if self._stop_ids else -1
         routing = read_routing(config)
         self._routed = (routing.sparse, routing.per_token) if routing else ((), 0)
@@ -109,6 +109,7 @@ class SglangEngine:
         self._serial = 0
         self._held: Version | None = None
         self._loading = False
+        self._refused: Loaded | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine", daemon=True)
         self._thread.start()
@@ -127,7 +128,7 @@ class SglangEngine:
         for index, address in enumerate(addresses):
             label = f"{self.name}/server-{index}"
             server = Server(
-                self.config, label, address, self._session, self._pusher, self._tag, self.vocab_size,
+                self.config, label, address, self._session, self._pusher, self._tag, self._model,
                 lambda: self._events.put(None), lambda: servers,
             )  # fmt: skip
             servers.append(server)
@@ -214,6 +215,11 @@ class SglangEngine:
 
     def load(self, version: int, buckets: Sequence[tuple[Bucket, torch.Tensor]]) -> None:
         """Push a version to every server; each goes on sampling as soon as it has it."""
+        tensors = {slot.name: slot.shape for bucket, _ in buckets for slot in bucket.slots}
+        wrong = differing(self._model.shapes, tensors, self.config.optim.freeze)
+        if wrong:  # a server would pass over what it does not know and say that all is well
+            self._refused = Loaded(version, f"version {version}: {wrong}")
+            return
         self._held = Version(version, self._tag(version), buckets)
         self._loading = True
         held = self._held
@@ -226,6 +232,9 @@ class SglangEngine:
 
     def loaded(self) -> Loaded | None:
         """In use once every server that serves has it, and at least one does."""
+        if self._refused is not None:
+            refused, self._refused = self._refused, None
+            return refused
         if not self._loading or self._held is None:
             return None
         number = self._held.number

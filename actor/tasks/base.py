@@ -1,7 +1,8 @@
 """Tasks: prompts by index, rewards by channel.
 
-``make_task`` knows ``sort6`` (the quick start), ``guess`` (several turns), ``fixed`` (throughput
-measurements) and ``gym:<name>`` for every reasoning-gym data set.
+``make_task`` knows ``sort6`` (the quick start), ``guess`` (several turns), ``agent`` (programs that
+speak OpenAI's protocol), ``fixed`` (throughput measurements) and ``gym:<name>`` for every
+reasoning-gym data set.
 """
 
 import difflib
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from common.errors import TaskError
 
 Split = Literal["train", "heldout"]
-BUILT_IN = ("sort6", "guess", "fixed")
+BUILT_IN = ("sort6", "guess", "agent", "fixed")
 GYM_PREFIX = "gym:"
 
 
@@ -66,6 +67,10 @@ def make_task(name: str, model_dir: str, seed: int, params: dict[str, Any]) -> T
         from actor.tasks.guess import Guess
 
         return Guess(seed, params)
+    if name == "agent":
+        from actor.tasks.agent import AgentTask
+
+        return AgentTask(seed, params)
     if name == "fixed":
         from actor.tasks.fixed import FixedLength
 

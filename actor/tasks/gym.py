@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actor.tasks.base import PromptItem, Split
+from actor.tasks.tokenizer import load_tokenizer
 from common.errors import TaskError
 
 CORRECT_FROM = 0.99
@@ -34,7 +35,7 @@ class GymTask:
             raise TaskError(f"task.name=gym:{name}: reasoning-gym has no such data set; {hint}")
         self._name, self._seed, self._params = name, seed, dict(params)
         self._blocks: dict[tuple[Split, int], Any] = {}
-        self._tokenizer = _load_tokenizer(model_dir)
+        self._tokenizer = load_tokenizer(model_dir)
         self._held_out = {self._entry(i, "heldout")["question"] for i in range(BLOCK)}
         if self._entry(0, "train")["answer"] is None:
             raise TaskError(f"task.name=gym:{name}: its questions carry no answer (None), so nothing can be verified")
@@ -86,12 +87,3 @@ class GymTask:
         answer = self._tokenizer.decode(completion_ids.tolist(), skip_special_tokens=True).strip()
         score = float(get_score_answer_fn(name)(answer=answer, entry=entry))
         return {"correct": float(score >= CORRECT_FROM), "score": score}
-
-
-def _load_tokenizer(model_dir: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-    except Exception as error:  # transformers raises many unrelated types for a missing tokenizer
-        raise TaskError(f"model.path={model_dir}: no tokenizer that transformers can load: {error}") from error

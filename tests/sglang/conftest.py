@@ -1,8 +1,8 @@
 """One real server for all tests that only talk to it; those that kill servers start their own."""
 
+import contextlib
 import os
 import signal
-import subprocess
 import time
 import urllib.request
 from pathlib import Path
@@ -11,6 +11,7 @@ import pytest
 
 from actor.engine.process import ServerProcess, command, free_port
 from tests.sglang.servers import make_models, run_config
+from tools.processes import descendants
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -38,9 +39,9 @@ def server(sglang_python, models, tmp_path_factory) -> str:
         command(run_config(models["first"], directory, sglang_python), port, "nobody-0"), directory / "log", 1, True
     )
     url = f"http://127.0.0.1:{port}"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while True:
-        assert not process.ended and time.monotonic() < deadline, process.ended or "not up within 120 s"
+        assert not process.ended and time.monotonic() < deadline, process.ended or "not up within 240 s"
         try:
             urllib.request.urlopen(f"{url}/health", timeout=2)
             break
@@ -64,5 +65,10 @@ def no_server_is_left():
 
 
 def _servers() -> set[int]:
-    found = subprocess.run(["pgrep", "-f", "sglang.launch_server"], capture_output=True, text=True).stdout.split()
-    return {int(pid) for pid in found}
+    """Server processes that this one started."""
+    found = set()
+    for pid in descendants(os.getpid()):
+        with contextlib.suppress(OSError):
+            if b"sglang.launch_server" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.add(pid)
+    return found

@@ -1,0 +1,245 @@
+"""Rollouts played: from a granted group or an evaluation to what the broker is told.
+
+::
+
+    start -> engine -> completion -> the task replies -> engine -> ... -> scored -> Finished
+               ^                  -> the agent's answer
+               +---- its next request (actor.gateway) <-+      its end -> scored -> Finished
+
+Siblings of a task's first turn are asked for in one request, so that their prompt is read once.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from actor.engine.base import Completion, Engine, Failure, SampleRequest
+from actor.evaluation import EVALUATION_ID, Evaluations
+from actor.outbox import Finished
+from actor.rewards import combine
+from actor.rollout import Ids, Rollout, Rollouts
+from actor.tasks.agent import AgentTask
+from actor.tasks.base import MultiTurnTask, PromptItem, Task, make_task
+from common import wire
+from common.config import RunConfig
+from common.errors import ConfigError, EngineError, TaskError
+from common.philox import STREAM_EVALUATION, STREAM_SAMPLING
+
+if TYPE_CHECKING:
+    from actor.gateway.driver import Driver, Ended
+
+REASON = 500  # characters of a failure that travel
+
+log = logging.getLogger("actor")
+
+
+def open_task(config: RunConfig) -> Task:
+    """The configured task. Raises TaskError or ConfigError if the configuration does not fit it."""
+    task = make_task(config.task.name, config.model.path, config.run.seed, config.task.params)
+    combine(dict.fromkeys(task.channels, 0.0), config.task.reward_weights)  # wrong weights fail at once
+    if config.rollout.max_turns > 1 and not isinstance(task, MultiTurnTask | AgentTask):
+        raise ConfigError(
+            f"rollout.max_turns={config.rollout.max_turns}: task {config.task.name} has one turn; set it to 1"
+        )
+    return task
+
+
+def _make_driver(config: RunConfig, task: Task, engine: Engine) -> "Driver | None":
+    if not isinstance(task, AgentTask):
+        return None
+    from actor.gateway.driver import Driver
+
+    return Driver(config, task, engine.cancel)
+
+
+class Play:
+    """Everything that an actor samples. ``send`` is given GroupFailed and EvaluationResult messages."""
+
+    def __init__(
+        self, config: RunConfig, task: Task, engine: Engine, counters: Counter[str], send: Callable[[Any], None]
+    ) -> None:
+        self.config, self.task, self.engine, self.counters = config, task, engine, counters
+        self.rollouts = Rollouts(config.rollout, task)
+        self._send = send
+        self._evaluations = Evaluations(config.task.name, counters)
+        self._driver = _make_driver(config, task, engine)
+
+    @property
+    def waits_for_agents(self) -> bool:
+        """Whether agents are at work, who may ask at any moment."""
+        return self._driver is not None and self._driver.busy
+
+    def close(self) -> None:
+        """Stop the agents."""
+        if self._driver is not None:
+            self._driver.close()
+
+    # ---- starting -------------------------------------------------------------------------------
+
+    def start_group(self, group: int, prompt: int) -> None:
+        """Question ``prompt`` of the training split, for every sibling."""
+        rollout = self.config.rollout
+        try:
+            item = self._prompt(prompt, "train")
+        except TaskError as error:
+            self._send(wire.GroupFailed(group, f"prompt {prompt}: {error}"))
+            return
+        self._begin(self.rollouts.start(group, item, rollout.started, rollout.group_size))
+
+    def start_evaluation(self, number: int, prompts: int) -> None:
+        """Held-out questions ``[0, prompts)``, once each."""
+        finished = self._evaluations.start(number, prompts, lambda n: self._prompt(n, "heldout"))
+        for request_id, item in self._evaluations.requests(number):
+            self._begin(self.rollouts.start(request_id, item, 1, 1))
+        if finished is not None:
+            self._send(finished)
+
+    def _prompt(self, index: int, split: Any) -> PromptItem:
+        """Raises TaskError if the task has none or it is too long, and whatever else the task raises."""
+        item, limit = self.task.prompt(index, split), self.config.rollout.max_prompt_tokens
+        if len(item.prompt_ids) > limit:
+            raise TaskError(f"a prompt of {len(item.prompt_ids)} tokens; raise rollout.max_prompt_tokens={limit}")
+        return item
+
+    def _begin(self, started: Sequence[Rollout]) -> None:
+        if self._driver is not None:
+            self._driver.start(started)
+            return
+        prompt_ids = started[0].item.prompt_ids
+        for rollout in started:
+            rollout.given = prompt_ids
+        self._ask(started[0], prompt_ids, 0, self.config.rollout.max_tokens, samples=len(started))
+
+    def _ask(self, rollout: Rollout, prompt_ids: Ids, first_token: int, max_tokens: int, samples: int = 1) -> None:
+        """One turn of ``rollout`` and the siblings that follow it. Raises EngineError if it cannot be sampled."""
+        limits, train = self.config.rollout, rollout.request_id < EVALUATION_ID
+        self.engine.add(
+            SampleRequest(
+                request_id=rollout.request_id,
+                prompt_ids=prompt_ids,
+                samples=samples,
+                max_tokens=max_tokens,
+                temperature=limits.temperature if train else self.config.evaluation.temperature,
+                noise_key=(self.config.run.seed, STREAM_SAMPLING if train else STREAM_EVALUATION),
+                top_logprobs=limits.top_logprobs if train or self._driver is not None else 0,
+                ignore_eos=limits.ignore_eos and train,
+                first_sibling=rollout.sibling,
+                first_token=first_token,
+            )
+        )
+
+    # ---- going on -------------------------------------------------------------------------------
+
+    def follow_agents(self) -> list[Finished]:
+        """Ask what agents ask; what they have finished is scored."""
+        finished = []
+        for event in self._driver.poll() if self._driver is not None else ():
+            rollout = event.rollout
+            if self.rollouts.get(rollout.request_id, rollout.sibling) is not rollout:
+                continue  # enough of its siblings have ended, by an event before this one
+            if event.ask is None:
+                finished.append(self._played(rollout, event))
+                continue
+            placed = event.ask.placed
+            try:
+                self._ask(rollout, placed.prompt_ids, placed.first_token, placed.max_tokens)
+            except EngineError as error:
+                self._fail(rollout, str(error))
+        return [one for one in finished if one is not None]
+
+    def _played(self, rollout: Rollout, ended: "Ended") -> Finished | None:
+        """An agent is done. None unless a trajectory is to be sent."""
+        rollout.turns = ended.turns
+        self.counters["segments"] += sum(turn.fresh for turn in ended.turns)
+        try:
+            if ended.error:
+                raise TaskError(ended.error)
+            reward = combine(ended.channels, self.config.task.reward_weights)
+        except TaskError as error:
+            self.counters["agent_failures"] += 1
+            self._fail(rollout, str(error))
+            return None
+        return self._whole(rollout, ended.channels, reward)
+
+    def collect(self, ended: Sequence[Completion | Failure]) -> list[Finished]:
+        """What the engine has ended: turns go on, what is whole is scored."""
+        finished = []
+        for one in ended:
+            rollout = self.rollouts.get(one.request_id, one.sibling)
+            if rollout is None:
+                continue
+            if isinstance(one, Failure):
+                self.counters["engine_failures"] += 1
+                self._fail(rollout, one.reason)
+            elif (scored := self._advance(rollout, one)) is not None:
+                finished.append(scored)
+        return finished
+
+    def _advance(self, rollout: Rollout, completion: Completion) -> Finished | None:
+        """One more turn is sampled: go on, or score what is whole. None unless a trajectory is to be sent.
+
+        A task whose own code fails costs one sibling: that is not the policy's fault.
+        """
+        self.counters["tokens"] += len(completion.token_ids)
+        if self._driver is not None:
+            self._driver.answer(rollout, completion)
+            return None
+        rollout.take(completion)
+        try:
+            reply = self.rollouts.reply(rollout)
+            if reply is not None:
+                rollout.given = reply
+                prompt_ids = np.concatenate([rollout.context, reply])
+                self._ask(rollout, prompt_ids, rollout.sampled, self.config.rollout.max_tokens)
+                return None
+            channels, reward = self._reward(rollout)
+        except Exception as error:  # noqa: BLE001  # a task is foreign code
+            self.counters["reward_failures"] += 1
+            self._fail(rollout, f"{self.config.task.name}: {type(error).__name__}: {error}")
+            return None
+        return self._whole(rollout, channels, reward)
+
+    def _reward(self, rollout: Rollout) -> tuple[dict[str, float], float]:
+        """Channels and their weighted sum. Raises whatever the task's verifier raises."""
+        completions = [turn.completion.token_ids for turn in rollout.turns]
+        if isinstance(self.task, MultiTurnTask):
+            channels = self.task.reward_turns(rollout.item, completions)
+        else:
+            channels = self.task.reward(rollout.item, completions[0])
+        return channels, combine(channels, self.config.task.reward_weights)
+
+    # ---- ending ---------------------------------------------------------------------------------
+
+    def _whole(self, rollout: Rollout, channels: dict[str, float], reward: float) -> Finished | None:
+        """``rollout`` is scored. None if it was an evaluation's."""
+        place, spare = self.rollouts.ended(rollout)
+        for sibling in spare:
+            if self._driver is not None:
+                self._driver.drop(rollout.request_id, sibling, "enough of its siblings have ended")
+            else:
+                self.engine.cancel(rollout.request_id, sibling)
+            self.counters["cancelled"] += 1
+        if rollout.request_id >= EVALUATION_ID:
+            self._evaluated(rollout, reward)
+            return None
+        return Finished(rollout.request_id, place, rollout.turns, channels, reward)
+
+    def _fail(self, rollout: Rollout, reason: str) -> None:
+        """``rollout`` will never be whole."""
+        log.warning("rollout %d.%d: %s", rollout.request_id, rollout.sibling, reason)
+        if self._driver is not None:
+            self._driver.drop(rollout.request_id, rollout.sibling, reason)
+        place = self.rollouts.failed(rollout)
+        if rollout.request_id >= EVALUATION_ID:
+            self.counters["evaluation_failures"] += 1
+            self._evaluated(rollout, 0.0)
+        elif place is not None:
+            self._send(wire.GroupFailed(rollout.request_id, reason[:REASON], place))
+
+    def _evaluated(self, rollout: Rollout, reward: float) -> None:
+        finished = self._evaluations.take(rollout, reward)
+        if finished is not None:
+            self._send(finished)

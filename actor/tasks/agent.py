@@ -1,0 +1,200 @@
+"""Agents written elsewhere: they talk to an OpenAI-compatible server and say what their conversation was worth.
+
+::
+
+    question -> AgentSession -> a function, or a command of its own -> {channel: value}
+
+``params.agent`` names a function (``package.module:function``, sync or async) that is called in a
+thread; ``params.command`` is a list of words that is run for each rollout, with the session in its
+environment, and prints its channels as the last line, in JSON. ``params.questions`` is a JSONL file;
+the last ``params.heldout`` lines are for evaluation alone.
+"""
+
+import asyncio
+import contextlib
+import importlib
+import json
+import math
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actor.tasks.base import PromptItem, Split, refuse_params
+from common.errors import TaskError
+
+PARAMS = (
+    "agent", "command", "questions", "heldout", "channels", "deadline_s", "workers", "port", "chat_template"
+)  # fmt: skip
+DEFAULT_DEADLINE_S = 300.0  # for one rollout
+DEFAULT_WORKERS = 32  # rollouts at once
+OUTPUT_KEPT = 64 << 10  # bytes of what a command prints
+SHOWN = 300  # characters of what a failed command said last
+READ_AT_ONCE = 1 << 16  # bytes
+
+
+@dataclass(frozen=True)
+class AgentSession:
+    """What an agent is given for one rollout."""
+
+    base_url: str  # of the OpenAI-compatible server: http://127.0.0.1:PORT/v1
+    api_key: str  # says which rollout a request belongs to
+    question: dict[str, Any]  # a line of the JSONL file
+    split: Split
+
+
+class AgentTask:
+    """See the module. Raises TaskError for parameters that cannot be used."""
+
+    def __init__(self, seed: int, params: dict[str, Any]) -> None:
+        refuse_params("agent", params, PARAMS)
+        self._seed = seed
+        self.channels = _names(params.get("channels", ["correct"]))
+        self.deadline_s = _number(params, "deadline_s", DEFAULT_DEADLINE_S, 0.1)
+        self.workers = int(_number(params, "workers", DEFAULT_WORKERS, 1))
+        self.port = int(_number(params, "port", 0, 0))
+        self.chat_template = str(params.get("chat_template", ""))
+        self._questions = _read_questions(str(params.get("questions", "")))
+        self.held_out = int(_number(params, "heldout", 0, 0))
+        self._trained = len(self._questions) - self.held_out
+        if self._trained < 1:
+            raise TaskError(
+                f"task.params.heldout={self.held_out} of {len(self._questions)} questions leaves none to train on"
+            )
+        self._command = params.get("command")
+        if (self._command is None) == ("agent" not in params):
+            raise TaskError("task agent needs task.params.agent=package.module:function or task.params.command")
+        if self._command is not None and not (
+            isinstance(self._command, list) and self._command and all(isinstance(w, str) for w in self._command)
+        ):
+            raise TaskError(f"task.params.command={self._command!r}: must be a list of words")
+        self._function = None if self._command is not None else _import(str(params["agent"]))
+        self._order = lru_cache(maxsize=2)(self._shuffled)
+
+    def _shuffled(self, epoch: int) -> Any:
+        return np.random.default_rng((self._seed, epoch)).permutation(self._trained)
+
+    def prompt(self, index: int, split: Split) -> PromptItem:
+        """Question ``index``, its prompt unwritten; training goes through the file in another order each time."""
+        if split == "train":
+            epoch, within = divmod(index, self._trained)
+            line = int(self._order(epoch)[within])
+        elif index < self.held_out:
+            line = self._trained + index
+        else:
+            raise TaskError(f"held-out question {index}: task.params.heldout={self.held_out} are held out")
+        return PromptItem(np.zeros(0, np.int32), self._questions[line])
+
+    def reward(self, item: PromptItem, completion_ids: Any) -> dict[str, float]:
+        """Never asked: agents bring their own rewards."""
+        raise AssertionError("an agent's rewards come with its end")
+
+    def call(self, session: AgentSession) -> Any:
+        """Run a sync agent to its end, or return what is to be awaited for its channels."""
+        if self._function is not None:
+            return self._function(session)
+        assert self._command is not None
+        return run_command(self._command, session)
+
+    def read_channels(self, given: Any) -> dict[str, float]:
+        """An agent's word as channels; raises TaskError for anything but a finite number for each."""
+        if not isinstance(given, dict) or set(given) != set(self.channels):
+            said = sorted(map(str, given)) if isinstance(given, dict) else repr(given)[:SHOWN]
+            raise TaskError(f"the agent returned {said}; task.params.channels={list(self.channels)} are wanted")
+        channels = {}
+        for name, value in given.items():
+            try:
+                channels[name] = float(value)
+            except (TypeError, ValueError) as error:
+                raise TaskError(f"the agent's channel {name}={value!r} is no number") from error
+            if not math.isfinite(channels[name]):
+                raise TaskError(f"the agent's channel {name}={value!r} is not finite")
+        return channels
+
+
+async def run_command(command: list[str], session: AgentSession) -> Any:
+    """The last line that ``command`` prints, read as JSON. Its processes are killed if this is cancelled.
+
+    Raises TaskError, with its last words, if it fails.
+    """
+    environment = {
+        **os.environ,
+        "OPENAI_BASE_URL": session.base_url,
+        "OPENAI_API_KEY": session.api_key,
+        "CROUPIER_QUESTION": json.dumps(session.question),
+        "CROUPIER_SPLIT": session.split,
+    }
+    pipe, nothing = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
+    process = await asyncio.create_subprocess_exec(
+        *command, stdin=nothing, stdout=pipe, stderr=pipe, env=environment, start_new_session=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    try:
+        output, words, code = await asyncio.gather(_tail(process.stdout), _tail(process.stderr), process.wait())
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # it leads a group: children go too
+        await process.wait()
+    if code != 0:
+        raise TaskError(f"{command[0]} ended with exit code {code}: {words.strip()[-SHOWN:]}")
+    last = output.strip().rpartition("\n")[2]
+    try:
+        return json.loads(last)
+    except json.JSONDecodeError as error:
+        raise TaskError(f"{command[0]} printed no JSON on its last line: {last[-SHOWN:]!r}") from error
+
+
+async def _tail(stream: asyncio.StreamReader) -> str:
+    """The end of what comes, all of which is read."""
+    kept = b""
+    while piece := await stream.read(READ_AT_ONCE):
+        kept = (kept + piece)[-OUTPUT_KEPT:]
+    return kept.decode(errors="replace")
+
+
+def _names(given: Any) -> tuple[str, ...]:
+    if not isinstance(given, list) or not given or not all(isinstance(name, str) for name in given):
+        raise TaskError(f"task.params.channels={given!r}: must be a list of names")
+    return tuple(given)
+
+
+def _number(params: dict[str, Any], name: str, default: float, least: float) -> float:
+    value = params.get(name, default)
+    if not isinstance(value, int | float) or not math.isfinite(value) or value < least:
+        raise TaskError(f"task.params.{name}={value!r}: must be a number of at least {least:g}")
+    return value
+
+
+def _read_questions(path: str) -> list[dict[str, Any]]:
+    if not path:
+        raise TaskError("task agent needs task.params.questions, a JSONL file")
+    try:
+        lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise TaskError(f"task.params.questions={path}: {error}") from error
+    questions = []
+    for number, line in enumerate(lines, 1):
+        try:
+            question = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise TaskError(f"{path}: question {number} is not JSON: {error}") from error
+        if not isinstance(question, dict):
+            raise TaskError(f"{path}: question {number} must be a JSON object")
+        questions.append(question)
+    return questions
+
+
+def _import(name: str) -> Callable[[AgentSession], dict[str, Any] | Awaitable[dict[str, Any]]]:
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise TaskError(f"task.params.agent={name}: {error}; it must read package.module:function") from error
+    if not callable(found):
+        raise TaskError(f"task.params.agent={name}: is no function")
+    return found  # type: ignore[no-any-return]
