@@ -29,7 +29,7 @@ from actor.tasks.agent import AgentSession, AgentTask
 from common.config import RunConfig
 from common.errors import ConfigError, TaskError
 
-END_S = 5.0  # for stopped agents to be gone when the actor ends
+END_S = 2.0  # for stopped agents to be gone when the actor ends
 
 log = logging.getLogger("actor.gateway")
 
@@ -60,7 +60,7 @@ class _Agent:
         self.rollout, self.seat, self.deadline = rollout, seat, deadline
         self.ask: Ask | None = None  # that it waits for
         self.channels: dict[str, float] = {}
-        self.error = "it ended without a word"
+        self.error = "it was broken off"
         self._lock = threading.Lock()
         self._stopped = False
         self._stop: Callable[[], Any] | None = None
@@ -81,7 +81,7 @@ class _Agent:
             self.error = ""
         except asyncio.CancelledError:
             self.error = "it was stopped"
-        except Exception as error:  # noqa: BLE001  # an agent is foreign code
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # an agent is foreign code
             self.error = f"{type(error).__name__}: {error}"
         finally:
             ended(self)
@@ -151,6 +151,7 @@ class Driver:
 
     def poll(self) -> list[Asked | Ended]:
         """What happened since; never waits. Raises TaskError if too many agents cannot be stopped."""
+        self._begin()  # before anything ends: what ends may take siblings that wait with it
         out: list[Asked | Ended] = []
         while not self._events.empty():
             event = self._events.get()
@@ -163,9 +164,7 @@ class Driver:
             if self._remove(agent):
                 error = agent.error or ("" if turns else "it made no request")
                 out.append(Ended(agent.rollout, turns, agent.channels, error))
-        out += self._expire()
-        self._begin()
-        return out
+        return out + self._expire()
 
     def _begin(self) -> None:
         limit = self._task.workers

@@ -1,0 +1,74 @@
+"""Agents for the tests of the gateway."""
+
+import asyncio
+import json
+import os
+import queue
+import sys
+import time
+import urllib.request
+
+SESSIONS = queue.Queue()  # of ``seated`` agents: (session, where to put its channels)
+
+
+def seated(session):
+    """The test plays: it is handed the session and says what comes of it."""
+    verdict = queue.Queue()
+    SESSIONS.put((session, verdict))
+    result = verdict.get(timeout=30)
+    if isinstance(result, BaseException):
+        raise result
+    return result
+
+
+def ask(base_url, key, messages, **more):
+    """One request without any client library."""
+    request = urllib.request.Request(
+        f"{base_url}/chat/completions",
+        json.dumps({"model": "m", "messages": messages, **more}).encode(),
+        {"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return json.load(response)["choices"][0]["message"]
+
+
+def two_turns(session):
+    """A short talk, now and then with an edited history; its worth is the length of what was said."""
+    messages = [{"role": "user", "content": session.question["text"]}]
+    messages.append(ask(session.base_url, session.api_key, messages))
+    if session.question["n"] % 3 == 0:
+        messages[1] = {"role": "assistant", "content": "something else"}
+    messages.append({"role": "user", "content": "more"})
+    answer = ask(session.base_url, session.api_key, messages, max_tokens=4)
+    return {"correct": float(len(answer["content"] or "") % 2)}
+
+
+async def sleeper(session):
+    """Never ends by itself."""
+    await asyncio.sleep(60)
+
+
+def stubborn(session):
+    """Never ends by itself, and cannot be stopped."""
+    time.sleep(1.2)
+    return {"correct": 0.0}
+
+
+class Session:
+    """Of a command, from its environment."""
+
+    base_url, api_key = os.environ.get("OPENAI_BASE_URL"), os.environ.get("OPENAI_API_KEY")
+    question = json.loads(os.environ.get("CROUPIER_QUESTION", "{}"))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "hang":
+        with open(sys.argv[2], "w") as file:
+            file.write(str(os.getpid()))
+        time.sleep(60)
+    elif sys.argv[1] == "fail":
+        sys.exit("the environment broke")
+    elif sys.argv[1] == "chatter":
+        print("no channels here")
+    else:
+        print("one line\n" + json.dumps(two_turns(Session)))

@@ -1,0 +1,392 @@
+"""Agents that use the real openai client, against the embedded engine: what they cause is what is trained."""
+
+import asyncio
+import os
+import queue
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import openai
+import pytest
+
+from actor.engine.local import LocalEngine
+from actor.outbox import pack
+from actor.play import Play, open_task
+from common import wire
+from common.config import EvaluationSection, ModelSection, RolloutSection, RunConfig, TaskSection
+from common.errors import ConfigError, TaskError
+from tests.chatml import make_chat_model
+from tests.integration import agents
+
+END = 2
+HELLO = [{"role": "user", "content": "hello how are you"}]
+FUNCTION = {"agent": "tests.integration.agents:seated"}
+WEATHER = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    return make_chat_model(tmp_path_factory.mktemp("chat"))
+
+
+@pytest.fixture
+def questions(tmp_path):
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(f'{{"text": "hello {n}", "n": {n}}}\n' for n in range(6)))
+    return str(file)
+
+
+class Watched(LocalEngine):
+    """Remembers what it was asked and what it sampled."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.asked, self.sampled = [], []
+
+    def add(self, request):
+        super().add(request)
+        self.asked.append(request)
+
+    def step(self, wait_s=0.0):
+        ended = super().step(wait_s)
+        self.sampled += ended
+        return ended
+
+
+class Table:
+    """An actor's play without a broker, in a thread."""
+
+    def __init__(self, model, questions, params, evaluation=0, **rollout):
+        limits = {"max_turns": 4, "max_tokens": 12, "max_prompt_tokens": 60, "max_reply_tokens": 60, "group_size": 1}
+        params = {"questions": questions, "heldout": 2, **params}
+        self.config = RunConfig(
+            model=ModelSection(path=str(model)),
+            task=TaskSection(name="agent", params=params),
+            rollout=RolloutSection(top_logprobs=2, **{**limits, **rollout}),
+            evaluation=EvaluationSection(prompts=evaluation, temperature=0.5),
+        )
+        self.engine = Watched(model, 16, self.config.rollout.max_length)
+        self.messages, self.finished, self.counters = [], [], Counter()
+        self.play = Play(self.config, open_task(self.config), self.engine, self.counters, self.messages.append)
+        self.commands = queue.SimpleQueue()
+        self.error = None
+        self.paused = False
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self):
+        try:
+            while True:
+                while not self.commands.empty():
+                    command = self.commands.get()
+                    if command is None:
+                        return
+                    command()
+                self.finished += self.play.follow_agents()
+                if self.engine.busy and not self.paused:
+                    self.finished += self.play.collect(self.engine.step())
+                else:
+                    time.sleep(0.001)
+        except TaskError as error:
+            self.error = error
+        finally:
+            self.play.close()
+
+    def start(self, group=0, prompt=0):
+        self.commands.put(lambda: self.play.start_group(group, prompt))
+
+    def sit(self, group=0):
+        """A rollout that the test plays: (session, where to put its channels)."""
+        self.start(group)
+        return agents.SESSIONS.get(timeout=10)
+
+    def wait(self, condition, seconds=10):
+        deadline = time.monotonic() + seconds
+        while not condition(self):
+            assert time.monotonic() < deadline, (self.messages, self.counters)
+            time.sleep(0.002)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.commands.put(None)
+        self.thread.join(10)
+        assert not self.thread.is_alive()
+
+
+@pytest.fixture
+def table(chat_model, questions):
+    with Table(chat_model, questions, FUNCTION) as table:
+        yield table
+    assert table.error is None
+
+
+def client_of(session, kind=openai.OpenAI, **more):
+    return kind(base_url=session.base_url, api_key=session.api_key, **{"max_retries": 0, **more})
+
+
+def end(table, verdict, count=1):
+    verdict.put({"correct": 1.0})
+    table.wait(lambda t: len(t.finished) == count)
+    return table.finished[-1]
+
+
+def test_a_conversation_is_recorded_as_it_was_sampled(table):
+    session, verdict = table.sit()
+    assert session.question["text"].startswith("hello") and session.split == "train"
+    messages = list(HELLO)
+    with client_of(session) as client:
+        assert [model.id for model in client.models.list()] == [Path(table.config.model.path).name]
+        for turn in range(4):
+            answer = client.chat.completions.create(model="m", messages=messages, temperature=1.0, logprobs=True)
+            completion = table.engine.sampled[turn]
+            told = [token.logprob for token in answer.choices[0].logprobs.content]
+            assert told == pytest.approx(completion.logprobs[: len(told)].tolist())
+            assert answer.choices[0].finish_reason == completion.finish_reason
+            assert answer.usage.completion_tokens == len(completion.token_ids)
+            messages += [answer.choices[0].message, {"role": "user", "content": f"and {turn}"}]
+        with pytest.raises(openai.BadRequestError, match=r"rollout\.max_turns"):
+            client.chat.completions.create(model="m", messages=messages)
+    done = end(table, verdict)
+    sampled, asked = table.engine.sampled, table.engine.asked
+    assert len(sampled) == len(done.turns) == 4
+    assert {c.finish_reason for c in sampled} == {"stop", "length"}  # both ways of ending a turn
+    exact = np.zeros(0, np.int32)
+    for turn, completion, request in zip(done.turns, sampled, asked, strict=True):
+        assert turn.completion is completion and not turn.fresh
+        exact = np.concatenate([exact, turn.given])
+        assert np.array_equal(request.prompt_ids, exact)
+        exact = np.concatenate([exact, completion.token_ids])
+    message = pack("r", ("correct",), [done])
+    assert np.array_equal(message.token_ids, exact)
+    assert np.array_equal(message.token_ids[message.trainable == 1], np.concatenate([c.token_ids for c in sampled]))
+    assert message.faults(320, 0) == {}
+    assert table.counters["segments"] == 0 and table.counters["tokens"] == len(
+        message.token_ids[message.trainable == 1]
+    )
+    assert [request.first_token for request in asked] == np.cumsum(
+        [0, *[len(c.token_ids) for c in sampled[:3]]]
+    ).tolist()
+
+
+def test_streams_say_the_same(table):
+    session, verdict = table.sit()
+    with client_of(session) as client:
+        stream = client.chat.completions.create(
+            model="m", messages=HELLO, stream=True, stream_options={"include_usage": True}
+        )
+        chunks = list(stream)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        assert chunks[-1].usage.completion_tokens == len(table.engine.sampled[0].token_ids)
+        assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == table.engine.sampled[0].finish_reason
+        messages = [*HELLO, {"role": "assistant", "content": text}, *HELLO]
+        client.chat.completions.create(model="m", messages=messages)  # goes on where the stream ended
+    done = end(table, verdict)
+    assert [turn.fresh for turn in done.turns] == [False, False]
+
+
+def test_async_agents_may_talk_at_once_and_edit_their_history(table):
+    session, verdict = table.sit()
+
+    async def talk():
+        async with client_of(session, openai.AsyncOpenAI) as client:
+            both = await asyncio.gather(
+                *(client.chat.completions.create(model="m", messages=[*HELLO, *HELLO[:n]]) for n in range(2))
+            )
+            answer = both[0].choices[0].message.content
+            changed = [*HELLO, {"role": "assistant", "content": f"{answer}!"}, *HELLO]
+            await client.chat.completions.create(model="m", messages=changed)
+
+    asyncio.run(talk())
+    done = end(table, verdict)
+    assert [turn.fresh for turn in done.turns] == [False, True, True]
+    table.wait(lambda t: t.counters["segments"] == 2)
+    message = pack("r", ("correct",), [done])
+    assert (message.trainable == wire.STARTS).sum() == 2 and message.faults(320, 0) == {}
+
+
+@pytest.mark.parametrize(
+    "more", [{"temperature": 0.7}, {"top_p": 0.5}, {"n": 2}, {"stop": "x"}, {"seed": 1}, {"max_tokens": 13}]
+)
+def test_the_client_is_told_what_is_refused(table, more):
+    session, verdict = table.sit()
+    with client_of(session) as client, pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="m", messages=HELLO, **more)
+    assert caught.value.param == next(iter(more))
+    verdict.put({"correct": 1.0})
+    table.wait(lambda t: t.messages)
+    assert "made no request" in table.messages[0].reason
+
+
+def test_keys_say_whose_request_it_is(table):
+    session, verdict = table.sit()
+    wrong = {"none": "x", "forged": session.api_key[:-1] + "!", "another": session.api_key.replace("-0-", "-1-")}
+    for key in wrong.values():
+        with client_of(session) as client, pytest.raises(openai.AuthenticationError):
+            client.with_options(api_key=key).chat.completions.create(model="m", messages=HELLO)
+    with client_of(session) as client:
+        with pytest.raises(openai.NotFoundError, match="no such route"):
+            client.embeddings.create(model="m", input="x")
+        client.chat.completions.create(model="m", messages=HELLO)
+        end(table, verdict)
+        with pytest.raises(openai.APIStatusError, match="is over") as caught:
+            client.chat.completions.create(model="m", messages=HELLO)
+        assert caught.value.status_code == 410
+
+
+def test_an_agent_that_goes_away_mid_request_loses_that_turn_only(table):
+    session, verdict = table.sit()
+    table.paused = True
+    with client_of(session) as client:
+        with pytest.raises(openai.APITimeoutError):
+            client.with_options(timeout=0.1).chat.completions.create(model="m", messages=HELLO)
+        table.paused = False
+        answer = client.chat.completions.create(model="m", messages=HELLO).choices[0].message
+        client.chat.completions.create(model="m", messages=[*HELLO, answer, *HELLO])
+    done = end(table, verdict)
+    assert len(table.engine.sampled) == 3
+    assert np.array_equal(table.engine.sampled[0].token_ids, table.engine.sampled[1].token_ids)  # the same noise
+    assert [turn.completion for turn in done.turns] == table.engine.sampled[1:]
+    assert not any(turn.fresh for turn in done.turns)
+
+
+def test_an_agent_that_ends_mid_request_leaves_nothing_behind(table):
+    session, verdict = table.sit()
+    with client_of(session) as client:
+        client.chat.completions.create(model="m", messages=HELLO)
+        table.paused = True
+        with pytest.raises(openai.APITimeoutError):
+            client.with_options(timeout=0.05).chat.completions.create(model="m", messages=HELLO)
+    done = end(table, verdict)
+    assert len(done.turns) == 1
+    table.paused = False
+    table.wait(lambda t: t.engine.in_flight == 0)
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        (ValueError("oh no"), "ValueError: oh no"),
+        (SystemExit(3), "SystemExit: 3"),
+        ({"correct": float("nan")}, "not finite"),
+        ({"correct": "good"}, "no number"),
+        ({"corect": 1.0}, "wanted"),
+        (None, "wanted"),
+    ],
+)
+def test_what_an_agent_breaks_costs_its_sibling(chat_model, questions, result, words):
+    with Table(chat_model, questions, FUNCTION, group_size=2) as table:
+        table.start()
+        seats = [agents.SESSIONS.get(timeout=10) for _ in range(2)]
+        for session, _ in seats:
+            with client_of(session) as client:
+                client.chat.completions.create(model="m", messages=HELLO)
+        seats[0][1].put(result)
+        seats[1][1].put({"correct": 1.0})
+        table.wait(lambda t: t.finished and t.messages)
+    assert words in table.messages[0].reason
+    assert table.counters["agent_failures"] == 1 and len(table.finished) == 1
+    assert {table.messages[0].sibling, table.finished[0].sibling} == {0, 1}
+
+
+def test_spare_siblings_are_told_that_it_is_over(chat_model, questions):
+    with Table(chat_model, questions, {**FUNCTION, "workers": 2}, group_size=1, oversample=3.0) as table:
+        table.start()
+        (first, verdict), (second, other) = (agents.SESSIONS.get(timeout=10) for _ in range(2))
+        with client_of(first) as client:
+            client.chat.completions.create(model="m", messages=HELLO)
+        end(table, verdict)
+        with client_of(second) as client, pytest.raises(openai.APIStatusError, match="rollout is over"):
+            client.chat.completions.create(model="m", messages=HELLO)
+        other.put({"correct": 1.0})
+        table.wait(lambda t: not t.play.waits_for_agents)
+    assert len(table.finished) == 1 and not table.messages and table.counters["cancelled"] == 2
+    assert agents.SESSIONS.empty()  # the third never began
+
+
+def test_an_evaluation_is_played_the_same_way(chat_model, questions):
+    with Table(chat_model, questions, FUNCTION, evaluation=2) as table:
+        table.commands.put(lambda: table.play.start_evaluation(0, 2))
+        for number in range(2):
+            session, verdict = agents.SESSIONS.get(timeout=10)
+            assert session.split == "heldout" and session.question["n"] == 4 + number
+            with client_of(session) as client:
+                for temperature in (1.0, 0.5):
+                    client.chat.completions.create(model="m", messages=HELLO, temperature=temperature)
+            verdict.put({"correct": float(number)})
+        table.wait(lambda t: t.messages)
+    result = table.messages[0]
+    assert result.rewards.tolist() == [0.0, 1.0] and (result.lengths > 0).all() and not table.finished
+    assert {request.temperature for request in table.engine.asked} == {0.5}
+
+
+@pytest.mark.parametrize("way", ["async", "command", "function"])
+def test_late_agents_fail_as_the_environments_fault(chat_model, questions, tmp_path, way):
+    note = tmp_path / "pid"
+    params = {
+        "async": {"agent": "tests.integration.agents:sleeper"},
+        "function": {"agent": "tests.integration.agents:stubborn", "workers": 1},
+        "command": {"command": [sys.executable, "-m", "tests.integration.agents", "hang", str(note)]},
+    }[way]
+    deadline_s = 0.7 if way == "command" else 0.2
+    with Table(chat_model, questions, {**params, "deadline_s": deadline_s}) as table:
+        table.start()
+        table.wait(lambda t: t.messages)
+        assert "deadline_s" in table.messages[0].reason and table.messages[0].sibling == 0
+        if way == "function":
+            table.wait(lambda t: t.error is not None)
+            assert "task.params.command" in str(table.error)
+        elif way == "command":
+            table.wait(lambda t: not Path(f"/proc/{note.read_text()}").exists())
+    assert table.counters["agent_failures"] == 1
+
+
+def test_commands_are_run_with_the_session_in_their_environment(chat_model, questions):
+    command = [sys.executable, "-m", "tests.integration.agents"]
+    with Table(chat_model, questions, {"command": [*command, "play"]}) as table:
+        table.start()
+        table.wait(lambda t: t.finished)
+        assert len(table.finished[0].turns) == 2
+    for word, reason in (("fail", "exit code 1: the environment broke"), ("chatter", "no JSON on its last line")):
+        with Table(chat_model, questions, {"command": [*command, word]}) as table:
+            table.start()
+            table.wait(lambda t: t.messages)
+            assert reason in table.messages[0].reason
+
+
+def test_tools_are_offered_and_their_answers_go_on(table):
+    session, verdict = table.sit()
+    with client_of(session) as client:
+        answer = client.chat.completions.create(model="m", messages=HELLO, tools=WEATHER).choices[0].message
+        client.chat.completions.create(
+            model="m", tools=WEATHER,
+            messages=[*HELLO, answer.model_dump(), {"role": "tool", "tool_call_id": "x", "content": "sunny"}],
+        )  # fmt: skip
+    assert not any(turn.fresh for turn in end(table, verdict).turns)
+
+
+def test_settings_that_do_not_fit_are_refused_at_once(chat_model, questions, tmp_path):
+    def refused(words, params, error=TaskError, **more):
+        with pytest.raises(error, match=words):
+            Table(chat_model, params.pop("questions", questions), params, **more)
+
+    refused("package.module:function", {})
+    refused("package.module:function", {"agent": "tests.integration.agents:none"})
+    refused("list of words", {"command": "ls"})
+    refused("none to train on", {**FUNCTION, "heldout": 6})
+    refused(r"evaluation\.prompts", dict(FUNCTION), ConfigError, evaluation=3)
+    refused("no such parameter", {**FUNCTION, "deadline": 3})
+    refused("at least", {**FUNCTION, "workers": 0})
+    refused("list of names", {**FUNCTION, "channels": "correct"})
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"a": 1}\n[2]\n')
+    refused("question 2 must be", {**FUNCTION, "questions": str(bad)})
+    with Table(chat_model, questions, FUNCTION) as table:
+        port = int(table.play._driver._gateway.url.rpartition(":")[2].partition("/")[0])
+        refused(r"task\.params\.port", {**FUNCTION, "port": port}, ConfigError)
+    assert os.getpid() > 0
