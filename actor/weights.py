@@ -11,10 +11,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from common.weights import BLOCK_WORDS, ROW_WORDS, WATCHDOG_FACTOR, Bucket, Watched, block_sums
+from common.weights import (
+    BLOCK_WORDS,
+    DIGEST_KEY,
+    ROW_WORDS,
+    WATCHDOG_FACTOR,
+    Bucket,
+    Watched,
+    block_sums,
+    group_name,
+    store_prefix,
+)
 from common.wire import Prepare
-
-DIGEST_BYTES = 16
 
 
 class GroupCollective:
@@ -26,8 +34,8 @@ class GroupCollective:
         timeout = timedelta(seconds=deadline_s)
         self._device = device if publish["backend"] == "nccl" else torch.device("cpu")
         store = dist.TCPStore(publish["host"], publish["port"], is_master=False, timeout=timeout)
-        prefix = dist.PrefixStore(f"weights/{prepare.epoch}", store)
-        self._store = store
+        prefix = dist.PrefixStore(store_prefix(group_name(prepare.epoch), self._device.type), store)
+        self._store = prefix
         self._deadline_s, self._on_gpu = deadline_s, publish["backend"] == "nccl"
         self._group: Any
         if publish["backend"] == "nccl":
@@ -50,11 +58,9 @@ class GroupCollective:
         """:func:`common.weights.block_sums`, where the tensor lies."""
         return tensor_sums(tensor)
 
-    def receive_digest(self) -> str:
-        """The learner's digest, in hex."""
-        tensor = self.allocate(DIGEST_BYTES)
-        self.start(tensor).wait()
-        return tensor.cpu().numpy().tobytes().hex()
+    def receive_digest(self, version: int) -> str:
+        """The learner's digest of ``version``, in hex, through the store: it waits until it is there."""
+        return str(self._store.get(DIGEST_KEY.format(version)).decode())
 
     def close(self) -> None:
         """Leave the group."""

@@ -26,9 +26,11 @@ class Distribution:
             wire.Publish: self._on_publish,
             wire.Published: self._on_published,
             wire.PublishFailed: lambda peer, m: self._dispatch(
-                self.weights.on_publish_failed(m, self.door.roster.receivers(), time.monotonic())
+                self.weights.on_publish_failed(m, self._receivers(), time.monotonic())
             ),
-            wire.Ready: lambda peer, m: self._dispatch(self.weights.on_ready(m, peer.name, time.monotonic())),
+            wire.Ready: lambda peer, m: self._dispatch(
+                self.weights.on_ready(m, peer.name, self._receivers(), time.monotonic())
+            ),
             wire.Applied: self._on_applied,
             wire.ReceiveFailed: lambda peer, m: self._dispatch(self.weights.on_receive_failed(m, peer.name)),
         }
@@ -53,11 +55,15 @@ class Distribution:
         if peer.leads:
             self.weights.on_learner_lost()
         else:
-            self._dispatch(self.weights.on_lost(peer.name, self.door.roster.receivers(), now))
+            self._dispatch(self.weights.on_lost(peer.name, self._receivers(), now))
 
     def tick(self, now: float) -> None:
         """Deadlines."""
-        self._dispatch(self.weights.on_tick(self.door.roster.receivers(), now))
+        self._dispatch(self.weights.on_tick(self._receivers(), now))
+
+    def _receivers(self) -> list[str]:
+        """Who holds weights and lacks the version under way: one that comes again is for those who missed it."""
+        return self.door.roster.receivers(self.weights.newest_offered)
 
     def _on_publish(self, peer: Peer, message: wire.Publish) -> None:
         if peer is not self.door.roster.learner():
@@ -65,7 +71,8 @@ class Distribution:
         newest = self.weights.newest_offered
         if message.version not in (newest, newest + 1):
             raise ProtocolError(f"version {message.version} offered after {newest}: versions come in order")
-        self._dispatch(self.weights.on_publish(message, self.door.roster.receivers(), time.monotonic()))
+        lacking = self.door.roster.receivers(message.version)
+        self._dispatch(self.weights.on_publish(message, lacking, time.monotonic()))
 
     def _on_published(self, peer: Peer, message: wire.Published) -> None:
         self.files.metric("publish", {"version": message.version, "seconds": message.seconds, "digest": message.digest})

@@ -61,9 +61,9 @@ class Roster:
         """The learner's rank 0."""
         return next((p for p in self.role("learner") if p.leads), None)
 
-    def receivers(self) -> list[str]:
-        """Names of all that hold weights."""
-        return [p.name for role in ("actor", "replica") for p in self.role(role)]
+    def receivers(self, version: int) -> list[str]:
+        """Names of those that hold weights older than ``version``."""
+        return [p.name for role in ("actor", "replica") for p in self.role(role) if p.version < version]
 
     def silent(self, now: float, timeout_s: float) -> list[Peer]:
         """Peers not heard for ``timeout_s``."""

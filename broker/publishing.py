@@ -26,7 +26,7 @@ EPOCHS_A_GENERATION = 1_000_000
 class _Attempt:
     publish: Publish
     number: int
-    members: list[str]
+    members: dict[str, int]  # receiver -> its ranks, in the order of the ranks
     deadline: float
     waiting: set[str]  # not Ready yet, or not Applied yet
     sending: bool = False
@@ -47,9 +47,10 @@ class PublishCoordinator:
         self.history: list[int] = []  # versions in the order they were first settled
         self.late: dict[str, int] = {}  # receivers dropped for lateness, with how often
         self._suspended: set[str] = set()
+        self._ranks: dict[str, int] = {}  # of receivers that said so; the others have one
         self._attempt: _Attempt | None = None
         self._queued: Publish | None = None
-        self._group: tuple[list[str], str, int] | None = None
+        self._group: tuple[list[tuple[str, int]], str, int] | None = None
         self._dropped: list[str] = []
 
     def restore(self, history: list[int]) -> None:
@@ -103,23 +104,30 @@ class PublishCoordinator:
         return self._begin(message, receivers, now, 1)
 
     def _begin(self, publish: Publish, receivers: list[str], now: float, number: int) -> Outgoing:
-        members = sorted(r for r in receivers if r not in self._suspended)
-        group = (members, publish.host, publish.port)
+        names = sorted(r for r in receivers if r not in self._suspended)
+        members = {name: ranks for name in names if (ranks := self._ranks.get(name, 1))}
+        group = (list(members.items()), publish.host, publish.port)
         if group != self._group or number > 1:
             self.epoch, self._group = self.epoch + 1, group
         self._attempt = _Attempt(publish, number, members, now + self.deadline_s, set(members))
         if not members:
             return self._settle()
         fields = dataclasses.asdict(publish)
-        world = len(members) + 1
-        return [(name, Prepare(self.epoch, rank + 1, world, fields)) for rank, name in enumerate(members)]
+        world, first = 1 + sum(members.values()), 1
+        outgoing: Outgoing = []
+        for name, ranks in members.items():
+            outgoing.append((name, Prepare(self.epoch, first, ranks, world, fields)))
+            first += ranks
+        return outgoing
 
-    def on_ready(self, message: Ready, sender: str, now: float) -> Outgoing:
-        """A receiver is ready; when all are, the collective starts."""
+    def on_ready(self, message: Ready, sender: str, receivers: list[str], now: float) -> Outgoing:
+        """A receiver is ready; when all are, the collective starts. One whose ranks are others needs another group."""
         self._suspended.discard(sender)
         attempt = self._attempt
-        if attempt is None or attempt.sending or message.epoch != self.epoch:
+        if attempt is None or attempt.sending or message.epoch != self.epoch or sender not in attempt.members:
             return []
+        if message.ranks != attempt.members[sender]:
+            return self._regroup(sender, message.ranks, receivers, now)
         attempt.waiting.discard(sender)
         if attempt.waiting:
             return []
@@ -127,8 +135,23 @@ class PublishCoordinator:
         attempt.waiting = set(attempt.members)
         allowed = self.deadline_s + attempt.publish.seconds
         attempt.deadline = now + 2 * allowed  # the learner's own deadline comes first
-        go = Go(self.epoch, attempt.publish.version, attempt.members)
+        go = Go(self.epoch, attempt.publish.version, list(attempt.members), 1 + sum(attempt.members.values()))
         return [(name, go) for name in (*attempt.members, LEARNER)]
+
+    def _regroup(self, sender: str, ranks: int, receivers: list[str], now: float) -> Outgoing:
+        """``sender`` has so many ranks now: the same attempt in a new group, within the same deadline."""
+        attempt = self._attempt
+        assert attempt is not None
+        self._ranks[sender] = ranks
+        if not ranks:
+            self._dropped.append(sender)
+        deadline, self._group = attempt.deadline, None
+        outgoing = self._begin(attempt.publish, receivers, now, attempt.number)
+        if not ranks:
+            del self._ranks[sender]  # it is asked again for the next version
+        if self._attempt is not None:
+            self._attempt.deadline = deadline
+        return outgoing
 
     def on_published(self, message: Published) -> Outgoing:
         """The learner's side of the collective is done."""
@@ -165,7 +188,7 @@ class PublishCoordinator:
             return []
         self.log.warning("publish of version %d broke in epoch %d: %s", message.version, message.epoch, message.reason)
         if attempt.number >= MAX_ATTEMPTS:
-            self._dropped += attempt.members
+            self._dropped += list(attempt.members)
             return self._settle()
         return self._begin(attempt.publish, receivers, now, attempt.number + 1)
 

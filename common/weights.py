@@ -32,6 +32,7 @@ WATCHDOG_FACTOR = 10  # NCCL's own timeout, which ends the process, comes long a
 AHEAD = 2  # broadcasts under way while an earlier one is summed up
 ALIGNMENT = 16  # bytes; every tensor of a bucket starts at a multiple
 EXPERT_BIAS = "e_score_correction_bias"  # of a router: chooses experts, weighs none
+DIGEST_KEY = "digest/{}"  # in a group's store, by version
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
 
@@ -55,9 +56,10 @@ class Bucket:
 
 
 def plan_buckets(tensors: Sequence[Sequence[Any]], bucket_bytes: int) -> list[Bucket]:
-    """Lay (name, dtype, shape) out in order into buckets of at most ``bucket_bytes``.
+    """Lay (name, dtype, shape) out in order into buckets of at most ``bucket_bytes``, without gaps.
 
-    A tensor larger than that gets a bucket of its own. Raises :class:`WeightsError` for an
+    A tensor larger than that gets a bucket of its own, and one that ends at no multiple of ALIGNMENT
+    is its bucket's last: SGLang's flattened buckets have no room for padding. Raises :class:`WeightsError` for an
     unknown dtype.
     """
     buckets: list[Bucket] = []
@@ -67,11 +69,11 @@ def plan_buckets(tensors: Sequence[Sequence[Any]], bucket_bytes: int) -> list[Bu
         if dtype not in ITEM_BYTES:
             raise WeightsError(f"tensor {name}: dtype {dtype!r} is none of {', '.join(ITEM_BYTES)}")
         nbytes = ITEM_BYTES[dtype] * math.prod(shape)
-        if slots and offset + nbytes > bucket_bytes:
+        if slots and (offset + nbytes > bucket_bytes or offset % ALIGNMENT):
             buckets.append(Bucket(offset, tuple(slots)))
             slots, offset = [], 0
         slots.append(TensorSlot(name, dtype, tuple(shape), offset, nbytes))
-        offset += nbytes + (-nbytes % ALIGNMENT)
+        offset += nbytes
     if slots:
         buckets.append(Bucket(offset, tuple(slots)))
     return buckets
@@ -80,6 +82,19 @@ def plan_buckets(tensors: Sequence[Sequence[Any]], bucket_bytes: int) -> list[Bu
 def is_frozen(name: str, patterns: Sequence[str]) -> bool:
     """Whether ``optim.freeze`` keeps the tensor ``name`` as it came: it is then not sent either."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def group_name(epoch: int) -> str:
+    """Of the weights group of a membership epoch."""
+    return f"weights/{epoch}"
+
+
+def store_prefix(group: str, device: str) -> str:
+    """Under which SGLang's init_custom_process_group (torch's own group helper) finds the members of ``group``.
+
+    ``device``: cpu for gloo, cuda for nccl.
+    """
+    return f"{group}/{group}//{device}/"
 
 
 def brief(error: BaseException) -> str:
@@ -165,8 +180,8 @@ class Collective(Protocol):
     def sums(self, tensor: Any) -> bytes:
         """:func:`block_sums` of a tensor."""
 
-    def receive_digest(self) -> str:
-        """The learner's digest, broadcast after the buckets."""
+    def receive_digest(self, version: int) -> str:
+        """The learner's digest of ``version``."""
 
     def close(self) -> None:
         """Leave the group."""
@@ -300,7 +315,7 @@ class WeightReceiver:
                 self._finish(*under_way.pop(0), digest, collective)
         for tensor, work in under_way:
             self._finish(tensor, work, digest, collective)
-        expected = collective.receive_digest()
+        expected = collective.receive_digest(publish.version)
         if digest.hex() != expected:
             raise WeightsError(f"version {publish.version}: digest {digest.hex()} of what arrived is not {expected}")
         return StagedWeights(job.epoch, publish.version, digest.hex(), received, arena)

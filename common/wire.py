@@ -37,6 +37,7 @@ NEVER = (1 << 31) - 1  # a version that no policy has
 STARTS = 2  # in ``trainable``: a token before which a new segment begins, which what lies before is no context of
 UNROUTED = (1 << 16) - 1  # in the whole row of a token whose experts nobody recorded
 MAX_TEXT = 256  # characters of a peer's name, host and the like
+MAX_RANKS = 4096  # of one receiver
 MAX_COUNTERS = 256  # of a heartbeat
 
 Int32 = NDArray[np.int32]
@@ -515,22 +516,32 @@ class Publish(_Unchecked):
 
 @dataclass
 class Prepare(_Unchecked):
-    """Broker to a receiver: be ready to receive ``version`` in group ``epoch`` as ``rank``."""
+    """Broker to a receiver: be ready to receive ``version`` in group ``epoch`` as ``[rank, rank + ranks)``."""
 
     TAG: ClassVar[str] = "prepare"
     epoch: int
-    rank: int  # of this receiver; the learner is 0
+    rank: int  # its first; the learner is 0
+    ranks: int  # as many as its last Ready said, one at first
     world: int
     publish: dict[str, Any]  # the Publish, field by field
 
 
 @dataclass
-class Ready(_Unchecked):
-    """The receiver will enter the collective as soon as it is told Go."""
+class Ready:
+    """The receiver will enter the collective as soon as it is told Go, if ``ranks`` are what Prepare said.
+
+    If they are not, the broker forms another group. None means: not this time.
+    """
 
     TAG: ClassVar[str] = "ready"
     epoch: int
     version: int
+    ranks: int = 1  # processes that receive: the ranks of its SGLang servers, or itself
+
+    def check(self) -> None:
+        """Groups stay small."""
+        if not 0 <= self.ranks <= MAX_RANKS:
+            raise DataError(f"ready: {self.ranks} ranks, must lie in [0, {MAX_RANKS}]")
 
 
 @dataclass
@@ -541,6 +552,7 @@ class Go(_Unchecked):
     epoch: int
     version: int
     members: list[str]
+    world: int  # ranks of them all, and the learner's
 
 
 @dataclass

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from actor.engine.client import Client, ServerLostError, within
 from common.errors import EngineError
-from common.weights import Bucket, brief
+from common.weights import Bucket, brief, store_prefix
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +140,7 @@ class Pusher:
         name = f"{self._name}/{self._joined}"
         world = 1 + ranks
         timeout = timedelta(seconds=allowed)
-        store = sglang_store(self._store, name, "cpu")
+        store = dist.PrefixStore(store_prefix(name, "cpu"), self._store)
         ours = in_thread(lambda: dist.ProcessGroupGloo(store, 0, world, timeout))
         fields = {
             "master_address": "127.0.0.1",
@@ -199,8 +199,3 @@ def in_thread(work: Callable[[], Any]) -> "asyncio.Future[Any]":
 
     threading.Thread(target=run, name="push", daemon=True).start()
     return future
-
-
-def sglang_store(store: Any, group: str, device: str) -> Any:
-    """``store`` with the prefixes under which SGLang's init_custom_process_group finds its members."""
-    return dist.PrefixStore(f"{device}/", dist.PrefixStore(f"{group}/", dist.PrefixStore(group, store)))

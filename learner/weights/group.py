@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from common.weights import (
     BLOCK_WORDS,
+    DIGEST_KEY,
     ROW_WORDS,
     WATCHDOG_FACTOR,
     Bucket,
@@ -21,10 +22,10 @@ from common.weights import (
     TensorSlot,
     Watched,
     block_sums,
+    group_name,
+    store_prefix,
 )
 from common.wire import Prepare
-
-DIGEST_BYTES = 16
 
 
 class WeightGroup:
@@ -41,9 +42,10 @@ class WeightGroup:
         device: torch.device,
     ) -> None:
         timeout = timedelta(seconds=deadline_s)
-        prefix = dist.PrefixStore(f"weights/{epoch}", store)
+        device_type = "cuda" if backend == "nccl" else "cpu"
+        prefix = dist.PrefixStore(store_prefix(group_name(epoch), device_type), store)
         self.device = device if backend == "nccl" else torch.device("cpu")  # of what is sent and received
-        self._store = store
+        self._store = prefix
         self._deadline_s, self._on_gpu = deadline_s, backend == "nccl"
         self._group: Any
         if backend == "nccl":
@@ -66,15 +68,13 @@ class WeightGroup:
         """:func:`common.weights.block_sums`, where the tensor lies."""
         return tensor_sums(tensor)
 
-    def receive_digest(self) -> str:
-        """The learner's digest, in hex."""
-        tensor = self.allocate(DIGEST_BYTES)
-        self.start(tensor).wait()
-        return tensor.cpu().numpy().tobytes().hex()
+    def receive_digest(self, version: int) -> str:
+        """The learner's digest of ``version``, in hex, through the store: it waits until it is there."""
+        return str(self._store.get(DIGEST_KEY.format(version)).decode())
 
-    def send_digest(self, digest: str) -> None:
+    def send_digest(self, digest: str, version: int) -> None:
         """The learner's side of :meth:`receive_digest`."""
-        self.start(torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8, device=self.device)).wait()
+        self._store.set(DIGEST_KEY.format(version), digest)
 
     def close(self) -> None:
         """Leave the group."""

@@ -99,12 +99,11 @@ class WeightPublisher:
         try:
             if self._group is None or self._group[0] != go.epoch:
                 self._close_group()
-                world = len(go.members) + 1
                 deadline_s = self._deadline_s + self._seconds(weights)
-                group = WeightGroup(self._store, go.epoch, 0, world, self._backend, deadline_s, self._device)
+                group = WeightGroup(self._store, go.epoch, 0, go.world, self._backend, deadline_s, self._device)
                 self._group = (go.epoch, group)
             digest = self._broadcast(self._group[1], weights)
-            self._group[1].send_digest(digest)
+            self._group[1].send_digest(digest, go.version)
         except RuntimeError as error:  # what torch's process groups raise for a lost or late member
             self._close_group()
             reason = brief(error)

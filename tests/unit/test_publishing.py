@@ -3,6 +3,8 @@
 from broker.publishing import LEARNER, PublishCoordinator
 from common.wire import Applied, Go, Prepare, Publish, PublishDone, Published, PublishFailed, Ready, ReceiveFailed
 
+NAMES = ["a", "b"]
+
 
 def offer(version):
     return Publish(version, "127.0.0.1", 1234, "gloo", 1 << 20, [["w", "float32", [2]]])
@@ -16,7 +18,7 @@ def prepare_all(c, version, names, now=0.0):
     prepares = sent(c.on_publish(offer(version), names, now), Prepare)
     out = []
     for name, message in prepares.items():
-        out = c.on_ready(Ready(message.epoch, version), name, now)
+        out = c.on_ready(Ready(message.epoch, version), name, NAMES, now)
     return prepares, out
 
 
@@ -32,8 +34,8 @@ def test_go_only_after_everyone_is_ready_and_done_only_after_everyone_applied():
     c = PublishCoordinator(10)
     prepares = sent(c.on_publish(offer(1), ["b", "a"], 0.0), Prepare)
     assert {n: (p.rank, p.world) for n, p in prepares.items()} == {"a": (1, 3), "b": (2, 3)}
-    assert c.on_ready(Ready(c.epoch, 1), "a", 0.0) == []
-    go = sent(c.on_ready(Ready(c.epoch, 1), "b", 0.0), Go)
+    assert c.on_ready(Ready(c.epoch, 1), "a", NAMES, 0.0) == []
+    go = sent(c.on_ready(Ready(c.epoch, 1), "b", NAMES, 0.0), Go)
     assert set(go) == {"a", "b", LEARNER} and go["a"].members == ["a", "b"]
     assert c.on_applied(Applied(c.epoch, 1, "d"), "a") == []
     assert c.on_applied(Applied(c.epoch, 1, "d"), "b") == []
@@ -55,15 +57,15 @@ def test_the_epoch_lasts_while_the_members_do():
 def test_who_is_not_ready_in_time_is_dropped_by_name_and_comes_back_with_a_sign():
     c = PublishCoordinator(10)
     c.on_publish(offer(1), ["a", "b"], 0.0)
-    c.on_ready(Ready(c.epoch, 1), "a", 1.0)
+    c.on_ready(Ready(c.epoch, 1), "a", NAMES, 1.0)
     assert c.on_tick(["a", "b"], 9.0) == []
     again = sent(c.on_tick(["a", "b"], 11.0), Prepare)
     assert set(again) == {"a"} and again["a"].epoch == 2
     assert c.late == {"b": 1} and c.is_suspended("b")
-    c.on_ready(Ready(2, 1), "a", 11.0)
+    c.on_ready(Ready(2, 1), "a", NAMES, 11.0)
     done = sent(settle(c, 1, ["a"]), PublishDone)
     assert done[LEARNER].dropped == ["b"]
-    c.on_ready(Ready(1, 1), "b", 12.0)
+    c.on_ready(Ready(1, 1), "b", NAMES, 12.0)
     assert set(sent(c.on_publish(offer(2), ["a", "b"], 13.0), Prepare)) == {"a", "b"}
 
 
@@ -72,7 +74,7 @@ def test_who_dies_before_go_or_does_not_apply_does_not_stop_the_others():
     c.on_publish(offer(1), ["a", "b"], 0.0)
     again = sent(c.on_lost("b", ["a"], 0.0), Prepare)
     assert set(again) == {"a"}
-    c.on_ready(Ready(c.epoch, 1), "a", 0.0)
+    c.on_ready(Ready(c.epoch, 1), "a", NAMES, 0.0)
     settle(c, 1, ["a"])
     prepare_all(c, 2, ["a", "b"])
     c.on_published(Published(c.epoch, 2, "d", 0.1))
@@ -94,7 +96,7 @@ def test_a_broken_collective_is_tried_again_in_a_new_epoch_and_not_for_ever():
         epoch = c.epoch
         again = sent(c.on_publish_failed(PublishFailed(epoch, 1, "reset"), ["a"], 0.0), Prepare)
         assert c.epoch == epoch + 1 and set(again) == {"a"}, attempt
-        c.on_ready(Ready(c.epoch, 1), "a", 0.0)
+        c.on_ready(Ready(c.epoch, 1), "a", NAMES, 0.0)
     done = sent(c.on_publish_failed(PublishFailed(c.epoch, 1, "reset"), ["a"], 0.0), PublishDone)
     assert done[LEARNER].dropped == ["a"] and not c.busy
 
@@ -111,7 +113,7 @@ def test_an_offer_during_a_publish_waits_its_turn_and_a_resend_is_not_a_new_vers
     assert c.on_publish(offer(2), ["a"], 0.0) == []
     settle(c, 1, ["a"])
     assert set(sent(c.on_tick(["a"], 0.0), Prepare)) == {"a"}
-    c.on_ready(Ready(c.epoch, 2), "a", 0.0)
+    c.on_ready(Ready(c.epoch, 2), "a", NAMES, 0.0)
     settle(c, 2, ["a"])
     prepare_all(c, 2, ["a", "late"])
     settle(c, 2, ["a", "late"])
@@ -135,3 +137,46 @@ def test_a_receiver_that_failed_after_it_was_late_is_served_the_next_version():
     c.on_receive_failed(ReceiveFailed(c.epoch, 1, "broken pipe"), "a")
     assert not c.is_suspended("a")
     assert set(sent(c.on_publish(offer(2), ["a", "b"], 1001.0), Prepare)) == {"a", "b"}
+
+
+def test_a_receiver_with_several_ranks_gets_them_in_another_group():
+    c = PublishCoordinator(10)
+    c.on_publish(offer(1), NAMES, 0.0)
+    assert c.on_ready(Ready(c.epoch, 1), "b", NAMES, 1.0) == []
+    again = sent(c.on_ready(Ready(c.epoch, 1, 3), "a", NAMES, 2.0), Prepare)
+    assert {n: (p.epoch, p.rank, p.ranks, p.world) for n, p in again.items()} == {"a": (2, 1, 3, 5), "b": (2, 4, 1, 5)}
+    c.on_ready(Ready(2, 1, 3), "a", NAMES, 2.0)
+    go = sent(c.on_ready(Ready(2, 1), "b", NAMES, 3.0), Go)
+    assert go[LEARNER].world == 5 and go[LEARNER].members == NAMES
+    settle(c, 1, NAMES)
+    prepares, _ = prepare_all_ranks(c, 2, {"a": 3, "b": 1})
+    assert c.epoch == 2 and prepares["a"].ranks == 3  # remembered
+
+
+def prepare_all_ranks(c, version, ranks):
+    prepares = sent(c.on_publish(offer(version), list(ranks), 0.0), Prepare)
+    out = []
+    for name in prepares:
+        out = c.on_ready(Ready(c.epoch, version, ranks[name]), name, list(ranks), 0.0)
+    return prepares, out
+
+
+def test_a_receiver_without_ranks_is_left_out_this_time_only():
+    c = PublishCoordinator(10)
+    c.on_publish(offer(1), NAMES, 0.0)
+    again = sent(c.on_ready(Ready(c.epoch, 1, 0), "a", NAMES, 1.0), Prepare)
+    assert set(again) == {"b"}
+    c.on_ready(Ready(c.epoch, 1), "b", NAMES, 1.0)
+    c.on_published(Published(c.epoch, 1, "d", 0.1))
+    done = sent(c.on_applied(Applied(c.epoch, 1, "d"), "b"), PublishDone)[LEARNER]
+    assert done.applied == ["b"] and done.dropped == ["a"]
+    assert set(sent(c.on_publish(offer(2), NAMES, 2.0), Prepare)) == {"a", "b"}
+
+
+def test_ranks_that_change_for_ever_end_at_the_deadline():
+    c = PublishCoordinator(10)
+    c.on_publish(offer(1), NAMES, 0.0)
+    for ranks in range(2, 9):
+        c.on_ready(Ready(c.epoch, 1, ranks), "a", NAMES, 9.0)
+    assert set(sent(c.on_tick(NAMES, 10.5), Prepare)) == set()  # both were late: nobody is left
+    assert c.late == {"a": 1, "b": 1} and c.published == 1

@@ -110,9 +110,9 @@ class _Learner:
 
     def _send(self, message: Any) -> None:
         if isinstance(message, Publish):
-            self.pipe.send(Prepare(1, 1, 2, asdict(message)))
+            self.pipe.send(Prepare(1, 1, 1, 2, asdict(message)))
             self._wait(Ready)
-            go = Go(1, message.version, ["receiver"])
+            go = Go(1, message.version, ["receiver"], 2)
             self.began = time.perf_counter()
             self.pipe.send(go)
             self._answers.put(go)
