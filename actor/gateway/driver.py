@@ -30,6 +30,7 @@ from common.config import RunConfig
 from common.errors import ConfigError, TaskError
 
 END_S = 2.0  # for stopped agents to be gone when the actor ends
+CLIENTS = ("httpx", "httpx2")  # loggers of an agent's HTTP client, which would write a line a request into ours
 
 log = logging.getLogger("actor.gateway")
 
@@ -138,6 +139,8 @@ class Driver:
         self._seats: dict[tuple[int, int], int] = {}
         self._leaving: deque[_Agent] = deque()  # given up, their threads still there, oldest first
         self._next_seat = 0
+        for client in CLIENTS:
+            logging.getLogger(client).setLevel(logging.WARNING)
         log.info("agents are served at %s", self._gateway.url)
 
     @property

@@ -43,6 +43,20 @@ def two_turns(session):
     return {"correct": float(len(answer["content"] or "") % 2)}
 
 
+def openai_turns(session):
+    """The same by the openai client, for a configuration that knows a second channel."""
+    import openai  # where it is needed: commands start without it
+
+    messages = [{"role": "user", "content": session.question["text"]}]
+    with openai.OpenAI(base_url=session.base_url, api_key=session.api_key) as client:
+        messages.append(client.chat.completions.create(model="m", messages=messages).choices[0].message)
+        if session.question["n"] % 3 == 0:
+            messages[1] = {"role": "assistant", "content": "something else"}
+        messages.append({"role": "user", "content": "more"})
+        answer = client.chat.completions.create(model="m", messages=messages).choices[0].message.content or ""
+    return {"correct": float(len(answer) % 2), "prefix": len(answer) / 100}
+
+
 async def sleeper(session):
     """Never ends by itself."""
     await asyncio.sleep(60)
@@ -62,11 +76,7 @@ class Session:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "hang":
-        with open(sys.argv[2], "w") as file:
-            file.write(str(os.getpid()))
-        time.sleep(60)
-    elif sys.argv[1] == "fail":
+    if sys.argv[1] == "fail":
         sys.exit("the environment broke")
     elif sys.argv[1] == "chatter":
         print("no channels here")

@@ -1,7 +1,6 @@
 """Agents that use the real openai client, against the embedded engine: what they cause is what is trained."""
 
 import asyncio
-import os
 import queue
 import sys
 import threading
@@ -21,9 +20,11 @@ from common.config import EvaluationSection, ModelSection, RolloutSection, RunCo
 from common.errors import ConfigError, TaskError
 from tests.chatml import make_chat_model
 from tests.integration import agents
+from tests.integration.fleet import Fleet
 
 END = 2
 HELLO = [{"role": "user", "content": "hello how are you"}]
+CHANNELS = {"correct", "prefix"}
 FUNCTION = {"agent": "tests.integration.agents:seated"}
 WEATHER = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
 
@@ -331,10 +332,9 @@ def test_late_agents_fail_as_the_environments_fault(chat_model, questions, tmp_p
     params = {
         "async": {"agent": "tests.integration.agents:sleeper"},
         "function": {"agent": "tests.integration.agents:stubborn", "workers": 1},
-        "command": {"command": [sys.executable, "-m", "tests.integration.agents", "hang", str(note)]},
+        "command": {"command": ["sh", "-c", f"sleep 60 & echo $! > {note}; wait"]},
     }[way]
-    deadline_s = 0.7 if way == "command" else 0.2
-    with Table(chat_model, questions, {**params, "deadline_s": deadline_s}) as table:
+    with Table(chat_model, questions, {**params, "deadline_s": 0.3}) as table:
         table.start()
         table.wait(lambda t: t.messages)
         assert "deadline_s" in table.messages[0].reason and table.messages[0].sibling == 0
@@ -342,7 +342,7 @@ def test_late_agents_fail_as_the_environments_fault(chat_model, questions, tmp_p
             table.wait(lambda t: t.error is not None)
             assert "task.params.command" in str(table.error)
         elif way == "command":
-            table.wait(lambda t: not Path(f"/proc/{note.read_text()}").exists())
+            table.wait(lambda t: not Path(f"/proc/{note.read_text().strip()}").exists())
     assert table.counters["agent_failures"] == 1
 
 
@@ -370,6 +370,27 @@ def test_tools_are_offered_and_their_answers_go_on(table):
     assert not any(turn.fresh for turn in end(table, verdict).turns)
 
 
+def test_a_run_trains_on_what_agents_caused(chat_model, questions, tmp_path):
+    overrides = [
+        "run.steps=3", "task.name=agent", "task.params.agent=tests.integration.agents:openai_turns",
+        f"task.params.questions={questions}", "task.params.heldout=2", "task.params.channels=[correct, prefix]",
+        "task.params.workers=8", "rollout.groups_per_step=2", "rollout.max_turns=2", "rollout.max_prompt_tokens=60",
+        "rollout.max_reply_tokens=60", "evaluation.prompts=2", "evaluation.every=3", "actor.count=1",
+    ]  # fmt: skip
+    parts = ("broker", "learner", "replica-0", "actor-0")
+    with Fleet(tmp_path, chat_model, *overrides) as fleet:
+        for part in parts:
+            fleet.start(part)
+        assert [fleet.wait(part) for part in parts] == [0] * 4, fleet.words()
+        steps, status = fleet.steps(), fleet.status()
+        assert "begins a new segment: messages[1] is not what was recorded" in fleet.log("actor-0").read_text()
+    assert status["trajectories_trained"] == status["trajectories_acked"] == 3 * 8
+    assert not status["trajectories_refused"] and not status["trajectories_dropped"]
+    assert [e["version"] for e in status["evaluations"]] == [0, 3] and set(steps[0]["reward_channels"]) == CHANNELS
+    # The replica, which reads each segment alone, finds the very probabilities that the actor sampled with.
+    assert steps[0]["lag_max"] == 0 and abs(steps[0]["kl_before"]) < 1e-6 and steps[0]["ess"] > 1 - 1e-6
+
+
 def test_settings_that_do_not_fit_are_refused_at_once(chat_model, questions, tmp_path):
     def refused(words, params, error=TaskError, **more):
         with pytest.raises(error, match=words):
@@ -389,4 +410,3 @@ def test_settings_that_do_not_fit_are_refused_at_once(chat_model, questions, tmp
     with Table(chat_model, questions, FUNCTION) as table:
         port = int(table.play._driver._gateway.url.rpartition(":")[2].partition("/")[0])
         refused(r"task\.params\.port", {**FUNCTION, "port": port}, ConfigError)
-    assert os.getpid() > 0
