@@ -17,6 +17,8 @@ import secrets
 import socket
 import time
 from collections import Counter, deque
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +31,7 @@ from common import wire
 from common.config import RunConfig
 from common.link import connect
 from common.process import StopFlag
-from common.weights import StagedWeights, WeightReceiver
+from common.weights import Receiver, StagedWeights, WeightReceiver
 
 IDLE_WAIT_S = 0.01  # how long an idle actor blocks for a message before it looks for new weights
 AGENTS_WAIT_S = 0.002  # the same while agents are at work, whose requests come from another thread
@@ -57,6 +59,18 @@ def make_engine(config: RunConfig, name: str) -> Engine:
         frozen=config.optim.freeze,
         expert_bias=config.loss.expert_bias_rate > 0,
     )
+
+
+def make_receiver(config: RunConfig, engine: Engine, send: Callable[[Any], None]) -> Receiver:
+    """Who takes part in the learner's broadcasts: this process, or with ``weights.route=direct`` its servers."""
+    if config.route == "direct":
+        from actor.engine.direct import DirectReceiver
+        from actor.engine.sglang import SglangEngine
+
+        assert isinstance(engine, SglangEngine)
+        return DirectReceiver(send, engine, config.engine.update)
+    deadline, device = config.weights.deadline_s, engine.device
+    return WeightReceiver(send, lambda prepare: GroupCollective(prepare, deadline, device))
 
 
 class ActorService:
@@ -87,8 +101,7 @@ class ActorService:
             pid=os.getpid(),
         )
         self.link = connect(config.broker, hello)
-        deadline, device = config.weights.deadline_s, self.engine.device
-        self.receiver = WeightReceiver(self.link.send, lambda prepare: GroupCollective(prepare, deadline, device))
+        self.receiver = make_receiver(config, self.engine, self.link.send)
 
     def run(self) -> None:
         """Sample until told to stop."""
@@ -148,6 +161,7 @@ class ActorService:
 
     def _take_weights(self) -> None:
         """Use every version that has arrived, oldest first."""
+        self.link.set_version(self.engine.holds)
         while self._loading is None and (staged := self.receiver.staged()) is not None:
             if staged.version == self._using:  # a resync brings the same version again
                 self.receiver.applied(staged)
@@ -162,7 +176,7 @@ class ActorService:
                 continue
             self.counters["swaps"] += 1
             self._using = staged.version
-            self.link.set_version(staged.version)
+            self.link.set_version(self.engine.holds)
             self.receiver.applied(staged, adopted=loaded.keeps, copied=not loaded.keeps)
 
     # ---- grants ---------------------------------------------------------------------------------
@@ -190,7 +204,7 @@ class ActorService:
 
     def _send(self, message: wire.GroupFailed | wire.EvaluationResult) -> None:
         if isinstance(message, wire.EvaluationResult) and message.version_max < 0:  # nothing was sampled
-            message = dataclasses.replace(message, version_min=self._using, version_max=self._using)
+            message = dataclasses.replace(message, version_min=self.engine.holds, version_max=self.engine.holds)
         self.link.send(message)
 
 

@@ -34,7 +34,7 @@ class GroupCollective:
         timeout = timedelta(seconds=deadline_s)
         self._device = device if publish["backend"] == "nccl" else torch.device("cpu")
         store = dist.TCPStore(publish["host"], publish["port"], is_master=False, timeout=timeout)
-        prefix = dist.PrefixStore(store_prefix(group_name(prepare.epoch), self._device.type), store)
+        prefix = dist.PrefixStore(store_prefix(group_name(publish["port"], prepare.epoch), self._device.type), store)
         self._store = prefix
         self._deadline_s, self._on_gpu = deadline_s, publish["backend"] == "nccl"
         self._group: Any

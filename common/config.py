@@ -416,6 +416,7 @@ class WeightsSection:
     """How weights travel from the learner to the fleet."""
 
     backend: Literal["auto", "gloo", "nccl"] = "auto"  # auto: nccl where every receiver has a GPU of its own
+    route: Literal["auto", "relay", "direct"] = "auto"  # to SGLang servers: through their actor, or auto with nccl: not
     bucket_mb: float = 64.0
     deadline_s: float = 20.0  # for readiness, and again for the collective, beside what its size takes
     least_mb_s: float = 100.0  # a receiver that takes less than this is late
@@ -513,11 +514,32 @@ class RunConfig:
             f"must hold one whole group (rollout.group_size={self.rollout.group_size}, with rollout.oversample)",
         )
         _require(
+            self.weights.route != "direct" or self.actor.engine == "sglang",
+            "weights.route",
+            self.weights.route,
+            f"actor.engine={self.actor.engine} is itself what receives; set it to auto",
+        )
+        _require(
+            self.weights.backend != "nccl" or self.actor.engine == "local" or self.route == "direct",
+            "weights.backend",
+            self.weights.backend,
+            "an actor has no GPU of its own to pass weights on from; set weights.route=direct or weights.backend=gloo",
+        )
+        _require(
             self.loss.expert_bias_rate == 0 or self.actor.engine == "local",
             "loss.expert_bias_rate",
             self.loss.expert_bias_rate,
             f"actor.engine={self.actor.engine} cannot take a bias of the experts; set it to 0 or actor.engine=local",
         )
+
+    @property
+    def route(self) -> Literal["relay", "direct"]:
+        """``weights.route``, decided: SGLang servers on GPUs take weights from the learner itself."""
+        asked = self.weights.route
+        if asked != "auto":
+            return asked
+        direct = self.actor.engine == "sglang" and self.engine.device != "cpu" and self.weights.backend != "gloo"
+        return "direct" if direct else "relay"
 
     def check_room(self, routed: int = 0) -> None:
         """Raise :class:`ConfigError` unless queue, journal and messages hold the largest step that rollout allows.

@@ -84,9 +84,9 @@ def is_frozen(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def group_name(epoch: int) -> str:
-    """Of the weights group of a membership epoch."""
-    return f"weights/{epoch}"
+def group_name(port: int, epoch: int) -> str:
+    """Of a membership epoch's group, whose learner listens on ``port``: a server may know those of earlier runs."""
+    return f"weights/{port}/{epoch}"
 
 
 def store_prefix(group: str, device: str) -> str:
@@ -196,6 +196,28 @@ class StagedWeights:
     digest: str
     buckets: list[tuple[Bucket, Any]]  # layout and uint8 tensor
     arena: Any = None  # what those tensors are slices of; used again once the version is applied
+
+
+class Receiver(Protocol):
+    """A process's side of the handshake, seen by its owner."""
+
+    def on_prepare(self, message: Prepare) -> None:
+        """The broker asks whether we are ready."""
+
+    def on_go(self, message: Go) -> None:
+        """Everyone is ready."""
+
+    def staged(self) -> StagedWeights | None:
+        """The oldest version that arrived and was not taken yet."""
+
+    def applied(self, staged: StagedWeights, *, adopted: bool = False, copied: bool = False) -> None:
+        """``staged`` is in use."""
+
+    def failed(self, staged: StagedWeights, reason: str) -> None:
+        """``staged`` could not be used."""
+
+    def close(self) -> None:
+        """Take part no more."""
 
 
 class WeightReceiver:

@@ -229,7 +229,7 @@ def weight_backend(config: RunConfig, device: torch.device) -> str:
     """What ``weights.backend`` comes to: nccl needs a GPU on both ends, and the embedded engine has none."""
     if config.weights.backend != "auto":
         return config.weights.backend
-    return "nccl" if device.type == "cuda" and config.actor.engine != "local" else "gloo"
+    return "nccl" if device.type == "cuda" and config.route == "direct" else "gloo"
 
 
 def _connect(config: RunConfig, mesh: Mesh, version: int, run_id: str, stop: StopFlag) -> tuple[BrokerLink, int]:

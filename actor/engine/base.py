@@ -86,6 +86,10 @@ class Engine(Protocol):
         """Of the weights that sample the next token; 0 is the starting model, -1 while nothing can sample."""
 
     @property
+    def holds(self) -> int:
+        """The newest version that everything here has, for the broker: who holds less is sent it again."""
+
+    @property
     def busy(self) -> bool:
         """Whether :meth:`step` has anything to do."""
 

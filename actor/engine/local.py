@@ -83,6 +83,11 @@ class LocalEngine:
         self._targets = checkpoint_views(self._model)
 
     @property
+    def holds(self) -> int:
+        """The same."""
+        return self.version
+
+    @property
     def busy(self) -> bool:
         """Whether anything is waiting or live."""
         return bool(self._waiting) or self._rows.live > 0

@@ -1,18 +1,20 @@
-"""A version from the actor's memory into one of its servers, through a process group of the two.
+"""A version into a server: from the actor's memory through a group of the two, or from the learner itself.
 
 ::
 
     join (once) -> pause -> begin -> [one broadcast per bucket | /update_weights_from_distributed] -> end -> continue
 
-The actor is rank 0 and the server's tensor-parallel ranks are the others. The learner's own
-broadcast has ended and its digest was compared before this begins, so a learner that dies or hangs
-never reaches a server (docs/decisions/0015).
+:class:`Pusher` is the first way (``weights.route=relay``): the actor is rank 0, the server's ranks are
+the others. The learner's own broadcast has ended and its digest was compared before this begins, so
+a learner that dies or hangs never reaches a server. :mod:`actor.engine.direct` is the second
+(docs/decisions/0015).
 """
 
 import asyncio
 import contextlib
 import secrets
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from actor.engine.client import Client, ServerLostError, within
+from actor.engine.client import SHORT_S, Client, ServerLostError, within
 from common.errors import EngineError
 from common.weights import Bucket, brief, store_prefix
 
@@ -32,7 +34,7 @@ class Version:
 
     number: int
     tag: str  # what servers call it
-    buckets: Sequence[tuple[Bucket, torch.Tensor]]  # layout and uint8 bytes, in the order they are sent
+    buckets: Sequence[tuple[Bucket, torch.Tensor | None]]  # layout and uint8 bytes (None: the learner's), in order
 
     @property
     def nbytes(self) -> int:
@@ -57,7 +59,7 @@ class Pusher:
         self._joined = 0
 
     def allowed_s(self, version: Version) -> float:
-        """What a push may take."""
+        """What an update may take."""
         return self._deadline_s + version.nbytes / self._least
 
     async def push(self, client: Client, ranks: int, version: Version, mode: str) -> float:
@@ -68,90 +70,29 @@ class Pusher:
         """
         allowed = self.allowed_s(version)
         name, group = await self._join(client, ranks, allowed)
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        sent = 0
-        await client.pause(mode, allowed)
-        try:
-            session = await client.begin_update(allowed)
-            for bucket, flat in version.buckets:
-                await self._send(client, name, group, bucket, flat, allowed, self._fields(version, sent, mode))
-                sent += 1
-            if session:
-                await client.end_update(allowed)
-        except BaseException as error:
-            self.leave(client.name)  # ends a broadcast that the server may still wait in
-            await self._recover(client, name, torn=sent > 0, why=error)
-            raise
-        await client.resume()
-        return loop.time() - began
 
-    @staticmethod
-    def _fields(version: Version, sent: int, mode: str) -> dict[str, Any]:
-        """What only the last call says: the new version's name, and that caches of the old one are void."""
-        last = sent == len(version.buckets) - 1
-        return {"weight_version": version.tag if last else None, "flush_cache": last and mode != "in_place"}
-
-    async def _send(
-        self, client: Client, name: str, group: Any, bucket: Bucket, flat: torch.Tensor, allowed: float, last: Any
-    ) -> None:
-        slots = bucket.slots
-        fields = {
-            "names": [slot.name for slot in slots],
-            "dtypes": [slot.dtype for slot in slots],
-            "shapes": [list(slot.shape) for slot in slots],
-            "group_name": name,
-            "load_format": "flattened_bucket",
-            **last,
-        }
-
-        def broadcast() -> None:
+        def broadcast(flat: torch.Tensor) -> None:
             try:
                 group.broadcast([flat]).wait()
             except RuntimeError as error:
                 raise ServerLostError(f"{client.name} left a broadcast: {brief(error)}") from error
 
-        sending = in_thread(broadcast)
-        taking = asyncio.ensure_future(client.must("/update_weights_from_distributed", fields, allowed))
         try:
-            await taking
-            await within(allowed, sending, f"{client.name} in a broadcast of {bucket.nbytes >> 20} MB")
-        finally:
-            taking.cancel()
-
-    async def _recover(self, client: Client, group: str, torn: bool, why: BaseException) -> None:
-        """Close the session and leave the group; sample on only if no bucket is in."""
-        try:
-            await client.end_update(self._deadline_s)
-            await client.call("/destroy_weights_update_group", {"group_name": group}, self._deadline_s)
-            if not torn:
-                await client.resume()
-        except ServerLostError:
-            return  # the caller will notice
-        except Exception as error:  # noqa: BLE001  # a server that refuses its own clean-up
-            raise TornError(f"{client.name} cannot leave a broken update: {error}") from why
-        if torn:
-            raise TornError(f"{client.name} has parts of a version that broke off: {why}") from why
+            return await update(client, name, version, mode, allowed, lambda flat: in_thread(lambda: broadcast(flat)))
+        except BaseException:
+            self.leave(client.name)
+            raise
 
     async def _join(self, client: Client, ranks: int, allowed: float) -> tuple[str, Any]:
         if client.name in self._groups:
             return self._groups[client.name]
         self._joined += 1
         name = f"{self._name}/{self._joined}"
-        world = 1 + ranks
-        timeout = timedelta(seconds=allowed)
+        world, timeout = 1 + ranks, timedelta(seconds=allowed)
         store = dist.PrefixStore(store_prefix(name, "cpu"), self._store)
         ours = in_thread(lambda: dist.ProcessGroupGloo(store, 0, world, timeout))
-        fields = {
-            "master_address": "127.0.0.1",
-            "master_port": self._store.port,
-            "rank_offset": 1,
-            "world_size": world,
-            "group_name": name,
-            "backend": "gloo",
-        }
+        await join(client, name, "127.0.0.1", self._store.port, 1, world, "gloo", allowed)
         try:
-            await client.must("/init_weights_update_group", fields, allowed)
             group = await within(allowed, ours, f"{client.name} joining a weights group")
         except RuntimeError as error:
             raise ServerLostError(f"{client.name} did not join a weights group: {brief(error)}") from error
@@ -176,6 +117,85 @@ class Pusher:
         """Leave every group."""
         for server in list(self._groups):
             self.leave(server)
+
+
+async def join(
+    client: Client, group: str, host: str, port: int, rank: int, world: int, backend: str, allowed: float
+) -> None:
+    """The server's ranks become ``[rank, ...)`` of a group of ``world`` whose rank 0 keeps the store at host:port."""
+    fields = {
+        "master_address": host,
+        "master_port": port,
+        "rank_offset": rank,
+        "world_size": world,
+        "group_name": group,
+        "backend": backend,
+    }
+    await client.must("/init_weights_update_group", fields, allowed)
+
+
+async def update(
+    client: Client,
+    group: str,
+    version: Version,
+    mode: str,
+    allowed: float,
+    broadcast: "Callable[[torch.Tensor], asyncio.Future[Any]] | None" = None,
+) -> float:
+    """The server takes ``version`` from rank 0 of ``group``; returns the seconds for which it did not sample.
+
+    ``broadcast`` sends one bucket if we are rank 0. Raises EngineError: :class:`TornError` if the
+    server has some buckets and not all (it then stays paused), else it samples on as before.
+    """
+    began = time.monotonic()
+    sent = 0
+    await client.pause(mode, allowed)
+    try:
+        session = await client.begin_update(allowed)
+        for bucket, flat in version.buckets:
+            last = sent == len(version.buckets) - 1
+            fields = {
+                "names": [slot.name for slot in bucket.slots],
+                "dtypes": [slot.dtype for slot in bucket.slots],
+                "shapes": [list(slot.shape) for slot in bucket.slots],
+                "group_name": group,
+                "load_format": "flattened_bucket",
+                "weight_version": version.tag if last else None,
+                "flush_cache": last and mode != "in_place",  # together they are refused after the fact
+            }
+            await take_bucket(client, fields, allowed, broadcast(flat) if broadcast and flat is not None else None)
+            sent += 1
+        if session:
+            await client.end_update(allowed)
+    except BaseException as error:
+        await _recover(client, group, sent > 0, error)
+        raise
+    await client.resume()
+    return time.monotonic() - began
+
+
+async def take_bucket(
+    client: Client, fields: dict[str, Any], allowed: float, sending: "asyncio.Future[Any] | None"
+) -> None:
+    """One call of the server, and our side of its broadcast."""
+    await client.must("/update_weights_from_distributed", fields, allowed)
+    if sending is not None:
+        await within(allowed, sending, f"{client.name} in a broadcast")
+
+
+async def _recover(client: Client, group: str, torn: bool, why: BaseException) -> None:
+    """Close the session and leave the group; sample on only if no bucket is in."""
+    try:
+        await client.end_update(SHORT_S)
+        await client.call("/destroy_weights_update_group", {"group_name": group})
+        if not torn:
+            await client.resume()
+    except ServerLostError:
+        return  # the caller will notice
+    except EngineError as error:
+        raise TornError(f"{client.name} cannot leave a broken update: {error}") from why
+    if torn:
+        raise TornError(f"{client.name} has parts of a version that broke off: {why}") from why
 
 
 def in_thread(work: Callable[[], Any]) -> "asyncio.Future[Any]":

@@ -16,7 +16,7 @@ import asyncio
 import enum
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import aiohttp
@@ -85,6 +85,8 @@ class Server:
         self._process: ServerProcess | None = None
         self._target: Version | None = None
         self._changed = asyncio.Event()
+        self._updating = asyncio.Lock()
+        self.failure: EngineError | None = None  # of an update from the learner; ends this life
         self._task: asyncio.Task[None] | None = None
 
     # ---- what the engine asks --------------------------------------------------------------------
@@ -119,6 +121,22 @@ class Server:
         self.version = -1
         self._set(State.STALE)
         self._changed.set()
+
+    async def receive(self, version: Version, take: Callable[[], Awaitable[float]]) -> str:
+        """The learner brings ``version``; ``take`` has the server receive it. Returns what went wrong, or ""."""
+        async with self._updating:
+            try:
+                await self._taken(version, await take())
+            except EngineError as error:
+                if isinstance(error, TornError):
+                    self.version = -1
+                    self._set(State.STALE)
+                else:
+                    self.failure = error
+                self._changed.set()
+                return str(error)
+        self._changed.set()
+        return ""
 
     async def end(self) -> None:
         """Stop it if it is ours; leave it alone if it is not."""
@@ -234,11 +252,18 @@ class Server:
         since = time.monotonic()
         while True:
             self._changed.clear()
-            if self._target is not None and not self._has_target:
-                await self._take(self._target)
+            if self.failure is not None:
+                failure, self.failure = self.failure, None
+                raise ServerLostError(str(failure))
+            target = self._target
+            if target is not None and not self._has_target:
+                if all(flat is not None for _, flat in target.buckets):
+                    await self._take(target)
+                elif self.state != State.SERVING:
+                    self._set(State.STALE)  # only the learner can bring it
             elif self.version < 0:
                 raise ServerLostError(f"{self.name} has weights of nobody's version")
-            if self.state != State.SERVING:
+            if self.state != State.SERVING and (target is None or self._has_target):
                 await self._compare()
                 self.why, self.lost_at = "", None
                 self._set(State.SYNCED)
@@ -248,7 +273,7 @@ class Server:
             except TimeoutError:
                 if time.monotonic() - since > FORGIVEN_S:
                     self.restarts = 0
-            if self._target is None or self._has_target:
+            async with self._updating:  # a server that receives weights answers nobody else
                 await self._look()
 
     async def _look(self) -> None:
@@ -265,7 +290,7 @@ class Server:
             self._set(State.STALE)
         for attempt in range(1, PUSHES + 1):
             try:
-                paused = await self._pusher.push(self.client, self._ranks, version, self.config.engine.update)
+                paused = await self._pusher.push(self.client, self.ranks, version, self.config.engine.update)
                 break
             except TornError as error:
                 self._set(State.STALE)  # whatever it sampled since belongs to no version: it is paused until it has one
@@ -276,11 +301,15 @@ class Server:
             log.warning("%s did not take version %d (attempt %d): %s", self.name, version.number, attempt, reason)
             if attempt == PUSHES or (self._process is not None and self._process.ended):
                 raise ServerLostError(f"{self.name} did not take version {version.number}: {reason}") from reason
+        await self._taken(version, paused)
+
+    async def _taken(self, version: Version, paused_s: float) -> None:
+        """It has received ``version``, by its own account too."""
         said = await self.client.version()
         if said != version.tag:
             raise ServerLostError(f"{self.name} serves {said!r} after it was sent {version.tag!r}")
         self.version = version.number
-        self.paused_s += paused
+        self.paused_s += paused_s
         self.updates += 1
         self._notify()
 
@@ -300,7 +329,8 @@ class Server:
             return
 
     @property
-    def _ranks(self) -> int:
+    def ranks(self) -> int:
+        """Processes of it that receive weights."""
         return self.identity.ranks if self.identity is not None else 1
 
     async def read_checksum(self) -> str:

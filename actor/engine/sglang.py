@@ -109,6 +109,7 @@ class SglangEngine:
         self._serial = 0
         self._held: Version | None = None
         self._loading = False
+        self._loaded_version = 0
         self._refused: Loaded | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine", daemon=True)
@@ -128,14 +129,15 @@ class SglangEngine:
         for index, address in enumerate(addresses):
             label = f"{self.name}/server-{index}"
             server = Server(
-                self.config, label, address, self._session, self._pusher, self._tag, self._model,
+                self.config, label, address, self._session, self._pusher, self.tag, self._model,
                 lambda: self._events.put(None), lambda: servers,
             )  # fmt: skip
             servers.append(server)
             server.begin()
         return servers
 
-    def _tag(self, version: int) -> str:
+    def tag(self, version: int) -> str:
+        """What servers call a version of this run."""
         return f"{self._tag_prefix}{version}"
 
     # ---- what the actor sees ---------------------------------------------------------------------
@@ -213,14 +215,44 @@ class SglangEngine:
             target.waiting.clear()
             target.under_way = 0
 
+    @property
+    def holds(self) -> int:
+        """The version that the broker is told: with ``weights.route=direct`` the oldest of a server that lives."""
+        if self._held is not None and any(flat is None for _, flat in self._held.buckets):
+            alive = (State.STALE, State.SYNCED, State.SERVING)
+            return min((s.version for s in self._servers if s.state in alive), default=self._held.number)
+        return self._loaded_version
+
+    def lacking(self, version: int) -> Sequence[Server]:
+        """Servers that live and do not have ``version``."""
+        return [s for s in self._servers if s.state in (State.STALE, State.SERVING) and s.version < version]
+
+    def differs(self, tensors: dict[str, tuple[int, ...]]) -> str:
+        """How the tensors of a version (name -> shape) differ from this model's; "" if they do not."""
+        return differing(self._model.shapes, tensors, self.config.optim.freeze)
+
+    def run(self, work: Coroutine[Any, Any, None]) -> Any:
+        """Start ``work`` on the engine's loop; returns its future."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def expect(self, version: Version) -> None:
+        """On the loop: servers without ``version`` do not serve once they have to start anew."""
+        self._held = version
+        for server in self._servers:
+            server.aim(version)
+
+    def allowed_s(self, version: Version) -> float:
+        """What an update may take."""
+        return self._pusher.allowed_s(version)
+
     def load(self, version: int, buckets: Sequence[tuple[Bucket, torch.Tensor]]) -> None:
         """Push a version to every server; each goes on sampling as soon as it has it."""
         tensors = {slot.name: slot.shape for bucket, _ in buckets for slot in bucket.slots}
-        wrong = differing(self._model.shapes, tensors, self.config.optim.freeze)
+        wrong = self.differs(tensors)
         if wrong:  # a server would pass over what it does not know and say that all is well
             self._refused = Loaded(version, f"version {version}: {wrong}")
             return
-        self._held = Version(version, self._tag(version), buckets)
+        self._held = Version(version, self.tag(version), buckets)
         self._loading = True
         held = self._held
 
@@ -241,7 +273,7 @@ class SglangEngine:
         if not all(server.settled for server in self._servers):
             return None
         if any(server.state == State.SERVING and server.version == number for server in self._servers):
-            self._loading = False
+            self._loading, self._loaded_version = False, number
             return Loaded(number, keeps=True)
         return None  # none serves now; those that come back start from it
 

@@ -43,7 +43,7 @@ class WeightGroup:
     ) -> None:
         timeout = timedelta(seconds=deadline_s)
         device_type = "cuda" if backend == "nccl" else "cpu"
-        prefix = dist.PrefixStore(store_prefix(group_name(epoch), device_type), store)
+        prefix = dist.PrefixStore(store_prefix(group_name(store.port, epoch), device_type), store)
         self.device = device if backend == "nccl" else torch.device("cpu")  # of what is sent and received
         self._store = prefix
         self._deadline_s, self._on_gpu = deadline_s, backend == "nccl"

@@ -4,13 +4,15 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import urllib.request
 
 import numpy as np
 import pytest
 import torch
 
-from actor.engine.push import Pusher
+from actor.engine import push
+from actor.engine.client import ServerRefusedError
 from actor.engine.server import State
 from tests.sglang.servers import (
     TOLERANCE,
@@ -118,14 +120,14 @@ def test_a_push_that_breaks_before_its_first_bucket_leaves_the_old_version_servi
     engine = engine_of()
     broken = []
 
-    async def refuse(self, client, *rest):
+    async def refuse(client, *rest):
         if not broken:
             broken.append(True)
-            raise await_error(client)
-        return await real(self, client, *rest)
+            raise broken_by_us(client)
+        return await real(client, *rest)
 
-    real = Pusher._send
-    monkeypatch.setattr(Pusher, "_send", refuse)
+    real = push.take_bucket
+    monkeypatch.setattr(push, "take_bucket", refuse)
     engine.add(ask(0, prompt_of(5), 2, TOKENS, ignore_eos=True))
     take_version(engine, 1, models["second"], 20_000)  # the second attempt
     assert broken and engine.version == 1
@@ -136,16 +138,16 @@ def test_a_push_that_breaks_half_way_samples_nothing_from_the_mixture(engine_of,
     engine = engine_of()
     seen, states = [], []
 
-    async def break_off(self, client, *rest):
+    async def break_off(client, *rest):
         seen.append(True)
         if len(seen) == 3:
-            raise await_error(client)
+            raise broken_by_us(client)
         if len(seen) == 4:
             states.append(engine.servers[0].state)
-        return await real(self, client, *rest)
+        return await real(client, *rest)
 
-    real = Pusher._send
-    monkeypatch.setattr(Pusher, "_send", break_off)
+    real = push.take_bucket
+    monkeypatch.setattr(push, "take_bucket", break_off)
     engine.add(ask(0, prompt_of(5), 2, TOKENS, ignore_eos=True))
     wait_for(engine, lambda: running_tokens(engine) > 20)
     done = take_version(engine, 1, models["second"], 20_000) + drain(engine)
@@ -158,9 +160,7 @@ def test_a_push_that_breaks_half_way_samples_nothing_from_the_mixture(engine_of,
         np.testing.assert_allclose(c.logprobs, expected, atol=TOLERANCE)
 
 
-def await_error(client):
-    from actor.engine.client import ServerRefusedError
-
+def broken_by_us(client):
     return ServerRefusedError(f"{client.name}: broken by the test", 500)
 
 
@@ -168,21 +168,19 @@ def test_an_actor_killed_in_the_middle_of_a_push_leaves_a_server_that_the_next_o
     """Its session stays open and the server paused, until somebody ends them."""
     code = """
 import os, signal, sys
-from actor.engine.push import Pusher
+from actor.engine import push
 from tests.sglang.servers import attached, run_config, sglang_engine, take_version
 from pathlib import Path
-real, seen = Pusher._send, []
-async def die(self, *rest):
+real, seen = push.take_bucket, []
+async def die(*rest):
     seen.append(1)
     if len(seen) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    return await real(self, *rest)
-Pusher._send = die
+    return await real(*rest)
+push.take_bucket = die
 engine = sglang_engine(attached(run_config(Path(sys.argv[1]), Path(sys.argv[2])), sys.argv[4]))
 take_version(engine, 1, Path(sys.argv[3]), 20_000)
 """
-    import sys
-
     command = [sys.executable, "-c", code, str(models["first"]), str(tmp_path), str(models["second"]), server]
     done = subprocess.run(command, timeout=60, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "."})
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
