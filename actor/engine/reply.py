@@ -56,14 +56,13 @@ def read_piece(body: bytes, asked: Asked) -> Piece:
         values, numbers, *_ = zip(*sampled, strict=True) if sampled else ((), ())
         ids, logprobs = np.array(numbers, np.int64), np.array(values, np.float32)
         finish = (meta["finish_reason"] or {}).get("type", "")
-        spans = tuple((span["version"], int(span["start"]), int(span["end"])) for span in meta["weight_versions"])
+        spans = _spans(meta)
         top_ids, top_logprobs = _top(meta, len(ids), asked.top_logprobs)
         experts = _experts(meta, asked, len(ids))
         cached = int(meta.get("cached_tokens") or 0)
         output = reply.get("output_ids")
     except (orjson.JSONDecodeError, KeyError, TypeError, ValueError, IndexError, binascii.Error) as error:
-        what = "weight_versions (SGLang before 0.5.19 has none)" if "weight_versions" in str(error) else str(error)
-        raise DataError(f"reply is not one of SGLang's /generate: {type(error).__name__}: {what}"[:300]) from error
+        raise DataError(f"reply is not one of SGLang's /generate: {type(error).__name__}: {error}"[:300]) from error
     _check(ids, logprobs, spans, finish, output, meta, asked)
     if top_ids.size and (not np.isfinite(top_logprobs).all() or top_ids.min() < 0 or top_ids.max() >= asked.vocab_size):
         raise DataError("alternatives are not finite log-probabilities of ids within the vocabulary")
@@ -99,6 +98,13 @@ def _check(
     ends = [0, *(end for _, _, end in spans)]
     if [start for _, start, _ in spans] != ends[:-1] or ends[-1] != len(ids):
         raise DataError(f"weight_versions {spans} do not cover the {len(ids)} tokens")
+
+
+def _spans(meta: dict[str, Any]) -> tuple[tuple[str, int, int], ...]:
+    spans = meta.get("weight_versions")
+    if spans is None:
+        raise ValueError("no weight_versions, which every release since 0.5.19 gives")
+    return tuple((str(span["version"]), int(span["start"]), int(span["end"])) for span in spans)
 
 
 def _top(meta: dict[str, Any], tokens: int, k: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:

@@ -131,6 +131,11 @@ def client_of(session, kind=openai.OpenAI, **more):
     return kind(base_url=session.base_url, api_key=session.api_key, **{"max_retries": 0, **more})
 
 
+def is_alive(pid):
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
+
+
 def end(table, verdict, count=1):
     verdict.put({"correct": 1.0})
     table.wait(lambda t: len(t.finished) == count)
@@ -342,7 +347,7 @@ def test_late_agents_fail_as_the_environments_fault(chat_model, questions, tmp_p
             table.wait(lambda t: t.error is not None)
             assert "task.params.command" in str(table.error)
         elif way == "command":
-            table.wait(lambda t: not Path(f"/proc/{note.read_text().strip()}").exists())
+            table.wait(lambda t: not is_alive(note.read_text().strip()))
     assert table.counters["agent_failures"] == 1
 
 

@@ -1,0 +1,112 @@
+"""A server with SGLang's answers and faults on demand: what the real one does only when it is broken."""
+
+import asyncio
+import base64
+import threading
+
+import numpy as np
+from aiohttp import web
+
+VOCAB = 32
+
+
+class FakeServer:
+    """``spoil`` maps a path to a function(request fields, answer) -> answer, web.Response or an awaitable of them."""
+
+    def __init__(self, port=0, version="0.5.23", **info):
+        self.info = {"version": version, "tp_size": 1, "dp_size": 1, **info}
+        self.weight_version, self.paused, self.architectures = "default", 0, None
+        self.spoil, self.calls, self.seconds = {}, [], 0.0
+        self.random = np.random.default_rng(0)
+        self.loop = asyncio.new_event_loop()
+        self._port = port
+        self._up = threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+        assert self._up.wait(5)
+
+    def _run(self):
+        app = web.Application(client_max_size=1 << 28)
+        app.router.add_route("*", "/{path:.*}", self._answer)
+        self.runner = web.AppRunner(app, shutdown_timeout=0.1)
+        self.loop.run_until_complete(self.runner.setup())
+        site = web.TCPSite(self.runner, "127.0.0.1", self._port)
+        self.loop.run_until_complete(site.start())
+        self._port = site._server.sockets[0].getsockname()[1]
+        self._up.set()
+        self.loop.run_forever()
+        self.loop.run_until_complete(self.runner.cleanup())
+        self.loop.close()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self._port}"
+
+    def close(self):
+        if self.thread.is_alive():
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self.thread.join(5)
+
+    async def _answer(self, request):
+        path = request.path
+        fields = await request.json() if request.method == "POST" else {}
+        self.calls.append((path, fields))
+        made = getattr(self, "on" + path.replace("/", "_"), lambda fields: {"success": True})(fields)
+        answer = await made if asyncio.iscoroutine(made) else made
+        if path in self.spoil:
+            answer = self.spoil[path](fields, answer)
+            answer = await answer if asyncio.iscoroutine(answer) else answer
+        return answer if isinstance(answer, web.StreamResponse) else web.json_response(answer)
+
+    def on_server_info(self, fields):
+        return self.info
+
+    def on_model_info(self, fields):
+        return {"weight_version": self.weight_version, "architectures": self.architectures}
+
+    def on_v1_loads(self, fields):
+        return {
+            "loads": [{"num_running_reqs": 0, "num_waiting_reqs": 0, "token_usage": 0.1, "queues": {"retracted": 0}}]
+        }
+
+    def on_update_weights_from_disk(self, fields):
+        self.weight_version = fields["weight_version"]
+        return {"success": True}
+
+    def on_weights_checker(self, fields):
+        return {"per_engine_checksum": f"sum of {self.weight_version}"}
+
+    async def on_generate(self, fields):
+        await asyncio.sleep(self.seconds)
+        prompts = fields["input_ids"]
+        if isinstance(prompts[0], list):
+            return [self._reply(prompt, fields) for prompt in prompts]
+        return self._reply(prompts, fields)
+
+    def _reply(self, prompt, fields):
+        """Uniform over the vocabulary, and said so."""
+        tokens, k = fields["sampling_params"]["max_new_tokens"], fields["top_logprobs_num"]
+        ids = self.random.integers(0, VOCAB, tokens).tolist()
+        value = float(np.float32(-np.log(VOCAB)))
+        meta = {
+            "finish_reason": {"type": "length", "length": tokens},
+            "prompt_tokens": len(prompt),
+            "completion_tokens": tokens,
+            "cached_tokens": len(prompt) // 2,
+            "weight_version": self.weight_version,
+            "weight_versions": [{"version": self.weight_version, "start": 0, "end": tokens}],
+            "output_token_logprobs": [[value, token, None] for token in ids],
+        }
+        if k and fields.get("return_flat_raw_output_top_logprobs"):
+            values = np.full((tokens, k), value, np.float32)
+            numbers = np.tile(np.arange(k, dtype=np.int32), (tokens, 1))
+            meta |= {
+                "output_top_logprobs_val_flat_b64": base64.b64encode(values.tobytes()).decode(),
+                "output_top_logprobs_idx_flat_b64": base64.b64encode(numbers.tobytes()).decode(),
+                "output_top_logprobs_val_flat_b64_dtype": "float32",
+                "output_top_logprobs_idx_flat_b64_dtype": "int32",
+                "output_top_logprobs_shape": [tokens, k],
+            }
+        elif k:
+            meta["output_top_logprobs"] = [[[value, token, None] for token in range(k)] for _ in ids]
+        return {"output_ids": ids, "meta_info": meta}

@@ -1,0 +1,310 @@
+"""The SGLang engine against servers that lie, stall, vanish or are the wrong ones. No model, real HTTP."""
+
+import asyncio
+import json
+import logging
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from aiohttp import web
+from safetensors.numpy import save_file
+
+from actor.engine.base import Failure, SampleRequest
+from actor.engine.server import State
+from actor.engine.sglang import SglangEngine
+from common.config import ActorSection, EngineSection, ModelSection, RolloutSection, RunConfig, RunSection
+from common.errors import EngineError
+from tests.integration.fake_sglang import VOCAB, FakeServer
+
+FAST = {"heartbeat_s": 0.05, "server_timeout_s": 0.6, "start_timeout_s": 3.0, "backoff_s": 0.05, "restarts": 2}
+
+
+@pytest.fixture
+def fakes():
+    made = []
+
+    def make(*args, **kwargs):
+        made.append(FakeServer(*args, **kwargs))
+        return made[-1]
+
+    yield make
+    for fake in made:
+        fake.close()
+
+
+@pytest.fixture
+def engine_on(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    config = {"vocab_size": VOCAB, "max_position_embeddings": 512, "architectures": ["X"], "eos_token_id": 1}
+    (model / "config.json").write_text(json.dumps(config))
+    save_file({"w": np.zeros(4, np.float32)}, model / "model.safetensors")
+    made = []
+
+    def make(*servers, wait=True, rollout=None, **engine):
+        config = RunConfig(
+            run=RunSection(name="r", dir=str(tmp_path)),
+            model=ModelSection(path=str(model)),
+            rollout=RolloutSection(max_prompt_tokens=64, max_tokens=64, **(rollout or {})),
+            actor=ActorSection(engine="sglang", max_sequences=64),
+            engine=EngineSection(launch=0, addresses=tuple(s.url for s in servers), **{**FAST, **engine}),
+        )
+        made.append(SglangEngine(config, "a"))
+        if wait:
+            run(made[-1], lambda: sum(s.state == State.SERVING for s in made[-1].servers) == len(servers))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.close()
+
+
+def run(engine, until, seconds=8.0):
+    ended, deadline = [], time.monotonic() + seconds
+    while not until():
+        assert time.monotonic() < deadline, [(s.name, s.state, s.why) for s in engine.servers]
+        ended += engine.step(0.01)
+    return ended
+
+
+def ask(number, samples=2, tokens=6, **more):
+    return SampleRequest(number, np.array([3, 4, 5], np.int32), samples, tokens, 1.0, (0, 0), **more)
+
+
+def drain(engine, seconds=8.0):
+    return run(engine, lambda: not engine.in_flight, seconds)
+
+
+def once(change):
+    """Spoil the first answer that is not the probe's."""
+    done = []
+
+    def spoil(fields, answer):
+        if done or isinstance(answer, list):
+            return answer
+        done.append(True)
+        return change(answer)
+
+    return spoil
+
+
+def always(change):
+    return lambda fields, answer: answer if isinstance(answer, list) else change(answer)
+
+
+def edited(**meta):
+    return lambda answer: {**answer, "meta_info": {**answer["meta_info"], **meta}}
+
+
+@pytest.mark.parametrize("version", ["0.5.19", "0.5.20", "0.5.23"])
+@pytest.mark.parametrize("k", [0, 5])
+def test_every_release_gives_the_same_arrays(fakes, engine_on, version, k):
+    engine = engine_on(fakes(version=version), update="abort")
+    engine.add(ask(1, top_logprobs=k))
+    for c in drain(engine):
+        assert len(c.token_ids) == 6 and c.topk_ids.shape == c.topk_logprobs.shape == (6, k)
+        assert (c.topk_ids == np.arange(k)).all()
+        np.testing.assert_allclose(c.logprobs, -np.log(VOCAB), rtol=1e-6)
+        assert (c.versions == 0).all() and c.cached_tokens == 1
+
+
+HALF_TRUE = {
+    "fewer log-probabilities": (edited(output_token_logprobs=[[-1.0, 3, None]]), "6 tokens but 1 log-prob"),
+    "NaN": (lambda a: {**a, "output_ids": [2] * 6, "meta_info": {**a["meta_info"], "output_token_logprobs":
+            [[None, 2, None]] * 6}}, "NaN, infinite or positive"),
+    "positive": (lambda a: {**a, "output_ids": [2] * 6, "meta_info": {**a["meta_info"], "output_token_logprobs":
+            [[0.5, 2, None]] * 6}}, "NaN, infinite or positive"),
+    "another vocabulary": (lambda a: {**a, "output_ids": [99] * 6, "meta_info": {**a["meta_info"],
+            "output_token_logprobs": [[-0.5, 99, None]] * 6}}, "outside the vocabulary of 32"),
+    "other ids": (lambda a: {**a, "output_ids": [31 - i for i in a["output_ids"]]}, "not the sampled ones"),
+    "a hole in the versions": (edited(weight_versions=[{"version": "v", "start": 0, "end": 4}]), "do not cover"),
+    "no versions": (edited(weight_versions=None), "weight_versions"),
+    "a longer prompt": (edited(prompt_tokens=7), "read 7 prompt tokens of 3"),
+    "an unknown end": (edited(finish_reason={"type": "tired"}), "'tired' is none of"),
+    "no meta": (lambda a: {"output_ids": []}, "meta_info"),
+    "not JSON": (lambda a: web.Response(text="<html>busy</html>"), "not one of SGLang's"),
+    "HTTP 500": (lambda a: web.Response(status=500, text="out of memory"), "HTTP 500: out of memory"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", HALF_TRUE)
+def test_a_half_true_answer_is_thrown_away_and_sampled_again(fakes, engine_on, caplog, fault):
+    fake = fakes()
+    engine = engine_on(fake)
+    change, words = HALF_TRUE[fault]
+    fake.spoil["/generate"] = once(change)
+    with caplog.at_level(logging.WARNING):
+        engine.add(ask(1))
+        done = drain(engine)
+    assert sorted(c.sibling for c in done) == [0, 1] and not any(isinstance(c, Failure) for c in done)
+    assert engine.counters["retries"] == 1
+    assert words in caplog.text
+
+
+def test_a_server_that_keeps_lying_costs_its_rollouts_and_nothing_else(fakes, engine_on):
+    honest, liar = fakes(), fakes()
+    engine = engine_on(honest, liar, attempts=2)
+    liar.spoil["/generate"] = always(edited(output_token_logprobs=[]))
+    for number in range(12):
+        engine.add(ask(number, samples=1))
+    done = drain(engine)
+    failed = [c for c in done if isinstance(c, Failure)]
+    assert 0 < len(failed) < 12 and len(done) == 12
+    assert all("2 attempts (engine.attempts), the last: a/server-1: 6 tokens but 0" in f.reason for f in failed)
+
+
+def test_rollouts_of_a_server_that_vanishes_are_sampled_elsewhere_from_their_prompts(fakes, engine_on):
+    stays, goes = fakes(), fakes()
+    engine = engine_on(stays, goes)
+    goes.seconds = 60.0
+    for number in range(16):
+        engine.add(ask(number, samples=1))
+    done = run(engine, lambda: engine.counters.get("requests", 0) >= 16)
+    goes.close()
+    done += drain(engine)
+    assert len(done) == 16 and not any(isinstance(c, Failure) for c in done)
+    assert engine.counters["retries"] > 0 and engine.counters["servers_serving"] == 1
+    sent = [fields for path, fields in stays.calls if path == "/generate" and isinstance(fields["input_ids"][0], int)]
+    assert all(fields["input_ids"] == [3, 4, 5] and fields["sampling_params"]["max_new_tokens"] == 6 for fields in sent)
+    run(engine, lambda: engine.servers[1].state == State.GONE)
+    engine.step()  # one is enough: engine.least_servers=1
+
+
+def test_a_server_that_comes_back_joins_again(fakes, engine_on):
+    stays, goes = fakes(), fakes()
+    engine = engine_on(stays, goes, restarts=20)
+    goes.close()
+    run(engine, lambda: engine.servers[1].state == State.LOST)
+    fakes(port=goes._port)
+    run(engine, lambda: engine.servers[1].state == State.SERVING)
+    assert engine.servers[1].version == 0
+
+
+def test_a_stuck_scheduler_is_found_although_the_server_accepts_connections(fakes, engine_on):
+    stays, stuck = fakes(), fakes()
+    engine = engine_on(stays, stuck)
+
+    async def never(fields, answer):
+        await asyncio.sleep(60)
+
+    stuck.spoil |= dict.fromkeys(("/v1/loads", "/generate", "/server_info"), never)
+    began = time.monotonic()
+    for number in range(12):
+        engine.add(ask(number, samples=1))
+    done = drain(engine)
+    assert len(done) == 12 and not any(isinstance(c, Failure) for c in done)
+    assert time.monotonic() - began < 5.0
+    assert "no answer within 0.6 s" in engine.servers[1].why
+
+
+def test_too_few_servers_end_the_actor_with_their_reasons(fakes, engine_on):
+    first, second = fakes(), fakes()
+    engine = engine_on(first, second, least_servers=2, restarts=1, start_timeout_s=1.0)
+    second.close()
+    with pytest.raises(EngineError, match=r"1 of 2 servers are left, engine\.least_servers=2 are needed: .*a/server-1"):
+        run(engine, lambda: False)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "info", "words"),
+    [
+        ({}, {"version": "0.5.18"}, r"runs SGLang 0\.5\.18; 0\.5\.19 to 0\.5\.23 are supported"),
+        ({}, {"version": "0.6.0"}, r"runs SGLang 0\.6\.0; 0\.5\.19 to"),
+        ({}, {"version": "vLLM"}, "not an SGLang server"),
+        ({}, {"version": "0.5.20"}, r"engine\.update=retract kills; set engine\.update=abort"),
+        ({}, {"preferred_sampling_params": '{"top_p": 0.9}'}, "--preferred-sampling-params"),
+        ({"/model_info": lambda f, a: {**a, "architectures": ["Y"]}}, {}, r"serves Y, model\.path=.* is X"),
+        ({"/update_weights_from_disk": lambda f, a: web.Response(status=400, text="no")}, {}, "cannot load model"),
+        ({"/generate": lambda f, a: [_skewed(r) for r in a]}, {}, r"does not sample from the log-probabilities"),
+        ({"/generate": lambda f, a: [_certain(r) for r in a]}, {}, r"(no probability|does not sample)"),
+    ],
+)  # fmt: skip
+def test_a_server_that_cannot_be_used_is_refused_with_the_remedy(fakes, engine_on, spoil, info, words):
+    fake = fakes(**{"version": "0.5.23", **info})
+    fake.spoil |= spoil
+    engine = engine_on(fake, wait=False)
+    with pytest.raises(EngineError, match=words):
+        run(engine, lambda: False)
+
+
+def _skewed(reply):
+    """Truncated sampling: only the first eight ids ever come, at the probabilities of all."""
+    ids = [token % 8 for token in reply["output_ids"]]
+    value = reply["meta_info"]["output_token_logprobs"][0][0]
+    reply["meta_info"]["output_token_logprobs"] = [[value, token, None] for token in ids]
+    return {**reply, "output_ids": ids}
+
+
+def _certain(reply):
+    """Log-probabilities of a sharper distribution than the one that was sampled from."""
+    meta = reply["meta_info"]
+    meta["output_top_logprobs"] = [[[-0.1 - 3 * token, token, None] for token in range(len(row))]
+                                   for row in meta["output_top_logprobs"]]  # fmt: skip
+    return reply
+
+
+def test_log_probabilities_without_the_temperature_are_noticed(fakes, engine_on):
+    fake = fakes()
+
+    def raw(fields, answer):
+        for reply in answer:
+            meta = reply["meta_info"]
+            meta["output_top_logprobs"] = [
+                [[-1.0 - token, token, None] for token in range(len(row))] for row in meta["output_top_logprobs"]
+            ]
+            ids = [int(np.random.default_rng(len(str(reply))).integers(0, 2))]
+            meta["output_token_logprobs"] = [[-1.0, ids[0], None]]
+            reply["output_ids"] = ids
+        return answer
+
+    from actor.engine import probe
+
+    original = probe.check_frequencies
+    probe.check_frequencies = lambda *a: None
+    try:
+        fake.spoil["/generate"] = raw
+        engine = engine_on(fake, wait=False, rollout={"temperature": 0.5})
+        with pytest.raises(EngineError, match="SGLANG_RETURN_ORIGINAL_LOGPROB"):
+            run(engine, lambda: False)
+    finally:
+        probe.check_frequencies = original
+
+
+def test_tokens_of_a_version_of_another_run_are_refused_and_the_server_is_not_trusted(fakes, engine_on):
+    fake = fakes()
+    engine = engine_on(fake, attempts=3)
+    fake.weight_version = "croupier-other-0"
+    engine.add(ask(1, samples=1))
+    run(engine, lambda: engine.servers[0].state == State.LOST)  # nothing to send it again: it starts anew
+    (done,) = drain(engine)
+    assert not isinstance(done, Failure) and (done.versions == 0).all()
+    assert engine.counters["replies_refused"] == 1
+
+
+def test_siblings_of_a_group_share_a_server_and_turns_come_back_to_it(fakes, engine_on):
+    servers = [fakes() for _ in range(3)]
+    engine = engine_on(*servers)
+    for number in range(9):
+        engine.add(ask(number, samples=4))
+    drain(engine)
+    for number in range(9):
+        engine.add(replace(ask(number, samples=1), prompt_ids=np.array([3, 4, 5, number + 6], np.int32)))
+    drain(engine)
+    asked = [[f for p, f in s.calls if p == "/generate" and isinstance(f["input_ids"][0], int)] for s in servers]
+    assert sum(map(len, asked)) == 45
+    for own in asked:
+        turns = sum(len(fields["input_ids"]) == 4 for fields in own)
+        assert len(own) == turns * 5  # four siblings and one later turn of each group
+    assert sum(len(own) > 0 for own in asked) >= 2
+
+
+def test_the_fixed_concurrency_is_never_exceeded(fakes, engine_on):
+    fake = fakes()
+    engine = engine_on(fake, concurrency=3)
+    fake.seconds = 0.05
+    most = []
+    engine.add(ask(1, samples=20))
+    run(engine, lambda: most.append(sum(t.under_way for t in engine._targets.values())) or not engine.in_flight)
+    assert max(most) == 3
