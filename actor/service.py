@@ -115,6 +115,7 @@ class ActorService:
             self.receiver.close()
             self.link.close("stopped")
             self.play.close()
+            log.info("ends: %s", ", ".join(f"{name} {value:g}" for name, value in sorted(self.counters.items())))
             self.engine.close()
 
     def _turn(self) -> None:

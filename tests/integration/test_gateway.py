@@ -388,7 +388,8 @@ def test_a_run_trains_on_what_agents_caused(chat_model, questions, tmp_path):
             fleet.start(part)
         assert [fleet.wait(part) for part in parts] == [0] * 4, fleet.words()
         steps, status = fleet.steps(), fleet.status()
-        assert "begins a new segment: messages[1] is not what was recorded" in fleet.log("actor-0").read_text()
+        log = fleet.log("actor-0").read_text()
+        assert "begins a new segment: messages[1] is not what was recorded" in log and "segments" in log
     assert status["trajectories_trained"] == status["trajectories_acked"] == 3 * 8
     assert not status["trajectories_refused"] and not status["trajectories_dropped"]
     assert [e["version"] for e in status["evaluations"]] == [0, 3] and set(steps[0]["reward_channels"]) == CHANNELS
