@@ -57,6 +57,13 @@ class Watched(LocalEngine):
         self.sampled += ended
         return ended
 
+    def pairs(self):
+        """(request, completion), by what a completion keeps of its request."""
+        waiting = {}
+        for request in self.asked:
+            waiting.setdefault((request.request_id, request.first_sibling), []).append(request)
+        return [(waiting[c.request_id, c.sibling].pop(0), c) for c in self.sampled]
+
 
 class Table:
     """An actor's play without a broker, in a thread."""
@@ -373,6 +380,29 @@ def test_tools_are_offered_and_their_answers_go_on(table):
             messages=[*HELLO, answer.model_dump(), {"role": "tool", "tool_call_id": "x", "content": "sunny"}],
         )  # fmt: skip
     assert not any(turn.fresh for turn in end(table, verdict).turns)
+
+
+def test_whatever_agents_do_each_place_is_filled_once_with_what_was_sampled(chat_model, questions):
+    groups, wanted = range(30), 3
+    params = {"agent": "tests.integration.agents:wild", "workers": 8, "deadline_s": 1.0}
+    with Table(chat_model, questions, params, group_size=wanted, oversample=1.5) as table:
+        for group in groups:
+            table.start(group, group)
+        table.wait(lambda t: t.play.rollouts.request_ids() == set() and len(t.messages + t.finished) >= 30, 30)
+        table.wait(lambda t: not t.play.waits_for_agents and t.engine.in_flight == 0)
+    places = [(one.group, one.sibling) for one in [*table.finished, *table.messages]]
+    assert sorted(places) == [(group, sibling) for group in groups for sibling in range(wanted)]
+    assert {True, False} == {turn.fresh for one in table.finished for turn in one.turns} and table.messages
+    asked = {id(completion): request for request, completion in table.engine.pairs()}
+    for one in table.finished:
+        exact = np.zeros(0, np.int32)
+        for turn in one.turns:
+            exact = np.concatenate([exact[: 0 if turn.fresh else None], turn.given])
+            assert np.array_equal(asked[id(turn.completion)].prompt_ids, exact)
+            exact = np.concatenate([exact, turn.completion.token_ids])
+    message = pack("r", ("correct",), table.finished)
+    assert message.faults(320, 0) == {}
+    assert np.diff(message.cu_seqlens).max() <= table.config.rollout.max_length
 
 
 def test_a_run_trains_on_what_agents_caused(chat_model, questions, tmp_path):
