@@ -74,13 +74,13 @@ class DirectReceiver:
         publish = Publish(**prepare.publish)
         buckets = plan_buckets(publish.tensors, publish.bucket_bytes)
         version = Version(publish.version, self._engine.tag(publish.version), [(bucket, None) for bucket in buckets])
-        self._engine.expect(version)
         work, first = [], prepare.rank
         for server in servers:
             work.append(server.receive(version, self._taking(prepare, server, first, version)))
             first += server.ranks
         errors = [error for error in await asyncio.gather(*work) if error]
         if len(errors) < len(servers):
+            self._engine.expect(version)
             self._send(Applied(prepare.epoch, publish.version, ""))
         else:
             self._send(ReceiveFailed(prepare.epoch, publish.version, "; ".join(errors)[:500]))

@@ -127,13 +127,16 @@ class Server:
         async with self._updating:
             try:
                 await self._taken(version, await take())
-            except EngineError as error:
-                if isinstance(error, TornError):
-                    self.version = -1
-                    self._set(State.STALE)
-                else:
-                    self.failure = error
+            except TornError as error:
+                self.version = -1
+                self._set(State.STALE)
+                return str(error)
+            except ServerLostError as error:
+                self.failure = error
                 self._changed.set()
+                return str(error)
+            except EngineError as error:
+                log.warning("%s samples on from version %d: %s", self.name, self.version, error)
                 return str(error)
         self._changed.set()
         return ""
@@ -232,10 +235,13 @@ class Server:
                 "flush_cache": True,
                 "abort_all_requests": True,
             }
-            await self.client.resume()  # whoever drove it before may have left it paused
-            await self.client.end_update(self.config.weights.deadline_s)
+            allowed = self.config.weights.deadline_s
+            await self.client.end_update(allowed)  # whoever drove it before may have left it so
+            await self.client.resume()
+            await self.client.pause("abort", allowed)  # until nothing of theirs is sampled any more
             try:
                 await self.client.must("/update_weights_from_disk", fields, self.config.engine.start_timeout_s)
+                await self.client.resume()
             except ServerRefusedError as error:
                 raise UnfitError(
                     f"{self.name} cannot load model.path={self.config.model.path}: {error}; it must serve a model of "

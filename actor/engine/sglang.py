@@ -42,6 +42,9 @@ from common.routing import read_routing
 from common.weights import Bucket
 
 END_S = 15.0  # for the servers to be stopped
+COUNTED = (
+    "requests", "requests_failed", "replies_refused", "retries", "resumed", "prompt_tokens", "cached_tokens",
+)  # fmt: skip
 STEAL = 2  # requests that must wait at one target before an idle one takes a key from it
 
 log = logging.getLogger("actor.engine")
@@ -100,7 +103,7 @@ class SglangEngine:
         self._routed = (routing.sparse, routing.per_token) if routing else ((), 0)
         self._tag_prefix = f"{run_tag}-"
         self.device = torch.device("cpu")
-        self._counters: Counter[str] = Counter()
+        self._counters: Counter[str] = Counter(dict.fromkeys(COUNTED, 0))
         self._router = Router()
         self._samples: dict[tuple[int, int], _Sample] = {}
         self._homeless: deque[_Sample] = deque()
