@@ -1,0 +1,216 @@
+"""A run as plain Kubernetes manifests: one file a role, for ``kubectl apply -k DIR``.
+
+::
+
+    config.yaml    ConfigMap: the run's YAML
+    broker.yaml    Service, volume claim, Job
+    learner.yaml   headless Service, indexed Job: torchrun in each pod, rendezvous (c10d) in pod 0
+    replica.yaml   indexed Job                 (none with rejection off)
+    actor.yaml     indexed Job, its SGLang servers started by itself
+    network.yaml   NetworkPolicies: who may speak to whom
+
+Jobs, since a run ends: they then complete and give their GPUs back, which StatefulSets cannot. A
+pod that fails is replaced under its index, which is its name in the run. Needs Kubernetes 1.29.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.config import to_yaml
+from common.errors import ConfigError
+from tools.cluster.plan import MAX_RESTARTS, Plan, Role, broker_volume_gb
+from tools.cluster.pods import BROKER_FILES, CONFIG, KEYS, Kubernetes, Manifest, job, labels_of, named
+
+NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # with "-learner-99" behind it still a host's name
+RENDEZVOUS = 29400
+DNS = 53
+
+
+def read_mounts(given: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """``CLAIM=PATH`` each."""
+    found = []
+    for text in given:
+        claim, _, path = text.partition("=")
+        if not claim or not path.startswith("/"):
+            raise ConfigError(f"--mount={text!r}: must read CLAIM=PATH with an absolute path")
+        found.append((claim, path))
+    return tuple(found)
+
+
+def render(plan: Plan, options: Kubernetes, command: str) -> dict[str, str]:
+    """File names and contents; ``command`` is what rendered them."""
+    _check(plan, options)
+    files = {
+        "config.yaml": [_config(plan)],
+        "broker.yaml": _broker(plan, options),
+        "learner.yaml": _learner(plan, options),
+        "replica.yaml": [_replica(plan, options, plan.replica)] if plan.replica is not None else [],
+        "actor.yaml": [_actor(plan, options)],
+        "network.yaml": _network(plan),
+    }
+    files = {name: documents for name, documents in files.items() if documents}
+    list_of_files = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "resources": [*files]}
+    return {
+        name: f"# Rendered by {command}\n" + "---\n".join(_dump(document) for document in documents)
+        for name, documents in {**files, "kustomization.yaml": [list_of_files]}.items()
+    }
+
+
+def next_steps(plan: Plan, out: Path) -> list[str]:
+    """What to do with the files."""
+    name, keys = plan.config.run.name, plan.config.broker.keys
+    clients = " ".join(f"--client {peer}" for peer in plan.names)
+    return [
+        f"python -m tools.keys make {keys} {clients}",
+        f"kubectl create secret generic {name}-keys --from-file={keys}/server.key --from-file={keys}/server.pub "
+        f"--from-file={keys}/clients",
+        f"kubectl create secret generic {name}-allowed --from-file={keys}/allowed",
+        f"kubectl apply -k {out}",
+        f"kubectl wait --for=condition=complete --timeout=-1s job/{name}-broker",
+    ]
+
+
+def _check(plan: Plan, options: Kubernetes) -> None:
+    name, shared = plan.config.run.name, plan.machine.shared
+    if NAME.fullmatch(name) is None:
+        raise ConfigError(f"run.name={name!r}: names Kubernetes objects; use a-z 0-9 -, a letter first, 40 at most")
+    claims = [path for _, path in options.mounts]
+    for key, value, roots, other in (
+        ("run.dir", plan.config.run.dir, [shared], ""),
+        ("model.path", plan.config.model.path, [shared, *claims], ", or in a claim that --mount CLAIM=PATH names"),
+    ):
+        path = plan.path(value)
+        if ".." in path.parts or not any(path.is_relative_to(root) for root in roots):
+            raise ConfigError(
+                f"{key}={value!r}: no pod would find it; it must lie in the shared directory {shared} (--shared){other}"
+            )
+
+
+def _config(plan: Plan) -> Manifest:
+    config, name = plan.config, plan.config.run.name
+    config = replace(
+        config,
+        run=replace(config.run, dir=str(plan.path(config.run.dir))),
+        model=replace(config.model, path=str(plan.path(config.model.path))),
+        broker=replace(config.broker, address=f"tcp://{name}-broker:{plan.port}", keys=KEYS),
+        learner=replace(config.learner, resume=True),
+    )
+    text = "# The broker's pod is told to listen on all addresses, each learner pod that weights.host is its own.\n"
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": named(plan, "config"),
+        "data": {"run.yaml": text + to_yaml(config)},
+    }
+
+
+def _broker(plan: Plan, options: Kubernetes) -> list[Manifest]:
+    listen = [f"broker.address=tcp://*:{plan.port}", f"run.dir={BROKER_FILES}"]
+    running = job(
+        plan,
+        options,
+        plan.broker,
+        ["python", "-m", "broker", f"{CONFIG}/run.yaml", *listen],
+        ports=[{"name": "broker", "containerPort": plan.port}],
+        readinessProbe={"tcpSocket": {"port": "broker"}, "periodSeconds": 5},
+    )
+    spec = {
+        "selector": labels_of(plan, "broker"),
+        "ports": [{"name": "broker", "port": plan.port, "targetPort": "broker"}],
+    }
+    storage = {
+        "accessModes": ["ReadWriteOnce"],
+        "resources": {"requests": {"storage": f"{broker_volume_gb(plan.config)}Gi"}},
+    }
+    return [
+        {"apiVersion": "v1", "kind": "Service", "metadata": named(plan, "broker"), "spec": spec},
+        {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": named(plan, "broker"), "spec": storage},
+        running,
+    ]
+
+
+def _learner(plan: Plan, options: Kubernetes) -> list[Manifest]:
+    name, role = f"{plan.config.run.name}-learner", plan.learner
+    script = "\n".join(
+        (
+            'if [ "$INDEX" = 0 ]; then host=true; else host=false; fi',
+            f"exec python -m torch.distributed.run --nnodes {role.count} --nproc-per-node {role.processes} \\",
+            f"  --rdzv-backend c10d --rdzv-endpoint {name}-0.{name}:{RENDEZVOUS} --rdzv-id {name} \\",
+            '  --rdzv-conf "is_host=$host,read_timeout=600" --local-addr "$POD_IP" \\',
+            f"  --max-restarts {MAX_RESTARTS} \\",
+            f'  -m learner {CONFIG}/run.yaml "weights.host=$POD_IP"',
+            "",
+        )
+    )
+    spec = {
+        "clusterIP": "None",
+        "publishNotReadyAddresses": True,
+        "selector": labels_of(plan, "learner"),
+        "ports": [{"name": "rendezvous", "port": RENDEZVOUS}],
+    }
+    return [
+        {"apiVersion": "v1", "kind": "Service", "metadata": named(plan, "learner"), "spec": spec},
+        job(plan, options, role, ["/bin/sh", "-c", script]),
+    ]
+
+
+def _replica(plan: Plan, options: Kubernetes, role: Role) -> Manifest:
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(role.processes)]
+    start = ["python", *(several if role.processes > 1 else []), "-m", "learner.score"]
+    return job(plan, options, role, [*start, f"{CONFIG}/run.yaml", "--name", "replica-$(INDEX)"])
+
+
+def _actor(plan: Plan, options: Kubernetes) -> Manifest:
+    return job(plan, options, plan.actor, ["python", "-m", "actor", f"{CONFIG}/run.yaml", "--name", "actor-$(INDEX)"])
+
+
+def _network(plan: Plan) -> list[Manifest]:
+    """The broker's port for the run's pods; among the others every TCP port, since weights travel on free ones."""
+    run = {"podSelector": {"matchLabels": labels_of(plan)}}
+    not_broker = [{"key": "app.kubernetes.io/component", "operator": "NotIn", "values": ["broker"]}]
+    others = {"podSelector": {"matchLabels": labels_of(plan), "matchExpressions": not_broker}}
+    to_broker = [{"protocol": "TCP", "port": plan.port}]
+    all_ports = [{"protocol": "TCP", "port": 1, "endPort": 65535}]
+    names = {"ports": [{"protocol": protocol, "port": DNS} for protocol in ("UDP", "TCP")]}
+    both = {"policyTypes": ["Ingress", "Egress"]}
+    policies = {
+        "broker": {
+            "podSelector": {"matchLabels": labels_of(plan, "broker")},
+            **both,
+            "ingress": [{"from": [run], "ports": to_broker}],
+            "egress": [names],
+        },
+        "peers": {
+            **others,
+            **both,
+            "ingress": [{"from": [others], "ports": all_ports}],
+            "egress": [{"to": [others], "ports": all_ports}, {"to": [run], "ports": to_broker}, names],
+        },
+    }
+    return [
+        {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": named(plan, name), "spec": spec}
+        for name, spec in policies.items()
+    ]
+
+
+class _Dumper(yaml.SafeDumper):
+    """Texts of several lines as blocks, nothing by reference."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def _dump(document: Manifest) -> str:
+    return str(yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=1000))
