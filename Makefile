@@ -6,7 +6,7 @@ STAMP := $(VENV)/.croupier-stamp
 CONFIG ?= configs/quickstart.yaml
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test chaos gpu lint format bench doctor clean .venv
+.PHONY: help demo test slow sglang chaos gpu lint format bench doctor clean .venv
 
 help:  ## this list
 	@grep -hE '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z.]+):.*##/  make \1\t/'
@@ -35,6 +35,13 @@ lint: $(STAMP)  ## formatting, lint, types and the import rule
 
 test: lint  ## what CI runs: lint, then the fast tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)
+
+slow: $(STAMP)  ## tests that take longer than ten seconds each and kill nobody
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow and not chaos and not gpu and not sglang" $(ARGS)
+
+sglang: $(STAMP)  ## tests against the real SGLang server on this machine's CPU; installs it into .sglang (2.8 GB) once
+	@$(BIN)/python -m tools.sglang_cpu install
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m sglang $(ARGS)
 
 chaos: $(STAMP)  ## processes killed and stopped at random, networks cut (ten minutes; networks need root)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m chaos $(ARGS)

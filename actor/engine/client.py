@@ -79,9 +79,16 @@ class Client:
             return False
         return True
 
-    async def load(self, timeout_s: float) -> Load:
-        """Its scheduler's own account, which a stuck scheduler cannot give."""
-        answer = await self.call("/v1/loads?include=core,queues", None, timeout_s)
+    async def look(self, timeout_s: float) -> Load | None:
+        """Its load, after its scheduler has answered too; None where it cannot say (a release without /v1/loads).
+
+        The load alone would not do: it comes from a snapshot, which a stuck scheduler leaves behind.
+        """
+        await self.call("/server_info", None, timeout_s)
+        try:
+            answer = await self.call("/v1/loads?include=core,queues", None, timeout_s)
+        except ServerRefusedError:
+            return None
         ranks = answer["loads"]
         return Load(
             running=sum(rank["num_running_reqs"] for rank in ranks),

@@ -32,8 +32,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def command(config: RunConfig, port: int, tag: str) -> list[str]:
-    """What starts a server of the run's model on ``port``, serving weight version ``tag``."""
+def command(config: RunConfig, port: int, tag: str, index: int = 0) -> list[str]:
+    """What starts an actor's server number ``index`` of the run's model on ``port``, serving weight version ``tag``."""
     engine = config.engine
     flags = [
         "--model-path", config.model.path,
@@ -50,6 +50,8 @@ def command(config: RunConfig, port: int, tag: str) -> list[str]:
         flags += ["--device", engine.device]
     if engine.device == "cpu":
         flags += CPU_FLAGS
+    else:
+        flags += ["--base-gpu-id", str(index * engine.tp)]
     if config.rollout.routing_replay:
         flags.append("--enable-return-routed-experts")
     return [engine.python, "-m", "sglang.launch_server", *flags, *engine.args]

@@ -65,9 +65,13 @@ class Server:
         tag: Callable[[int], str],
         model: ModelFacts,
         notify: Callable[[], None],
+        index: int,
         siblings: Callable[[], Sequence["Server"]],
     ) -> None:
-        """``address`` "" starts one; ``tag`` names a version as servers are told it; ``notify`` wakes the engine."""
+        """``address`` "" starts one; ``tag`` names a version as servers are told it; ``notify`` wakes the engine.
+
+        ``index`` counts the servers of an actor: each that it starts takes GPUs of its own.
+        """
         self.config, self.name, self.address = config, name, address
         self.state = State.JOIN
         self.version = -1  # -1: not known to be any of ours
@@ -81,7 +85,7 @@ class Server:
         self.loads = 0  # looks at it
         self.client = Client(address, name, session)
         self._session, self._pusher, self._tag, self._model = session, pusher, tag, model
-        self._notify, self.siblings = notify, siblings
+        self._notify, self.index, self.siblings = notify, index, siblings
         self._process: ServerProcess | None = None
         self._target: Version | None = None
         self._changed = asyncio.Event()
@@ -119,6 +123,8 @@ class Server:
         """It samples from weights that are not ours: it must take the version again."""
         log.warning("%s: %s; its weights are sent again", self.name, why)
         self.version = -1
+        if self._target is None:  # nobody has any to send: it starts anew
+            self.failure = ServerLostError(f"{self.name}: {why}")
         self._set(State.STALE)
         self._changed.set()
 
@@ -210,7 +216,7 @@ class Server:
             port = free_port()
             self.client = Client(f"http://127.0.0.1:{port}", self.name, self._session)
             where = self.config.run.path / "logs" / f"{self.name.replace('/', '-')}.log"
-            argv = command(self.config, port, self._tag(0))
+            argv = command(self.config, port, self._tag(0), self.index)
             try:
                 self._process = ServerProcess(argv, where, self.config.actor.threads, engine.device == "cpu")
             except OSError as error:
@@ -267,9 +273,9 @@ class Server:
                     await self._take(target)
                 elif self.state != State.SERVING:
                     self._set(State.STALE)  # only the learner can bring it
-            elif self.version < 0:
+            elif self.version < 0 and self.config.route == "relay":
                 raise ServerLostError(f"{self.name} has weights of nobody's version")
-            if self.state != State.SERVING and (target is None or self._has_target):
+            if self.state != State.SERVING and self.version >= 0 and (target is None or self._has_target):
                 await self._compare()
                 self.why, self.lost_at = "", None
                 self._set(State.SYNCED)
@@ -286,7 +292,7 @@ class Server:
         """A heartbeat: the scheduler itself must answer within the deadline."""
         if self._process is not None and (ended := self._process.ended):
             raise ServerLostError(f"{self.name} {ended}")
-        self.load = await self.client.load(self.config.engine.server_timeout_s)
+        self.load = await self.client.look(self.config.engine.server_timeout_s)
         self.loads += 1
         self._notify()
 
@@ -352,6 +358,8 @@ class Server:
     # ---- its ends --------------------------------------------------------------------------------
 
     async def _lost(self, why: str) -> None:
+        if self._process is not None and (ended := self._process.ended):
+            why = f"{self.name} {ended}"
         self.why, self.version = why, -1
         self._pusher.leave(self.name)
         log.error("lost a server: %s", why)

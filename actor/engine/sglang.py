@@ -29,6 +29,7 @@ import orjson
 import torch
 
 from actor.engine.base import Completion, Failure, Loaded, SampleRequest, check_request
+from actor.engine.client import ServerLostError
 from actor.engine.loading import differing, read_model_facts
 from actor.engine.pacing import Pace
 from actor.engine.probe import sampling
@@ -80,6 +81,7 @@ class _Target:
     waiting: deque[_Sample] = field(default_factory=deque)
     under_way: int = 0
     seen: int = 0  # looks at the server's load that the pace has had
+    doubted: int = -1  # looks that there had been when a request to it failed; it gets none before the next
 
     @property
     def load(self) -> int:
@@ -133,7 +135,7 @@ class SglangEngine:
             label = f"{self.name}/server-{index}"
             server = Server(
                 self.config, label, address, self._session, self._pusher, self.tag, self._model,
-                lambda: self._events.put(None), lambda: servers,
+                lambda: self._events.put(None), index, lambda: servers,
             )  # fmt: skip
             servers.append(server)
             server.begin()
@@ -221,10 +223,10 @@ class SglangEngine:
     @property
     def holds(self) -> int:
         """The version that the broker is told: with ``weights.route=direct`` the oldest of a server that lives."""
-        if self._held is not None and any(flat is None for _, flat in self._held.buckets):
-            alive = (State.STALE, State.SYNCED, State.SERVING)
-            return min((s.version for s in self._servers if s.state in alive), default=self._held.number)
-        return self._loaded_version
+        if self.config.route == "relay":
+            return self._loaded_version
+        alive = (State.STALE, State.SYNCED, State.SERVING)
+        return min((server.version for server in self._servers if server.state in alive), default=0)
 
     def lacking(self, version: int) -> Sequence[Server]:
         """Servers that live and do not have ``version``."""
@@ -353,13 +355,14 @@ class SglangEngine:
             sample.target = ""
             self._homeless.append(sample)
             return
-        loads = {name: target.load for name, target in self._targets.items()}
+        trusted = [target for target in self._targets.values() if target.doubted < target.server.loads]
+        loads = {target.name: target.load for target in trusted or self._targets.values()}
         sample.target = self._router.place(sample.request.request_id, loads)
         self._targets[sample.target].waiting.append(sample)
 
     def _dispatch(self) -> None:
         for target in self._targets.values():
-            if target.server.state != State.SERVING:
+            if target.server.state != State.SERVING or target.doubted >= target.server.loads:
                 continue
             self._steal(target)
             while target.waiting and target.under_way < target.pace.limit:
@@ -453,7 +456,8 @@ class SglangEngine:
             target.under_way -= 1
         if isinstance(answer, EngineError):
             self._counters["requests_failed"] += 1
-            if target is not None:
+            if target is not None and isinstance(answer, ServerLostError):
+                target.doubted = target.server.loads
                 self._loop.call_soon_threadsafe(target.server.suspect, str(answer))
             self._retry(sample, str(answer))
             return

@@ -25,6 +25,7 @@ MESH = (
 )
 
 
+@pytest.mark.slow
 def test_any_order_will_do_and_a_learner_and_a_replica_of_two_ranks_each_do_their_part(tmp_path, model):
     with Fleet(tmp_path, model, *MESH) as fleet:
         fleet.start("learner", ranks=2)

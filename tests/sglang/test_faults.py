@@ -52,7 +52,7 @@ def test_killed_and_stopped_servers_are_found_replaced_and_given_the_version(sgl
     engine = sglang_engine(config)
     try:
         first, second = engine.servers
-        wait_for(engine, lambda: second.state == State.SERVING, 120)
+        wait_for(engine, lambda: first.state == second.state == State.SERVING, 120)
         take_version(engine, 1, models["second"])
         for number in range(8):
             engine.add(ask(number, prompt_of(5, number), 2, 250, ignore_eos=True))
