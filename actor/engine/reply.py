@@ -56,17 +56,42 @@ def read_piece(body: bytes, asked: Asked) -> Piece:
         values, numbers, *_ = zip(*sampled, strict=True) if sampled else ((), ())
         ids, logprobs = np.array(numbers, np.int64), np.array(values, np.float32)
         finish = (meta["finish_reason"] or {}).get("type", "")
+        if finish == "abort" and not sampled:  # before it ran: there is little else in the answer
+            return _nothing(asked)
         spans = _spans(meta)
         top_ids, top_logprobs = _top(meta, len(ids), asked.top_logprobs)
         experts = _experts(meta, asked, len(ids))
         cached = int(meta.get("cached_tokens") or 0)
         output = reply.get("output_ids")
+        read, claimed = int(meta["prompt_tokens"]), int(meta["completion_tokens"])
     except (orjson.JSONDecodeError, KeyError, TypeError, ValueError, IndexError, binascii.Error) as error:
         raise DataError(f"reply is not one of SGLang's /generate: {type(error).__name__}: {error}"[:300]) from error
-    _check(ids, logprobs, spans, finish, output, meta, asked)
+    claimed = claimed if output is None else len(output)
+    if claimed != len(ids):
+        raise DataError(f"{claimed} tokens but {len(ids)} log-probabilities")
+    if output is not None and output != list(numbers):
+        raise DataError("the ids beside the log-probabilities are not the sampled ones")
+    if read != asked.prompt_tokens:
+        raise DataError(f"the server read {read} prompt tokens of {asked.prompt_tokens}")
+    _check(ids, logprobs, spans, finish, asked)
     if top_ids.size and (not np.isfinite(top_logprobs).all() or top_ids.min() < 0 or top_ids.max() >= asked.vocab_size):
         raise DataError("alternatives are not finite log-probabilities of ids within the vocabulary")
     return Piece(ids.astype(np.int32), logprobs, spans, top_ids, top_logprobs, experts, finish, cached)
+
+
+def _nothing(asked: Asked) -> Piece:
+    """Of a request that was aborted before it ran."""
+    width = len(asked.routed_layers) * asked.experts_per_token
+    return Piece(
+        token_ids=np.zeros(0, np.int32),
+        logprobs=np.zeros(0, np.float32),
+        spans=(),
+        topk_ids=np.zeros((0, asked.top_logprobs), np.int32),
+        topk_logprobs=np.zeros((0, asked.top_logprobs), np.float32),
+        experts=np.full((asked.prompt_tokens, width), UNROUTED, np.uint16),
+        finish="abort",
+        cached_tokens=0,
+    )
 
 
 def _check(
@@ -74,21 +99,12 @@ def _check(
     logprobs: NDArray[np.float32],
     spans: tuple[tuple[str, int, int], ...],
     finish: str,
-    output: list[int] | None,
-    meta: dict[str, Any],
     asked: Asked,
 ) -> None:
     if finish not in ("stop", "length", "abort"):
         raise DataError(f"finish reason {finish!r} is none of stop, length, abort")
-    claimed = len(output) if output is not None else int(meta["completion_tokens"])
-    if claimed != len(ids):
-        raise DataError(f"{claimed} tokens but {len(ids)} log-probabilities")
-    if output is not None and not np.array_equal(np.array(output, np.int64), ids):
-        raise DataError("the ids beside the log-probabilities are not the sampled ones")
     if len(ids) > asked.max_tokens or (not len(ids) and finish != "abort"):
         raise DataError(f"{len(ids)} tokens where 1 to {asked.max_tokens} were asked for")
-    if meta["prompt_tokens"] != asked.prompt_tokens:
-        raise DataError(f"the server read {meta['prompt_tokens']} prompt tokens of {asked.prompt_tokens}")
     if not len(ids):
         return
     if ids.min() < 0 or ids.max() >= asked.vocab_size:

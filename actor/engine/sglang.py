@@ -46,6 +46,7 @@ END_S = 15.0  # for the servers to be stopped
 COUNTED = (
     "requests", "requests_failed", "replies_refused", "retries", "resumed", "prompt_tokens", "cached_tokens",
 )  # fmt: skip
+MOST_EMPTY = 50  # aborts without a token before a rollout is tried elsewhere
 STEAL = 2  # requests that must wait at one target before an idle one takes a key from it
 
 log = logging.getLogger("actor.engine")
@@ -60,6 +61,7 @@ class _Sample:
     pieces: list[Piece] = field(default_factory=list)
     sampled: int = 0  # tokens of the pieces
     tries: int = 0  # pieces lost with a server or untrue
+    empty: int = 0  # aborts in a row that brought no token
     target: str = ""
     serial: int = 0  # of the request under way: a reply to an earlier one is not ours any more
     task: "asyncio.Future[Any] | None" = None
@@ -483,6 +485,10 @@ class SglangEngine:
         sample.pieces.append(piece)
         sample.sampled += len(piece.token_ids)
         if piece.finish == "abort" and sample.left > 0:
+            sample.empty = 0 if len(piece.token_ids) else sample.empty + 1
+            if sample.empty > MOST_EMPTY:
+                self._retry(sample, f"{sample.target} aborted it {sample.empty} times before it ran")
+                return
             self._counters["resumed"] += 1
             self._place(sample)
             return

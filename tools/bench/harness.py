@@ -28,6 +28,11 @@ REGISTRY = {  # name -> (module, what it measures, default repeats); imported wh
         "MoE layer, whole model, log-probabilities, publish; beside transformers, dense products, one broadcast",
         5,
     ),
+    "fleet": (
+        "tools.bench.fleet",
+        "the actor on real SGLang servers: tokens/s beside a bare loop, cache hits, time lost to updates",
+        3,
+    ),
     "learner_gpu": ("tools.bench.gpu", "MFU, memory and the MoE layer on a GPU: learner --gpu", 5),
     "store": ("tools.bench.store", "LMDB and SQLite as the journal's store, beside append + fdatasync", 5),
     "codec": ("tools.bench.codec", "encode + decode of 2,048-token trajectories", 15),
