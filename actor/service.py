@@ -29,6 +29,7 @@ from actor.play import Play, open_task
 from actor.weights import GroupCollective
 from common import wire
 from common.config import RunConfig
+from common.identity import model_identity
 from common.link import connect
 from common.process import StopFlag
 from common.weights import Receiver, StagedWeights, WeightReceiver
@@ -99,6 +100,7 @@ class ActorService:
             capacity=config.actor.max_sequences // config.rollout.started,
             host=socket.gethostname(),
             pid=os.getpid(),
+            model=model_identity(config.model.path),
         )
         self.link = connect(config.broker, hello)
         self.receiver = make_receiver(config, self.engine, self.link.send)

@@ -16,6 +16,7 @@ from broker.peers import Peer, Roster
 from common import wire
 from common.config import BrokerSection
 from common.curve import Seldom
+from common.identity import differing_identity
 from common.sockets import RouterSocket
 
 log = logging.getLogger("broker.door")
@@ -25,8 +26,16 @@ class Door:
     """The roster of live peers, and the way to them."""
 
     def __init__(
-        self, section: BrokerSection, router: RouterSocket, outlet: Outlet, figures: Figures, run_id: str
+        self,
+        section: BrokerSection,
+        router: RouterSocket,
+        outlet: Outlet,
+        figures: Figures,
+        run_id: str,
+        model: dict[str, str],
     ) -> None:
+        """``model`` is :func:`common.identity.model_identity` of this run's directory."""
+        self.model = model
         self.section, self.router, self.outlet, self.figures, self.run_id = section, router, outlet, figures, run_id
         self.roster = Roster()
         self.conduct = Conduct(section.quarantine_after, quarantine_s=section.quarantine_s)
@@ -108,6 +117,8 @@ class Door:
                 f"it belongs to run {hello.run_id}, this broker serves run {self.run_id}; "
                 "restart it, or give it this run's checkpoint"
             )
+        if differs := differing_identity(self.model, hello.model):
+            return f"its model.path holds another model: {differs}; give it the directory that the broker has"
         for other in self.roster.role(hello.role):
             same_place = other.hello.session == hello.session
             rival = other.hello.rank == 0 if hello.role == "learner" else other.hello.name == hello.name

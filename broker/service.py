@@ -27,6 +27,7 @@ from broker.training import Training
 from common import wire
 from common.config import RunConfig
 from common.errors import DataError, ModelError, ProtocolError
+from common.identity import model_identity
 from common.keys import broker_keys
 from common.process import StopFlag
 from common.routing import read_routing
@@ -81,7 +82,8 @@ class BrokerService:
         self.figures = Figures()
         self.recorder = Recorder(self.pipeline, journal, self._state)
         self.outlet = Outlet(self.recorder)
-        self.door = Door(config.broker, self.router, self.outlet, self.figures, self.files.run_id)
+        identity = model_identity(config.model.path)
+        self.door = Door(config.broker, self.router, self.outlet, self.figures, self.files.run_id, identity)
         self.door.on_joined, self.door.on_left = self._joined, self._left
         self.distribution = Distribution(config.weights.deadline_s, self.recorder, self.door, self.files)
         self.rollouts = Rollouts(config, self.recorder, self.door, self.files, self.distribution.newest_version)

@@ -21,7 +21,7 @@ one) has a row of UNROUTED.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -37,6 +37,7 @@ NEVER = (1 << 31) - 1  # a version that no policy has
 STARTS = 2  # in ``trainable``: a token before which a new segment begins, which what lies before is no context of
 UNROUTED = (1 << 16) - 1  # in the whole row of a token whose experts nobody recorded
 MAX_TEXT = 256  # characters of a peer's name, host and the like
+MAX_FACTS, MAX_FACT = 8, 512  # of a peer's model
 MAX_RANKS = 4096  # of one receiver
 MAX_COUNTERS = 256  # of a heartbeat
 
@@ -101,12 +102,16 @@ class Hello:
     capacity: int  # actors: groups decoded together
     host: str
     pid: int
+    model: dict[str, str] = field(default_factory=dict)  # common.identity of its model directory
 
     def check(self) -> None:
         """Texts end in log lines and status.json, so they are short and printable."""
         for what, text in (("name", self.name), ("role", self.role), ("session", self.session), ("host", self.host)):
             if len(text) > MAX_TEXT or not text.isprintable():
                 raise DataError(f"hello: {what} {text[:40]!r} needs at most {MAX_TEXT} printable characters")
+        if len(self.model) > MAX_FACTS or any(len(fact) > MAX_FACT or not fact.isprintable()
+                                              for fact in (*self.model, *self.model.values())):  # fmt: skip
+            raise DataError(f"hello: at most {MAX_FACTS} facts of a model, of {MAX_FACT} printable characters")
         if not self.name or not 0 <= self.rank < self.world or self.capacity < 0:
             raise DataError("hello: needs a name, a rank below its world, and no negative capacity")
 

@@ -29,6 +29,7 @@ from common import wire
 from common.cli import run_process
 from common.config import RunConfig
 from common.errors import CroupierError, DataError
+from common.identity import model_identity
 from common.link import connect
 from common.process import StopFlag
 from common.weights import StagedWeights, WeightReceiver, is_frozen
@@ -206,6 +207,7 @@ class ReplicaService:
             capacity=0,
             host=socket.gethostname(),
             pid=os.getpid(),
+            model=model_identity(config.model.path),
         )
         self.link = connect(config.broker, hello)
         deadline = config.weights.deadline_s

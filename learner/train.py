@@ -25,6 +25,7 @@ import torch
 from common import wire
 from common.config import MEGABYTE, RunConfig
 from common.errors import CheckpointError
+from common.identity import model_identity
 from common.link import BrokerLink, connect
 from common.process import StopFlag
 from learner import checkpoint
@@ -245,6 +246,7 @@ def _connect(config: RunConfig, mesh: Mesh, version: int, run_id: str, stop: Sto
         capacity=0,
         host=socket.gethostname(),
         pid=os.getpid(),
+        model=model_identity(config.model.path),
     )
     link = connect(config.broker, hello)
     try:
