@@ -181,7 +181,7 @@ def check_run(config: str, overrides: list[str]) -> list[Finding]:
         from common.routing import read_routing
     except ImportError as error:
         return [Finding("run file", "missing", f"cannot be read yet: {error}", INSTALL)]
-    from tools.preflight import check_address, check_meshes, check_model
+    from tools.preflight import check_address, check_engine, check_meshes, check_model
     from tools.stamp import ModelState, model_state
 
     try:
@@ -202,6 +202,8 @@ def check_run(config: str, overrides: list[str]) -> list[Finding]:
         Finding("run file", "ok", config),
         attempt("broker address", f"{address} is free", lambda: check_address(address)),
     ]
+    if run.actor.engine == "sglang":
+        findings.append(attempt("SGLang", f"engine.python={run.engine.python}", lambda: check_engine(run)))
     if run.task.name == "sort6" and model_state(run) in (ModelState.MISSING, ModelState.STALE):
         return [
             *findings,

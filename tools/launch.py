@@ -25,7 +25,7 @@ from common.config import RunConfig, load, to_yaml
 from common.errors import CroupierError
 from common.process import StopFlag
 from common.routing import read_routing
-from tools.preflight import check_address, check_meshes, check_model
+from tools.preflight import check_address, check_engine, check_meshes, check_model
 from tools.processes import Process, processes_of, stop_all, wait_all
 from tools.progress import panel, plain_line, remaining_s
 from tools.run_files import CONFIG, STATUS, Record, last_lines, read_status, set_aside
@@ -86,6 +86,7 @@ class Run:
     def prepare(self) -> None:
         """Check what can be checked before anything starts, then make the run directory."""
         check_address(self.config.broker.address)
+        check_engine(self.config)
         if not self.needs_warmstart():
             check_model(Path(self.config.model.path))
             read_routing(self.config)

@@ -3,6 +3,7 @@
 import errno
 import json
 import re
+import shutil
 import socket
 from pathlib import Path
 
@@ -75,6 +76,16 @@ def check_meshes(config: RunConfig) -> None:
         model = ModelConfig.from_hf_dir(config.model.path)
         for whose, mesh in sizes.items():
             model.check_mesh(mesh, whose)
+
+
+def check_engine(config: RunConfig) -> None:
+    """Raise :class:`ConfigError` if actors here would start SGLang with an interpreter that is not there."""
+    if config.actor.engine == "sglang" and config.engine.launch and shutil.which(config.engine.python) is None:
+        raise ConfigError(
+            f"engine.python={config.engine.python!r}: no such program; without a GPU run "
+            "`python -m tools.sglang_cpu install` and set engine.python=.sglang/bin/python, with one install sglang and "
+            "name its interpreter"
+        )
 
 
 def check_model(path: Path) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from common.config import (
     ActorSection,
+    EngineSection,
     LearnerSection,
     ModelSection,
     ReplicaSection,
@@ -23,7 +24,7 @@ from common.config import (
 from common.errors import ConfigError, ModelError
 from common.process import StopFlag
 from tools.launch import Run, main
-from tools.preflight import check_address, check_meshes, check_model, free_port
+from tools.preflight import check_address, check_engine, check_meshes, check_model, free_port
 from tools.processes import Process, child_environment, descendants, processes_of, stop_all, wait_all
 from tools.progress import duration, panel, plain_line, remaining_s, sparkline
 from tools.stamp import ModelState, fingerprint, model_state, write_stamp
@@ -269,3 +270,13 @@ def test_small_figures() -> None:
     assert remaining_s({}, None) is None
     assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
     assert os.environ.get("CROUPIER_DIE_WITH_PARENT") is None
+
+
+def test_servers_that_cannot_be_started_are_known_before_anything_is():
+    config = RunConfig(actor=ActorSection(engine="sglang"), engine=EngineSection(python="/none/python"))
+    with pytest.raises(
+        ConfigError, match=r"engine\.python='/none/python': no such program; .*tools\.sglang_cpu install"
+    ):
+        check_engine(config)
+    check_engine(RunConfig(actor=ActorSection(engine="sglang"), engine=EngineSection(python=sys.executable)))
+    check_engine(RunConfig())
