@@ -83,8 +83,8 @@ def check_engine(config: RunConfig) -> None:
     if config.actor.engine == "sglang" and config.engine.launch and shutil.which(config.engine.python) is None:
         raise ConfigError(
             f"engine.python={config.engine.python!r}: no such program; without a GPU run "
-            "`python -m tools.sglang_cpu install` and set engine.python=.sglang/bin/python, with one install sglang and "
-            "name its interpreter"
+            "`python -m tools.sglang_cpu install` and set engine.python=.sglang/bin/python; with one install sglang "
+            "and name its interpreter"
         )
 
 
