@@ -19,6 +19,7 @@ from common.wire import Applied, Go, Prepare, Publish, PublishDone, Published, P
 LEARNER = "learner"  # the addressee of messages for the learner's rank 0
 Outgoing = list[tuple[str, Any]]
 MAX_ATTEMPTS = 5
+MAX_REGROUPS = 64  # of one version; who changes its ranks after that is left out
 EPOCHS_A_GENERATION = 1_000_000
 
 
@@ -48,6 +49,8 @@ class PublishCoordinator:
         self.late: dict[str, int] = {}  # receivers dropped for lateness, with how often
         self._suspended: set[str] = set()
         self._ranks: dict[str, int] = {}  # of receivers that said so; the others have one
+        self._absent: set[str] = set()  # said that they cannot receive this version now
+        self._regrouped = 0  # times for this version
         self._attempt: _Attempt | None = None
         self._queued: Publish | None = None
         self._group: tuple[list[tuple[str, int]], str, int] | None = None
@@ -100,12 +103,12 @@ class PublishCoordinator:
             if self._attempt.publish != message:  # else it was offered twice, around a reconnect
                 self._queued = message
             return []
-        self._dropped = []
+        self._dropped, self._absent, self._regrouped = [], set(), 0
         return self._begin(message, receivers, now, 1)
 
     def _begin(self, publish: Publish, receivers: list[str], now: float, number: int) -> Outgoing:
-        names = sorted(r for r in receivers if r not in self._suspended)
-        members = {name: ranks for name in names if (ranks := self._ranks.get(name, 1))}
+        names = sorted(r for r in receivers if r not in self._suspended | self._absent)
+        members = {name: self._ranks.get(name, 1) for name in names}
         group = (list(members.items()), publish.host, publish.port)
         if group != self._group or number > 1:
             self.epoch, self._group = self.epoch + 1, group
@@ -142,13 +145,14 @@ class PublishCoordinator:
         """``sender`` has so many ranks now: the same attempt in a new group, within the same deadline."""
         attempt = self._attempt
         assert attempt is not None
-        self._ranks[sender] = ranks
-        if not ranks:
+        self._regrouped += 1
+        if ranks and self._regrouped <= MAX_REGROUPS:
+            self._ranks[sender] = ranks
+        else:
+            self._absent.add(sender)
             self._dropped.append(sender)
         deadline, self._group = attempt.deadline, None
         outgoing = self._begin(attempt.publish, receivers, now, attempt.number)
-        if not ranks:
-            del self._ranks[sender]  # it is asked again for the next version
         if self._attempt is not None:
             self._attempt.deadline = deadline
         return outgoing

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
+from urllib.parse import urlsplit
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -25,6 +26,10 @@ from common.errors import ConfigError
 def _require(condition: bool, key: str, value: object, rule: str) -> None:
     if not condition:
         raise ConfigError(f"{key}={value!r}: {rule}")
+
+
+def _is_loopback(url: str) -> bool:
+    return urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
 
 
 MEGABYTE = 1 << 20
@@ -320,7 +325,7 @@ class EngineSection:
     update: Literal["retract", "in_place", "abort"] = "retract"  # what becomes of requests in flight at an update
     concurrency: int = 0  # requests sent to a server at once; 0 lets the servers' own load decide
     least_servers: int = 1  # fewer that may still come back end the actor
-    restarts: int = 5  # of one server in a row, waits doubling between them; health for restart_after_s forgets them
+    restarts: int = 5  # of one server in a row, waits doubling between them; five healthy minutes forget them
     backoff_s: float = 1.0  # before the first restart
     start_timeout_s: float = 900.0  # until a server answers
     heartbeat_s: float = 1.0  # between two looks at a server's load
@@ -524,6 +529,19 @@ class RunConfig:
             "weights.backend",
             self.weights.backend,
             "an actor has no GPU of its own to pass weights on from; set weights.route=direct or weights.backend=gloo",
+        )
+        _require(
+            self.actor.engine == "local" or not self.engine.addresses or self.actor.count == 1,
+            "actor.count",
+            self.actor.count,
+            "two actors would give the same servers weights; with engine.addresses set it to 1, and start further "
+            "actors with addresses of their own",
+        )
+        _require(
+            self.actor.engine == "local" or self.route == "direct" or all(map(_is_loopback, self.engine.addresses)),
+            "engine.addresses",
+            self.engine.addresses,
+            "an actor passes weights on over loopback alone; run it beside its servers, or set weights.route=direct",
         )
         _require(
             self.loss.expert_bias_rate == 0 or self.actor.engine == "local",

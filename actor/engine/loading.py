@@ -48,8 +48,8 @@ def differing(own: Mapping[str, tuple[int, ...]], tensors: Mapping[str, tuple[in
     return ""
 
 
-def read_model_facts(directory: Path, max_length: int) -> ModelFacts:
-    """From config.json, generation_config.json and the headers of the weights.
+def read_model_facts(directory: Path, max_length: int, margin: int = 0) -> ModelFacts:
+    """From config.json, generation_config.json and the headers of the weights; ``margin`` tokens are never used.
 
     Raises ModelError for a directory that cannot be read or sequences that are too long for the model.
     """
@@ -64,8 +64,9 @@ def read_model_facts(directory: Path, max_length: int) -> ModelFacts:
             f"{path}: cannot be read ({type(error).__name__}: {error}); name a complete Hugging Face directory in "
             "model.path"
         ) from error
-    if max_length > longest:
-        raise ModelError(f"{directory}: max_length={max_length} exceeds max_position_embeddings={longest}")
+    if max_length + margin > longest:
+        spare = f" (and {margin} that the engine keeps free)" if margin else ""
+        raise ModelError(f"{directory}: max_length={max_length}{spare} exceeds max_position_embeddings={longest}")
     shapes = tensor_shapes(directory)
     if config.get("tie_word_embeddings"):
         shapes.pop(HEAD, None)

@@ -90,6 +90,11 @@ def read_identity(info: dict[str, Any], name: str, update: str) -> Identity:
                 f"{name} was started with --{flag}={info[key]!r}, under which its log-probabilities "
                 "are not those that it samples from (algorithms.md 0.2); start it without"
             )
+    if int(info.get("dp_size") or 1) > 1:
+        raise EngineError(
+            f"{name} has dp_size={info['dp_size']}, which SGLang cannot update by broadcast; "
+            "start several servers instead (engine.launch)"
+        )
     ranks = int(info.get("tp_size") or 1) * int(info.get("pp_size") or 1)
     return Identity(version, ranks, int(info.get("dp_size") or 1), version >= FLAT_SINCE)
 

@@ -12,6 +12,7 @@ a learner that dies or hangs never reaches a server. :mod:`actor.engine.direct` 
 
 import asyncio
 import contextlib
+import logging
 import secrets
 import threading
 import time
@@ -23,9 +24,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from actor.engine.client import SHORT_S, Client, ServerLostError, within
+from actor.engine.client import SHORT_S, Client, ServerLostError, ServerRefusedError, within
 from common.errors import EngineError
 from common.weights import Bucket, brief, store_prefix
+
+NOT_RECEIVED = "Failed to receive weights"  # SGLang's words for a broadcast that broke: nothing was loaded
+
+log = logging.getLogger("actor.engine")
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,12 +153,12 @@ async def update(
     server has some buckets and not all (it then stays paused), else it samples on as before.
     """
     began = time.monotonic()
-    sent = 0
+    inside = False  # whether something of the version may be in the server
     await client.pause(mode, allowed)
     try:
         session = await client.begin_update(allowed)
-        for bucket, flat in version.buckets:
-            last = sent == len(version.buckets) - 1
+        for number, (bucket, flat) in enumerate(version.buckets, 1):
+            last = number == len(version.buckets)
             fields = {
                 "names": [slot.name for slot in bucket.slots],
                 "dtypes": [slot.dtype for slot in bucket.slots],
@@ -163,12 +168,21 @@ async def update(
                 "weight_version": version.tag if last else None,
                 "flush_cache": last and mode != "in_place",  # together they are refused after the fact
             }
-            await take_bucket(client, fields, allowed, broadcast(flat) if broadcast and flat is not None else None)
-            sent += 1
+            try:
+                await take_bucket(client, fields, allowed, broadcast(flat) if broadcast and flat is not None else None)
+            except ServerRefusedError as error:  # only what was not received was not loaded either
+                inside = inside or NOT_RECEIVED not in str(error)
+                raise
+            except BaseException:
+                inside = True  # it may be loading it still
+                raise
+            inside = True
         if session:
             await client.end_update(allowed)
+    except asyncio.CancelledError:
+        raise  # we are ending; a server of ours ends too, and another is given a model by whoever comes next
     except BaseException as error:
-        await _recover(client, group, sent > 0, error)
+        await _recover(client, group, inside, error)
         raise
     await client.resume()
     return time.monotonic() - began
@@ -184,18 +198,17 @@ async def take_bucket(
 
 
 async def _recover(client: Client, group: str, torn: bool, why: BaseException) -> None:
-    """Close the session and leave the group; sample on only if no bucket is in."""
+    """Close the session and leave the group; sample on only if nothing is in."""
     try:
         await client.end_update(SHORT_S)
         await client.call("/destroy_weights_update_group", {"group_name": group})
         if not torn:
             await client.resume()
-    except ServerLostError:
-        return  # the caller will notice
     except EngineError as error:
-        raise TornError(f"{client.name} cannot leave a broken update: {error}") from why
-    if torn:
-        raise TornError(f"{client.name} has parts of a version that broke off: {why}") from why
+        torn = True
+        log.warning("%s cannot leave a broken update: %s", client.name, error)
+    if torn and not isinstance(why, ServerLostError):
+        raise TornError(f"{client.name} may have parts of a version that broke off: {why}") from why
 
 
 def in_thread(work: Callable[[], Any]) -> "asyncio.Future[Any]":

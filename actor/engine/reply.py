@@ -6,7 +6,6 @@ to read. Everything is checked here once, so that no half-true rollout gets any 
 """
 
 import base64
-import binascii
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
@@ -64,9 +63,9 @@ def read_piece(body: bytes, asked: Asked) -> Piece:
         cached = int(meta.get("cached_tokens") or 0)
         output = reply.get("output_ids")
         read, claimed = int(meta["prompt_tokens"]), int(meta["completion_tokens"])
-    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError, IndexError, binascii.Error) as error:
+        claimed = claimed if output is None else len(output)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         raise DataError(f"reply is not one of SGLang's /generate: {type(error).__name__}: {error}"[:300]) from error
-    claimed = claimed if output is None else len(output)
     if claimed != len(ids):
         raise DataError(f"{claimed} tokens but {len(ids)} log-probabilities")
     if output is not None and output != list(numbers):
@@ -105,6 +104,8 @@ def _check(
         raise DataError(f"finish reason {finish!r} is none of stop, length, abort")
     if len(ids) > asked.max_tokens or (not len(ids) and finish != "abort"):
         raise DataError(f"{len(ids)} tokens where 1 to {asked.max_tokens} were asked for")
+    if finish == "length" and len(ids) < asked.max_tokens:
+        raise DataError(f"cut after {len(ids)} of {asked.max_tokens} tokens: its context or memory is too small")
     if not len(ids):
         return
     if ids.min() < 0 or ids.max() >= asked.vocab_size:

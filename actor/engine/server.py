@@ -90,7 +90,9 @@ class Server:
         self._target: Version | None = None
         self._changed = asyncio.Event()
         self._updating = asyncio.Lock()
-        self.failure: EngineError | None = None  # of an update from the learner; ends this life
+        self.failure: Exception | None = None  # of an update from the learner; ends this life
+        self._refusals = 0  # of updates from the learner, in a row
+        self.lives = 0  # joins so far
         self._task: asyncio.Task[None] | None = None
 
     # ---- what the engine asks --------------------------------------------------------------------
@@ -121,6 +123,8 @@ class Server:
 
     def disown(self, why: str) -> None:
         """It samples from weights that are not ours: it must take the version again."""
+        if self.state != State.SERVING:
+            return
         log.warning("%s: %s; its weights are sent again", self.name, why)
         self.version = -1
         if self._target is None:  # nobody has any to send: it starts anew
@@ -130,21 +134,28 @@ class Server:
 
     async def receive(self, version: Version, take: Callable[[], Awaitable[float]]) -> str:
         """The learner brings ``version``; ``take`` has the server receive it. Returns what went wrong, or ""."""
+        life = self.lives
         async with self._updating:
+            if self.lives != life or self.state not in (State.STALE, State.SERVING):
+                return f"{self.name} is {self.state}"
             try:
                 await self._taken(version, await take())
+                self._refusals = 0
             except TornError as error:
                 self.version = -1
                 self._set(State.STALE)
                 return str(error)
-            except ServerLostError as error:
-                self.failure = error
-                self._changed.set()
-                return str(error)
-            except EngineError as error:
+            except ServerRefusedError as error:
+                self._refusals += 1
                 log.warning("%s samples on from version %d: %s", self.name, self.version, error)
+                if self._refusals >= PUSHES:
+                    self.failure = error
                 return str(error)
-        self._changed.set()
+            except Exception as error:  # noqa: BLE001  # whatever it is, the broker must hear of it
+                self.failure = error
+                return f"{type(error).__name__}: {error}"
+            finally:
+                self._changed.set()
         return ""
 
     async def end(self) -> None:
@@ -182,7 +193,8 @@ class Server:
 
     async def _join(self) -> None:
         self._set(State.JOIN)
-        self.version = -1
+        self.version, self.failure, self._refusals = -1, None, 0
+        self.lives += 1
         await self._start()
         try:
             self.identity = await identify(self.client, self.config.engine.update)
@@ -249,6 +261,7 @@ class Server:
                 await self.client.must("/update_weights_from_disk", fields, self.config.engine.start_timeout_s)
                 await self.client.resume()
             except ServerRefusedError as error:
+                await self.client.resume()
                 raise UnfitError(
                     f"{self.name} cannot load model.path={self.config.model.path}: {error}; it must serve a model of "
                     "that architecture and see the same path"
@@ -327,14 +340,15 @@ class Server:
 
     async def _compare(self) -> None:
         """Its weights must sum up to what those of its siblings with that version sum up to."""
-        mine = await self.read_checksum()
+        target, mine = self._target, await self.read_checksum()
         for sibling in self.siblings():
             if sibling is self or sibling.state != State.SERVING or sibling.version != self.version:
                 continue
             if sibling.identity != self.identity or not mine:
                 continue
             theirs, version = await sibling.read_checksum(), sibling.version
-            if theirs and theirs != mine and version == self.version:
+            moving = self._target is not target or not sibling.settled  # a new version arrived meanwhile
+            if theirs and theirs != mine and version == self.version and not moving:
                 raise ServerLostError(
                     f"{self.name} has checksum {mine[:16]} of version {version}, {sibling.name} has {theirs[:16]}"
                 )

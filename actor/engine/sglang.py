@@ -13,6 +13,7 @@ main thread, which reads replies there, so that nothing heavy runs on the loop.
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import queue
 import threading
@@ -46,7 +47,9 @@ END_S = 15.0  # for the servers to be stopped
 COUNTED = (
     "requests", "requests_failed", "replies_refused", "retries", "resumed", "prompt_tokens", "cached_tokens",
 )  # fmt: skip
+MARGIN = 2  # tokens by which SGLang cuts requests short of its context, without a word
 MOST_EMPTY = 50  # aborts without a token before a rollout is tried elsewhere
+MOST_DIGITS = 9  # of a version's number
 STEAL = 2  # requests that must wait at one target before an idle one takes a key from it
 
 log = logging.getLogger("actor.engine")
@@ -63,6 +66,7 @@ class _Sample:
     tries: int = 0  # pieces lost with a server or untrue
     empty: int = 0  # aborts in a row that brought no token
     target: str = ""
+    sent_to: "_Target | None" = None  # whose request is under way
     serial: int = 0  # of the request under way: a reply to an earlier one is not ours any more
     task: "asyncio.Future[Any] | None" = None
 
@@ -97,15 +101,16 @@ class SglangEngine:
     Raises EngineError if none of them can be used.
     """
 
-    def __init__(self, config: RunConfig, name: str, run_tag: str = "croupier") -> None:
-        """``name`` of the actor; ``run_tag`` marks this run's versions among others'."""
+    def __init__(self, config: RunConfig, name: str) -> None:
+        """``name`` of the actor."""
         self.config, self.name = config, name
-        self._model = read_model_facts(Path(config.model.path), config.rollout.max_length)
+        self._model = read_model_facts(Path(config.model.path), config.rollout.max_length, MARGIN)
         self.vocab_size, self._stop_ids = self._model.vocab_size, self._model.stop_ids
         self.eos_id = self._stop_ids[0] if self._stop_ids else -1
         routing = read_routing(config)
         self._routed = (routing.sparse, routing.per_token) if routing else ((), 0)
-        self._tag_prefix = f"{run_tag}-"
+        place = hashlib.blake2b(f"{config.run.path.absolute()}".encode(), digest_size=4).hexdigest()
+        self._tag_prefix = f"{config.run.name}-{place}-"  # so that no other run's versions are taken for ours
         self.device = torch.device("cpu")
         self._counters: Counter[str] = Counter(dict.fromkeys(COUNTED, 0))
         self._router = Router()
@@ -122,6 +127,7 @@ class SglangEngine:
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine", daemon=True)
         self._thread.start()
         self._targets: dict[str, _Target] = {}
+        self._lives: dict[str, int] = {}  # server -> which of its lives was last seen
         self._servers: list[Server] = self._run(self._begin())
 
     def _run(self, work: Coroutine[Any, Any, Any], timeout_s: float = END_S) -> Any:
@@ -220,7 +226,6 @@ class SglangEngine:
         self._homeless.clear()
         for target in self._targets.values():
             target.waiting.clear()
-            target.under_way = 0
 
     @property
     def holds(self) -> int:
@@ -315,6 +320,9 @@ class SglangEngine:
     def _refresh_targets(self) -> None:
         """Follow the servers' states: targets come with SERVING and go with anything else."""
         for server in self._servers:
+            if server.state in (State.LOST, State.GONE) or server.lives != self._lives.get(server.name):
+                self._lives[server.name] = server.lives
+                self._forsake(server)
             names = self._target_names(server)
             if server.state == State.SERVING:
                 for rank, name in names:
@@ -327,7 +335,7 @@ class SglangEngine:
                         target.pace.observe(server.load, target.under_way)
             else:
                 for _, name in names:
-                    self._drop_target(name, server)
+                    self._drop_target(name)
         if self._targets and self._homeless:
             waiting, self._homeless = self._homeless, deque()
             for sample in waiting:
@@ -338,16 +346,17 @@ class SglangEngine:
         ranks = server.identity.data_parallel if server.identity is not None else 1
         return [(None, server.name)] if ranks == 1 else [(rank, f"{server.name}.{rank}") for rank in range(ranks)]
 
-    def _drop_target(self, name: str, server: Server) -> None:
+    def _drop_target(self, name: str) -> None:
         target = self._targets.pop(name, None)
-        if target is None:
-            return
-        for sample in target.waiting:
-            self._place(sample)
-        if server.state in (State.LOST, State.GONE):
-            for sample in [s for s in self._samples.values() if s.target == name and s.task is not None]:
-                self._cancel(sample)
-                self._retry(sample, f"{name} was lost")
+        if target is not None:
+            for sample in target.waiting:
+                self._place(sample)
+
+    def _forsake(self, server: Server) -> None:
+        """What an earlier life of ``server`` was sampling is sampled again."""
+        for sample in [s for s in self._samples.values() if s.sent_to is not None and s.sent_to.server is server]:
+            self._cancel(sample)
+            self._retry(sample, f"{server.name} was lost")
 
     # ---- requests --------------------------------------------------------------------------------
 
@@ -389,6 +398,7 @@ class SglangEngine:
         self._serial += 1
         sample.serial, serial = self._serial, self._serial
         target.under_way += 1
+        sample.sent_to = target
         body = orjson.dumps(self._fields(target, sample), option=orjson.OPT_SERIALIZE_NUMPY)
         client, timeout = target.server.client, self.config.engine.request_timeout_s
 
@@ -428,13 +438,18 @@ class SglangEngine:
         if sample.task is None:
             return
         sample.task.cancel()
-        sample.task = None
-        target = self._targets.get(sample.target)
-        if target is not None:
-            target.under_way -= 1
-            rid = f"{self.name}.{sample.serial}"
-            asyncio.run_coroutine_threadsafe(_quietly(target.server.client.abort(rid)), self._loop)
+        target = self._answered(sample)
+        rid = f"{self.name}.{sample.serial}"
         sample.serial = 0
+        asyncio.run_coroutine_threadsafe(_quietly(target.server.client.abort(rid)), self._loop)
+
+    @staticmethod
+    def _answered(sample: _Sample) -> _Target:
+        """Nothing of ``sample`` is under way any more; whom it had been sent to."""
+        target, sample.sent_to, sample.task = sample.sent_to, None, None
+        assert target is not None
+        target.under_way -= 1
+        return target
 
     def _drain(self, wait_s: float) -> None:
         """Take every answer; the first may be waited for."""
@@ -452,13 +467,10 @@ class SglangEngine:
     def _take(self, sample: _Sample, serial: int, answer: bytes | EngineError) -> None:
         if serial != sample.serial:
             return  # cancelled meanwhile
-        sample.task, sample.serial = None, 0
-        target = self._targets.get(sample.target)
-        if target is not None:
-            target.under_way -= 1
+        target, sample.serial = self._answered(sample), 0
         if isinstance(answer, EngineError):
             self._counters["requests_failed"] += 1
-            if target is not None and isinstance(answer, ServerLostError):
+            if isinstance(answer, ServerLostError):
                 target.doubted = target.server.loads
                 self._loop.call_soon_threadsafe(target.server.suspect, str(answer))
             self._retry(sample, str(answer))
@@ -472,7 +484,7 @@ class SglangEngine:
             self._versions_of(piece)
         except DataError as error:
             self._counters["replies_refused"] += 1
-            if target is not None and "weight version" in str(error):
+            if "weight version" in str(error):
                 self._loop.call_soon_threadsafe(target.server.disown, str(error))
             self._retry(sample, f"{sample.target}: {error}")
             return
@@ -482,7 +494,8 @@ class SglangEngine:
         """A further piece: the end, or a reason to ask for the rest."""
         self._counters["cached_tokens"] += piece.cached_tokens
         self._counters["prompt_tokens"] += len(sample.request.prompt_ids) + sample.sampled
-        sample.pieces.append(piece)
+        if len(piece.token_ids):
+            sample.pieces.append(piece)
         sample.sampled += len(piece.token_ids)
         if piece.finish == "abort" and sample.left > 0:
             sample.empty = 0 if len(piece.token_ids) else sample.empty + 1
@@ -515,7 +528,7 @@ class SglangEngine:
         versions = np.empty(len(piece.token_ids), np.int32)
         for tag, start, end in piece.spans:
             number = tag.removeprefix(self._tag_prefix)
-            if number == tag or not number.isdecimal():
+            if number == tag or not number.isdecimal() or len(number) > MOST_DIGITS:
                 raise DataError(f"weight version {tag!r} is not of this run ({self._tag_prefix}N)")
             versions[start:end] = int(number)
         return versions

@@ -55,7 +55,7 @@ def engine_on(tmp_path):
             run=RunSection(name="r", dir=str(tmp_path)),
             model=ModelSection(path=str(model)),
             rollout=RolloutSection(max_prompt_tokens=64, max_tokens=64, **(rollout or {})),
-            actor=ActorSection(engine="sglang", max_sequences=64),
+            actor=ActorSection(count=1, engine="sglang", max_sequences=64),
             engine=EngineSection(launch=0, addresses=tuple(s.url for s in servers), **{**FAST, **engine}),
         )
         made.append(SglangEngine(config, "a"))
@@ -130,6 +130,14 @@ HALF_TRUE = {
     "no versions": (edited(weight_versions=None), "weight_versions"),
     "a longer prompt": (edited(prompt_tokens=7), "read 7 prompt tokens of 3"),
     "an unknown end": (edited(finish_reason={"type": "tired"}), "'tired' is none of"),
+    "nothing in meta": (lambda a: {"meta_info": None}, "AttributeError"),
+    "an end that is no object": (edited(finish_reason="stop"), "AttributeError"),
+    "output ids that are none": (lambda a: {**a, "output_ids": 5}, "TypeError"),
+    "an id beyond every integer": (edited(output_token_logprobs=[[-1.0, 2**63, None]] * 6), "OverflowError"),
+    "a version beyond every integer": (lambda a: edited(weight_versions=[{"start": 0, "end": 6, "version":
+            a["meta_info"]["weight_version"] + "9" * 12}])(a), "is not of this run"),
+    "a shorter answer than asked": (lambda a: {"output_ids": a["output_ids"][:4], "meta_info": {**a["meta_info"],
+            "output_token_logprobs": a["meta_info"]["output_token_logprobs"][:4]}}, "cut after 4 of 6 tokens"),
     "no meta": (lambda a: {"output_ids": []}, "meta_info"),
     "not JSON": (lambda a: web.Response(text="<html>busy</html>"), "not one of SGLang's"),
     "HTTP 500": (lambda a: web.Response(status=500, text="out of memory"), "HTTP 500: out of memory"),
@@ -288,6 +296,40 @@ def test_tokens_of_a_version_of_another_run_are_refused_and_the_server_is_not_tr
     (done,) = drain(engine)
     assert not isinstance(done, Failure) and (done.versions == 0).all()
     assert engine.counters["replies_refused"] == 1
+
+
+def test_what_a_stale_server_was_sampling_is_sampled_again_once_it_is_lost(fakes, engine_on):
+    fake = fakes()
+    engine = engine_on(fake, restarts=20)
+    fake.seconds = 60.0
+    engine.add(ask(1))
+    run(engine, lambda: asked_of(fake) == 2)
+    server = engine.servers[0]
+    fake.seconds = 0.0
+    engine._loop.call_soon_threadsafe(server.disown, "somebody else's")  # STALE first, then LOST
+    done = drain(engine)
+    assert sorted(c.sibling for c in done) == [0, 1] and engine.counters["retries"] == 2
+    assert [target.under_way for target in engine._targets.values()] == [0]
+    assert server.restarts == 1 and server.failure is None
+
+
+def asked_of(fake):
+    """Requests but the probe's that have reached it."""
+    return sum(path == "/generate" and isinstance(fields["input_ids"][0], int) for path, fields in fake.calls)
+
+
+def test_answers_to_an_earlier_stay_are_not_counted_against_the_next(fakes, engine_on):
+    fake = fakes()
+    engine = engine_on(fake)
+    fake.seconds = 0.3
+    engine.add(ask(1, samples=8))
+    run(engine, lambda: engine.counters["requests"] == 8)
+    server = engine.servers[0]
+    for state in (State.STALE, State.SERVING):
+        engine._loop.call_soon_threadsafe(server._set, state)
+        run(engine, lambda state=state: bool(engine._targets) == (state == State.SERVING))
+    assert len(drain(engine)) == 8
+    assert [target.under_way for target in engine._targets.values()] == [0]
 
 
 def test_siblings_of_a_group_share_a_server_and_turns_come_back_to_it(fakes, engine_on):

@@ -48,7 +48,7 @@ def run_config(model: Path, run_dir: Path, python: Path | None = None, rollout=N
         run=RunSection(name="t", dir=str(run_dir)),
         model=ModelSection(path=str(model)),
         rollout=RolloutSection(max_prompt_tokens=100, max_tokens=300, **(rollout or {})),
-        actor=ActorSection(engine="sglang", max_sequences=64),
+        actor=ActorSection(count=1, engine="sglang", max_sequences=64),
         engine=EngineSection(**settings),
     )
 

@@ -51,12 +51,34 @@ def test_a_bare_off_is_a_word_and_not_false(path: Path) -> None:
         ("optim.min_lr_ratio=2", r"optim\.min_lr_ratio=2.*: must lie in"),
         ("run=3", "override: run is a section and needs keys"),
         ("run.steps", "must read section.key=value"),
+        ("weights.route=direct", "is itself what receives"),
+        ("engine.least_servers=2", "between 1 and the number of servers"),
         ("actor.max_sequences=2", r"actor\.max_sequences=2: must hold one whole group"),
     ],
 )
 def test_a_wrong_override_is_refused_by_name(path: Path, override: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         load(path, [override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            "engine.launch=0 engine.addresses=[http://127.0.0.1:1] actor.count=2",
+            "two actors would give the same servers",
+        ),
+        ("engine.launch=0 engine.addresses=[http://far:1] actor.count=1 engine.device=cpu", "over loopback alone"),
+        ("engine.launch=0 engine.addresses=[127.0.0.1:1] actor.count=1", "must read http://HOST:PORT"),
+        ("engine.addresses=[http://127.0.0.1:1]", "either the actor starts servers"),
+        ("engine.launch=0", "either the actor starts servers"),
+        ("weights.backend=nccl weights.route=relay", "has no GPU of its own to pass weights on from"),
+        ("loss.expert_bias_rate=0.1", "cannot take a bias of the experts"),
+    ],
+)
+def test_servers_that_contradict_the_rest_are_refused(path: Path, overrides: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load(path, ["actor.engine=sglang", *overrides.split()])
 
 
 def test_a_wrong_file_is_refused_by_name(path: Path, tmp_path: Path) -> None:

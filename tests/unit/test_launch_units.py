@@ -274,9 +274,7 @@ def test_small_figures() -> None:
 
 def test_servers_that_cannot_be_started_are_known_before_anything_is():
     config = RunConfig(actor=ActorSection(engine="sglang"), engine=EngineSection(python="/none/python"))
-    with pytest.raises(
-        ConfigError, match=r"engine\.python='/none/python': .*tools\.sglang_cpu install"
-    ):
+    with pytest.raises(ConfigError, match=r"engine\.python='/none/python': .*tools\.sglang_cpu install"):
         check_engine(config)
     check_engine(RunConfig(actor=ActorSection(engine="sglang"), engine=EngineSection(python=sys.executable)))
     check_engine(RunConfig())

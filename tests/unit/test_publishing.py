@@ -1,6 +1,6 @@
 """The broker's side of a publish, driven by hand: readiness, lateness, loss, retries."""
 
-from broker.publishing import LEARNER, PublishCoordinator
+from broker.publishing import LEARNER, MAX_REGROUPS, PublishCoordinator
 from common.wire import Applied, Go, Prepare, Publish, PublishDone, Published, PublishFailed, Ready, ReceiveFailed
 
 NAMES = ["a", "b"]
@@ -173,10 +173,26 @@ def test_a_receiver_without_ranks_is_left_out_this_time_only():
     assert set(sent(c.on_publish(offer(2), NAMES, 2.0), Prepare)) == {"a", "b"}
 
 
-def test_ranks_that_change_for_ever_end_at_the_deadline():
+def test_ranks_that_change_for_ever_are_left_out():
     c = PublishCoordinator(10)
-    c.on_publish(offer(1), NAMES, 0.0)
-    for ranks in range(2, 9):
-        c.on_ready(Ready(c.epoch, 1, ranks), "a", NAMES, 9.0)
-    assert set(sent(c.on_tick(NAMES, 10.5), Prepare)) == set()  # both were late: nobody is left
-    assert c.late == {"a": 1, "b": 1} and c.published == 1
+    outgoing = c.on_publish(offer(1), NAMES, 0.0)
+    for ranks in range(2, 2 + MAX_REGROUPS + 1):
+        outgoing = c.on_ready(Ready(c.epoch, 1, ranks), "a", NAMES, 9.0)
+    assert set(sent(outgoing, Prepare)) == {"b"}
+    assert c.on_tick(NAMES, 9.9) == []  # the deadline is still the first one
+    assert sent(c.on_tick(NAMES, 10.5), PublishDone)[LEARNER].dropped == ["a", "b"]
+
+
+def test_several_receivers_without_ranks_leave_the_others_alone():
+    c = PublishCoordinator(10)
+    names, messages = ["a", "b", "c"], 0
+    waiting = list(sent(c.on_publish(offer(1), names, 0.0), Prepare).items())
+    while waiting:
+        name, prepare = waiting.pop(0)
+        messages += 1
+        assert messages < 20
+        outgoing = c.on_ready(Ready(prepare.epoch, 1, 1 if name == "b" else 0), name, names, 0.0)
+        waiting += sent(outgoing, Prepare).items()
+        if go := sent(outgoing, Go):
+            assert set(go) == {"b", LEARNER}
+    assert c.under_way == 1
