@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,10 @@ import pytest
 from safetensors.torch import load_file
 
 from actor.engine.base import Failure
-from actor.engine.direct import DirectReceiver
 from actor.engine.server import State
 from actor.service import make_receiver
 from common import wire
+from common.config import WeightsSection
 from tests.sglang.servers import (
     TOLERANCE,
     ask,
@@ -123,8 +124,7 @@ def fleet(server, models, tmp_path):
 
     def make(route, **engine):
         config = attached(run_config(models["first"], tmp_path, restarts=50, **engine), server)
-        object.__setattr__(config.weights, "route", route)
-        object.__setattr__(config.weights, "deadline_s", 6.0)
+        config = replace(config, weights=WeightsSection(route=route, deadline_s=6.0))
         engine = sglang_engine(config)
         sent = queue.Queue()
         receiver = make_receiver(config, engine, sent.put)
@@ -158,10 +158,8 @@ def send(engine, receiver, sent, learner, kind, seconds=40.0):
         if staged is not None:
             engine.load(staged.version, staged.buckets)
             got.append(staged)
-        if got and isinstance(got[0], object) and not isinstance(receiver, DirectReceiver):
-            loaded = engine.loaded()
-            if loaded is not None:
-                receiver.applied(got.pop(), adopted=loaded.keeps, copied=not loaded.keeps)
+        if got and (loaded := engine.loaded()) is not None:
+            receiver.applied(got.pop(), adopted=loaded.keeps, copied=not loaded.keeps)
         with contextlib.suppress(queue.Empty):
             answers.append(sent.get_nowait())
         return bool(answers)
