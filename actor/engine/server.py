@@ -78,7 +78,6 @@ class Server:
         self.identity: Identity | None = None
         self.why = ""  # it was lost
         self.restarts = 0
-        self.lost_at: float | None = None
         self.paused_s = 0.0  # in all updates so far
         self.updates = 0
         self.load: Any = None  # the latest Load
@@ -290,7 +289,7 @@ class Server:
                 raise ServerLostError(f"{self.name} has weights of nobody's version")
             if self.state != State.SERVING and self.version >= 0 and (target is None or self._has_target):
                 await self._compare()
-                self.why, self.lost_at = "", None
+                self.why = ""
                 self._set(State.SYNCED)
                 self._set(State.SERVING)
             try:
@@ -378,8 +377,6 @@ class Server:
         self._pusher.leave(self.name)
         log.error("lost a server: %s", why)
         self._set(State.LOST)
-        if self.lost_at is None:
-            self.lost_at = time.monotonic()
         if self._process is not None:
             await asyncio.to_thread(self._process.kill)
         engine = self.config.engine
