@@ -36,7 +36,7 @@ class Identity:
 
     version: tuple[int, ...]
     ranks: int  # of tensor parallelism (and pipeline), each a member of a weights group
-    data_parallel: int
+    data_parallel: int  # ranks of data-parallel attention, each with a cache of its own
     flat_top: bool  # alternatives as flat arrays
 
     @property
@@ -90,13 +90,15 @@ def read_identity(info: dict[str, Any], name: str, update: str) -> Identity:
                 f"{name} was started with --{flag}={info[key]!r}, under which its log-probabilities "
                 "are not those that it samples from (algorithms.md 0.2); start it without"
             )
-    if int(info.get("dp_size") or 1) > 1:
+    attention = int(info.get("attn_dp_size") or 1)  # since 0.5.23; before, a flag beside dp_size
+    data_parallel = max(int(info.get("dp_size") or 1), attention)
+    if data_parallel > 1 and attention == 1 and not info.get("enable_dp_attention"):
         raise EngineError(
-            f"{name} has dp_size={info['dp_size']}, which SGLang cannot update by broadcast; "
-            "start several servers instead (engine.launch)"
+            f"{name} has dp_size={data_parallel} replicas, which SGLang cannot update by broadcast; start several "
+            "servers instead (engine.launch), or use data-parallel attention"
         )
     ranks = int(info.get("tp_size") or 1) * int(info.get("pp_size") or 1)
-    return Identity(version, ranks, int(info.get("dp_size") or 1), version >= FLAT_SINCE)
+    return Identity(version, ranks, data_parallel, version >= FLAT_SINCE)
 
 
 async def identify(client: Client, update: str) -> Identity:

@@ -431,7 +431,7 @@ class SglangEngine:
         if self._routed[0]:
             fields["return_routed_experts"] = True
         if target.rank is not None:
-            fields["data_parallel_rank"] = target.rank
+            fields["data_parallel_rank"] = target.rank  # routed_dp_rank since 0.5.23, which knows both
         return fields
 
     def _cancel(self, sample: _Sample) -> None:

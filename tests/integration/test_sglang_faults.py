@@ -229,6 +229,7 @@ def test_too_few_servers_end_the_actor_with_their_reasons(fakes, engine_on):
         ({}, {"version": "0.6.0"}, r"runs SGLang 0\.6\.0; 0\.5\.19 to"),
         ({}, {"version": "vLLM"}, "not an SGLang server"),
         ({}, {"version": "0.5.20"}, r"engine\.update=retract kills; set engine\.update=abort"),
+        ({}, {"dp_size": 2}, r"dp_size=2 replicas, which SGLang cannot update .*engine\.launch"),
         ({}, {"preferred_sampling_params": '{"top_p": 0.9}'}, "--preferred-sampling-params"),
         ({"/model_info": lambda f, a: {**a, "architectures": ["Y"]}}, {}, r"serves Y, model\.path=.* is X"),
         ({"/update_weights_from_disk": lambda f, a: web.Response(status=400, text="no")}, {}, "cannot load model"),
@@ -311,6 +312,20 @@ def test_what_a_stale_server_was_sampling_is_sampled_again_once_it_is_lost(fakes
     assert sorted(c.sibling for c in done) == [0, 1] and engine.counters["retries"] == 2
     assert [target.under_way for target in engine._targets.values()] == [0]
     assert server.restarts == 1 and server.failure is None
+
+
+def test_ranks_of_data_parallel_attention_are_homes_of_their_own(fakes, engine_on):
+    fake = fakes(tp_size=4, dp_size=4, attn_dp_size=4)
+    engine = engine_on(fake)
+    assert engine.servers[0].ranks == 4
+    for _ in range(2):
+        for number in range(12):
+            engine.add(ask(number, samples=2))
+        drain(engine)
+    asked = [fields for path, fields in fake.calls if path == "/generate" and isinstance(fields["input_ids"][0], int)]
+    homes = [fields["data_parallel_rank"] for fields in asked]
+    assert len(homes) == 48 and set(homes) == {0, 1, 2, 3}
+    assert sorted(homes[:24]) == sorted(homes[24:])  # every key came back to its rank
 
 
 def asked_of(fake):
