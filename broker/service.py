@@ -47,6 +47,8 @@ SENDERS: dict[type[Any], tuple[str, ...]] = {  # what is left out, everybody may
     wire.ScoreResult: ("replica",),
 }
 
+ACTORS_SHOWN = 64  # in status.json, which is written twice a second
+
 log = logging.getLogger("broker")
 
 
@@ -278,6 +280,9 @@ class BrokerService:
         behind = [p.name for p in actors if p.version < weights.published]
         if len(behind) == len(actors):
             return f"{', '.join(behind)} to receive version {weights.published}"
+        servers = sum(p.counters.get("servers", 0) for p in actors)
+        if servers and not any(p.counters.get("servers_serving", 0) for p in actors):
+            return f"{', '.join(p.name for p in actors)}: none of {servers:.0f} SGLang servers serves yet"
         return self._room_wanted() or self.pipeline.waiting_for()
 
     def _room_wanted(self) -> str:
@@ -307,6 +312,9 @@ class BrokerService:
             "versions_published": weights.history,
             "receivers_late": weights.late,
             "evaluations": [{"version": v, "reward": r} for v, r in schedule.results],
+            "actors": {
+                p.name: {"version": p.version, **p.counters} for p in self.door.roster.role("actor")[:ACTORS_SHOWN]
+            },
             "suspects": self.training.honesty.suspects,
             "offences": self.door.conduct.counts,
             "impostors": dict(self.router.impostors),

@@ -274,3 +274,20 @@ def test_full_queues_are_named_as_what_the_run_waits_for(make):
         time.sleep(0.02)
     for peer in (learner, actor):
         peer.link.close()
+
+
+def test_what_an_actors_servers_are_about_is_in_the_status(make):
+    broker = make()
+    learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
+    actor.link.counters = {"servers": 2.0, "servers_serving": 0.0}
+    deadline = time.monotonic() + 5.0
+    while "SGLang" not in broker.service.waiting_for() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert broker.service.waiting_for() == "a0: none of 2 SGLang servers serves yet"
+    assert broker.service.status()["actors"] == {"a0": {"version": 0, "servers": 2.0, "servers_serving": 0.0}}
+    actor.link.counters = {"servers": 2.0, "servers_serving": 1.0}
+    while "SGLang" in broker.service.waiting_for() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert "groups complete" in broker.service.waiting_for()
+    for peer in (learner, actor):
+        peer.link.close()
