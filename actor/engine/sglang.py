@@ -18,9 +18,8 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +31,11 @@ import torch
 from actor.engine.base import Completion, Failure, Loaded, SampleRequest, check_request
 from actor.engine.client import ServerLostError
 from actor.engine.loading import differing, read_model_facts
-from actor.engine.pacing import Pace
 from actor.engine.probe import sampling
 from actor.engine.push import Pusher, Version
 from actor.engine.reply import FLAT_FIELDS, Asked, Piece, read_piece
-from actor.engine.routing import Router
 from actor.engine.server import Server, State
+from actor.engine.targets import Sample, Target, Targets
 from common.config import RunConfig
 from common.errors import DataError, EngineError
 from common.routing import read_routing
@@ -50,49 +48,8 @@ COUNTED = (
 MARGIN = 2  # tokens by which SGLang cuts requests short of its context, without a word
 MOST_EMPTY = 50  # aborts without a token before a rollout is tried elsewhere
 MOST_DIGITS = 9  # of a version's number
-STEAL = 2  # requests that must wait at one target before an idle one takes a key from it
 
 log = logging.getLogger("actor.engine")
-
-
-@dataclass(eq=False)
-class _Sample:
-    """One sibling on its way."""
-
-    request: SampleRequest
-    sibling: int
-    pieces: list[Piece] = field(default_factory=list)
-    sampled: int = 0  # tokens of the pieces
-    tries: int = 0  # pieces lost with a server or untrue
-    empty: int = 0  # aborts in a row that brought no token
-    target: str = ""
-    sent_to: "_Target | None" = None  # whose request is under way
-    serial: int = 0  # of the request under way: a reply to an earlier one is not ours any more
-    task: "asyncio.Future[Any] | None" = None
-
-    @property
-    def left(self) -> int:
-        """Tokens that may still be sampled."""
-        return self.request.max_tokens - self.sampled
-
-
-@dataclass
-class _Target:
-    """A server, or one data-parallel rank of it."""
-
-    name: str
-    server: Server
-    rank: int | None
-    pace: Pace
-    waiting: deque[_Sample] = field(default_factory=deque)
-    under_way: int = 0
-    seen: int = 0  # looks at the server's load that the pace has had
-    doubted: int = -1  # looks that there had been when a request to it failed; it gets none before the next
-
-    @property
-    def load(self) -> int:
-        """Requests that it carries or will."""
-        return self.under_way + len(self.waiting)
 
 
 class SglangEngine:
@@ -113,11 +70,10 @@ class SglangEngine:
         self._tag_prefix = f"{config.run.name}-{place}-"  # so that no other run's versions are taken for ours
         self.device = torch.device("cpu")
         self._counters: Counter[str] = Counter(dict.fromkeys(COUNTED, 0))
-        self._router = Router()
-        self._samples: dict[tuple[int, int], _Sample] = {}
-        self._homeless: deque[_Sample] = deque()
+        self._targets = Targets(config.engine.concurrency, config.actor.max_sequences)
+        self._samples: dict[tuple[int, int], Sample] = {}
         self._ended: list[Completion | Failure] = []
-        self._events: queue.SimpleQueue[tuple[_Sample, int, bytes | EngineError] | None] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[tuple[Sample, int, bytes | EngineError] | None] = queue.SimpleQueue()
         self._serial = 0
         self._held: Version | None = None
         self._loading = False
@@ -126,7 +82,6 @@ class SglangEngine:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine", daemon=True)
         self._thread.start()
-        self._targets: dict[str, _Target] = {}
         self._lives: dict[str, int] = {}  # server -> which of its lives was last seen
         self._servers: list[Server] = self._run(self._begin())
 
@@ -180,9 +135,9 @@ class SglangEngine:
             "servers_serving": float(len(serving)),
             "server_restarts": float(sum(server.restarts for server in self._servers)),
             "seconds_paused": sum(server.paused_s for server in self._servers),
-            "concurrency": float(sum(target.pace.limit for target in self._targets.values())),
-            "routes_moved": float(self._router.moved),
-            "routes_displaced": float(self._router.displaced),
+            "concurrency": float(sum(target.pace.limit for target in self._targets)),
+            "routes_moved": float(self._targets.router.moved),
+            "routes_displaced": float(self._targets.router.displaced),
         }
 
     @property
@@ -194,16 +149,18 @@ class SglangEngine:
         """Queue a request. Raises EngineError, naming it, if it can never be sampled."""
         check_request(request, self.vocab_size, self.config.rollout.max_length, self.config.actor.max_sequences)
         for index in range(request.samples):
-            sample = _Sample(request, request.first_sibling + index)
+            sample = Sample(request, request.first_sibling + index)
             self._samples[request.request_id, sample.sibling] = sample
-            self._place(sample)
+            self._targets.place(sample)
 
     def step(self, wait_s: float = 0.0) -> Sequence[Completion | Failure]:
         """Read what has been answered and send what may be sent; returns what ended."""
         self._drain(wait_s)
         self._check_floor()
-        self._refresh_targets()
-        self._dispatch()
+        self._forsake_the_lost()
+        self._targets.follow(self._servers, observe=not self._loading)
+        for target, sample in self._targets.ready():
+            self._send(target, sample)
         ended, self._ended = self._ended, []
         return ended
 
@@ -213,19 +170,14 @@ class SglangEngine:
         if sample is None:
             return
         self._cancel(sample)
-        target = self._targets.get(sample.target)
-        for waiting in (self._homeless, target.waiting if target is not None else ()):
-            if sample in waiting:
-                waiting.remove(sample)  # type: ignore[union-attr]
+        self._targets.forget(sample)
 
     def abort(self) -> None:
         """Forget everything in flight."""
         for sample in list(self._samples.values()):
             self._cancel(sample)
         self._samples.clear()
-        self._homeless.clear()
-        for target in self._targets.values():
-            target.waiting.clear()
+        self._targets.clear()
 
     @property
     def holds(self) -> int:
@@ -317,84 +269,19 @@ class SglangEngine:
                 f"engine.least_servers={least} are needed: {reasons}"
             )
 
-    def _refresh_targets(self) -> None:
-        """Follow the servers' states: targets come with SERVING and go with anything else."""
+    def _forsake_the_lost(self) -> None:
+        """What an earlier life of a server was sampling is sampled again."""
         for server in self._servers:
-            if server.state in (State.LOST, State.GONE) or server.lives != self._lives.get(server.name):
-                self._lives[server.name] = server.lives
-                self._forsake(server)
-            names = self._target_names(server)
-            if server.state == State.SERVING:
-                for rank, name in names:
-                    if name not in self._targets:
-                        pace = Pace(self.config.engine.concurrency, self.config.actor.max_sequences)
-                        self._targets[name] = _Target(name, server, rank, pace)
-                    target = self._targets[name]
-                    if target.seen != server.loads and server.load is not None and not self._loading:
-                        target.seen = server.loads
-                        target.pace.observe(server.load, target.under_way)
-            else:
-                for _, name in names:
-                    self._drop_target(name)
-        if self._targets and self._homeless:
-            waiting, self._homeless = self._homeless, deque()
-            for sample in waiting:
-                self._place(sample)
-
-    @staticmethod
-    def _target_names(server: Server) -> list[tuple[int | None, str]]:
-        ranks = server.identity.data_parallel if server.identity is not None else 1
-        return [(None, server.name)] if ranks == 1 else [(rank, f"{server.name}.{rank}") for rank in range(ranks)]
-
-    def _drop_target(self, name: str) -> None:
-        target = self._targets.pop(name, None)
-        if target is not None:
-            for sample in target.waiting:
-                self._place(sample)
-
-    def _forsake(self, server: Server) -> None:
-        """What an earlier life of ``server`` was sampling is sampled again."""
-        for sample in [s for s in self._samples.values() if s.sent_to is not None and s.sent_to.server is server]:
-            self._cancel(sample)
-            self._retry(sample, f"{server.name} was lost")
+            if server.state not in (State.LOST, State.GONE) and server.lives == self._lives.get(server.name):
+                continue
+            self._lives[server.name] = server.lives
+            for sample in [s for s in self._samples.values() if s.sent_to is not None and s.sent_to.server is server]:
+                self._cancel(sample)
+                self._retry(sample, f"{server.name} was lost")
 
     # ---- requests --------------------------------------------------------------------------------
 
-    def _place(self, sample: _Sample) -> None:
-        """Into the queue of its home."""
-        if not self._targets:
-            sample.target = ""
-            self._homeless.append(sample)
-            return
-        trusted = [target for target in self._targets.values() if target.doubted < target.server.loads]
-        loads = {target.name: target.load for target in trusted or self._targets.values()}
-        sample.target = self._router.place(sample.request.request_id, loads)
-        self._targets[sample.target].waiting.append(sample)
-
-    def _dispatch(self) -> None:
-        for target in self._targets.values():
-            if target.server.state != State.SERVING or target.doubted >= target.server.loads:
-                continue
-            self._steal(target)
-            while target.waiting and target.under_way < target.pace.limit:
-                self._send(target, target.waiting.popleft())
-
-    def _steal(self, idle: _Target) -> None:
-        """Take a whole key from the longest queue rather than idle."""
-        if idle.waiting or idle.under_way >= idle.pace.limit:
-            return
-        longest = max(self._targets.values(), key=lambda target: len(target.waiting))
-        if len(longest.waiting) < STEAL or longest is idle:
-            return
-        key = longest.waiting[-1].request.request_id
-        self._router.move(key, idle.name)
-        moving = [sample for sample in longest.waiting if sample.request.request_id == key]
-        longest.waiting = deque(sample for sample in longest.waiting if sample.request.request_id != key)
-        for sample in moving:
-            sample.target = idle.name
-            idle.waiting.append(sample)
-
-    def _send(self, target: _Target, sample: _Sample) -> None:
+    def _send(self, target: Target, sample: Sample) -> None:
         self._serial += 1
         sample.serial, serial = self._serial, self._serial
         target.under_way += 1
@@ -412,7 +299,7 @@ class SglangEngine:
         sample.task = asyncio.run_coroutine_threadsafe(ask(), self._loop)  # type: ignore[assignment]
         self._counters["requests"] += 1
 
-    def _fields(self, target: _Target, sample: _Sample) -> dict[str, Any]:
+    def _fields(self, target: Target, sample: Sample) -> dict[str, Any]:
         request = sample.request
         prompt = request.prompt_ids
         if sample.pieces:
@@ -434,22 +321,13 @@ class SglangEngine:
             fields["data_parallel_rank"] = target.rank  # routed_dp_rank since 0.5.23, which knows both
         return fields
 
-    def _cancel(self, sample: _Sample) -> None:
+    def _cancel(self, sample: Sample) -> None:
         if sample.task is None:
             return
         sample.task.cancel()
-        target = self._answered(sample)
         rid = f"{self.name}.{sample.serial}"
-        sample.serial = 0
-        asyncio.run_coroutine_threadsafe(_quietly(target.server.client.abort(rid)), self._loop)
-
-    @staticmethod
-    def _answered(sample: _Sample) -> _Target:
-        """Nothing of ``sample`` is under way any more; whom it had been sent to."""
-        target, sample.sent_to, sample.task = sample.sent_to, None, None
-        assert target is not None
-        target.under_way -= 1
-        return target
+        client = sample.answered().server.client
+        asyncio.run_coroutine_threadsafe(_quietly(client.abort(rid)), self._loop)
 
     def _drain(self, wait_s: float) -> None:
         """Take every answer; the first may be waited for."""
@@ -464,10 +342,10 @@ class SglangEngine:
             if event is not None:
                 self._take(*event)
 
-    def _take(self, sample: _Sample, serial: int, answer: bytes | EngineError) -> None:
+    def _take(self, sample: Sample, serial: int, answer: bytes | EngineError) -> None:
         if serial != sample.serial:
             return  # cancelled meanwhile
-        target, sample.serial = self._answered(sample), 0
+        target = sample.answered()
         if isinstance(answer, EngineError):
             self._counters["requests_failed"] += 1
             if isinstance(answer, ServerLostError):
@@ -486,11 +364,11 @@ class SglangEngine:
             self._counters["replies_refused"] += 1
             if "weight version" in str(error):
                 self._loop.call_soon_threadsafe(target.server.disown, str(error))
-            self._retry(sample, f"{sample.target}: {error}")
+            self._retry(sample, f"{sample.home}: {error}")
             return
         self._join(sample, piece)
 
-    def _join(self, sample: _Sample, piece: Piece) -> None:
+    def _join(self, sample: Sample, piece: Piece) -> None:
         """A further piece: the end, or a reason to ask for the rest."""
         self._counters["cached_tokens"] += piece.cached_tokens
         self._counters["prompt_tokens"] += len(sample.request.prompt_ids) + sample.sampled
@@ -500,16 +378,16 @@ class SglangEngine:
         if piece.finish == "abort" and sample.left > 0:
             sample.empty = 0 if len(piece.token_ids) else sample.empty + 1
             if sample.empty > MOST_EMPTY:
-                self._retry(sample, f"{sample.target} aborted it {sample.empty} times before it ran")
+                self._retry(sample, f"{sample.home} aborted it {sample.empty} times before it ran")
                 return
             self._counters["resumed"] += 1
-            self._place(sample)
+            self._targets.place(sample)
             return
         key = (sample.request.request_id, sample.sibling)
         del self._samples[key]
         self._ended.append(self._completion(sample))
 
-    def _retry(self, sample: _Sample, why: str) -> None:
+    def _retry(self, sample: Sample, why: str) -> None:
         """Sample it again from its prompt, elsewhere: what a lost server sampled is nobody's rollout."""
         sample.tries += 1
         sample.pieces.clear()
@@ -521,7 +399,7 @@ class SglangEngine:
             return
         self._counters["retries"] += 1
         log.warning("rollout %d.%d is sampled again: %s", sample.request.request_id, sample.sibling, why)
-        self._place(sample)
+        self._targets.place(sample)
 
     def _versions_of(self, piece: Piece) -> np.ndarray[Any, np.dtype[np.int32]]:
         """``[T]`` numbers of the versions that sampled each token."""
@@ -533,7 +411,7 @@ class SglangEngine:
             versions[start:end] = int(number)
         return versions
 
-    def _completion(self, sample: _Sample) -> Completion:
+    def _completion(self, sample: Sample) -> Completion:
         request, pieces = sample.request, sample.pieces
         return Completion(
             request_id=request.request_id,

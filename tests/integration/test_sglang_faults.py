@@ -310,7 +310,7 @@ def test_what_a_stale_server_was_sampling_is_sampled_again_once_it_is_lost(fakes
     engine._loop.call_soon_threadsafe(server.disown, "somebody else's")  # STALE first, then LOST
     done = drain(engine)
     assert sorted(c.sibling for c in done) == [0, 1] and engine.counters["retries"] == 2
-    assert [target.under_way for target in engine._targets.values()] == [0]
+    assert [target.under_way for target in engine._targets] == [0]
     assert server.restarts == 1 and server.failure is None
 
 
@@ -342,9 +342,9 @@ def test_answers_to_an_earlier_stay_are_not_counted_against_the_next(fakes, engi
     server = engine.servers[0]
     for state in (State.STALE, State.SERVING):
         engine._loop.call_soon_threadsafe(server._set, state)
-        run(engine, lambda state=state: bool(engine._targets) == (state == State.SERVING))
+        run(engine, lambda state=state: bool(len(engine._targets)) == (state == State.SERVING))
     assert len(drain(engine)) == 8
-    assert [target.under_way for target in engine._targets.values()] == [0]
+    assert [target.under_way for target in engine._targets] == [0]
 
 
 def test_siblings_of_a_group_share_a_server_and_turns_come_back_to_it(fakes, engine_on):
@@ -370,5 +370,5 @@ def test_the_fixed_concurrency_is_never_exceeded(fakes, engine_on):
     fake.seconds = 0.05
     most = []
     engine.add(ask(1, samples=20))
-    run(engine, lambda: most.append(sum(t.under_way for t in engine._targets.values())) or not engine.in_flight)
+    run(engine, lambda: most.append(sum(t.under_way for t in engine._targets)) or not engine.in_flight)
     assert max(most) == 3

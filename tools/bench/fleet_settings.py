@@ -60,7 +60,7 @@ def caching(config: RunConfig, reps: int) -> list[Row]:
 def conversations(engine: SglangEngine, make: Callable[[], Router]) -> float:
     """Play them to the end on cold caches; the share of prompt tokens that were cached."""
     asyncio.run(_flush([server.client.url for server in engine.servers]))
-    engine._router = make()
+    engine._targets.router = make()
     rng = np.random.default_rng(1)
     before = engine.counters
     contexts = {(n, s): _ids(rng, PROMPT) for n in range(CONVERSATIONS) for s in range(1)}
