@@ -35,6 +35,10 @@ class FakeServer:
         self._port = site._server.sockets[0].getsockname()[1]
         self._up.set()
         self.loop.run_forever()
+        handlers = asyncio.all_tasks(self.loop)
+        for handler in handlers:
+            handler.cancel()
+        self.loop.run_until_complete(asyncio.gather(*handlers, return_exceptions=True))
         self.loop.run_until_complete(self.runner.cleanup())
         self.loop.close()
 

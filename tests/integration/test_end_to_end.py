@@ -109,6 +109,7 @@ def test_synchronous_runs_of_one_actor_repeat_their_reward_curve(tmp_path, model
     assert all(0 < reward < 0.5 for reward, _, _ in curves[0][:6])  # there was something to repeat
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_everything_within_ten_seconds_and_leaves_the_report(tmp_path, model):
     running = subprocess.Popen(
         command(tmp_path, model, "run.steps=100000"),

@@ -290,13 +290,13 @@ def test_log_probabilities_without_the_temperature_are_noticed(fakes, engine_on)
 
 def test_tokens_of_a_version_of_another_run_are_refused_and_the_server_is_not_trusted(fakes, engine_on):
     fake = fakes()
-    engine = engine_on(fake, attempts=3)
+    engine = engine_on(fake, attempts=20)
     fake.weight_version = "croupier-other-0"
     engine.add(ask(1, samples=1))
     run(engine, lambda: engine.servers[0].restarts == 1)  # there is nothing to send it again: it starts anew
     (done,) = drain(engine)
     assert not isinstance(done, Failure) and (done.versions == 0).all()
-    assert engine.counters["replies_refused"] == 1
+    assert engine.counters["replies_refused"] >= 1  # it may be asked again before it is known to be another's
 
 
 def test_what_a_stale_server_was_sampling_is_sampled_again_once_it_is_lost(fakes, engine_on):

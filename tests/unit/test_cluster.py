@@ -317,7 +317,11 @@ def test_what_fails_is_started_again_three_times(job):
         (Machine(learner_nodes=8), {"learner": {"tp": 4, "dp_shard": 1, "ep": 4}}, ["learner.tp=4", "8 nodes"]),
         (Machine(), {"replica": {"ep": 8}}, ["replica.ep × replica.tp='8 × 2'", "8 GPUs"]),
         (Machine(), {"engine": {"tp": 8, "launch": 2}}, ["engine.launch × engine.tp='2 × 8'", "8 GPUs"]),
-        (Machine(), {"engine": {"launch": 0, "addresses": ("http://h:1",)}}, ["engine.addresses", "engine.launch=1"]),
+        (
+            Machine(),
+            {"engine": {"launch": 0, "addresses": ("http://h:1",)}, "actor": {"count": 1}},
+            ["engine.addresses", "engine.launch=1"],
+        ),
         (Machine(gpus_per_node=0), {"engine": {"device": "cuda"}}, ["engine.device='cuda'", "set cpu"]),
         (Machine(), {"broker": {"keys": ""}}, ["broker.keys=''", "python -m tools.keys make"]),
         (Machine(), {"broker": {"address": "ipc:///tmp/b"}}, ["broker.address='ipc:///tmp/b'", "tcp://HOST:PORT"]),
