@@ -35,11 +35,14 @@ class FakeServer:
         self._port = site._server.sockets[0].getsockname()[1]
         self._up.set()
         self.loop.run_forever()
-        handlers = asyncio.all_tasks(self.loop)
-        for handler in handlers:
+        for handler in asyncio.all_tasks(self.loop):  # that sleeps
             handler.cancel()
-        self.loop.run_until_complete(asyncio.gather(*handlers, return_exceptions=True))
         self.loop.run_until_complete(self.runner.cleanup())
+        left = asyncio.all_tasks(self.loop)
+        for task in left:
+            task.cancel()
+        if left:
+            self.loop.run_until_complete(asyncio.wait(left, timeout=0.5))
         self.loop.close()
 
     @property
