@@ -167,7 +167,8 @@ class Driver:
             if self._remove(agent):
                 error = agent.error or ("" if turns else "it made no request")
                 out.append(Ended(agent.rollout, turns, agent.channels, error))
-        return out + self._expire()
+        out += self._expire()
+        return [event for event in out if event.ask is None or event.ask.seat in self._running]  # none asks and ends
 
     def _begin(self) -> None:
         limit = self._task.workers
