@@ -32,6 +32,7 @@ from common.errors import EngineError
 POLL_S = 0.5  # of a server that starts
 FORGIVEN_S = 300.0  # in good health after which earlier restarts no longer count
 LONGEST_WAIT_S = 60.0  # between two restarts
+GOING_S, GOING_LOOKS = 1.0, 10  # that a process which was killed may take to be gone
 PUSHES = 3  # attempts to bring a version to a server that lives
 
 log = logging.getLogger("actor.engine")
@@ -371,8 +372,12 @@ class Server:
     # ---- its ends --------------------------------------------------------------------------------
 
     async def _lost(self, why: str) -> None:
-        if self._process is not None and (ended := self._process.ended):
-            why = f"{self.name} {ended}"
+        for _ in range(GOING_LOOKS if self._process is not None else 0):  # its sockets close before it has ended
+            assert self._process is not None
+            if ended := self._process.ended:
+                why = f"{self.name} {ended}"
+                break
+            await asyncio.sleep(GOING_S / GOING_LOOKS)
         self.why, self.version = why, -1
         self._pusher.leave(self.name)
         log.error("lost a server: %s", why)

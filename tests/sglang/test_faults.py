@@ -49,7 +49,7 @@ def processes_of(server) -> list[int]:
 
 @pytest.mark.timeout(400)
 def test_killed_and_stopped_servers_are_found_replaced_and_given_the_version(sglang_python, models, tmp_path):
-    config = run_config(models["first"], tmp_path, sglang_python, launch=2, server_timeout_s=4.0)
+    config = run_config(models["first"], tmp_path, sglang_python, launch=2, server_timeout_s=10.0)
     engine = sglang_engine(config)
     try:
         first, second = engine.servers
@@ -61,7 +61,7 @@ def test_killed_and_stopped_servers_are_found_replaced_and_given_the_version(sgl
         for pid in processes_of(first):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        done = drain(engine, 60)
+        done = drain(engine, 120)
         assert len(done) == 16 and not any(isinstance(c, Failure) for c in done)
         assert engine.counters["retries"] > 0 and first.restarts == 1 and "SIGKILL" in first.why
         model = reference(models["second"])
@@ -79,10 +79,10 @@ def test_killed_and_stopped_servers_are_found_replaced_and_given_the_version(sgl
         for pid in scheduler:
             os.kill(pid, signal.SIGSTOP)
         assert scheduler
-        done = drain(engine, 60)
+        done = drain(engine, 120)
         assert len(done) == 16 and not any(isinstance(c, Failure) for c in done)
-        wait_for(engine, lambda: second.restarts == 1)
-        assert time.monotonic() - began < 30 and "no answer within 4 s" in second.why
+        wait_for(engine, lambda: second.restarts >= 1)
+        assert time.monotonic() - began < 60 and "no answer within 10 s" in second.why
         wait_for(engine, lambda: second.state == State.SERVING, 120)
         assert engine.version == 1
     finally:
