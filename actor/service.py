@@ -88,7 +88,6 @@ class ActorService:
         self.play = Play(config, self.task, self.engine, self.counters, self._send)
         self._grants: deque[wire.Grant] = deque()
         self._loading: StagedWeights | None = None  # the version that the engine is taking into use
-        self._using = 0  # the newest version that the engine has had in use
         hello = wire.Hello(
             role="actor",
             name=name,
@@ -166,7 +165,7 @@ class ActorService:
         """Use every version that has arrived, oldest first."""
         self.link.set_version(self.engine.holds)
         while self._loading is None and (staged := self.receiver.staged()) is not None:
-            if staged.version == self._using:  # a resync brings the same version again
+            if staged.version == self.engine.holds:  # a resync brings the same version again
                 self.receiver.applied(staged)
             else:
                 self._loading = staged
@@ -178,7 +177,6 @@ class ActorService:
                 self.receiver.failed(staged, loaded.error)
                 continue
             self.counters["swaps"] += 1
-            self._using = staged.version
             self.link.set_version(self.engine.holds)
             self.receiver.applied(staged, adopted=loaded.keeps, copied=not loaded.keeps)
 

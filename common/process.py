@@ -1,13 +1,21 @@
-"""What every process does at its start: stop signals, death with its launcher, log lines."""
+"""What every process does at its start: stop signals, death with its launcher, log lines, a free port."""
 
 import ctypes
 import logging
 import os
 import signal
+import socket
 import sys
 from types import FrameType
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
 
 
 class StopFlag:

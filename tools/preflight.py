@@ -9,15 +9,9 @@ from pathlib import Path
 
 from common.config import RunConfig
 from common.errors import ConfigError, ModelError
+from common.process import free_port
 
 TCP = re.compile(r"tcp://(?P<host>\[[^\]]+\]|[^:]+):(?P<port>\d+)")
-
-
-def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
 
 
 def check_address(address: str) -> None:

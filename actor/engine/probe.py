@@ -39,11 +39,6 @@ class Identity:
     data_parallel: int  # ranks of data-parallel attention, each with a cache of its own
     flat_top: bool  # alternatives as flat arrays
 
-    @property
-    def name(self) -> str:
-        """0.5.23 and the like."""
-        return ".".join(map(str, self.version))
-
 
 def sampling(temperature: float, max_tokens: int, stop_ids: list[int], ignore_eos: bool) -> dict[str, Any]:
     """The only sampling parameters under which the returned value is log q (algorithms.md 0.2)."""
@@ -62,6 +57,10 @@ def sampling(temperature: float, max_tokens: int, stop_ids: list[int], ignore_eo
     }
 
 
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
+
+
 def read_identity(info: dict[str, Any], name: str, update: str) -> Identity:
     """From /server_info. Raises EngineError that names the setting that must change."""
     text = str(info.get("version", ""))
@@ -69,7 +68,7 @@ def read_identity(info: dict[str, Any], name: str, update: str) -> Identity:
     if match is None:
         raise EngineError(f"{name} says it is version {text!r}: not an SGLang server")
     version = tuple(map(int, match.groups()))
-    known = f"{'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))}"
+    known = f"{_dotted(OLDEST)} to {_dotted(NEWEST)}"
     if version < OLDEST or version[:2] > NEWEST[:2]:
         raise EngineError(f"{name} runs SGLang {text}; {known} are supported")
     if version > NEWEST:
@@ -77,7 +76,7 @@ def read_identity(info: dict[str, Any], name: str, update: str) -> Identity:
     if update == "retract" and version < RETRACT_SINCE:
         raise EngineError(
             f"{name} runs SGLang {text}, which engine.update=retract kills; set engine.update=abort or in_place, "
-            f"or install {'.'.join(map(str, RETRACT_SINCE))} or later"
+            f"or install {_dotted(RETRACT_SINCE)} or later"
         )
     for key, harmless in (
         ("preferred_sampling_params", (None, "", "{}")),

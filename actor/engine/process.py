@@ -7,7 +7,6 @@ killed actor leaves no server behind; SGLang's own children follow theirs the sa
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,13 +25,6 @@ CPU_FLAGS = (
     "--max-total-tokens", "65536",  # else the key-value pool takes most of the memory
     "--sleep-on-idle",  # else an idle scheduler keeps a core busy, which others here need
 )  # fmt: skip
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def command(config: RunConfig, port: int, tag: str, index: int = 0) -> list[str]:

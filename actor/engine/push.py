@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from actor.engine.client import SHORT_S, Client, ServerLostError, ServerRefusedError, within
+from common.config import MEGABYTE
 from common.errors import EngineError
 from common.weights import Bucket, brief, store_prefix
 
@@ -42,6 +43,11 @@ class Version:
     buckets: Sequence[tuple[Bucket, torch.Tensor | None]]  # layout and uint8 bytes (None: the learner's), in order
 
     @property
+    def is_here(self) -> bool:
+        """Whether its bytes are in the actor's memory, and not the learner's alone."""
+        return all(flat is not None for _, flat in self.buckets)
+
+    @property
     def nbytes(self) -> int:
         """Of all buckets."""
         return sum(bucket.nbytes for bucket, _ in self.buckets)
@@ -55,7 +61,7 @@ class Pusher:
     """The actor's end of all groups with its servers."""
 
     def __init__(self, deadline_s: float, least_mb_s: float, name: str) -> None:
-        self._deadline_s, self._least = deadline_s, least_mb_s * (1 << 20)
+        self._deadline_s, self._least = deadline_s, least_mb_s * MEGABYTE
         self._name = f"{name}/{secrets.token_hex(4)}"  # a server remembers the groups of actors that have ended
         self._store = dist.TCPStore(
             "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=deadline_s)

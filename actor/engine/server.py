@@ -17,17 +17,18 @@ import enum
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
 
 import aiohttp
 
 from actor.engine.client import Client, ServerLostError, ServerRefusedError
 from actor.engine.loading import ModelFacts
+from actor.engine.pacing import Load
 from actor.engine.probe import Identity, check_density, identify
-from actor.engine.process import ServerProcess, command, free_port
+from actor.engine.process import ServerProcess, command
 from actor.engine.push import Pusher, TornError, Version
 from common.config import RunConfig
 from common.errors import EngineError
+from common.process import free_port
 
 POLL_S = 0.5  # of a server that starts
 FORGIVEN_S = 300.0  # in good health after which earlier restarts no longer count
@@ -81,7 +82,7 @@ class Server:
         self.restarts = 0
         self.paused_s = 0.0  # in all updates so far
         self.updates = 0
-        self.load: Any = None  # the latest Load
+        self.load: Load | None = None  # the latest
         self.loads = 0  # looks at it
         self.client = Client(address, name, session)
         self._session, self._pusher, self._tag, self._model = session, pusher, tag, model
@@ -282,7 +283,7 @@ class Server:
                 raise ServerLostError(str(failure))
             target = self._target
             if target is not None and not self._has_target:
-                if all(flat is not None for _, flat in target.buckets):
+                if target.is_here:
                     await self._take(target)
                 elif self.state != State.SERVING:
                     self._set(State.STALE)  # only the learner can bring it

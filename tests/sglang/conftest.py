@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from actor.engine.process import ServerProcess, command, free_port
+from actor.engine.process import ServerProcess, command
+from common.process import free_port
 from tests.sglang.servers import make_models, run_config
 from tools.processes import descendants
 

@@ -22,9 +22,9 @@ from common.config import (
     TaskSection,
 )
 from common.errors import ConfigError, ModelError
-from common.process import StopFlag
+from common.process import StopFlag, free_port
 from tools.launch import Run, main
-from tools.preflight import check_address, check_engine, check_meshes, check_model, free_port
+from tools.preflight import check_address, check_engine, check_meshes, check_model
 from tools.processes import Process, child_environment, descendants, processes_of, stop_all, wait_all
 from tools.progress import duration, panel, plain_line, remaining_s, sparkline
 from tools.stamp import ModelState, fingerprint, model_state, write_stamp

@@ -33,11 +33,11 @@ from common import wire
 from common.codec import decode, encode
 from common.config import BrokerSection, ObrsSection, RolloutSection, RunConfig, RunSection, StalenessSection
 from common.obrs import coins, thin
+from common.process import free_port
 from common.sockets import RouterSocket
 from common.zbounds import z_bounds
 from tools.bench import thinning
 from tools.bench.harness import Row, interleave, rate
-from tools.preflight import free_port
 
 TOKENS, TOPK, VOCAB = 2048, 20, 151_936
 GROUPS, GROUP_SIZE, STEPS = 16, 8, 12  # trajectories a step: GROUPS * GROUP_SIZE, one message a group

@@ -30,6 +30,7 @@ import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from actor.engine.client import Client
 from actor.engine.probe import sampling
 from actor.engine.process import ServerProcess, command
 from common import wire
@@ -45,20 +46,17 @@ from common.config import (
     to_yaml,
 )
 from common.errors import EngineError
+from common.process import free_port
 from common.sockets import RouterSocket
-from tools.bench.fleet_settings import caching, updates
+from tools.bench.fleet_settings import COMPLETION, PASS_S, PROMPT, REQUESTS, UP_S, VOCABULARY, caching, updates
 from tools.bench.harness import Row, interleave
-from tools.preflight import free_port
 
-PROMPT, COMPLETION = 64, 256
-GROUPS, SIBLINGS = 12, 8
-REQUESTS = GROUPS * SIBLINGS
+SIBLINGS = 8
+GROUPS = REQUESTS // SIBLINGS
 CONCURRENT = 48  # of the bare loop; the actor finds its own
 RUNNING = 32  # that the server decodes together
-VOCABULARY = 4096
 TOP = 20
 BAR = 0.9
-UP_S, PASS_S = 240.0, 300.0
 
 
 def run(reps: int) -> list[Row]:
@@ -122,11 +120,10 @@ def _server(config: RunConfig, folder: Path, index: int) -> Iterator[str]:
 async def _wait_up(url: str, process: ServerProcess) -> str:
     deadline = time.monotonic() + UP_S
     async with aiohttp.ClientSession() as session:
+        client = Client(url, "the server", session)
         while time.monotonic() < deadline and not process.ended:
-            with contextlib.suppress(aiohttp.ClientError):
-                async with session.get(f"{url}/health") as answer:
-                    if answer.status == 200:
-                        return url
+            if await client.healthy():
+                return url
             await asyncio.sleep(0.5)
     raise EngineError(f"the server did not come up within {UP_S:g} s: {process.ended or process.log}")
 

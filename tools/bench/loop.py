@@ -33,9 +33,9 @@ from common.config import (
     StalenessSection,
     TaskSection,
 )
+from common.process import free_port
 from tools.bench.harness import Row, interleave
 from tools.bench.launching import launch, loop_figures
-from tools.preflight import free_port
 
 GROUPS, SIBLINGS, PROMPT, COMPLETION = 4, 4, 32, 128
 SEQUENCES = GROUPS * SIBLINGS

@@ -8,9 +8,9 @@ import tempfile
 from pathlib import Path
 
 from common.config import load
+from common.process import free_port
 from tools.bench.harness import Row
 from tools.bench.launching import launch, loop_figures
-from tools.preflight import free_port
 
 STEPS = 60
 BAR = 0.03
