@@ -6,6 +6,7 @@ reasoning-gym data set.
 """
 
 import difflib
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -16,7 +17,12 @@ from numpy.typing import NDArray
 from common.errors import TaskError
 
 Split = Literal["train", "heldout"]
-BUILT_IN = ("sort6", "guess", "agent", "fixed")
+BUILT_IN: dict[str, tuple[str, bool]] = {  # name -> (module:class, whether it takes the model directory first)
+    "sort6": ("actor.tasks.sort6:Sort6", False),
+    "guess": ("actor.tasks.guess:Guess", False),
+    "agent": ("actor.tasks.agent:AgentTask", False),
+    "fixed": ("actor.tasks.fixed:FixedLength", True),
+}
 GYM_PREFIX = "gym:"
 
 
@@ -59,25 +65,15 @@ def make_task(name: str, model_dir: str, seed: int, params: dict[str, Any]) -> T
         from actor.tasks.gym import GymTask
 
         return GymTask(name.removeprefix(GYM_PREFIX), model_dir, seed, params)
-    if name == "sort6":
-        from actor.tasks.sort6 import Sort6
-
-        return Sort6(seed, params)
-    if name == "guess":
-        from actor.tasks.guess import Guess
-
-        return Guess(seed, params)
-    if name == "agent":
-        from actor.tasks.agent import AgentTask
-
-        return AgentTask(seed, params)
-    if name == "fixed":
-        from actor.tasks.fixed import FixedLength
-
-        return FixedLength(model_dir, seed, params)
-    near = difflib.get_close_matches(name, BUILT_IN, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(BUILT_IN)} and gym:<reasoning-gym data set>"
-    raise TaskError(f"task.name={name!r}: no such task; {hint}")
+    if name not in BUILT_IN:
+        near = difflib.get_close_matches(name, BUILT_IN, n=1)
+        known = f"known: {', '.join(BUILT_IN)} and gym:<reasoning-gym data set>"
+        raise TaskError(f"task.name={name!r}: no such task; {f'did you mean {near[0]!r}?' if near else known}")
+    where, with_model = BUILT_IN[name]
+    module, _, cls = where.partition(":")
+    make = getattr(importlib.import_module(module), cls)
+    task: Task = make(model_dir, seed, params) if with_model else make(seed, params)
+    return task
 
 
 def refuse_params(task: str, params: dict[str, Any], known: tuple[str, ...]) -> None:
