@@ -12,12 +12,16 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from broker.advantages import Kind, group_advantages, without_signal
+from broker.advantages import group_advantages, overlong_penalty, without_signal
+from broker.aggregation import block_weights, span_weights
+from broker.blocks import block_advantages
 from broker.groups import Trajectory
 from broker.packing import balance, runs
+from common.config import RunConfig
 from common.errors import DataError
+from common.objective import AdvantageSection, Aggregate
 from common.obrs import Divergence, Thinning, coins, divergence, effective_sample_size, thin
-from common.wire import STARTS, Shard
+from common.wire import EXPERT, STARTS, Shard
 from common.zbounds import enumerated_acceptance, interpolate, kappa, without_impossible, z_bounds
 
 ZWeight = Literal["none", "context", "batch"]
@@ -32,12 +36,15 @@ class Batch:
     groups: NDArray[np.int64]  # [B]
     siblings: NDArray[np.int32]  # [B]
     rewards: NDArray[np.float32]  # [B]
-    advantages: NDArray[np.float32]  # [B]
+    advantages: NDArray[np.float32]  # [B] of the whole trajectory
+    spans: NDArray[np.int64]  # [S+1] cuts the tokens where the advantage or the weight changes: by trajectory or block
+    span_advantages: NDArray[np.float32]  # [S]
+    span_scale: NDArray[np.float64] | None  # [S] of a block's loss, 0 for what is in none; None without blocks
     truncated: NDArray[np.bool_]  # [B]
     cu_seqlens: NDArray[np.int64]  # [B+1]
     segments: NDArray[np.int64]  # [S+1] the same with every trajectory cut where another segment of it starts
     token_ids: NDArray[np.int32]  # [N]
-    trainable: NDArray[np.uint8]  # [N] 0 or 1
+    trainable: NDArray[np.uint8]  # [N] 1 where sampled, EXPERT where an exemplar's, else 0
     log_q: NDArray[np.float32]  # [N]
     versions: NDArray[np.int32]  # [N]
     members: list[Trajectory]  # [B]; alternatives and expert records stay in the frames that they arrived in
@@ -53,8 +60,17 @@ class Batch:
         return {name: float(np.mean(values)) for name, values in sorted(found.items())}
 
     def sampled_tokens(self) -> NDArray[np.int64]:
-        """Trainable tokens of each trajectory ``[B]``."""
-        return np.add.reduceat(self.trainable.astype(np.int64), self.cu_seqlens[:-1])
+        """Sampled tokens in the loss, of each trajectory ``[B]``."""
+        return np.add.reduceat((self.trainable == 1).astype(np.int64), self.cu_seqlens[:-1])
+
+    @property
+    def copies(self) -> NDArray[np.float64]:
+        """How often each trajectory counts ``[B]``: ``group_size / n`` where only ``n`` siblings are valid.
+
+        That is the weight that their advantages have (algorithms.md 3.3).
+        """
+        _, owner, sizes = np.unique(self.groups, return_inverse=True, return_counts=True)
+        return np.asarray((self.group_size / sizes)[owner], np.float64)
 
     @property
     def owner(self) -> NDArray[np.int64]:
@@ -91,37 +107,36 @@ class Batch:
         return np.zeros((int(np.diff(self.cu_seqlens)[members].sum()), routed), np.uint16)
 
 
-def collate(
-    step: int,
-    members: Sequence[Trajectory],
-    group_size: int,
-    kind: Kind,
-    epsilon: float,
-    mask_silent: bool = False,
-) -> Batch:
-    """Pack whole groups, their advantages computed before any rejection.
-
-    ``mask_silent`` takes the tokens of groups without signal out of the loss and its denominator,
-    unless no group has any.
-    """
+def collate(step: int, members: Sequence[Trajectory], config: RunConfig) -> Batch:
+    """Pack whole groups, their advantages computed before any rejection."""
     ordered = sorted(members, key=lambda t: (t.group, t.sibling))
+    section = config.advantage
     rewards = np.array([t.reward for t in ordered], np.float32)
     groups = np.array([t.group for t in ordered], np.int64)
     sizes = np.unique(groups, return_counts=True)[1]
-    trainable = np.concatenate([t.trainable for t in ordered])
-    if mask_silent and not (silent := without_signal(rewards, sizes)).all():
-        unwanted = np.repeat(np.repeat(silent, sizes), [len(t.token_ids) for t in ordered]) & (trainable == 1)
-        trainable = np.where(unwanted, np.uint8(0), trainable)
+    truncated = np.array([t.truncated for t in ordered], np.bool_)
+    shaped = rewards
+    if section.overlong_buffer:
+        lengths = np.array([t.sampled_tokens for t in ordered], np.int64)
+        shaped = rewards + overlong_penalty(lengths, config.rollout.max_sampled, section.overlong_buffer)
+    advantages = group_advantages(shaped, sizes, config.rollout.group_size, section)
+    trainable = _trainable(ordered, shaped, sizes, truncated, section)
     cu_seqlens = np.concatenate(([0], np.cumsum([len(t.token_ids) for t in ordered], dtype=np.int64)))
     starts = np.flatnonzero(trainable == STARTS)
+    spans, span_advantages, span_scale = cu_seqlens, advantages, None
+    if section.blocks != "off":
+        spans, span_advantages, span_scale = _block_spans(ordered, cu_seqlens, groups, config)
     return Batch(
         step=step,
-        group_size=group_size,
+        group_size=config.rollout.group_size,
         groups=groups,
         siblings=np.array([t.sibling for t in ordered], np.int32),
         rewards=rewards,
-        advantages=group_advantages(rewards, sizes, group_size, kind, epsilon),
-        truncated=np.array([t.truncated for t in ordered], np.bool_),
+        advantages=advantages,
+        spans=spans,
+        span_advantages=span_advantages,
+        span_scale=span_scale,
+        truncated=truncated,
         cu_seqlens=cu_seqlens,
         segments=np.union1d(cu_seqlens, starts) if len(starts) else cu_seqlens,
         token_ids=np.concatenate([t.token_ids for t in ordered]),
@@ -132,6 +147,54 @@ def collate(
         actors=[t.actor for t in ordered],
         sources=[t.source for t in ordered],
     )
+
+
+def _trainable(
+    ordered: Sequence[Trajectory],
+    rewards: NDArray[np.float32],
+    sizes: NDArray[np.int64],
+    truncated: NDArray[np.bool_],
+    section: AdvantageSection,
+) -> NDArray[np.uint8]:
+    """``[N]``: what is in the loss and its denominator.
+
+    ``advantage.zero_signal=mask`` takes groups without signal out of both, ``advantage.overlong_filter``
+    truncated trajectories; neither takes everything.
+    """
+    trainable = np.concatenate([t.trainable for t in ordered])
+    unwanted = np.zeros(len(ordered), np.bool_)
+    if section.zero_signal == "mask":
+        unwanted |= np.repeat(without_signal(rewards, sizes), sizes)
+    if section.overlong_filter:
+        unwanted |= truncated
+    if not unwanted.any() or unwanted.all():
+        return trainable
+    off = np.repeat(unwanted, [len(t.token_ids) for t in ordered]) & (trainable != STARTS)
+    return np.where(off, np.uint8(0), trainable)
+
+
+def _block_spans(
+    ordered: Sequence[Trajectory], cu_seqlens: NDArray[np.int64], groups: NDArray[np.int64], config: RunConfig
+) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float64]]:
+    """``(spans [S+1], advantages [S], scale [S])``: a span a block, and those between, which count 0."""
+    section = config.advantage
+    counts = np.array([len(t.blocks) for t in ordered])
+    owner = np.repeat(np.arange(len(ordered)), counts)
+    table = np.concatenate([t.blocks for t in ordered]).astype(np.int64)
+    rewards = np.concatenate([t.block_rewards for t in ordered]).astype(np.float64)
+    number, outcome, first, end = table.T
+    found = block_advantages(
+        rewards, groups[owner], number, outcome, section.blocks, section.leave_one_out, section.shrinkage
+    )
+    sizes = np.unique(groups, return_counts=True)[1]
+    copies = np.repeat(config.rollout.group_size / sizes, sizes)
+    named = np.array(section.block_weights + (1.0,) * (int(number.max(initial=0)) + 1), np.float64)
+    spans = np.union1d(cu_seqlens, np.concatenate((cu_seqlens[owner] + first, cu_seqlens[owner] + end)))
+    at = np.searchsorted(spans, cu_seqlens[owner] + first)
+    advantages, scale = np.zeros(len(spans) - 1, np.float32), np.zeros(len(spans) - 1)
+    advantages[at] = found * copies[owner]
+    scale[at] = named[number]
+    return spans, advantages, scale
 
 
 @dataclass
@@ -146,18 +209,15 @@ class Decision:
     accepted: int
     unscorable: int  # NaN scores of the replica, treated as rejected
     divergence: Divergence | None  # None with rejection off
-    denominator: int  # what the loss is divided by
+    denominator: int  # tokens that the loss of loss.aggregate=token_mean is divided by
+    accepted_only: bool = False  # whether the loss counts accepted tokens alone (obrs.z_weight=batch)
     z: dict[str, float] = field(default_factory=dict)  # means of the acceptance bounds, where alternatives are known
 
 
 def loss_denominator(batch: Batch, counted: NDArray[np.bool_]) -> int:
-    """``counted[N]`` tokens; those of a group that misses siblings count as often as if copies made up for them.
-
-    That is ``group_size / n`` times, the weight that their advantages have (algorithms.md 3.3).
-    """
+    """``counted[N]`` tokens; those of a group that misses siblings count as often as if copies made up for them."""
     tokens = np.add.reduceat(counted.astype(np.int64), batch.cu_seqlens[:-1])
-    _, owner, sizes = np.unique(batch.groups, return_inverse=True, return_counts=True)
-    return round(float((tokens * (batch.group_size / sizes[owner])).sum()))
+    return max(1, round(float((tokens * batch.copies).sum())))
 
 
 def accept_all(batch: Batch) -> Decision:
@@ -165,7 +225,8 @@ def accept_all(batch: Batch) -> Decision:
     on = batch.trainable == 1
     count = int(on.sum())
     log_q = np.where(on, batch.log_q, np.float32(0))
-    return Decision(-1, on.astype(np.uint8), log_q, log_q, count, count, 0, None, loss_denominator(batch, on))
+    denominator = loss_denominator(batch, batch.trainable > 0)
+    return Decision(-1, on.astype(np.uint8), log_q, log_q, count, count, 0, None, denominator)
 
 
 @dataclass(frozen=True)
@@ -195,7 +256,7 @@ class Rule:
 
 def trainable_scores(batch: Batch, scores: Scores) -> tuple[NDArray[np.float32], NDArray[np.float32], int]:
     """``(log p, log q)`` of the trainable tokens and how many scores were NaN (made -inf: rejected)."""
-    on = np.flatnonzero(batch.trainable)
+    on = np.flatnonzero(batch.trainable == 1)
     log_p, unscorable = scores.at(on)
     return log_p, batch.log_q[on], unscorable
 
@@ -207,7 +268,7 @@ def reject(batch: Batch, scored: Scores, rule: Rule) -> Decision:
     ``pi / m`` weighs by ``Z pi / m`` without knowing of it; ``batch`` divides by the accepted
     tokens instead of all (algorithms.md 1.4, 1.6).
     """
-    on = np.flatnonzero(batch.trainable)
+    on = np.flatnonzero(batch.trainable == 1)
     version, seed, log_threshold = scored.version, rule.seed, rule.log_threshold
     scores, log_q, unscorable = trainable_scores(batch, scored)
     uniforms = coins(seed, batch.groups, batch.siblings, np.diff(batch.cu_seqlens), version)[on]
@@ -219,7 +280,8 @@ def reject(batch: Batch, scored: Scores, rule: Rule) -> Decision:
         _divide(decision, on, z)
     elif rule.z_weight == "batch" and decision.accepted:
         _divide(decision, on, np.full(len(on), decision.divergence.expected_acceptance, np.float32))
-        decision.denominator = max(1, loss_denominator(batch, decision.accept == 1))
+        decision.denominator = loss_denominator(batch, decision.accept == 1)
+        decision.accepted_only = True
     return decision
 
 
@@ -296,18 +358,29 @@ def _spread(
     accept[on] = thinning.accept
     log_m[on] = np.where(thinning.accept, thinning.log_m, np.float32(0))
     log_p[on] = np.where(thinning.accept, scores, np.float32(0))
-    denominator = loss_denominator(batch, batch.trainable == 1)
+    denominator = loss_denominator(batch, batch.trainable > 0)
     return Decision(version, accept, log_m, log_p, len(on), int(thinning.accept.sum()), unscorable, None, denominator)
 
 
-def make_shards(batch: Batch, decision: Decision, world: int, temperature: float) -> list[Shard]:
-    """One shard a rank, balanced by tokens. The denominator counts every trainable token (algorithms.md 1.8).
+def weights_of(batch: Batch, decision: Decision, aggregate: Aggregate, longest: int) -> NDArray[np.float32]:
+    """The weight of a token of each span ``[S]`` (:func:`broker.aggregation.span_weights`)."""
+    counted = decision.accept == 1 if decision.accepted_only else batch.trainable > 0
+    running = np.concatenate(([0], np.cumsum(counted)))
+    tokens = running[batch.spans[1:]] - running[batch.spans[:-1]]
+    owner = np.searchsorted(batch.cu_seqlens, batch.spans[:-1], side="right") - 1
+    if batch.span_scale is not None:
+        return block_weights(tokens, owner, batch.copies, batch.span_scale)
+    return span_weights(aggregate, tokens, owner, batch.groups, batch.copies, longest)
 
-    A shard's rows are segments; those of one trajectory share its advantage and its rank.
+
+def make_shards(batch: Batch, decision: Decision, world: int, config: RunConfig) -> list[Shard]:
+    """One shard a rank, balanced by tokens. What the loss is divided by counts the whole batch (algorithms.md 1.8).
+
+    A shard's rows are segments; those of one trajectory share its rank.
     """
     log_q = np.where(batch.trainable == 1, batch.log_q, np.float32(0))
-    segment_lengths = np.diff(batch.segments)
-    owner = np.searchsorted(batch.cu_seqlens, batch.segments[:-1], side="right") - 1  # each segment's trajectory
+    accept = np.where(batch.trainable == EXPERT, np.uint8(EXPERT), decision.accept)
+    weights = weights_of(batch, decision, config.loss.aggregate, config.rollout.max_sampled)
     lengths = np.diff(batch.cu_seqlens)
     shards = []
     for rank, members in enumerate(balance(lengths, world)):
@@ -318,23 +391,24 @@ def make_shards(batch: Batch, decision: Decision, world: int, temperature: float
                 return array[ranges[0][0] : ranges[0][1]]
             return np.concatenate([array[a:b] for a, b in ranges]) if ranges else array[:0]
 
-        inner = members if len(owner) == len(lengths) else np.flatnonzero(np.isin(owner, members))
-        rows = owner[inner]
+        segments, rows = _cut(batch.segments, batch.cu_seqlens, members)
+        spans, inside = _cut(batch.spans, batch.cu_seqlens, members, which=True)
         shards.append(
             Shard(
                 step=batch.step,
                 rank=rank,
                 world=world,
-                denominator=decision.denominator,
                 tokens_global=len(batch.token_ids),
-                temperature=temperature,
+                temperature=config.rollout.temperature,
                 groups=batch.groups[rows],
                 siblings=batch.siblings[rows],
-                advantages=batch.advantages[rows],
-                cu_seqlens=np.concatenate(([0], np.cumsum(segment_lengths[inner]))).astype(np.int32),
+                cu_seqlens=segments,
+                spans=spans,
+                advantages=batch.span_advantages[inside],
+                weights=weights[inside],
                 token_ids=part(batch.token_ids),
                 trainable=part(batch.trainable),
-                accept=part(decision.accept),
+                accept=part(accept),
                 log_q=part(log_q),
                 log_m=part(decision.log_m),
                 log_p=part(decision.log_p),
@@ -342,3 +416,16 @@ def make_shards(batch: Batch, decision: Decision, world: int, temperature: float
             )
         )
     return shards
+
+
+def _cut(
+    cuts: NDArray[np.int64], cu_seqlens: NDArray[np.int64], members: NDArray[np.int64], which: bool = False
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Pieces ``cuts`` (as fine as ``cu_seqlens`` or finer) of trajectories ``members``, end to end.
+
+    Returns their offsets and the trajectory of each, or with ``which`` its own number.
+    """
+    owner = np.searchsorted(cu_seqlens, cuts[:-1], side="right") - 1
+    inner = members if len(owner) == len(cu_seqlens) - 1 else np.flatnonzero(np.isin(owner, members))
+    offsets = np.concatenate(([0], np.cumsum(np.diff(cuts)[inner]))).astype(np.int32)
+    return offsets, inner if which else owner[inner]

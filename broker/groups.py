@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from common.wire import Trajectories
 
+NO_BLOCKS, NO_REWARDS = np.zeros((0, 4), np.int32), np.zeros(0, np.float32)
 TOMBSTONES_KEPT = 20_000  # late messages of older groups are refused as unknown, with the same effect
 
 
@@ -33,6 +34,8 @@ class Trajectory:
     actor: str = ""
     source: tuple[int, int] = (-1, 0)  # the journal's event that brought it, and its place in that message
     channels: dict[str, float] = field(default_factory=dict)  # the reward's parts by name
+    blocks: NDArray[np.int32] = field(default_factory=lambda: NO_BLOCKS)  # [k, 4] which, outcome before, first, end
+    block_rewards: NDArray[np.float32] = field(default_factory=lambda: NO_REWARDS)  # [k]
 
     @property
     def nbytes(self) -> int:
@@ -52,6 +55,10 @@ def unpack(
 ) -> Trajectory:
     """Trajectory ``index`` of a message, without a copy."""
     a, b = int(message.cu_seqlens[index]), int(message.cu_seqlens[index + 1])
+    blocks, block_rewards = NO_BLOCKS, NO_REWARDS
+    if len(message.blocks):
+        first, end = np.searchsorted(message.blocks[:, 0], (index, index + 1)).tolist()
+        blocks, block_rewards = message.blocks[first:end, 1:], message.block_rewards[first:end]
     return Trajectory(
         group=int(message.groups[index]),
         sibling=int(message.siblings[index]),
@@ -69,6 +76,8 @@ def unpack(
         actor=actor,
         channels=dict(zip(message.channel_names, message.channels[index].tolist(), strict=True)),
         source=(seq, index),
+        blocks=blocks,
+        block_rewards=block_rewards,
     )
 
 

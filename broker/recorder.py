@@ -50,7 +50,7 @@ def decision_digests(pipeline: Pipeline, step: int) -> dict[str, Any]:
     return {
         "step": step,
         "grouping": digest(batch.groups, batch.siblings, batch.cu_seqlens, batch.token_ids, batch.trainable),
-        "advantages": digest(batch.rewards, batch.advantages),
+        "advantages": digest(batch.rewards, batch.advantages, batch.spans, batch.span_advantages),
         "threshold": float(entry.log_threshold).hex(),
         "coins": digest(decision.accept),
         "log_m": digest(decision.log_m, decision.log_p),

@@ -76,7 +76,7 @@ class Steps:
 
     def assemble(self, step: int, members: Sequence[Trajectory], min_version: int) -> ScoreRequest | None:
         """Collate whole groups; returns what must be scored, None with rejection off, when the step is decided."""
-        batch = self._collate(step, members)
+        batch = collate(step, members, self.config)
         if self.config.obrs.mode == "off":
             self._finish(batch, accept_all(batch), -1, 0.0)
             return None
@@ -87,11 +87,6 @@ class Steps:
         self._next_request += 1
         return self._scoring[1]
 
-    def _collate(self, step: int, members: Sequence[Trajectory]) -> Batch:
-        advantage = self.config.advantage
-        mask = advantage.zero_signal == "mask"
-        return collate(step, members, self.config.rollout.group_size, advantage.kind, advantage.epsilon, mask)
-
     def _score_request(self, batch: Batch, number: int, min_version: int) -> ScoreRequest:
         return ScoreRequest(
             request=number,
@@ -99,7 +94,7 @@ class Steps:
             temperature=self.config.rollout.temperature,
             cu_seqlens=batch.segments.astype(np.int32),
             token_ids=batch.token_ids,
-            wanted=batch.trainable,
+            wanted=(batch.trainable == 1).astype(np.uint8),
             topk_ids=batch.topk_ids,
             experts=batch.experts(np.arange(len(batch.members))),
         )
@@ -192,7 +187,7 @@ class Steps:
         if entry is None or self.being_scored(step):
             return None
         if entry.shards is None or len(entry.shards) != world:
-            entry.shards = make_shards(entry.batch, entry.decision, world, self.config.rollout.temperature)
+            entry.shards = make_shards(entry.batch, entry.decision, world, self.config)
         return entry.shards[rank]
 
     def has_shards(self, step: int, world: int) -> bool:
@@ -294,7 +289,7 @@ class Steps:
             self._controller.restore({"log_threshold": log_threshold, "log_ratios": arrays})
         counts = Counter(self.counts)
         for step, sources, seq, log_threshold, committed, following, again_seq, world in state["steps"]:
-            batch = self._collate(step, [load(*s) for s in sources])
+            batch = collate(step, [load(*s) for s in sources], self.config)
             if seq < 0:
                 self._finish(batch, accept_all(batch), -1, 0.0)
             else:
@@ -305,10 +300,10 @@ class Steps:
             if again_seq is not None:
                 self._thin_again(entry, scores_of(scores(again_seq)), again_seq)
             if world:
-                entry.shards = make_shards(batch, entry.decision, world, self.config.rollout.temperature)
+                entry.shards = make_shards(batch, entry.decision, world, self.config)
         self.counts.clear()
         self.counts.update(counts)
         if state["scoring"] is not None:
             step, sources, number, min_version = state["scoring"]
-            batch = self._collate(step, [load(*s) for s in sources])
+            batch = collate(step, [load(*s) for s in sources], self.config)
             self._scoring = (batch, self._score_request(batch, number, min_version))

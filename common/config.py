@@ -21,11 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from common.errors import ConfigError
-
-
-def _require(condition: bool, key: str, value: object, rule: str) -> None:
-    if not condition:
-        raise ConfigError(f"{key}={value!r}: {rule}")
+from common.objective import ALGORITHMS, AdvantageSection, LossSection, require
 
 
 def _is_loopback(url: str) -> bool:
@@ -77,9 +73,9 @@ class RunSection:
     def __post_init__(self) -> None:
         """Validate."""
         plain = self.name not in ("", ".", "..") and "/" not in self.name
-        _require(plain, "run.name", self.name, "needs a plain name")
-        _require(0 <= self.seed < 2**31, "run.seed", self.seed, "must lie in [0, 2**31)")
-        _require(self.steps >= 1, "run.steps", self.steps, "must be at least 1")
+        require(plain, "run.name", self.name, "needs a plain name")
+        require(0 <= self.seed < 2**31, "run.seed", self.seed, "must lie in [0, 2**31)")
+        require(self.steps >= 1, "run.steps", self.steps, "must be at least 1")
 
     @property
     def path(self) -> Path:
@@ -122,23 +118,28 @@ class RolloutSection:
 
     def __post_init__(self) -> None:
         """Validate."""
-        _require(self.groups_per_step >= 1, "rollout.groups_per_step", self.groups_per_step, "must be at least 1")
-        _require(self.group_size >= 1, "rollout.group_size", self.group_size, "must be at least 1")
-        _require(self.max_tokens >= 1, "rollout.max_tokens", self.max_tokens, "must be at least 1")
-        _require(self.max_prompt_tokens >= 1, "rollout.max_prompt_tokens", self.max_prompt_tokens, "must be at least 1")
-        _require(
+        require(self.groups_per_step >= 1, "rollout.groups_per_step", self.groups_per_step, "must be at least 1")
+        require(self.group_size >= 1, "rollout.group_size", self.group_size, "must be at least 1")
+        require(self.max_tokens >= 1, "rollout.max_tokens", self.max_tokens, "must be at least 1")
+        require(self.max_prompt_tokens >= 1, "rollout.max_prompt_tokens", self.max_prompt_tokens, "must be at least 1")
+        require(
             0 < self.temperature < math.inf,
             "rollout.temperature",
             self.temperature,
             "must be positive: a greedy rollout has no density to correct (algorithms.md 1.10)",
         )
-        _require(0 <= self.top_logprobs <= 128, "rollout.top_logprobs", self.top_logprobs, "must lie in [0, 128]")
+        require(0 <= self.top_logprobs <= 128, "rollout.top_logprobs", self.top_logprobs, "must lie in [0, 128]")
 
     @property
     def max_length(self) -> int:
         """Tokens of the longest possible trajectory, prompt included."""
         turns = self.max_turns * self.max_tokens + (self.max_turns - 1) * self.max_reply_tokens
         return self.max_prompt_tokens + turns
+
+    @property
+    def max_sampled(self) -> int:
+        """Tokens that the policy may sample in one trajectory."""
+        return self.max_turns * self.max_tokens
 
     @property
     def started(self) -> int:
@@ -159,7 +160,7 @@ class StalenessSection:
 
     def __post_init__(self) -> None:
         """Validate."""
-        _require(self.budget >= 0, "staleness.budget", self.budget, "must be 0 (synchronous) or more")
+        require(self.budget >= 0, "staleness.budget", self.budget, "must be 0 (synchronous) or more")
 
 
 @dataclass(frozen=True)
@@ -176,51 +177,17 @@ class ObrsSection:
 
     def __post_init__(self) -> None:
         """Validate."""
-        _require(
+        require(
             0.01 <= self.threshold <= 100, "obrs.threshold", self.threshold, "must lie in [0.01, 100]; 1 is the default"
         )
-        _require(0 < self.budget <= 1, "obrs.budget", self.budget, "is a share of the tokens: above 0, at most 1")
-        _require(
+        require(0 < self.budget <= 1, "obrs.budget", self.budget, "is a share of the tokens: above 0, at most 1")
+        require(
             self.rethin_below == 0 or (self.z_weight == "none" and self.mode != "off"),
             "obrs.rethin_below",
             self.rethin_below,
             "needs rejection (obrs.mode) and its exact form (obrs.z_weight=none); set it to 0",
         )
-        _require(1 <= self.window <= 64, "obrs.window", self.window, "must lie in [1, 64] steps")
-
-
-@dataclass(frozen=True)
-class AdvantageSection:
-    """Advantages from whole groups, before any rejection (algorithms.md 4)."""
-
-    kind: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
-    epsilon: float = 1e-6  # added to the group's standard deviation
-    zero_signal: Literal["keep", "mask", "resample"] = "keep"  # groups of equal rewards; resample: DAPO's
-
-
-@dataclass(frozen=True)
-class LossSection:
-    """The loss of algorithms.md 1.4."""
-
-    anchor: Literal["behaviour", "broker", "proximal"] = "behaviour"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    weight_cap: float | None = None  # C; none is exact
-    balance: float = 0.01  # coefficient of the load-balancing loss
-    router_z: float = 0.0  # coefficient of the router's z-loss
-    expert_bias_rate: float = 0.0  # balances experts without a loss: their bias moves so much a step; 0: no bias
-
-    def __post_init__(self) -> None:
-        """Validate."""
-        _require(0 <= self.clip_low < 1, "loss.clip_low", self.clip_low, "must lie in [0, 1)")
-        _require(self.clip_high >= 0, "loss.clip_high", self.clip_high, "must not be negative")
-        _require(
-            self.weight_cap is None or self.weight_cap > 0,
-            "loss.weight_cap",
-            self.weight_cap,
-            "must be positive or null",
-        )
-        _require(self.balance >= 0, "loss.balance", self.balance, "must not be negative")
+        require(1 <= self.window <= 64, "obrs.window", self.window, "must lie in [1, 64] steps")
 
 
 @dataclass(frozen=True)
@@ -240,10 +207,10 @@ class OptimSection:
 
     def __post_init__(self) -> None:
         """Validate."""
-        _require(0 < self.lr < math.inf, "optim.lr", self.lr, "must be positive")
-        _require(0 <= self.min_lr_ratio <= 1, "optim.min_lr_ratio", self.min_lr_ratio, "must lie in [0, 1]")
-        _require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "must not be negative")
-        _require(self.max_grad_norm > 0, "optim.max_grad_norm", self.max_grad_norm, "must be positive")
+        require(0 < self.lr < math.inf, "optim.lr", self.lr, "must be positive")
+        require(0 <= self.min_lr_ratio <= 1, "optim.min_lr_ratio", self.min_lr_ratio, "must lie in [0, 1]")
+        require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "must not be negative")
+        require(self.max_grad_norm > 0, "optim.max_grad_norm", self.max_grad_norm, "must be positive")
 
 
 @dataclass(frozen=True)
@@ -266,23 +233,23 @@ class BrokerSection:
 
     def __post_init__(self) -> None:
         """Validate."""
-        _require(
+        require(
             self.address.startswith(("tcp://", "ipc://")),
             "broker.address",
             self.address,
             "must start with tcp:// or ipc://",
         )
-        _require(self.queue_mb > 0, "broker.queue_mb", self.queue_mb, "must be positive")
-        _require(
+        require(self.queue_mb > 0, "broker.queue_mb", self.queue_mb, "must be positive")
+        require(
             self.peer_timeout_s > 2 * self.heartbeat_s > 0,
             "broker.peer_timeout_s",
             self.peer_timeout_s,
             f"must exceed two heartbeats (broker.heartbeat_s={self.heartbeat_s})",
         )
-        _require(0 <= self.assemble_ahead <= 8, "broker.assemble_ahead", self.assemble_ahead, "must lie in [0, 8]")
-        _require(self.quarantine_after >= 1, "broker.quarantine_after", self.quarantine_after, "must be at least 1")
-        _require(self.quarantine_s >= 0, "broker.quarantine_s", self.quarantine_s, "must not be negative")
-        _require(
+        require(0 <= self.assemble_ahead <= 8, "broker.assemble_ahead", self.assemble_ahead, "must lie in [0, 8]")
+        require(self.quarantine_after >= 1, "broker.quarantine_after", self.quarantine_after, "must be at least 1")
+        require(self.quarantine_s >= 0, "broker.quarantine_s", self.quarantine_s, "must not be negative")
+        require(
             1 <= self.max_message_mb <= 65536,
             "broker.max_message_mb",
             self.max_message_mb,
@@ -308,8 +275,8 @@ class ActorSection:
 
     def __post_init__(self) -> None:
         """Validate."""
-        _require(self.count >= 1, "actor.count", self.count, "must be at least 1")
-        _require(self.max_sequences >= 1, "actor.max_sequences", self.max_sequences, "must be at least 1")
+        require(self.count >= 1, "actor.count", self.count, "must be at least 1")
+        require(self.max_sequences >= 1, "actor.max_sequences", self.max_sequences, "must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -335,24 +302,24 @@ class EngineSection:
 
     def __post_init__(self) -> None:
         """Validate."""
-        _require(self.launch >= 0, "engine.launch", self.launch, "must not be negative")
-        _require(
+        require(self.launch >= 0, "engine.launch", self.launch, "must not be negative")
+        require(
             (self.launch > 0) != bool(self.addresses),
             "engine.launch",
             self.launch,
             "either the actor starts servers, or engine.addresses names them (launch=0 then)",
         )
         for address in self.addresses:
-            _require(
+            require(
                 address.startswith(("http://", "https://")), "engine.addresses", address, "must read http://HOST:PORT"
             )
-        _require(
+        require(
             1 <= self.least_servers <= max(self.launch, len(self.addresses)),
             "engine.least_servers",
             self.least_servers,
             "must lie between 1 and the number of servers",
         )
-        _require(
+        require(
             self.server_timeout_s > 2 * self.heartbeat_s > 0,
             "engine.server_timeout_s",
             self.server_timeout_s,
@@ -398,10 +365,8 @@ class LearnerSection:
 
     def __post_init__(self) -> None:
         """Validate."""
-        _require(
-            self.micro_batch_tokens >= 1, "learner.micro_batch_tokens", self.micro_batch_tokens, "must be positive"
-        )
-        _require(self.checkpoint_keep >= 1, "learner.checkpoint_keep", self.checkpoint_keep, "must be at least 1")
+        require(self.micro_batch_tokens >= 1, "learner.micro_batch_tokens", self.micro_batch_tokens, "must be positive")
+        require(self.checkpoint_keep >= 1, "learner.checkpoint_keep", self.checkpoint_keep, "must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -429,8 +394,8 @@ class WeightsSection:
 
     def __post_init__(self) -> None:
         """Validate."""
-        _require(self.bucket_mb > 0, "weights.bucket_mb", self.bucket_mb, "must be positive")
-        _require(self.deadline_s > 0, "weights.deadline_s", self.deadline_s, "must be positive")
+        require(self.bucket_mb > 0, "weights.bucket_mb", self.bucket_mb, "must be positive")
+        require(self.deadline_s > 0, "weights.deadline_s", self.deadline_s, "must be positive")
 
 
 @dataclass(frozen=True)
@@ -443,9 +408,9 @@ class EvaluationSection:
 
     def __post_init__(self) -> None:
         """Validate."""
-        _require(self.prompts >= 0, "evaluation.prompts", self.prompts, "must not be negative")
-        _require(self.every >= 1, "evaluation.every", self.every, "must be at least 1")
-        _require(self.temperature >= 0, "evaluation.temperature", self.temperature, "must be 0 (greedy) or more")
+        require(self.prompts >= 0, "evaluation.prompts", self.prompts, "must not be negative")
+        require(self.every >= 1, "evaluation.every", self.every, "must be at least 1")
+        require(self.temperature >= 0, "evaluation.temperature", self.temperature, "must be 0 (greedy) or more")
 
 
 @dataclass(frozen=True)
@@ -469,6 +434,7 @@ class WarmstartSection:
 class RunConfig:
     """A whole run."""
 
+    algorithm: str = ""  # a recipe of common.objective.ALGORITHMS: values for keys that this file does not set
     run: RunSection = field(default_factory=RunSection)
     model: ModelSection = field(default_factory=ModelSection)
     task: TaskSection = field(default_factory=TaskSection)
@@ -492,58 +458,58 @@ class RunConfig:
         for key, (low, high) in RANGES.items():
             section, _, name = key.partition(".")
             value = getattr(getattr(self, section), name)
-            _require(low <= value <= high, key, value, f"must lie in [{low:g}, {high:g}]")
+            require(low <= value <= high, key, value, f"must lie in [{low:g}, {high:g}]")
         self.check_room()
-        _require(
+        require(
             self.replica.count >= 1 or self.obrs.mode == "off",
             "replica.count",
             self.replica.count,
             "rejection needs a policy replica; start one or set obrs.mode=off",
         )
-        _require(
+        require(
             self.obrs.z_weight != "context" or self.rollout.top_logprobs > 0,
             "obrs.z_weight",
             self.obrs.z_weight,
             "the acceptance of a context is bounded from its alternatives; set rollout.top_logprobs (20, say)",
         )
-        _require(
+        require(
             not (self.obrs.mode == "off" and self.loss.anchor == "broker"),
             "loss.anchor",
             self.loss.anchor,
             "the broker's version is scored only with rejection on; set obrs.mode=threshold or loss.anchor=behaviour",
         )
-        _require(
+        require(
             self.actor.max_sequences >= self.rollout.started,
             "actor.max_sequences",
             self.actor.max_sequences,
             f"must hold one whole group (rollout.group_size={self.rollout.group_size}, with rollout.oversample)",
         )
-        _require(
+        require(
             self.weights.route != "direct" or self.actor.engine == "sglang",
             "weights.route",
             self.weights.route,
             f"actor.engine={self.actor.engine} is itself what receives; set it to auto",
         )
-        _require(
+        require(
             self.weights.backend != "nccl" or self.actor.engine == "local" or self.route == "direct",
             "weights.backend",
             self.weights.backend,
             "an actor has no GPU of its own to pass weights on from; set weights.route=direct or weights.backend=gloo",
         )
-        _require(
+        require(
             self.actor.engine == "local" or not self.engine.addresses or self.actor.count == 1,
             "actor.count",
             self.actor.count,
             "two actors would give the same servers weights; with engine.addresses set it to 1, and start further "
             "actors with addresses of their own",
         )
-        _require(
+        require(
             self.actor.engine == "local" or self.route == "direct" or all(map(_is_loopback, self.engine.addresses)),
             "engine.addresses",
             self.engine.addresses,
             "an actor passes weights on over loopback alone; run it beside its servers, or set weights.route=direct",
         )
-        _require(
+        require(
             self.loss.expert_bias_rate == 0 or self.actor.engine == "local",
             "loss.expert_bias_rate",
             self.loss.expert_bias_rate,
@@ -566,14 +532,14 @@ class RunConfig:
         """
         step_mb = self.rollout.groups_per_step * self.rollout.largest_group(routed) / MEGABYTE
         beside = f" with the {routed} experts that rollout.routing_replay records of a token" if routed else ""
-        _require(
+        require(
             self.broker.queue_mb >= step_mb,
             "broker.queue_mb",
             self.broker.queue_mb,
             f"must hold the largest step that rollout allows, {step_mb:.3g} MB{beside}",
         )
         journal_mb = BYTES_JOURNALED * (self.staleness.budget + 2) * step_mb
-        _require(
+        require(
             self.broker.journal_mb == 0 or self.broker.journal_mb >= journal_mb,
             "broker.journal_mb",
             self.broker.journal_mb,
@@ -582,7 +548,7 @@ class RunConfig:
         )
         tokens = self.rollout.groups_per_step * self.rollout.group_size * self.rollout.max_length
         message_mb = tokens * (BYTES_SERVED + 4 * self.rollout.top_logprobs + BYTES_PER_EXPERT * routed) / MEGABYTE
-        _require(
+        require(
             not routed or self.broker.max_message_mb >= message_mb,
             "broker.max_message_mb",
             self.broker.max_message_mb,
@@ -629,6 +595,15 @@ def _read(path: Path) -> DictConfig:
     return loaded
 
 
+def _recipe(name: Any) -> dict[str, Any]:
+    """The values that ``algorithm`` stands for. Raises :class:`ConfigError` that suggests the near name."""
+    if not name:
+        return {}
+    if name not in ALGORITHMS:
+        raise ConfigError(f"algorithm={name!r}: no such recipe; {_suggest(str(name), list(ALGORITHMS))}")
+    return ALGORITHMS[name]
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read ``path``, apply ``section.key=value`` overrides and validate.
 
@@ -642,8 +617,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for part, source in ((file, str(path)), (dotlist, "override")):
         _check_keys(OmegaConf.to_container(part), RunConfig, "", source)  # type: ignore[arg-type]
         _spell_off(part, RunConfig)
+    recipe = _recipe(dotlist.get("algorithm", file.get("algorithm", "")))
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), file, dotlist)
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), recipe, file, dotlist)
         config = OmegaConf.to_object(merged)
     except ConfigError:
         raise

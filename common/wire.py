@@ -34,12 +34,14 @@ from common.errors import DataError
 FINISH_REASONS = ("stop", "length")
 LOG_Q_TOLERANCE = 1e-6
 NEVER = (1 << 31) - 1  # a version that no policy has
+EXPERT = 3  # in ``trainable``: a token that a human exemplar brought: trained, but nobody sampled it
 STARTS = 2  # in ``trainable``: a token before which a new segment begins, which what lies before is no context of
 UNROUTED = (1 << 16) - 1  # in the whole row of a token whose experts nobody recorded
 MAX_TEXT = 256  # characters of a peer's name, host and the like
 MAX_FACTS, MAX_FACT = 8, 512  # of a peer's model
 MAX_RANKS = 4096  # of one receiver
 MAX_COUNTERS = 256  # of a heartbeat
+MAX_BLOCKS = 256  # blocks of one trajectory
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -103,6 +105,8 @@ class Hello:
     host: str
     pid: int
     model: dict[str, str] = field(default_factory=dict)  # common.identity of its model directory
+    serves: str = ""  # replicas: the frozen model that it scores under, "" for the policy
+    questions: list[int] = field(default_factory=list)  # actors: training questions of each task, 0 for no end of them
 
     def check(self) -> None:
         """Texts end in log lines and status.json, so they are short and printable."""
@@ -195,6 +199,7 @@ class Grant:
     evaluation_prompts: int  # held-out prompts [0, n)
     groups: Int64 = array("i8", 1)  # [n] group ids
     prompts: Int64 = array("i8", 1)  # [n] index of each group's prompt in the task's training split
+    evaluation_samples: int = 1  # completions of each held-out prompt
 
     def check(self) -> None:
         """Validate."""
@@ -221,6 +226,14 @@ class Trajectories(_Routed):
     topk_ids: Int32 = array("i4", 2)  # [N, k]
     topk_log_q: Float32 = array("f4", 2)  # [N, k]
     experts: UInt16 = array("u2", 2, None)  # [N, R]
+    blocks: Any = array("i4", 2, None)  # [K, 5] trajectory, which block, outcome before it, first token, end
+    block_rewards: Any = array("f4", 1, None)  # [K]
+
+    def __post_init__(self) -> None:
+        """Fill in the records that were not given: they are empty."""
+        super().__post_init__()
+        if self.blocks is None:
+            self.blocks, self.block_rewards = np.zeros((0, 5), np.int32), np.zeros(0, np.float32)
 
     def check(self) -> None:
         """Structure only; :meth:`faults` looks at the contents of each trajectory."""
@@ -242,6 +255,23 @@ class Trajectories(_Routed):
             raise DataError(
                 f"trajectories: topk_ids {self.topk_ids.shape} and topk_log_q {self.topk_log_q.shape} differ"
             )
+        self._check_blocks()
+
+    def _check_blocks(self) -> None:
+        """Blocks belong to a trajectory, in its order, and lie within it without overlap."""
+        check_lengths("trajectories per block", blocks=len(self.blocks), block_rewards=len(self.block_rewards))
+        if not self.blocks.size:
+            return
+        if self.blocks.shape[1] != 5:
+            raise DataError(f"trajectories: blocks {self.blocks.shape} must have five columns")
+        owner, number, _, first, end = self.blocks.T
+        if owner.min() < 0 or owner.max() >= len(self.groups) or number.min() < 0 or number.max() >= MAX_BLOCKS:
+            raise DataError("trajectories: a block of no trajectory, or with an impossible number")
+        lengths = np.diff(self.cu_seqlens)[owner]
+        together = owner[1:] == owner[:-1]
+        ordered = (owner[1:] > owner[:-1]) | (together & (first[1:] >= end[:-1]) & (number[1:] > number[:-1]))
+        if (first < 0).any() or (end <= first).any() or (end > lengths).any() or not ordered.all():
+            raise DataError("trajectories: blocks must lie within their trajectory, in order and apart")
 
     @cached_property
     def summary(self) -> tuple[Int32, Int32]:
@@ -365,20 +395,40 @@ class GroupFailed(_Unchecked):
 
 @dataclass
 class EvaluationResult:
-    """Rewards on the held-out prompts."""
+    """What held-out prompts were worth: ``n`` = prompts x samples completions, a prompt's samples side by side."""
 
     TAG: ClassVar[str] = "evaluation_result"
     evaluation: int
     version_min: int  # of the sampled tokens
     version_max: int
-    rewards: Float32 = array("f4", 1)  # [prompts]
-    lengths: Int32 = array("i4", 1)  # [prompts] completion tokens
+    rewards: Float32 = array("f4", 1)  # [n] combined
+    lengths: Int32 = array("i4", 1)  # [n] completion tokens
+    samples: int = 1  # completions of each prompt
+    channel_names: list[str] = field(default_factory=list)  # C names; of mixed tasks all that any of them has
+    channels: Any = array("f4", 2, None)  # [n, C] NaN where the prompt's task has no such channel
+    answers: Any = array("i8", 1, None)  # [n] equal for equal answers to one prompt, 0 where none could be read
+
+    def __post_init__(self) -> None:
+        """Fill in the records that were not given: they are empty."""
+        if self.channels is None:
+            self.channels = np.zeros((len(self.rewards), len(self.channel_names)), np.float32)
+        if self.answers is None:
+            self.answers = np.zeros(len(self.rewards), np.int64)
 
     def check(self) -> None:
         """Validate."""
-        check_lengths("evaluation_result", rewards=len(self.rewards), lengths=len(self.lengths))
-        if not np.isfinite(self.rewards).all():
+        n = len(self.rewards)
+        check_lengths(
+            "evaluation_result",
+            rewards=n, lengths=len(self.lengths), channels=len(self.channels), answers=len(self.answers),
+        )  # fmt: skip
+        if not np.isfinite(self.rewards).all() or np.isinf(self.channels).any():
             raise DataError("evaluation_result: rewards must be finite")
+        if self.samples < 1 or n % self.samples or self.channels.shape[1] != len(self.channel_names):
+            raise DataError(
+                f"evaluation_result: {n} completions in channels {self.channels.shape} named {self.channel_names}, "
+                f"{self.samples} a prompt"
+            )
 
 
 # ---- replica ------------------------------------------------------------------------------------
@@ -448,40 +498,58 @@ class Waiting(_Unchecked):
 
 @dataclass
 class Shard(_Routed):
-    """One rank's share of one training step, packed. Rejected tokens travel too: they are context."""
+    """One rank's share of one training step, packed. Rejected tokens travel too: they are context.
+
+    A *span* is a stretch of tokens with one advantage and one weight: a whole trajectory, or a block
+    of one. ``weights`` are what a token's loss is multiplied by before all are added up, over all
+    ranks; they hold the loss's denominator, counted before any rejection (algorithms.md 0.3).
+    """
 
     TAG: ClassVar[str] = "shard"
     step: int
     rank: int
     world: int
-    denominator: int  # trainable tokens of the whole batch before rejection, over all ranks
     tokens_global: int  # tokens of the whole batch, over all ranks
     temperature: float
     groups: Int64 = array("i8", 1)  # [B]
     siblings: Int32 = array("i4", 1)  # [B]
-    advantages: Float32 = array("f4", 1)  # [B]
     cu_seqlens: Int32 = array("i4", 1)  # [B+1]
+    spans: Int32 = array("i4", 1)  # [S+1] cuts the tokens as cu_seqlens does, or finer
+    advantages: Float32 = array("f4", 1)  # [S]
+    weights: Float32 = array("f4", 1)  # [S]
     token_ids: Int32 = array("i4", 1)  # [N]
-    trainable: Bytes = array("u1", 1)  # [N]
-    accept: Bytes = array("u1", 1)  # [N] 1 where trainable and accepted
-    log_q: Float32 = array("f4", 1)  # [N] behaviour, 0 where not trainable
+    trainable: Bytes = array("u1", 1)  # [N] 1 where sampled, EXPERT where an exemplar's
+    accept: Bytes = array("u1", 1)  # [N] 1 where sampled and accepted, EXPERT where an exemplar's
+    log_q: Float32 = array("f4", 1)  # [N] behaviour, 0 where not sampled
     log_m: Float32 = array("f4", 1)  # [N] inclusion density, 0 where not accepted
     log_p: Float32 = array("f4", 1)  # [N] under the broker's version, 0 where not accepted
     experts: UInt16 = array("u2", 2, None)  # [N, R]
+    log_reference: Any = array("f4", 1, None)  # [N] under the reference model; empty without one
+    log_teacher: Any = array("f4", 1, None)  # [N] under the teacher, NaN where it has none; empty without any
+
+    def __post_init__(self) -> None:
+        """Fill in the records that were not given: they are empty."""
+        super().__post_init__()
+        for name in ("log_reference", "log_teacher"):
+            if getattr(self, name) is None:
+                setattr(self, name, np.zeros(0, np.float32))
 
     def check(self) -> None:
         """Validate."""
         b, n = len(self.groups), len(self.token_ids)
+        check_lengths("shard per trajectory", groups=b, siblings=len(self.siblings), offsets=len(self.cu_seqlens) - 1)
         check_lengths(
-            "shard per trajectory",
-            groups=b, siblings=len(self.siblings), advantages=len(self.advantages), offsets=len(self.cu_seqlens) - 1,
+            "shard per span",
+            advantages=len(self.advantages), weights=len(self.weights), spans=len(self.spans) - 1,
         )  # fmt: skip
         check_lengths(
             "shard per token",
             token_ids=n, trainable=len(self.trainable), accept=len(self.accept), log_q=len(self.log_q),
             log_m=len(self.log_m), log_p=len(self.log_p), experts=len(self.experts),
+            log_reference=len(self.log_reference) or n, log_teacher=len(self.log_teacher) or n,
         )  # fmt: skip
         check_offsets("shard", self.cu_seqlens, n)
+        check_offsets("shard spans", self.spans, n)
 
 
 @dataclass

@@ -1,12 +1,12 @@
 """Losses, pure. They know nothing of rejection beyond a mask and a density (algorithms.md 1.4)."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Anchor = Literal["behaviour", "broker", "proximal"]
+from common.objective import Anchor
+
 MAX_LOG_RATIO = 20.0  # clamp before exp (algorithms.md 0.4)
 
 
@@ -31,7 +31,7 @@ def policy_loss(
     log_prox: Tensor | None,
     advantages: Tensor,
     accept: Tensor,
-    denominator: int,
+    weights: Tensor,
     *,
     anchor: Anchor,
     clip_low: float,
@@ -40,11 +40,11 @@ def policy_loss(
 ) -> tuple[Tensor, LossStats]:
     """Clipped policy gradient on accepted tokens, all arguments ``[N]``.
 
-    ``-(1/D) sum_t M sg[min(pi_anchor/m, C)] min(rho A, clip(rho, 1-low, 1+high) A)`` with
+    ``-sum_t W M sg[min(pi_anchor/m, C)] min(rho A, clip(rho, 1-low, 1+high) A)`` with
     ``rho = pi_theta / pi_anchor``. The anchor is the behaviour policy (``log_q``), the broker's
     scoring version (``log_p_v``) or the policy before this update (``log_prox``; None means the
-    present one, detached). ``denominator`` is the whole batch's count of trainable tokens before
-    rejection, over all ranks. Values of rejected tokens are never looked at; an accepted token whose
+    present one, detached). ``weights`` W hold the denominator, which the broker counts over the whole
+    batch before rejection. Values of rejected tokens are never looked at; an accepted token whose
     densities are not finite is a fault of the data: it is left out and counted (algorithms.md 0.4).
     """
     accepted = accept > 0
@@ -61,7 +61,7 @@ def policy_loss(
     gain = ratio * advantages
     clipped_gain = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages
     per_token = torch.where(on, -weight * torch.minimum(gain, clipped_gain), zero)
-    loss = per_token.sum() / denominator
+    loss = (per_token * weights).sum()
     with torch.no_grad():
         mask = on.float()
         full = weight * ratio * mask

@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from common.objective import Anchor
 from learner.logprobs import Head, loss_through_head, target_positions
-from learner.losses import Anchor, LossStats, balance_loss, policy_loss, router_z_loss
+from learner.losses import LossStats, balance_loss, policy_loss, router_z_loss
 from learner.mesh import Mesh
 from learner.model.decoder import Decoder
 from learner.model.packing import Pack
@@ -32,10 +33,10 @@ class StepBatch:
     trainable: Tensor  # u8
     accept: Tensor  # u8
     advantages: Tensor  # f32
+    weights: Tensor  # f32, what a token's loss is multiplied by; holds the denominator
     log_q: Tensor  # f32
     log_m: Tensor  # f32
     log_p_v: Tensor  # f32
-    denominator: int  # trainable tokens of the whole batch before rejection, over all ranks
     tokens_global: int  # tokens of the whole batch, over all ranks
     experts: Tensor | None = None  # i64 [N, L, k] of the rollout, -1 where not recorded
 
@@ -144,16 +145,16 @@ class _Work:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         batch, model, settings = self.batch, self.model, self.settings
         at = torch.from_numpy(target_positions(offsets, batch.trainable[tokens].cpu().numpy())).to(model.device)
-        log_q, log_m, log_p_v, advantages, accept = (
+        log_q, log_m, log_p_v, advantages, accept, weights = (
             per_token[tokens][at]
-            for per_token in (batch.log_q, batch.log_m, batch.log_p_v, batch.advantages, batch.accept)
+            for per_token in (batch.log_q, batch.log_m, batch.log_p_v, batch.advantages, batch.accept, batch.weights)
         )
         found: list[LossStats] = []
 
         def per_token(logp: Tensor, part: slice) -> Tensor:
             loss, stats = policy_loss(
                 logp, log_q[part], log_m[part], log_p_v[part], None, advantages[part], accept[part],
-                batch.denominator, anchor=settings.anchor, clip_low=settings.clip_low,
+                weights[part], anchor=settings.anchor, clip_low=settings.clip_low,
                 clip_high=settings.clip_high, weight_cap=settings.weight_cap,
             )  # fmt: skip
             found.append(stats)

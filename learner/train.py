@@ -200,13 +200,13 @@ def settings_of(config: RunConfig) -> StepSettings:
 
 
 def to_batch(shard: wire.Shard, device: torch.device, model: ModelConfig) -> StepBatch:
-    """The shard's arrays as tensors; advantages spread over each trajectory's tokens.
+    """The shard's arrays as tensors; advantages and weights spread over each span's tokens.
 
     Raises :class:`DataError` for token ids outside the vocabulary and routing records that are not this model's.
     """
     check_ids(f"shard of step {shard.step}, rank {shard.rank}", shard.token_ids, model.vocab_size)
     check_experts(shard.experts, model)
-    lengths = np.diff(shard.cu_seqlens)
+    spans = np.diff(shard.spans)
 
     def tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
         return torch.from_numpy(np.array(array)).to(device=device, dtype=dtype)
@@ -216,11 +216,11 @@ def to_batch(shard: wire.Shard, device: torch.device, model: ModelConfig) -> Ste
         cu_seqlens=shard.cu_seqlens,
         trainable=tensor(shard.trainable, torch.uint8),
         accept=tensor(shard.accept, torch.uint8),
-        advantages=tensor(np.repeat(shard.advantages, lengths), torch.float32),
+        advantages=tensor(np.repeat(shard.advantages, spans), torch.float32),
+        weights=tensor(np.repeat(shard.weights, spans), torch.float32),
         log_q=tensor(shard.log_q, torch.float32),
         log_m=tensor(shard.log_m, torch.float32),
         log_p_v=tensor(shard.log_p, torch.float32),
-        denominator=shard.denominator,
         tokens_global=shard.tokens_global,
         experts=experts_tensor(shard.experts, model, device),
     )

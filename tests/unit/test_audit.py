@@ -7,8 +7,12 @@ from broker.batch import Batch, Rule, Scores, collate, reject
 from broker.groups import Trajectory
 from broker.honesty import Honesty
 from broker.receipts import receipt
+from common.config import RolloutSection, RunConfig
 
 VOCAB = 12
+
+
+CONFIG = RunConfig(rollout=RolloutSection(group_size=4))
 
 
 def policy(rng: np.random.Generator, shape: tuple[int, ...], spread: float = 1.0) -> np.ndarray:
@@ -52,7 +56,7 @@ def batch_of(
         )
         scores.append(log_p[rows, tokens])
     log_p = np.concatenate(scores).astype(np.float32)
-    return collate(seed, members, 4, "grpo", 1e-6), Scores(0, log_p, np.zeros((len(log_p), 0), np.float32))
+    return collate(seed, members, CONFIG), Scores(0, log_p, np.zeros((len(log_p), 0), np.float32))
 
 
 def test_an_actor_that_reports_another_temperature_is_flagged_and_honest_ones_are_not():

@@ -97,8 +97,10 @@ def test_every_message_kind_has_one_direction_and_its_own_tag():
 
 def shard_of(experts):
     return wire.Shard(
-        step=1, rank=0, world=1, denominator=2, tokens_global=3, temperature=1.0,
-        groups=np.array([4], np.int64), siblings=np.array([0], np.int32), advantages=np.array([0.5], np.float32),
+        step=1, rank=0, world=1, tokens_global=3, temperature=1.0,
+        groups=np.array([4], np.int64), siblings=np.array([0], np.int32),
+        spans=np.array([0, 2, 3], np.int32), advantages=np.array([0.5, -1], np.float32),
+        weights=np.array([0.5, 0.25], np.float32),
         cu_seqlens=np.array([0, 3], np.int32), token_ids=np.array([1, 2, 3], np.int32),
         trainable=np.array([0, 1, 1], np.uint8), accept=np.array([0, 1, 0], np.uint8),
         log_q=np.array([0, -1, -2], np.float32), log_m=np.array([0, -1.5, 0], np.float32),

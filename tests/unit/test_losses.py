@@ -54,7 +54,7 @@ def test_loss_and_gradient_are_those_of_a_loop(seed, anchor, low, high, cap, spr
     log_prox = (logp + 0.2 * torch.randn(len(logp), generator=torch.Generator().manual_seed(seed + 1))).clamp_max(0)
     leaf = logp.clone().requires_grad_()
     loss, stats = policy_loss(
-        leaf, log_q, log_m, log_p_v, log_prox, advantages, accept, 31,
+        leaf, log_q, log_m, log_p_v, log_prox, advantages, accept, torch.full((24,), 1 / 31),
         anchor=anchor, clip_low=low, clip_high=high, weight_cap=cap,
     )  # fmt: skip
     loss.backward()
@@ -81,7 +81,7 @@ def test_values_of_rejected_tokens_are_never_looked_at():
                 field[hole] = poison
         leaf = fields[0].requires_grad_()
         loss, _ = policy_loss(
-            leaf, *fields[1:], None, advantages, accept, 24,
+            leaf, *fields[1:], None, advantages, accept, torch.full((24,), 1 / 24),
             anchor="behaviour", clip_low=0.2, clip_high=0.2, weight_cap=None,
         )  # fmt: skip
         loss.backward()
@@ -93,7 +93,7 @@ def test_everything_rejected_is_a_loss_of_zero_with_gradient_zero():
     logp, log_q, log_m, log_p_v, advantages, accept = batch(4)
     leaf = logp.clone().requires_grad_()
     loss, stats = policy_loss(
-        leaf, log_q, log_m, log_p_v, None, advantages, torch.zeros_like(accept), 24,
+        leaf, log_q, log_m, log_p_v, None, advantages, torch.zeros_like(accept), torch.full((24,), 1 / 24),
         anchor="broker", clip_low=0.2, clip_high=0.2, weight_cap=None,
     )  # fmt: skip
     loss.backward()
@@ -106,7 +106,7 @@ def test_on_policy_the_gradient_is_the_policy_gradient():
     logp, *_, advantages, _ = batch(5)
     leaf = logp.clone().requires_grad_()
     loss, _ = policy_loss(
-        leaf, logp, logp, logp, None, advantages, torch.ones(24, dtype=torch.uint8), 24,
+        leaf, logp, logp, logp, None, advantages, torch.ones(24, dtype=torch.uint8), torch.full((24,), 1 / 24),
         anchor="behaviour", clip_low=0.2, clip_high=0.2, weight_cap=None,
     )  # fmt: skip
     loss.backward()
@@ -116,12 +116,12 @@ def test_on_policy_the_gradient_is_the_policy_gradient():
 def test_a_proximal_anchor_at_the_present_policy_never_clips():
     logp, log_q, log_m, log_p_v, advantages, accept = batch(6, spread=2.0)
     _, stats = policy_loss(
-        logp, log_q, log_m, log_p_v, None, advantages, accept, 24,
+        logp, log_q, log_m, log_p_v, None, advantages, accept, torch.full((24,), 1 / 24),
         anchor="proximal", clip_low=0.1, clip_high=0.1, weight_cap=None,
     )  # fmt: skip
     assert stats.clipped.item() == 0
     _, stats = policy_loss(
-        logp, log_q, log_m, log_p_v, None, advantages, accept, 24,
+        logp, log_q, log_m, log_p_v, None, advantages, accept, torch.full((24,), 1 / 24),
         anchor="behaviour", clip_low=0.1, clip_high=0.1, weight_cap=None,
     )  # fmt: skip
     assert stats.clipped.item() > 0

@@ -19,6 +19,7 @@ from common.codec import decode, encode
 from common.config import RolloutSection, RunConfig, RunSection, StalenessSection
 
 G, VOCAB, ROUTED, K = 3, 50, 2, 2
+CONFIG = RunConfig(rollout=RolloutSection(group_size=G))
 SHAPES = st.lists(  # of each sibling its turns: tokens given, tokens sampled, whether a segment begins
     st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4), st.booleans()), min_size=1, max_size=5),
     min_size=2 * G, max_size=2 * G,
@@ -81,7 +82,8 @@ def rows_of(shards: list[wire.Shard]) -> list[dict[str, Any]]:
             columns = (shard.token_ids, shard.trainable, shard.log_q)
             tokens = list(zip(*(column[a:b].tolist() for column in columns), strict=True))
             facts = {"group": int(shard.groups[row]), "sibling": int(shard.siblings[row]), "rank": shard.rank}
-            out.append({**facts, "tokens": tokens, "advantage": float(shard.advantages[row]), "range": (a, b)})
+            span = np.searchsorted(shard.spans, a, side="right") - 1
+            out.append({**facts, "tokens": tokens, "advantage": float(shard.advantages[span]), "range": (a, b)})
     return out
 
 
@@ -91,8 +93,8 @@ def test_segments_become_rows_that_share_what_their_trajectory_has(shapes: Any, 
     finished = make_finished(shapes)
     message = travelled(finished)
     assert message.faults(VOCAB, 10, 8) == {}
-    batch = collate(0, unpack_all(message), G, "grpo", 1e-6)
-    shards = make_shards(batch, accept_all(batch), world, 1.0)
+    batch = collate(0, unpack_all(message), CONFIG)
+    shards = make_shards(batch, accept_all(batch), world, CONFIG)
     found, wanted = rows_of(shards), naive_rows(finished)
     assert sorted((r["group"], r["sibling"], r["tokens"]) for r in found) == sorted(
         (r["group"], r["sibling"], r["tokens"]) for r in wanted
@@ -100,7 +102,7 @@ def test_segments_become_rows_that_share_what_their_trajectory_has(shapes: Any, 
     whole = sum(len(row["tokens"]) for row in wanted)
     sampled = sum(on for row in wanted for _, on, _ in row["tokens"])
     assert {shard.tokens_global for shard in shards} == {whole}
-    assert {shard.denominator for shard in shards} == {sampled}
+    assert {w for shard in shards for w in shard.weights.tolist()} == {np.float32(1 / sampled)}
     for one in finished:
         mates = [f.reward for f in finished if f.group == one.group]
         advantage = (one.reward - np.mean(mates)) / (np.std(mates) + 1e-6)
@@ -120,7 +122,7 @@ def test_the_replica_is_asked_for_segments_and_coins_do_not_know_them(shapes: An
     for each in (finished, whole):  # experts of the whole one are not those of one context: not looked at here
         message = pack("r", ("correct",), each)
         message.experts = np.zeros((len(message.token_ids), 0), np.uint16)
-        batches.append(collate(0, unpack_all(message), G, "grpo", 1e-6))
+        batches.append(collate(0, unpack_all(message), CONFIG))
     rng = np.random.default_rng(1)
     log_p = np.minimum(0, batches[0].log_q + rng.normal(0, 0.5, len(batches[0].log_q))).astype(np.float32)
     scores = Scores(4, log_p, np.full((len(log_p), K), -3.0, np.float32))
@@ -159,8 +161,9 @@ def test_the_pipeline_scores_and_serves_them() -> None:
     shard = pipeline.shard(0, 0, 1)
     assert shard is not None
     assert shard.siblings.tolist() == [row["sibling"] for row in rows] == [0, 0, 1, 2, 2, 2]
-    assert shard.advantages[0] == shard.advantages[1] and len(set(shard.advantages[3:].tolist())) == 1
-    assert shard.denominator == sum(len(t.completion.token_ids) for f in finished for t in f.turns)
+    assert shard.spans.tolist() == [shard.cu_seqlens[i] for i in (0, 2, 3, 6)]
+    sampled = sum(len(t.completion.token_ids) for f in finished for t in f.turns)
+    assert set(shard.weights.tolist()) == {np.float32(1 / sampled)}
 
 
 def test_experts_of_a_segment_are_those_of_its_own_contexts() -> None:

@@ -38,7 +38,7 @@ def settings(**changes):
 
 
 def batch_of(step, sequences, accepted, config=CONFIG, lengths=LENGTHS, recorded=None):
-    """These sequences of one global batch; denominators are the whole batch's. ``recorded``: each token's experts."""
+    """These sequences of one global batch; weights are the whole batch's. ``recorded``: each token's experts."""
     rng = np.random.default_rng(step)
     parts = []
     for length in lengths:
@@ -65,7 +65,7 @@ def batch_of(step, sequences, accepted, config=CONFIG, lengths=LENGTHS, recorded
     return StepBatch(
         **chosen,
         cu_seqlens=offsets,
-        denominator=int(sum(p["trainable"].sum() for p in parts)),
+        weights=torch.full((int(offsets[-1]),), 1 / int(sum(p["trainable"].sum() for p in parts))),
         tokens_global=sum(lengths),
         experts=experts,
     )

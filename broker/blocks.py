@@ -1,0 +1,61 @@
+"""Blockwise advantages: each block of a trajectory by its own reward and baseline (2602.10231; algorithms.md 2)."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.objective import BlockBaseline
+
+Longs = NDArray[np.int64]
+Wide = NDArray[np.float64]
+FIRST = -1  # outcome of a block that nothing comes before
+
+
+def _means(values: Wide, stratum: Longs, leave_one_out: bool) -> tuple[Wide, Longs]:
+    """Mean of each value's stratum, without itself if so asked (NaN for one alone), and how many that is of."""
+    count = np.bincount(stratum)[stratum]
+    total = np.bincount(stratum, values)[stratum]
+    if not leave_one_out:
+        return total / count, count
+    others = count - 1
+    return np.where(others > 0, (total - values) / np.maximum(1, others), np.nan), others
+
+
+def block_advantages(
+    rewards: Wide,
+    groups: Longs,
+    blocks: Longs,
+    outcomes: Longs,
+    baseline: BlockBaseline,
+    leave_one_out: bool,
+    shrinkage: float = 0.0,
+) -> NDArray[np.float32]:
+    """Advantages of ``K`` blocks, all arrays ``[K]``: ``reward - b``, without a deviation.
+
+    ``groups`` are the trajectories', ``blocks`` says which block of its trajectory each is, and
+    ``outcomes`` what came of the prefix before it (FIRST for a trajectory's first block). Blocks
+    that a trajectory lacks are not in the arrays and so in no stratum.
+
+    - ``none``: ``b = 0``; ``batch``: the mean of that block over the batch; ``group``: over its group;
+    - ``ocb``: over those of its group whose prefix had the same outcome, moved towards the group's
+      mean by ``shrinkage`` alpha: ``(n mean_o + alpha mean_G) / (n + alpha)``.
+
+    With ``leave_one_out`` a baseline is over the others (unbiased for every stratum size); a stratum
+    of one falls back to the rest of its group, a group of one to an advantage of 0.
+    """
+    if baseline == "none" or not len(rewards):
+        return rewards.astype(np.float32)
+
+    def stratum(*keys: Longs) -> Longs:
+        table = np.stack(keys, axis=1)
+        return np.unique(table, axis=0, return_inverse=True)[1].reshape(-1)
+
+    if baseline == "batch":
+        b, _ = _means(rewards, stratum(blocks), leave_one_out)
+    else:
+        of_group, _ = _means(rewards, stratum(groups, blocks), leave_one_out)
+        b = of_group
+        if baseline == "ocb":
+            of_outcome, n = _means(rewards, stratum(groups, blocks, outcomes), leave_one_out)
+            known = np.where(np.isnan(of_outcome), 0.0, of_outcome)
+            b = np.where(n > 0, (n * known + shrinkage * np.nan_to_num(of_group)) / np.maximum(1e-30, n + shrinkage), b)
+    return np.where(np.isnan(b), 0.0, rewards - np.nan_to_num(b)).astype(np.float32)
