@@ -1,6 +1,6 @@
 """The selection-bias audit: whose tokens does rejection take, and is it more than chance?
 
-Acceptance by response length, reward sign and lag. Under the rule itself a stratum may differ
+Acceptance by response length, reward sign, task and lag. Under the rule itself a stratum may differ
 because its tokens are further from the learner's policy; so each stratum is compared with what the
 rule expected of it (mean of a, which needs no coin), and its difference from the batch is told
 apart from its noise by a z score. Drops by length are counted where they happen (pipeline).
@@ -22,17 +22,21 @@ LENGTH_BINS = 4
 
 
 def strata(batch: Batch) -> dict[str, NDArray[np.int64]]:
-    """``name -> stratum of each trajectory [B]``: length quartile, sign of the advantage."""
+    """``name -> stratum of each trajectory [B]``: length quartile, sign of the advantage, of a mixture the task."""
     lengths = batch.sampled_tokens()
     edges = np.quantile(lengths, np.linspace(0, 1, LENGTH_BINS + 1)[1:-1])
-    return {
+    found = {
         "length": np.searchsorted(edges, lengths, side="left"),
         "reward": np.sign(batch.advantages).astype(np.int64),
     }
+    return found if len(batch.labels) == 1 else {**found, "task": batch.tasks}
 
 
 def audit(batch: Batch, decision: Decision) -> dict[str, Any]:
-    """``{stratum: {value: [tokens, acceptance, z]}}`` and ``warnings`` where a value stands out."""
+    """``{stratum: {value: [tokens, acceptance, z]}}`` and ``warnings`` where a value stands out.
+
+    Values are numbers, of a task its label.
+    """
     on = batch.trainable == 1
     owner = batch.owner[on]
     accepted = decision.accept[on].astype(np.float64)
@@ -47,10 +51,11 @@ def audit(batch: Batch, decision: Decision) -> dict[str, Any]:
             count, rest = int(inside.sum()), int((~inside).sum())
             rate = float(accepted[inside].mean())
             comparison = compare_shares(float(accepted[inside].sum()), count, float(accepted[~inside].sum()), rest)
-            found[name][str(int(value))] = [count, rate, round(comparison.z, 2)]
+            called = batch.labels[value] if name == "task" else str(int(value))
+            found[name][called] = [count, rate, round(comparison.z, 2)]
             difference = comparison.difference
             if comparison.stands_out:
-                warnings.append(f"{name} {int(value)}: acceptance {rate:.3f}, {difference:+.3f} from the rest")
+                warnings.append(f"{name} {called}: acceptance {rate:.3f}, {difference:+.3f} from the rest")
     return {"strata": found, "warnings": warnings}
 
 

@@ -35,6 +35,9 @@ class Batch:
     group_size: int
     groups: NDArray[np.int64]  # [B]
     siblings: NDArray[np.int32]  # [B]
+    prompts: NDArray[np.int64]  # [B] that each group was granted for
+    tasks: NDArray[np.int64]  # [B] whose prompt that is: a number of ``labels``
+    labels: tuple[str, ...]  # of the tasks that are mixed (task.mix)
     rewards: NDArray[np.float32]  # [B]
     advantages: NDArray[np.float32]  # [B] of the whole trajectory
     spans: NDArray[np.int64]  # [S+1] cuts the tokens where the advantage or the weight changes: by trajectory or block
@@ -58,6 +61,11 @@ class Batch:
             for name, value in trajectory.channels.items():
                 found.setdefault(name, []).append(value)
         return {name: float(np.mean(values)) for name, values in sorted(found.items())}
+
+    def count_tasks(self) -> dict[str, int]:
+        """Trajectories of each task that has any."""
+        counts = np.bincount(self.tasks, minlength=len(self.labels)).tolist()
+        return {label: count for label, count in zip(self.labels, counts, strict=True) if count}
 
     def sampled_tokens(self) -> NDArray[np.int64]:
         """Sampled tokens in the loss, of each trajectory ``[B]``."""
@@ -114,6 +122,7 @@ def collate(step: int, members: Sequence[Trajectory], config: RunConfig) -> Batc
     rewards = np.array([t.reward for t in ordered], np.float32)
     groups = np.array([t.group for t in ordered], np.int64)
     sizes = np.unique(groups, return_counts=True)[1]
+    prompts = np.array([t.prompt for t in ordered], np.int64)
     truncated = np.array([t.truncated for t in ordered], np.bool_)
     shaped = rewards
     if section.overlong_buffer:
@@ -131,6 +140,9 @@ def collate(step: int, members: Sequence[Trajectory], config: RunConfig) -> Batc
         group_size=config.rollout.group_size,
         groups=groups,
         siblings=np.array([t.sibling for t in ordered], np.int32),
+        prompts=prompts,
+        tasks=config.task.mixture.places(prompts)[0],
+        labels=config.task.labels,
         rewards=rewards,
         advantages=advantages,
         spans=spans,

@@ -93,5 +93,6 @@ class Figures:
             "trajectories_by_length": {
                 kind: {str(length): n for length, n in sorted(bins.items())} for kind, bins in pipeline.lengths.items()
             },
+            "trajectories_by_task": {kind: dict(sorted(counts.items())) for kind, counts in pipeline.tasks.items()},
             "bad_messages": dict(self.errors),
         }

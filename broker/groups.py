@@ -1,7 +1,7 @@
 """Groups of sibling trajectories: completion in any order, and tombstones for those that never will."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,8 +34,14 @@ class Trajectory:
     actor: str = ""
     source: tuple[int, int] = (-1, 0)  # the journal's event that brought it, and its place in that message
     channels: dict[str, float] = field(default_factory=dict)  # the reward's parts by name
+    prompt: int = 0  # that its group was granted for: which task's and which question, says task.mix
     blocks: NDArray[np.int32] = field(default_factory=lambda: NO_BLOCKS)  # [k, 4] which, outcome before, first, end
     block_rewards: NDArray[np.float32] = field(default_factory=lambda: NO_REWARDS)  # [k]
+
+    @property
+    def place(self) -> list[int]:
+        """Where it is found again, for a :data:`LoadTrajectory`."""
+        return [*self.source, self.prompt]
 
     @property
     def nbytes(self) -> int:
@@ -44,14 +50,20 @@ class Trajectory:
         return sum(a.nbytes for a in per_token) + self.experts.nbytes
 
 
-def unpack_all(message: Trajectories, actor: str = "", seq: int = -1) -> list[Trajectory]:
-    """The trajectories of a message, without a copy."""
+LoadTrajectory = Callable[[int, int, int], Trajectory]  # by its source in the journal, and its prompt
+
+
+def unpack_all(
+    message: Trajectories, actor: str = "", seq: int = -1, prompts: Sequence[int] | None = None
+) -> list[Trajectory]:
+    """The trajectories of a message, without a copy; ``prompts`` are those of their groups."""
     oldest, sampled = (part.tolist() for part in message.summary)
-    return [unpack(message, i, oldest[i], sampled[i], actor, seq) for i in range(len(oldest))]
+    of = prompts if prompts is not None else [0] * len(oldest)
+    return [unpack(message, i, oldest[i], sampled[i], actor, seq, of[i]) for i in range(len(oldest))]
 
 
 def unpack(
-    message: Trajectories, index: int, oldest_version: int, sampled_tokens: int, actor: str, seq: int
+    message: Trajectories, index: int, oldest_version: int, sampled_tokens: int, actor: str, seq: int, prompt: int
 ) -> Trajectory:
     """Trajectory ``index`` of a message, without a copy."""
     a, b = int(message.cu_seqlens[index]), int(message.cu_seqlens[index + 1])
@@ -76,6 +88,7 @@ def unpack(
         actor=actor,
         channels=dict(zip(message.channel_names, message.channels[index].tolist(), strict=True)),
         source=(seq, index),
+        prompt=prompt,
         blocks=blocks,
         block_rewards=block_rewards,
     )
@@ -158,6 +171,10 @@ class GroupBook:
         """The group's prompt."""
         return self._groups[group].prompt
 
+    def prompts(self, groups: NDArray[np.int64]) -> list[int]:
+        """Those of several; 0 for a group that is not here."""
+        return [self._groups[group].prompt if group in self._groups else 0 for group in groups.tolist()]
+
     def take(self, group: int) -> list[Trajectory]:
         """Hand a complete group over; later repeats of its members are recognised and ignored."""
         members = self.members(group)
@@ -208,19 +225,19 @@ class GroupBook:
                 e.prompt,
                 e.actor,
                 e.min_version,
-                [list(t.source) for _, t in sorted(e.members.items())],
+                [t.place for _, t in sorted(e.members.items())],
                 sorted(e.failed),
             ]
             for e in self._groups.values()
         ]
         return {"groups": groups, "tombstones": list(self._tombstones.items())}
 
-    def restore(self, state: dict[str, Any], load: Callable[[int, int], Trajectory]) -> None:
-        """Take up where :meth:`state` was written; ``load`` finds a trajectory by its source."""
+    def restore(self, state: dict[str, Any], load: LoadTrajectory) -> None:
+        """Take up where :meth:`state` was written; ``load`` finds a trajectory by its place."""
         self._tombstones = OrderedDict((int(g), str(r)) for g, r in state["tombstones"])
         self._groups = {}
-        for group, prompt, actor, min_version, sources, failed in state["groups"]:
-            members = [load(seq, index) for seq, index in sources]
+        for group, prompt, actor, min_version, places, failed in state["groups"]:
+            members = [load(*place) for place in places]
             self._groups[group] = Group(group, prompt, actor, min_version, {t.sibling: t for t in members}, set(failed))
 
     def _bury(self, group: int, reason: str) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from broker.groups import GroupBook, Trajectory, unpack_all
+from broker.groups import GroupBook, LoadTrajectory, Trajectory, unpack_all
 from broker.ledger import StalenessLedger
-from broker.steps import DecidedStep, LoadScores, LoadTrajectory, Steps
+from broker.steps import DecidedStep, LoadScores, Steps
 from common.config import MEGABYTE, RunConfig
 from common.errors import ProtocolError
 from common.routing import Routing
@@ -47,6 +47,7 @@ class Pipeline:
         self.dropped: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
         self.lengths: dict[str, Counter[int]] = {"trained": Counter(), "dropped": Counter()}  # see length_bin
+        self.tasks: dict[str, Counter[str]] = {"trained": Counter(), "dropped": Counter()}  # by task.mix's labels
         self.steps = Steps(config, self.counts)
         self._next_group = 0
         self._next_prompt = 0
@@ -84,6 +85,11 @@ class Pipeline:
         self.counts["groups_granted"] += count
         return Grant(version, -1, 0, np.array(groups, np.int64), np.array(prompts, np.int64))
 
+    def task_of(self, prompt: int) -> str:
+        """The label of a prompt's task."""
+        section = self.config.task
+        return section.labels[section.mixture.place(prompt)[0]]
+
     def _new_prompt(self) -> int:
         prompt, self._next_prompt = self._next_prompt, self._next_prompt + 1
         return prompt
@@ -104,7 +110,7 @@ class Pipeline:
         ``seq`` is the number under which the journal holds the message.
         """
         faults = message.faults(self.vocab_size, newest_version, self.expert_count)
-        trajectories = unpack_all(message, actor, seq)
+        trajectories = unpack_all(message, actor, seq, self.book.prompts(message.groups))
         reasons = []
         for index in range(len(message.groups)):
             group, sibling = int(message.groups[index]), int(message.siblings[index])
@@ -183,6 +189,7 @@ class Pipeline:
         self.dropped[reason] += len(arrived)
         self.counts["tokens_dropped"] += sum(t.sampled_tokens for t in arrived)
         self.lengths["dropped"].update(length_bin(t.sampled_tokens) for t in arrived)
+        self.tasks["dropped"][self.task_of(prompt)] += len(arrived)
         self.counts["groups_given_up"] += 1
         if not again:
             return
@@ -267,6 +274,7 @@ class Pipeline:
         self.committed_step = max(self.committed_step, step)
         self.counts["trajectories_trained"] += len(entry.batch.groups)
         self.lengths["trained"].update(length_bin(int(n)) for n in entry.batch.sampled_tokens())
+        self.tasks["trained"].update(entry.batch.count_tasks())
         return entry.receipt
 
     def checkpointed(self, step: int) -> None:
@@ -289,6 +297,7 @@ class Pipeline:
             "dropped": dict(self.dropped),
             "refused": dict(self.refused),
             "lengths": [[kind, list(bins.items())] for kind, bins in self.lengths.items()],
+            "tasks": {kind: dict(counts) for kind, counts in self.tasks.items()},
             "next_group": self._next_group,
             "next_prompt": self._next_prompt,
             "retry": [list(r) for r in self._retry],
@@ -306,6 +315,7 @@ class Pipeline:
             counter.clear()
             counter.update(state[name])
         self.lengths = {kind: Counter(dict(bins)) for kind, bins in state["lengths"]}
+        self.tasks = {kind: Counter(counts) for kind, counts in state["tasks"].items()}
         self._next_group, self._next_prompt = state["next_group"], state["next_prompt"]
         self._retry = deque((prompt, failures) for prompt, failures in state["retry"])
         self._failures = Counter(dict(state["failures"]))

@@ -52,7 +52,28 @@ def receipt(batch: Batch, decision: Decision, threshold: float) -> dict[str, Any
     line["kl_after_se"] = estimates.kl_after_se if estimates else None
     line["ess"] = estimates.ess if estimates else None
     line["audit"] = audit(batch, decision) if scored else None
+    line["tasks"] = _by_task(batch) if len(batch.labels) > 1 else None
     line["denominator"] = decision.denominator
     for name in ("z_lower", "z_upper", "z_theta", "z_kappa", "acceptance_enumerated", "topk_missing_mass"):
         line[name] = decision.z.get(name)
     return line
+
+
+def _by_task(batch: Batch) -> dict[str, dict[str, float]]:
+    """``label -> figures`` of each task of a mixture that the batch has trajectories of."""
+    lengths, sizes = batch.sampled_tokens(), np.unique(batch.groups, return_counts=True)[1]
+    silent = np.repeat(without_signal(batch.rewards, sizes), sizes)
+    found = {}
+    for number, label in enumerate(batch.labels):
+        of = batch.tasks == number
+        if of.any():
+            found[label] = {
+                "trajectories": int(of.sum()),
+                "groups": len(np.unique(batch.groups[of])),
+                "groups_without_signal": len(np.unique(batch.groups[of & silent])),
+                "reward": float(batch.rewards[of].mean()),
+                "reward_std": float(batch.rewards[of].std()),
+                "length_mean": float(lengths[of].mean()),
+                "truncated": float(batch.truncated[of].mean()),
+            }
+    return found

@@ -13,7 +13,7 @@ are events too; they change nothing and are compared when the events are applied
 import hashlib
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -122,11 +122,11 @@ def load_snapshot(pipeline: Pipeline, journal: Journal, event: Event) -> None:
     """Bring ``pipeline`` to the state of a ``snapshot`` event."""
     trajectories: dict[int, list[Trajectory]] = {}
 
-    def load(seq: int, index: int) -> Trajectory:
+    def load(seq: int, index: int, prompt: int) -> Trajectory:
         if seq not in trajectories:
             stored = journal.event(seq)
             trajectories[seq] = unpack_all(decode(stored.frames, wire.TO_BROKER), stored.head["actor"], seq)
-        return trajectories[seq][index]
+        return replace(trajectories[seq][index], prompt=prompt)
 
     def scores(seq: int) -> wire.ScoreResult:
         found: wire.ScoreResult = decode(journal.event(seq).frames, wire.TO_BROKER)

@@ -26,14 +26,13 @@ from broker.batch import (
     thin_again,
     trainable_scores,
 )
-from broker.groups import Trajectory
+from broker.groups import LoadTrajectory, Trajectory
 from broker.receipts import receipt
 from common.budget import BudgetController
 from common.config import MEGABYTE, RunConfig
 from common.errors import DataError
 from common.wire import ScoreRequest, ScoreResult, Shard
 
-LoadTrajectory = Callable[[int, int], Trajectory]  # by its source: the journal's event and its place there
 LoadScores = Callable[[int], ScoreResult]  # by the journal's event
 
 
@@ -263,13 +262,13 @@ class Steps:
             "threshold": self._controller_state(),
             "steps": [
                 [
-                    step, [list(s) for s in e.batch.sources], e.score_seq, e.log_threshold, e.committed, e.following,
+                    step, [t.place for t in e.batch.members], e.score_seq, e.log_threshold, e.committed, e.following,
                     e.again_seq, len(e.shards or ()),
                 ]
                 for step, e in self._steps.items()
             ],
             "scoring": [
-                self._scoring[0].step, [list(s) for s in self._scoring[0].sources],
+                self._scoring[0].step, [t.place for t in self._scoring[0].members],
                 self._scoring[1].request, self._scoring[1].min_version,
             ] if self._scoring else None,
         }  # fmt: skip
@@ -288,8 +287,8 @@ class Steps:
             arrays = [np.frombuffer(r, np.float32) for r in ratios]
             self._controller.restore({"log_threshold": log_threshold, "log_ratios": arrays})
         counts = Counter(self.counts)
-        for step, sources, seq, log_threshold, committed, following, again_seq, world in state["steps"]:
-            batch = collate(step, [load(*s) for s in sources], self.config)
+        for step, places, seq, log_threshold, committed, following, again_seq, world in state["steps"]:
+            batch = collate(step, [load(*place) for place in places], self.config)
             if seq < 0:
                 self._finish(batch, accept_all(batch), -1, 0.0)
             else:
@@ -304,6 +303,6 @@ class Steps:
         self.counts.clear()
         self.counts.update(counts)
         if state["scoring"] is not None:
-            step, sources, number, min_version = state["scoring"]
-            batch = collate(step, [load(*s) for s in sources], self.config)
+            step, places, number, min_version = state["scoring"]
+            batch = collate(step, [load(*place) for place in places], self.config)
             self._scoring = (batch, self._score_request(batch, number, min_version))

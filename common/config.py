@@ -12,15 +12,16 @@ behind sees only what can be run. There is no interpolation and no default outsi
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 from urllib.parse import urlsplit
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from common.errors import ConfigError
+from common.mixture import Mixture, mixture
 from common.objective import ALGORITHMS, AdvantageSection, LossSection, require
 
 
@@ -29,6 +30,7 @@ def _is_loopback(url: str) -> bool:
 
 
 MEGABYTE = 1 << 20
+MAX_TASKS, MAX_LABEL = 64, 64  # tasks that are mixed; characters of a label
 BYTES_PER_TOKEN = 13  # of a queued trajectory: ids, flag, log q and version
 BYTES_PER_ALTERNATIVE = 8  # id and log q
 BYTES_PER_EXPERT = 2  # of an expert record
@@ -92,12 +94,68 @@ class ModelSection:
 
 
 @dataclass(frozen=True)
+class TaskEntry:
+    """One of several tasks that are trained together."""
+
+    name: str = ""  # as task.name; "" takes the label
+    ratio: float = 1.0  # of the prompts, beside those of the others
+    params: dict[str, Any] = field(default_factory=dict)
+    reward_weights: dict[str, float] = field(default_factory=lambda: {"correct": 1.0})
+
+
+@dataclass(frozen=True)
 class TaskSection:
     """What the policy is trained on."""
 
     name: str = "sort6"  # "sort6" or "gym:<reasoning-gym data set>"
     params: dict[str, Any] = field(default_factory=dict)  # handed to the task
     reward_weights: dict[str, float] = field(default_factory=lambda: {"correct": 1.0})
+    mix: dict[str, TaskEntry] = field(default_factory=dict)  # label -> task: several at once, instead of the above
+
+    def __post_init__(self) -> None:
+        """Validate the mixture."""
+        if not self.mix:
+            return
+        require(len(self.mix) <= MAX_TASKS, "task.mix", list(self.mix), f"holds at most {MAX_TASKS} tasks")
+        for label in self.mix:
+            plain = 0 < len(label) <= MAX_LABEL and label.isprintable()
+            require(plain, "task.mix", label, f"a label needs at most {MAX_LABEL} printable characters")
+        unused = {"name": "sort6", "params": {}, "reward_weights": {"correct": 1.0}}
+        for key, default in unused.items():
+            given = getattr(self, key)
+            require(given == default, f"task.{key}", given, "each task of task.mix has its own; remove one of the two")
+        try:
+            mixture(self.ratios)
+        except ConfigError as error:
+            raise ConfigError(f"task.mix: {error}") from error
+
+    @property
+    def entries(self) -> dict[str, TaskEntry]:
+        """label -> task, in the order in which they are numbered; one that is not mixed is its own label."""
+        if self.mix:
+            return {label: replace(entry, name=entry.name or label) for label, entry in self.mix.items()}
+        return {self.name: TaskEntry(self.name, 1.0, self.params, self.reward_weights)}
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Of the tasks by number."""
+        return tuple(self.mix) or (self.name,)
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """Of the tasks by number."""
+        return tuple(entry.ratio for entry in self.mix.values()) or (1.0,)
+
+    @property
+    def mixture(self) -> Mixture:
+        """Which task each prompt belongs to."""
+        return mixture(self.ratios)
+
+    @property
+    def in_small_alphabet(self) -> bool:
+        """Whether the quick start's tiny model, which the warm start makes, can be trained on it."""
+        names = {entry.name for entry in self.entries.values()}
+        return "sort6" in names and names <= {"sort6", "guess"}
 
 
 @dataclass(frozen=True)
@@ -572,6 +630,11 @@ def _check_keys(given: Mapping[Any, Any], schema: Any, prefix: str, source: str)
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{source}: {prefix}{key} is a section and needs keys, not {value!r}")
             _check_keys(value, child, f"{prefix}{key}.", source)
+        elif get_origin(child) is dict and is_dataclass(entry := get_args(child)[1]):
+            for label, inner in (value if isinstance(value, Mapping) else {}).items():
+                if not isinstance(inner, Mapping):
+                    raise ConfigError(f"{source}: {prefix}{key}.{label} needs keys, not {inner!r}")
+                _check_keys(inner, entry, f"{prefix}{key}.{label}.", source)
 
 
 def _spell_off(given: DictConfig, schema: Any) -> None:

@@ -204,7 +204,7 @@ def check_run(config: str, overrides: list[str]) -> list[Finding]:
     ]
     if run.actor.engine == "sglang":
         findings.append(attempt("SGLang", f"engine.python={run.engine.python}", lambda: check_engine(run)))
-    if run.task.name == "sort6" and model_state(run) in (ModelState.MISSING, ModelState.STALE):
+    if run.task.in_small_alphabet and model_state(run) in (ModelState.MISSING, ModelState.STALE):
         return [
             *findings,
             Finding("model", "note", f"{path}: {model_state(run)}", "tools.launch makes it (tools.warmstart)"),

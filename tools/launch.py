@@ -102,7 +102,7 @@ class Run:
 
     def needs_warmstart(self) -> bool:
         """Whether ``tools.warmstart`` has to make the model first."""
-        if self.config.task.name != "sort6":
+        if not self.config.task.in_small_alphabet:
             return False
         return model_state(self.config) in (ModelState.MISSING, ModelState.STALE)
 

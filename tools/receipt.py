@@ -73,6 +73,12 @@ def _lines(line: Record) -> list[tuple[str, str]]:
     ]
     if len(channels := line.get("reward_channels") or {}) > 1:
         rows.append(("reward channels", ", ".join(f"{name} {mean:.3f}" for name, mean in channels.items())))
+    for label, task in (line.get("tasks") or {}).items():
+        rows.append((
+            f"task {label}",
+            f"{task['trajectories']} trajectories, reward {task['reward']:.3f} ± {task['reward_std']:.3f}, "
+            f"length {task['length_mean']:.1f}; {task['groups_without_signal']} of {task['groups']} groups all alike",
+        ))  # fmt: skip
     if line.get("rethinned_by_version") is not None:
         rows.append(
             ("thinned again", f"by version {line['rethinned_by_version']}: {line['rethinned_tokens']:,} tokens fewer")
@@ -119,6 +125,11 @@ def _se(line: Record) -> str:
     )
 
 
+def _rank(name: str, value: str) -> tuple[str, int, str]:
+    """Strata in order: numbers by size, tasks by label."""
+    return (name, 0, value) if name == "task" else (name, int(value), "")
+
+
 def audit_table(steps: Sequence[Record]) -> Table:
     """Acceptance by stratum, summed over steps, beside the rest of the run."""
     sums: dict[tuple[str, str], list[float]] = {}
@@ -132,12 +143,12 @@ def audit_table(steps: Sequence[Record]) -> Table:
                 entry[1] += tokens * rate
         for warning in audit["warnings"]:
             name, _, rest = warning.partition(" ")
-            key = (name, rest.partition(":")[0])
+            key = (name, rest.rpartition(": acceptance ")[0])
             warned[key] = warned.get(key, 0) + 1
     table = Table(box=None, pad_edge=False, padding=(0, 2), title="acceptance by stratum")
     for title in ("stratum", "value", "tokens", "accepted", "from the rest", "steps with a warning"):
         table.add_column(title, header_style="dim", justify="left" if title == "stratum" else "right")
-    for (name, value), (tokens, accepted) in sorted(sums.items(), key=lambda item: (item[0][0], int(item[0][1]))):
+    for (name, value), (tokens, accepted) in sorted(sums.items(), key=lambda item: _rank(*item[0])):
         others = [v for k, v in sums.items() if k[0] == name and k[1] != value]
         rest = sum(v[1] for v in others) / max(1.0, sum(v[0] for v in others))
         rate = accepted / tokens

@@ -42,9 +42,10 @@ LIMIT_S = 120.0
 def ensure(config: RunConfig) -> Path:
     """Make the model that ``config`` wants unless it lies at ``model.path`` already; returns the path."""
     path = Path(config.model.path)
-    if config.task.name != "sort6":
+    if not config.task.in_small_alphabet:
         raise ConfigError(
-            f"task.name={config.task.name!r}: the warm start knows sort6 only; set model.path to a real model"
+            f"task.name={', '.join(config.task.labels)}: the warm start knows sort6 only; "
+            "set model.path to a real model"
         )
     state = model_state(config)
     if state is ModelState.CURRENT:

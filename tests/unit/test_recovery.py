@@ -13,7 +13,16 @@ from broker.pipeline import Pipeline
 from broker.recorder import Recorder, apply, decision_digests, difference, recover, shard_digests
 from common import wire
 from common.codec import encode
-from common.config import BrokerSection, ObrsSection, RolloutSection, RunConfig, RunSection, StalenessSection
+from common.config import (
+    BrokerSection,
+    ObrsSection,
+    RolloutSection,
+    RunConfig,
+    RunSection,
+    StalenessSection,
+    TaskEntry,
+    TaskSection,
+)
 from common.routing import Routing
 
 B, G, STEPS, VOCAB = 3, 2, 6, 16
@@ -32,7 +41,7 @@ def config(**sections) -> RunConfig:
 
 CONFIGS = {
     "threshold": config(),
-    "off": config(obrs=ObrsSection(mode="off")),
+    "off": config(obrs=ObrsSection(mode="off"), task=TaskSection(mix={"a": TaskEntry(), "b": TaskEntry(ratio=0.5)})),
     "rethin": config(obrs=ObrsSection(rethin_below=1.0)),
     "budget": config(obrs=ObrsSection(mode="budget", budget=0.7, window=2)),
 }
