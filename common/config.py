@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from common.errors import ConfigError
 from common.mixture import Mixture, mixture
-from common.objective import ALGORITHMS, AdvantageSection, LossSection, require
+from common.objective import ALGORITHMS, AdvantageSection, LossSection, check_stacking, require
 
 
 def _is_loopback(url: str) -> bool:
@@ -530,11 +530,13 @@ class RunConfig:
             self.obrs.z_weight,
             "the acceptance of a context is bounded from its alternatives; set rollout.top_logprobs (20, say)",
         )
-        require(
-            not (self.obrs.mode == "off" and self.loss.anchor == "broker"),
-            "loss.anchor",
-            self.loss.anchor,
-            "the broker's version is scored only with rejection on; set obrs.mode=threshold or loss.anchor=behaviour",
+        check_stacking(
+            self.obrs.mode,
+            self.obrs.z_weight,
+            self.advantage,
+            self.loss,
+            self.rollout.group_size,
+            self.rollout.max_sampled,
         )
         require(
             self.actor.max_sequences >= self.rollout.started,

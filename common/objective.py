@@ -108,7 +108,7 @@ class LossSection:
         require(self.exemplar_shape > 0, "loss.exemplar_shape", self.exemplar_shape, "must be positive")
         require(self.distill_clip > 0, "loss.distill_clip", self.distill_clip, "must be positive")
         require(
-            0 <= self.correction_low <= self.correction_high,
+            0 <= self.correction_low <= self.correction_high or self.correction in ("cap_sequence", "k2", "k3"),
             "loss.correction_low",
             self.correction_low,
             f"must lie between 0 and loss.correction_high={self.correction_high}",
@@ -191,6 +191,57 @@ class LossSection:
             "the broker's densities travel for accepted tokens alone, and a sequence's ratio needs them all; set it to "
             "behaviour or proximal",
         )
+
+
+def check_stacking(
+    obrs_mode: str, z_weight: str, advantage: AdvantageSection, loss: LossSection, group_size: int, max_sampled: int
+) -> None:
+    """Raise :class:`ConfigError` for sections that are each sound and cannot stand together (algorithms.md 9)."""
+    require(
+        not (obrs_mode == "off" and loss.anchor == "broker"),
+        "loss.anchor",
+        loss.anchor,
+        "the broker's version is scored only with rejection on; set obrs.mode=threshold or loss.anchor=behaviour",
+    )
+    require(
+        z_weight != "batch" or (loss.aggregate == "token_mean" and advantage.blocks == "off"),
+        "obrs.z_weight",
+        z_weight,
+        "divides by the accepted tokens, which only loss.aggregate=token_mean without advantage.blocks may: a mean "
+        "over a sequence's accepted tokens would blow up those that lost most (algorithms.md 1.8)",
+    )
+    require(
+        advantage.blocks == "off" or loss.aggregate == "token_mean",
+        "loss.aggregate",
+        loss.aggregate,
+        "advantage.blocks makes each block a mean over its own tokens; leave it at token_mean",
+    )
+    require(
+        advantage.blocks == "off" or loss.kind != "gspo",
+        "loss.kind",
+        loss.kind,
+        "decides for a whole sequence, and advantage.blocks for each of its blocks; take another",
+    )
+    require(
+        advantage.zero_signal == "keep" or advantage.kind in GROUP_BASELINES,
+        "advantage.zero_signal",
+        advantage.zero_signal,
+        f"equal rewards do teach with advantage.kind={advantage.kind}, whose baseline is not the group's; set it to "
+        "keep",
+    )
+    require(
+        group_size > 1 or advantage.kind not in GROUP_BASELINES or loss.distill > 0 or advantage.blocks != "off",
+        "rollout.group_size",
+        group_size,
+        f"advantage.kind={advantage.kind} compares the siblings of a group, and one alone has an advantage of 0; "
+        "set advantage.kind=batch_mean or reinforce_pp",
+    )
+    require(
+        advantage.overlong_buffer <= max_sampled,
+        "advantage.overlong_buffer",
+        advantage.overlong_buffer,
+        f"is longer than the {max_sampled} tokens that a trajectory may have (rollout.max_tokens x max_turns)",
+    )
 
 
 # name -> values of keys; what a file sets itself wins. Sources: docs/algorithms.md.

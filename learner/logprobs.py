@@ -32,7 +32,32 @@ MODERATE = (-16.0, 32.0)  # a greatest base-2 logit between these needs no shift
 FEW_ROWS = 8  # below that, a dot product a row is faster than a product and its sums
 BLOCK, FINE_BLOCK = 64, 16  # a row's greatest k lie in the k blocks with the greatest maxima
 
-PerToken = Callable[[Tensor, slice], Tensor]  # (log p of some tokens, which) -> their share of the loss
+SMALLEST = 1e-37  # a probability whose logarithm is finite
+
+
+@dataclass(frozen=True)
+class Share:
+    """Some tokens' share of a loss, and how it changes with what the policy says of them."""
+
+    loss: Tensor  # []
+    slope: Tensor  # [n] d loss / d log p
+    entropy_slope: Tensor | None = None  # [n] d loss / d entropy, where the loss has the entropy in it
+
+
+PerToken = Callable[[Tensor, Tensor, slice], Share]  # (log p[n], entropy[n], which tokens of all N)
+
+
+def by_autograd(per_token: Callable[[Tensor, slice], Tensor]) -> PerToken:
+    """A loss of ``log p`` alone as torch differentiates it: ``per_token(log p[n], which) -> []``."""
+
+    def share(logp: Tensor, _entropy: Tensor, part: slice) -> Share:
+        with torch.enable_grad():
+            own = logp.detach().requires_grad_()
+            loss = per_token(own, part)
+            (slope,) = torch.autograd.grad(loss, own)
+        return Share(loss.detach(), slope)
+
+    return share
 
 
 @dataclass(frozen=True)
@@ -232,12 +257,9 @@ class _LossThroughHead(torch.autograd.Function):
             logits = product.logits(part)
             normal = _normalise(logits, targets[part, None], head, keep=True)
             logp[part], entropy[part] = normal.asked[:, 0], normal.entropy
-            with torch.enable_grad():
-                own = logp[part].detach().requires_grad_()
-                share = per_token(own, part)
-                (grad,) = torch.autograd.grad(share, own)
-            loss += share.detach()
-            _grad_logits(logits, normal.scale, targets[part], grad / head.temperature, head)
+            share = per_token(logp[part], entropy[part], part)
+            loss += share.loss
+            _grad_logits(logits, normal, targets[part], share.slope / head.temperature, head, share.entropy_slope)
             product.back(logits, part, grad_hidden, grad_head)
         ctx.save_for_backward(grad_hidden, grad_head.to(weight.dtype))
         ctx.mark_non_differentiable(logp, entropy)
@@ -249,9 +271,19 @@ class _LossThroughHead(torch.autograd.Function):
         return grad_hidden * grads[0], grad_head * grads[0], None, None, None
 
 
-def _grad_logits(exponentials: Tensor, scale: Tensor, targets: Tensor, grad: Tensor, head: Head) -> None:
-    """In place: exponentials ``[n, v]`` -> ``grad[n] * (onehot(target) - p)``."""
-    exponentials.mul_((-grad * scale)[:, None])
+def _grad_logits(
+    exponentials: Tensor, normal: _Normal, targets: Tensor, grad: Tensor, head: Head, of_entropy: Tensor | None = None
+) -> None:
+    """In place: exponentials ``[n, v]`` -> ``grad[n] * (onehot(target) - p)``.
+
+    With the loss's slope ``of_entropy[n]`` over the temperature added: ``-of_entropy * p * (log p + entropy)``.
+    """
+    if of_entropy is None:
+        exponentials.mul_((-grad * normal.scale)[:, None])
+    else:
+        slope = (of_entropy / head.temperature)[:, None]
+        p = exponentials.mul_(normal.scale[:, None])
+        p.mul_(p.clamp_min(SMALLEST).log_().add_(normal.entropy[:, None]).mul_(-slope).sub_(grad[:, None]))
     local, mine = held_rows(targets, len(head.weight), head.tp)
     exponentials.scatter_add_(1, local[:, None], (grad * mine)[:, None])
 
@@ -261,9 +293,8 @@ def loss_through_head(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(loss, log p[N], entropy[N])`` of ``targets[N]`` given ``hidden[N, C]``; only the loss has a gradient.
 
-    ``per_token(log_p[n], part)`` is the summed loss of the tokens ``part``, and may look at their
-    own log p alone; then no logit is computed twice. Losses that tie tokens together take
-    :func:`token_logprobs`.
+    ``per_token(log p[n], entropy[n], part)`` is the share of the tokens ``part``; it may look at
+    their own log p and entropy and at what is fixed before, so that no logit is computed twice.
     """
     result: tuple[Tensor, Tensor, Tensor] = _LossThroughHead.apply(  # type: ignore[no-untyped-call]
         hidden, head.weight, targets, head, per_token
@@ -295,8 +326,8 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_head = torch.zeros(weight.shape, device=weight.device)
         for part in head.chunks(len(targets)):
             logits = product.logits(part)
-            scale = _normalise(logits, targets[part, None], head, keep=True).scale
-            _grad_logits(logits, scale, targets[part], grads[0][part] / head.temperature, head)
+            normal = _normalise(logits, targets[part, None], head, keep=True)
+            _grad_logits(logits, normal, targets[part], grads[0][part] / head.temperature, head)
             product.back(logits, part, grad_hidden, grad_head)
         return grad_hidden, grad_head.to(weight.dtype), None, None
 

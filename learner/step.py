@@ -7,21 +7,25 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.objective import Anchor
-from learner.logprobs import Head, loss_through_head, target_positions
-from learner.losses import LossStats, balance_loss, policy_loss, router_z_loss
+from common.objective import LossSection
+from learner.logprobs import Head, Share, loss_through_head, score_tokens, target_positions
+from learner.losses.corrections import by_sequence, m2po, needs_sequences
+from learner.losses.policy import policy_loss
+from learner.losses.router import balance_loss, router_z_loss
+from learner.losses.tokens import LossStats, Tokens
 from learner.mesh import Mesh
 from learner.model.decoder import Decoder
 from learner.model.packing import Pack
 from learner.optim import Optimizer
-from learner.parallel.pipeline import StageResult, run_pipeline
+from learner.parallel.pipeline import StageResult, run_forward, run_pipeline
 
 
 @dataclass
@@ -39,30 +43,27 @@ class StepBatch:
     log_p_v: Tensor  # f32
     tokens_global: int  # tokens of the whole batch, over all ranks
     experts: Tensor | None = None  # i64 [N, L, k] of the rollout, -1 where not recorded
+    trajectories: NDArray[np.int64] | None = None  # [B] which each sequence belongs to, rising; None: its own
+    log_reference: Tensor | None = None  # f32 [N] under the reference model
+    log_teacher: Tensor | None = None  # f32 [N] under the teacher, NaN where there is none
 
 
 @dataclass(frozen=True)
 class StepSettings:
     """Everything the step takes from the configuration."""
 
-    anchor: Anchor
-    clip_low: float
-    clip_high: float
-    weight_cap: float | None
-    balance: float
-    router_z: float
+    loss: LossSection
     temperature: float
     micro_batch_tokens: int
     logprob_mb: float
-    expert_bias_rate: float = 0.0
     head_float32: bool = False
     compiled: bool = False
 
 
-# Added up over micro-batches and ranks; policy_loss explains the last seven.
+# Added up over micro-batches and ranks; LossStats explains the last ones.
 SUMMED = (
     "policy", "balance", "router_z", "entropy", "scored", "replayed", "rerouted",
-    "accepted", "faulty", "clipped", "ratio", "weight", "weight_squared", "kl",
+    *(field.name for field in fields(LossStats)),
 )  # fmt: skip
 
 
@@ -93,14 +94,16 @@ def train_step(
     """
     optimizer.zero_grad()
     work = _Work(model, batch, expert_fraction, settings)
+    if settings.loss.kind == "m2po":
+        work.mask_batch()
     run_pipeline(model.mesh, work.shapes, model.dtype, work.run_stage)
     lr = optimizer.lr
     grad_norm = optimizer.step()
     sums = model.mesh.sum_floats(dict(zip(SUMMED, work.sums.tolist(), strict=True)))
     counts = model.mesh.sum(work.counts)
-    if settings.expert_bias_rate > 0 and math.isfinite(grad_norm):
-        model.move_expert_bias(counts, settings.expert_bias_rate)
-    metrics = _metrics(sums, counts, settings)
+    if settings.loss.expert_bias_rate > 0 and math.isfinite(grad_norm):
+        model.move_expert_bias(counts, settings.loss.expert_bias_rate)
+    metrics = _metrics(sums, counts, settings.loss)
     metrics |= {"grad_norm": grad_norm, "lr": lr, "skipped_updates": float(optimizer.skipped)}
     return metrics, _fractions(counts, expert_fraction)
 
@@ -111,28 +114,56 @@ class _Work:
     def __init__(self, model: Decoder, batch: StepBatch, expert_fraction: Tensor, settings: StepSettings) -> None:
         self.model, self.batch, self.settings = model, batch, settings
         self.expert_fraction = expert_fraction
-        self.ranges = _equal_count(model.mesh, list(micro_batches(batch.cu_seqlens, settings.micro_batch_tokens)))
+        self.ranges = _equal_count(model.mesh, self._ranges())
         tokens = [int(batch.cu_seqlens[last] - batch.cu_seqlens[first]) for first, last in self.ranges]
         self.shapes = [(-(-n // model.mesh.tp.size), model.config.hidden_size) for n in tokens]
         self.sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=model.device)
         self.counts = torch.zeros(expert_fraction.shape, dtype=torch.int64, device=model.device)
+        self.factor: Tensor | None = None  # [N] that the whole batch decides
 
-    def run_stage(self, index: int, received: Tensor | None) -> StageResult:
-        """Forward of one micro-batch; metrics are added to :attr:`sums`."""
+    @cached_property
+    def head(self) -> Head:
+        """Of the last stage."""
+        model, settings = self.model, self.settings
+        return Head(
+            model.head, settings.temperature, settings.logprob_mb, model.mesh.tp, settings.head_float32,
+            settings.compiled,
+        )  # fmt: skip
+
+    def _ranges(self) -> list[tuple[int, int]]:
+        """Micro-batches of sequences; of whole trajectories where their tokens are tied together."""
+        batch, limit = self.batch, self.settings.micro_batch_tokens
+        if batch.trajectories is None or not needs_sequences(self.settings.loss):
+            return list(micro_batches(batch.cu_seqlens, limit))
+        first = np.flatnonzero(np.diff(batch.trajectories, prepend=-1))
+        rows = np.append(first, len(batch.trajectories))
+        return [(int(rows[a]), int(rows[b])) for a, b in micro_batches(batch.cu_seqlens[rows], limit)]
+
+    def _pack(self, index: int) -> tuple[Pack, slice, Tensor]:
+        """Micro-batch ``index``, its place in the batch and the positions within it that are scored."""
         first, last = self.ranges[index]
         batch, model = self.batch, self.model
         tokens = slice(int(batch.cu_seqlens[first]), int(batch.cu_seqlens[last]))
         offsets = batch.cu_seqlens[first : last + 1] - tokens.start
         experts = None if batch.experts is None else batch.experts[tokens]
         pack = model.pack(batch.token_ids[tokens], offsets, experts)
+        at = torch.from_numpy(target_positions(offsets, batch.trainable[tokens].cpu().numpy())).to(model.device)
+        return pack, tokens, at
+
+    def run_stage(self, index: int, received: Tensor | None) -> StageResult:
+        """Forward of one micro-batch; metrics are added to :attr:`sums`."""
+        model, loss_of = self.model, self.settings.loss
+        pack, tokens, at = self._pack(index)
         x, routing = model.stage(pack, received)
-        balance = balance_loss(routing.prob_sums_LE, batch.tokens_global, self.expert_fraction)
-        router_z = router_z_loss(routing.z_sums_L, batch.tokens_global)
-        loss = self.settings.balance * balance + self.settings.router_z * router_z
+        balance = balance_loss(routing.prob_sums_LE, self.batch.tokens_global, self.expert_fraction)
+        router_z = router_z_loss(routing.z_sums_L, self.batch.tokens_global)
+        loss = loss_of.balance * balance + loss_of.router_z * router_z
         self.counts += routing.counts_LE
         sums = {"balance": balance, "router_z": router_z, "replayed": routing.replayed, "rerouted": routing.rerouted}
         if model.mesh.is_last_stage:
-            policy, more = self._policy(x, pack, tokens, offsets)
+            policy, more = self._policy(
+                model.whole(x, pack)[at - 1], pack.token_ids[at], self._tokens(index, tokens, at)
+            )
             loss = loss + policy
             if model.mesh.at["tp"] == 0:  # its neighbours found the same
                 sums |= more
@@ -140,37 +171,69 @@ class _Work:
         self.sums += torch.stack([sums.get(name, nothing).detach().double() for name in SUMMED])
         return StageResult(None if model.mesh.is_last_stage else x, loss)
 
-    def _policy(
-        self, x: Tensor, pack: Pack, tokens: slice, offsets: NDArray[np.int32]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        batch, model, settings = self.batch, self.model, self.settings
-        at = torch.from_numpy(target_positions(offsets, batch.trainable[tokens].cpu().numpy())).to(model.device)
-        log_q, log_m, log_p_v, advantages, accept, weights = (
-            per_token[tokens][at]
-            for per_token in (batch.log_q, batch.log_m, batch.log_p_v, batch.advantages, batch.accept, batch.weights)
-        )
+    def _tokens(self, index: int, tokens: slice, at: Tensor) -> Tokens:
+        """What the loss is given of the scored positions ``at`` of micro-batch ``index``."""
+        batch, (first, last) = self.batch, self.ranges[index]
+        sequence = None
+        if needs_sequences(self.settings.loss):
+            lengths = np.diff(batch.cu_seqlens[first : last + 1])
+            rows = np.arange(last - first) if batch.trajectories is None else batch.trajectories[first:last]
+            owner = np.repeat(np.unique(rows, return_inverse=True)[1], lengths)
+            sequence = torch.from_numpy(owner).to(at.device)[at]
+        whole = self._whole()
+        whole.log_reference, whole.log_teacher, whole.factor = batch.log_reference, batch.log_teacher, self.factor
+        found = whole[tokens][at]
+        found.sequence = sequence
+        return found
+
+    def _whole(self) -> Tokens:
+        """What the loss looks at of every token of the batch."""
+        batch = self.batch
+        return Tokens(batch.log_q, batch.log_m, batch.log_p_v, batch.advantages, batch.weights, batch.accept)
+
+    def _policy(self, hidden: Tensor, targets: Tensor, tokens: Tokens) -> tuple[Tensor, dict[str, Tensor]]:
+        if tokens.sequence is not None:  # the head twice: every token's ratio is wanted before any token's loss
+            tokens = by_sequence(self._log_p(hidden.detach(), targets), tokens, self.settings.loss)
         found: list[LossStats] = []
 
-        def per_token(logp: Tensor, part: slice) -> Tensor:
-            loss, stats = policy_loss(
-                logp, log_q[part], log_m[part], log_p_v[part], None, advantages[part], accept[part],
-                weights[part], anchor=settings.anchor, clip_low=settings.clip_low,
-                clip_high=settings.clip_high, weight_cap=settings.weight_cap,
-            )  # fmt: skip
+        def per_token(log_p: Tensor, entropy: Tensor, part: slice) -> Share:
+            share, stats = policy_loss(log_p, entropy, tokens[part], self.settings.loss)
             found.append(stats)
-            return loss
+            return share
 
-        head = Head(
-            model.head, settings.temperature, settings.logprob_mb, model.mesh.tp, settings.head_float32,
-            settings.compiled,
-        )  # fmt: skip
-        loss, _, entropy = loss_through_head(model.whole(x, pack)[at - 1], head, pack.token_ids[at], per_token)
-        scored = torch.tensor(float(len(at)), device=model.device)
+        loss, _, entropy = loss_through_head(hidden, self.head, targets, per_token)
+        scored = torch.tensor(float(len(targets)), device=hidden.device)
         sums = {"policy": loss, "entropy": entropy.sum(), "scored": scored}
         for stats in found:
             for name, value in vars(stats).items():
                 sums[name] = sums[name] + value if name in sums else value
         return loss, sums
+
+    def _log_p(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return score_tokens(hidden, self.head, targets, targets.new_zeros((len(targets), 0))).logp
+
+    @torch.no_grad()
+    def mask_batch(self) -> None:
+        """Leave out what the whole batch decides (M2PO): one forward pass before the one that trains."""
+        mesh, batch = self.model.mesh, self.batch
+        log_p = torch.zeros_like(batch.log_q)
+
+        def stage(index: int, received: Tensor | None) -> Tensor | None:
+            pack, tokens, at = self._pack(index)
+            x, _ = self.model.stage(pack, received)
+            if not mesh.is_last_stage:
+                return x
+            log_p[tokens.start + at] = self._log_p(self.model.whole(x, pack)[at - 1], pack.token_ids[at])
+            return None
+
+        run_forward(mesh, self.shapes, self.model.dtype, stage)
+        if mesh.is_last_stage:
+            whole = self._whole()
+            whole.accept = torch.where(batch.trainable == 1, batch.accept, 0)
+        else:
+            whole, log_p = self._whole()[:0], log_p[:0]
+        masked = m2po(log_p, whole, self.settings.loss.m2_threshold, mesh.sum)
+        self.factor = masked.factor if mesh.is_last_stage else None
 
 
 def _equal_count(mesh: Mesh, ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -184,18 +247,20 @@ def _fractions(counts: Tensor, previous: Tensor) -> Tensor:
     return torch.where(totals > 0, counts / totals.clamp_min(1), previous)
 
 
-def _metrics(sums: dict[str, float], counts: Tensor, settings: StepSettings) -> dict[str, float]:
+def _metrics(sums: dict[str, float], counts: Tensor, loss: LossSection) -> dict[str, float]:
     accepted = max(1.0, sums["accepted"])
     squared = accepted * sums["weight_squared"]
     load = counts.float()
     busiest = (load.max(dim=1).values / load.mean(dim=1).clamp_min(1e-9)).max() if load.numel() else torch.tensor(0.0)
-    return {
-        "loss": sums["policy"] + settings.balance * sums["balance"] + settings.router_z * sums["router_z"],
+    metrics = {
+        "loss": sums["policy"] + loss.balance * sums["balance"] + loss.router_z * sums["router_z"],
         "policy_loss": sums["policy"],
         "balance_loss": sums["balance"],
         "router_z_loss": sums["router_z"],
         "entropy": sums["entropy"] / max(1.0, sums["scored"]),
         "clip_fraction": sums["clipped"] / accepted,
+        "masked_positive": sums["masked_positive"] / accepted,
+        "masked_negative": sums["masked_negative"] / accepted,
         "ratio_mean": sums["ratio"] / accepted,
         "weight_mean": sums["weight"] / accepted,
         "weight_ess": sums["weight"] ** 2 / squared if squared > 0 else 0.0,
@@ -204,3 +269,10 @@ def _metrics(sums: dict[str, float], counts: Tensor, settings: StepSettings) -> 
         "faulty_tokens": sums["faulty"],
         "routing_disagreement": sums["rerouted"] / max(1.0, sums["replayed"]),
     }
+    if loss.kl > 0:
+        metrics["kl_to_reference"] = sums["kl_reference"] / accepted
+    if sums["taught"]:
+        metrics["teacher_gap"] = sums["teacher"] / sums["taught"]
+    if sums["exemplars"]:
+        metrics["exemplar_tokens"] = sums["exemplars"]
+    return metrics

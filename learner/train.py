@@ -182,20 +182,14 @@ class Learner:
 
 def settings_of(config: RunConfig) -> StepSettings:
     """The step's settings out of the run's configuration."""
-    loss = config.loss
+    learner = config.learner
     return StepSettings(
-        anchor=loss.anchor,
-        clip_low=loss.clip_low,
-        clip_high=loss.clip_high,
-        weight_cap=loss.weight_cap,
-        balance=loss.balance,
-        router_z=loss.router_z,
-        expert_bias_rate=loss.expert_bias_rate,
+        loss=config.loss,
         temperature=config.rollout.temperature,
-        micro_batch_tokens=config.learner.micro_batch_tokens,
-        logprob_mb=config.learner.logprob_mb,
-        head_float32=config.learner.head_float32,
-        compiled=config.learner.compile,
+        micro_batch_tokens=learner.micro_batch_tokens,
+        logprob_mb=learner.logprob_mb,
+        head_float32=learner.head_float32,
+        compiled=learner.compile,
     )
 
 
@@ -211,6 +205,9 @@ def to_batch(shard: wire.Shard, device: torch.device, model: ModelConfig) -> Ste
     def tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
         return torch.from_numpy(np.array(array)).to(device=device, dtype=dtype)
 
+    def optional(array: np.ndarray) -> torch.Tensor | None:
+        return tensor(array, torch.float32) if len(array) else None
+
     return StepBatch(
         token_ids=tensor(shard.token_ids, torch.int64),
         cu_seqlens=shard.cu_seqlens,
@@ -223,6 +220,9 @@ def to_batch(shard: wire.Shard, device: torch.device, model: ModelConfig) -> Ste
         log_p_v=tensor(shard.log_p, torch.float32),
         tokens_global=shard.tokens_global,
         experts=experts_tensor(shard.experts, model, device),
+        trajectories=np.unique(np.stack((shard.groups, shard.siblings), axis=1), axis=0, return_inverse=True)[1],
+        log_reference=optional(shard.log_reference),
+        log_teacher=optional(shard.log_teacher),
     )
 
 

@@ -10,7 +10,7 @@ With one stage this is the plain loop over micro-batches. Packs have any size: e
 same shard, so all know the shape of what comes next.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -115,3 +115,16 @@ def run_pipeline(mesh: Mesh, shapes: Sequence[tuple[int, int]], dtype: torch.dty
     for index in range(count - ahead, count):
         _, grad_output = between.exchange(forward=nothing, backward=(None, index))
         between.exchange(forward=nothing, backward=(backward(grad_output), None))
+
+
+def run_forward(
+    mesh: Mesh,
+    shapes: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+    stage: Callable[[int, Tensor | None], Tensor | None],
+) -> None:
+    """Forward alone: ``stage(i, received)`` returns what the next stage is sent, None on the last."""
+    between, nothing = _Neighbours(mesh, dtype, shapes), (None, None)
+    for index in range(len(shapes)):
+        received, _ = between.exchange(forward=(None, index), backward=nothing)
+        between.exchange(forward=(stage(index, received), None), backward=nothing)

@@ -96,7 +96,7 @@ def test_the_same_step_twice_gives_the_same_bits(directory):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_way_through_the_head_takes_a_tenth_of_the_memory(dtype):
-    from learner.logprobs import Head, loss_through_head
+    from learner.logprobs import Head, by_autograd, loss_through_head
 
     n, width, vocab = 4096, 256, 151_936
     g = torch.Generator().manual_seed(0)
@@ -115,7 +115,9 @@ def test_the_way_through_the_head_takes_a_tenth_of_the_memory(dtype):
         return float(loss), torch.cuda.max_memory_allocated() - before, hidden.grad.float().clone()
 
     def ours():
-        return loss_through_head(hidden, Head(weight, chunk_mb=128.0), targets, lambda logp, _: logp.sum())[0]
+        return loss_through_head(
+            hidden, Head(weight, chunk_mb=128.0), targets, by_autograd(lambda logp, _: logp.sum())
+        )[0]
 
     def naive():
         return (hidden.float() @ weight.float().T).log_softmax(-1).gather(1, targets[:, None]).sum()
@@ -158,6 +160,7 @@ def test_weights_go_round_an_nccl_group():
 
 def test_a_short_run_in_bfloat16_learns(directory):
     from common.config import OptimSection
+    from common.objective import LossSection
     from learner.optim import Optimizer
     from learner.step import StepBatch, StepSettings, train_step
 
@@ -168,12 +171,11 @@ def test_a_short_run_in_bfloat16_learns(directory):
     on[torch.from_numpy(OFFSETS[:-1])] = 0
     log_q = torch.full((n,), -7.0, device=CUDA)
     batch = StepBatch(
-        tokens(), OFFSETS.astype(np.int32), on, on, torch.ones(n, device=CUDA), log_q, log_q, log_q, n, n
+        tokens(), OFFSETS.astype(np.int32), on, on, torch.ones(n, device=CUDA), torch.full((n,), 1 / n, device=CUDA),
+        log_q, log_q, log_q, n,
     )  # fmt: skip
-    settings = StepSettings(
-        anchor="behaviour", clip_low=0.2, clip_high=1e9, weight_cap=None, balance=0.01, router_z=0.001,
-        temperature=1.0, micro_batch_tokens=400, logprob_mb=64.0,
-    )  # fmt: skip
+    loss = LossSection(clip_low=0.2, clip_high=1e9, balance=0.01, router_z=0.001)
+    settings = StepSettings(loss, temperature=1.0, micro_batch_tokens=400, logprob_mb=64.0)
     fraction, losses = model.uniform_expert_fraction(), []
     for _ in range(8):
         metrics, fraction = train_step(model, optimizer, batch, fraction, settings)

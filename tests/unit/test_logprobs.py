@@ -5,9 +5,18 @@ import pytest
 import torch
 
 from common.errors import DataError
-from learner.logprobs import Head, loss_through_head, score_tokens, target_positions, token_logprobs, top_of_rows
+from learner.logprobs import (
+    Head,
+    by_autograd,
+    loss_through_head,
+    score_tokens,
+    target_positions,
+    token_logprobs,
+    top_of_rows,
+)
 
 N, C, V = 37, 16, 53
+TOTAL = by_autograd(lambda logp, _: logp.sum())
 
 
 def inputs():
@@ -48,7 +57,7 @@ def test_a_loss_through_the_head_is_the_loss_of_the_log_probabilities(chunk):
     def per_token(logp, part):
         return (factors[part] * logp.exp().clamp(max=0.9)).sum()  # no gradient where it is clipped
 
-    loss, logp, entropy = loss_through_head(hidden, head_of(weight, 0.8, chunk), targets, per_token)
+    loss, logp, entropy = loss_through_head(hidden, head_of(weight, 0.8, chunk), targets, by_autograd(per_token))
     expected, expected_entropy = whole_softmax(hidden, weight, targets, 0.8)
     reference = per_token(expected, slice(0, N))
     assert torch.allclose(loss, reference, atol=1e-5)
@@ -63,7 +72,7 @@ def test_no_tokens_give_no_gradient():
     hidden, weight, _ = inputs()
     nothing = torch.zeros(0, dtype=torch.int64)
     logp, _ = token_logprobs(hidden[:0], head_of(weight, 1.0, 8), nothing)
-    loss, _, _ = loss_through_head(hidden[:0], head_of(weight, 1.0, 8), nothing, lambda logp, part: logp.sum())
+    loss, _, _ = loss_through_head(hidden[:0], head_of(weight, 1.0, 8), nothing, TOTAL)
     (logp.sum() + loss).backward()
     assert not weight.grad.any()
 
@@ -78,10 +87,7 @@ def test_compiled_sums_are_the_same():
     )  # fmt: skip
     for name, value in vars(plain).items():
         assert torch.allclose(value.float(), getattr(compiled, name).float(), atol=1e-5), name
-    losses = [
-        loss_through_head(hidden, Head(weight, compiled=c), targets, lambda logp, _: logp.sum())[0]
-        for c in (False, True)
-    ]
+    losses = [loss_through_head(hidden, Head(weight, compiled=c), targets, TOTAL)[0] for c in (False, True)]
     grads = [torch.autograd.grad(loss, (hidden, weight)) for loss in losses]
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads, strict=True))
 

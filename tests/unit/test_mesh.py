@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from common.config import LearnerSection, OptimSection
 from common.errors import ConfigError
+from common.objective import LossSection
 from learner import checkpoint
 from learner.checkpoint import CheckpointWriter, TrainingState
 from learner.freeze import freeze
@@ -54,6 +55,15 @@ OTHERWISE = {  # name -> (model, case, more)
     "recompute": ("moe", "empty_rank", {"recompute": True}),
     "dense": ("dense", "empty_rank", {}),
     "bias": ("biased", "uneven", {"expert_bias_rate": 0.05}),
+    "m2po": ("moe", "uneven", {"kind": "m2po"}),
+    "gspo": ("moe", "even", {"kind": "gspo"}),
+    "entropy": ("tied_shared_biased", "uneven", {"kind": "entropy"}),
+}
+LOSSES = {
+    "ppo": {},
+    "entropy": {"entropy": 0.01},
+    "m2po": {"kind": "m2po", "m2_threshold": 0.3},
+    "gspo": {"kind": "gspo", "aggregate": "sequence_mean"},
 }
 MESHES = {
     2: ({"tp": 2}, {"ep": 2}, {"dp_shard": 2}, {"dp_replicate": 2}, {"pp": 2}),
@@ -96,7 +106,7 @@ def model_of(config, mesh):
     return model
 
 
-def train(config, mesh, case, *, save=None, resume=None, frozen=(), recompute=False, expert_bias_rate=0.0):
+def train(config, mesh, case, *, save=None, resume=None, frozen=(), recompute=False, expert_bias_rate=0.0, kind="ppo"):
     """Weights and metrics; ``save`` stops after the first step with a checkpoint there, ``resume`` goes on from one."""
     how, accepted, recorded = CASES[case]
     model = model_of(config, mesh)
@@ -110,11 +120,10 @@ def train(config, mesh, case, *, save=None, resume=None, frozen=(), recompute=Fa
                 parameter.fill_(7.0)
         state = checkpoint.load(checkpoint.latest(resume), model, optimizer)
         fraction, first = torch.tensor(state.expert_fraction), state.step
-    settings = StepSettings(
-        anchor="behaviour", clip_low=0.2, clip_high=0.3, weight_cap=None, balance=0.05, router_z=0.01,
-        temperature=0.9, micro_batch_tokens=30, logprob_mb=10 * 20 * 4 / 2**20,
-        expert_bias_rate=expert_bias_rate,
-    )  # fmt: skip
+    loss = LossSection(
+        clip_low=0.2, clip_high=0.3, balance=0.05, router_z=0.01, expert_bias_rate=expert_bias_rate, **LOSSES[kind]
+    )
+    settings = StepSettings(loss, temperature=0.9, micro_batch_tokens=30, logprob_mb=10 * 20 * 4 / 2**20)
     history = []
     sequences = split(how, mesh.data_ranks)[mesh.data_rank]
     for step in range(first, STEPS if case in ("even", "uneven") else 1):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from common.config import ActorSection, OptimSection, RunConfig, WeightsSection
+from common.objective import LossSection
 from learner.model.config import ModelConfig
 from learner.model.decoder import Decoder
 from learner.optim import Optimizer, learning_rate
@@ -29,12 +30,9 @@ def model_of(seed=0):
     return model
 
 
-def settings(**changes):
-    usual = {
-        "anchor": "behaviour", "clip_low": 0.2, "clip_high": 0.3, "weight_cap": None, "balance": 0.05,
-        "temperature": 0.9, "micro_batch_tokens": 1000, "logprob_mb": 256.0, "router_z": 0.01,
-    }  # fmt: skip
-    return StepSettings(**{**usual, **changes})
+def settings(micro_batch_tokens=1000, logprob_mb=256.0, **changes):
+    usual = {"anchor": "behaviour", "clip_low": 0.2, "clip_high": 0.3, "balance": 0.05, "router_z": 0.01}
+    return StepSettings(LossSection(**{**usual, **changes}), 0.9, micro_batch_tokens, logprob_mb)
 
 
 def batch_of(step, sequences, accepted, config=CONFIG, lengths=LENGTHS, recorded=None):

@@ -13,7 +13,7 @@ import torch
 
 from common.config import OptimSection
 from common.errors import ConfigError
-from learner.logprobs import Head, loss_through_head
+from learner.logprobs import Head, by_autograd, loss_through_head
 from learner.model.config import ModelConfig
 from learner.model.decoder import Decoder
 from learner.optim import Optimizer
@@ -60,7 +60,9 @@ def _model(reps: int, device: torch.device) -> list[Row]:
     def step() -> None:
         optimizer.zero_grad()
         hidden = model.hidden(tokens, offsets)
-        loss_through_head(hidden[at - 1], Head(model.head), tokens[at], lambda logp, _: -logp.mean())[0].backward()
+        loss_through_head(hidden[at - 1], Head(model.head), tokens[at], by_autograd(lambda logp, _: -logp.mean()))[
+            0
+        ].backward()
         optimizer.step()
 
     contestants = {
@@ -110,7 +112,7 @@ def _head(device: torch.device) -> list[Row]:
         def ours(
             hidden: torch.Tensor = hidden, weight: torch.Tensor = weight, targets: torch.Tensor = targets
         ) -> torch.Tensor:
-            return loss_through_head(hidden, Head(weight), targets, lambda logp, _: logp.sum())[0]
+            return loss_through_head(hidden, Head(weight), targets, by_autograd(lambda logp, _: logp.sum()))[0]
 
         def naive(
             hidden: torch.Tensor = hidden, weight: torch.Tensor = weight, targets: torch.Tensor = targets

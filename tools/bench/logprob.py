@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from learner.logprobs import Head, loss_through_head, score_logits
+from learner.logprobs import Head, by_autograd, loss_through_head, score_logits
 from tools.bench.harness import Row, interleave, rate
 
 VOCAB = 151_936
@@ -74,7 +74,7 @@ def _head(reps: int) -> list[Row]:
 
     def ours() -> Tensor:
         loss, _, _ = loss_through_head(
-            hidden, Head(weight, chunk_mb=64.0), targets, lambda logp, part: (logp * gain[part]).sum()
+            hidden, Head(weight, chunk_mb=64.0), targets, by_autograd(lambda logp, part: (logp * gain[part]).sum())
         )
         return loss
 

@@ -13,7 +13,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from learner.device import keep_freed_memory
 from learner.hf import load_hf
-from learner.logprobs import Head, loss_through_head
+from learner.logprobs import Head, by_autograd, loss_through_head
 from learner.model.config import ModelConfig
 from learner.model.decoder import Decoder
 from tools.bench.harness import Row, interleave, rate
@@ -64,7 +64,9 @@ def _packed(model: Decoder, sequences: list[torch.Tensor]) -> None:
     offsets = np.concatenate(([0], np.cumsum([len(s) for s in sequences])))
     at = torch.from_numpy(np.setdiff1d(np.arange(len(tokens)), offsets))
     hidden = model.hidden(tokens, offsets)
-    loss, _, _ = loss_through_head(hidden[at - 1], Head(model.head), tokens[at], lambda logp, _: -logp.sum())
+    loss, _, _ = loss_through_head(
+        hidden[at - 1], Head(model.head), tokens[at], by_autograd(lambda logp, _: -logp.sum())
+    )
     loss.backward()
     for parameter in model.parameters():
         parameter.grad = None
