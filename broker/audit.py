@@ -24,7 +24,7 @@ LENGTH_BINS = 4
 def strata(batch: Batch) -> dict[str, NDArray[np.int64]]:
     """``name -> stratum of each trajectory [B]``: length quartile, sign of the advantage, of a mixture the task."""
     lengths = batch.sampled_tokens()
-    edges = np.quantile(lengths, np.linspace(0, 1, LENGTH_BINS + 1)[1:-1])
+    edges = np.quantile(lengths[batch.sampled], np.linspace(0, 1, LENGTH_BINS + 1)[1:-1])
     found = {
         "length": np.searchsorted(edges, lengths, side="left"),
         "reward": np.sign(batch.advantages).astype(np.int64),

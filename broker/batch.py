@@ -16,6 +16,7 @@ from broker.advantages import group_advantages, overlong_penalty, without_signal
 from broker.aggregation import block_weights, span_weights
 from broker.blocks import block_advantages
 from broker.groups import Trajectory
+from broker.mixing import Mixed, Scales, mix
 from broker.packing import balance, runs
 from common.config import RunConfig
 from common.errors import DataError
@@ -38,7 +39,9 @@ class Batch:
     prompts: NDArray[np.int64]  # [B] that each group was granted for
     tasks: NDArray[np.int64]  # [B] whose prompt that is: a number of ``labels``
     labels: tuple[str, ...]  # of the tasks that are mixed (task.mix)
-    rewards: NDArray[np.float32]  # [B]
+    rewards: NDArray[np.float32]  # [B] as the actors sent them
+    mixed: Mixed  # what advantages are taken of: the same, or the channels gated and normalised
+    scales: Scales  # of channels that are normalised by earlier steps too
     advantages: NDArray[np.float32]  # [B] of the whole trajectory
     spans: NDArray[np.int64]  # [S+1] cuts the tokens where the advantage or the weight changes: by trajectory or block
     span_advantages: NDArray[np.float32]  # [S]
@@ -70,6 +73,11 @@ class Batch:
     def sampled_tokens(self) -> NDArray[np.int64]:
         """Sampled tokens in the loss, of each trajectory ``[B]``."""
         return np.add.reduceat((self.trainable == 1).astype(np.int64), self.cu_seqlens[:-1])
+
+    @property
+    def sampled(self) -> NDArray[np.bool_]:
+        """``[B]``: the policy sampled something in it; false of a human exemplar."""
+        return np.array([t.sampled_tokens > 0 for t in self.members], np.bool_)
 
     @property
     def copies(self) -> NDArray[np.float64]:
@@ -115,8 +123,8 @@ class Batch:
         return np.zeros((int(np.diff(self.cu_seqlens)[members].sum()), routed), np.uint16)
 
 
-def collate(step: int, members: Sequence[Trajectory], config: RunConfig) -> Batch:
-    """Pack whole groups, their advantages computed before any rejection."""
+def collate(step: int, members: Sequence[Trajectory], config: RunConfig, scales: Scales | None = None) -> Batch:
+    """Pack whole groups, their advantages computed before any rejection; ``scales``: see :mod:`broker.mixing`."""
     ordered = sorted(members, key=lambda t: (t.group, t.sibling))
     section = config.advantage
     rewards = np.array([t.reward for t in ordered], np.float32)
@@ -124,10 +132,11 @@ def collate(step: int, members: Sequence[Trajectory], config: RunConfig) -> Batc
     sizes = np.unique(groups, return_counts=True)[1]
     prompts = np.array([t.prompt for t in ordered], np.int64)
     truncated = np.array([t.truncated for t in ordered], np.bool_)
-    shaped = rewards
+    mixed = mix(ordered, config, scales or {})
+    shaped = mixed.rewards
     if section.overlong_buffer:
         lengths = np.array([t.sampled_tokens for t in ordered], np.int64)
-        shaped = rewards + overlong_penalty(lengths, config.rollout.max_sampled, section.overlong_buffer)
+        shaped = shaped + overlong_penalty(lengths, config.rollout.max_sampled, section.overlong_buffer)
     advantages = group_advantages(shaped, sizes, config.rollout.group_size, section)
     trainable = _trainable(ordered, shaped, sizes, truncated, section)
     cu_seqlens = np.concatenate(([0], np.cumsum([len(t.token_ids) for t in ordered], dtype=np.int64)))
@@ -144,6 +153,8 @@ def collate(step: int, members: Sequence[Trajectory], config: RunConfig) -> Batc
         tasks=config.task.mixture.places(prompts)[0],
         labels=config.task.labels,
         rewards=rewards,
+        mixed=mixed,
+        scales=scales or {},
         advantages=advantages,
         spans=spans,
         span_advantages=span_advantages,
@@ -171,7 +182,7 @@ def _trainable(
     """``[N]``: what is in the loss and its denominator.
 
     ``advantage.zero_signal=mask`` takes groups without signal out of both, ``advantage.overlong_filter``
-    truncated trajectories; neither takes everything.
+    truncated trajectories; neither takes everything that was sampled.
     """
     trainable = np.concatenate([t.trainable for t in ordered])
     unwanted = np.zeros(len(ordered), np.bool_)
@@ -179,7 +190,7 @@ def _trainable(
         unwanted |= np.repeat(without_signal(rewards, sizes), sizes)
     if section.overlong_filter:
         unwanted |= truncated
-    if not unwanted.any() or unwanted.all():
+    if not unwanted.any() or not any(t.sampled_tokens and not off for t, off in zip(ordered, unwanted, strict=True)):
         return trainable
     off = np.repeat(unwanted, [len(t.token_ids) for t in ordered]) & (trainable != STARTS)
     return np.where(off, np.uint8(0), trainable)

@@ -15,11 +15,12 @@ import numpy as np
 
 from broker.groups import GroupBook, LoadTrajectory, Trajectory, unpack_all
 from broker.ledger import StalenessLedger
+from broker.mixing import mix
 from broker.steps import DecidedStep, LoadScores, Steps
 from common.config import MEGABYTE, RunConfig
 from common.errors import ProtocolError
 from common.routing import Routing
-from common.wire import Ack, Grant, ScoreRequest, ScoreResult, Shard, Trajectories
+from common.wire import EXPERT, Ack, Grant, ScoreRequest, ScoreResult, Shard, Trajectories
 
 RESAMPLE_STEPS = 8  # steps' worth of groups without signal in a row, after which they are trained after all
 PROMPT_RETRIES = 3  # a prompt whose groups failed this often is left out
@@ -110,6 +111,10 @@ class Pipeline:
         ``seq`` is the number under which the journal holds the message.
         """
         faults = message.faults(self.vocab_size, newest_version, self.expert_count)
+        if not self.config.rollout.exemplars and bool((message.trainable == EXPERT).any()):
+            owner = np.repeat(np.arange(len(message.groups)), np.diff(message.cu_seqlens))
+            unasked = "holds an exemplar's tokens, rollout.exemplars=0"
+            faults |= {b: unasked for b in np.unique(owner[message.trainable == EXPERT]).tolist() if b not in faults}
         trajectories = unpack_all(message, actor, seq, self.book.prompts(message.groups))
         reasons = []
         for index in range(len(message.groups)):
@@ -154,10 +159,10 @@ class Pipeline:
 
     def _settle(self, group: int, reason: str) -> None:
         """Nothing more will come of ``group``: train what there is of it, or give it up."""
-        if not self.book.enough(group):
+        members = self.book.members(group)
+        if not self.book.enough(group) or not any(t.sampled_tokens for t in members):  # exemplars alone are no group
             self.give_up(group, reason)
             return
-        members = self.book.members(group)
         if self.config.advantage.zero_signal == "resample" and self._resample(members):
             self.give_up(group, "no_signal", again=False)
             return
@@ -165,8 +170,8 @@ class Pipeline:
 
     def _resample(self, members: list[Trajectory]) -> bool:
         """Whether a group without signal is replaced by another prompt's; not for ever."""
-        rewards = [t.reward for t in members]
-        if max(rewards) > min(rewards):
+        rewards = mix(members, self.config, {}, normalise=False).rewards
+        if rewards.max() > rewards.min():
             self._silent = 0
             return False
         self._silent += 1
@@ -188,7 +193,7 @@ class Pipeline:
         self.ledger.release(group)
         self.dropped[reason] += len(arrived)
         self.counts["tokens_dropped"] += sum(t.sampled_tokens for t in arrived)
-        self.lengths["dropped"].update(length_bin(t.sampled_tokens) for t in arrived)
+        self.lengths["dropped"].update(length_bin(t.sampled_tokens) for t in arrived if t.sampled_tokens)
         self.tasks["dropped"][self.task_of(prompt)] += len(arrived)
         self.counts["groups_given_up"] += 1
         if not again:
@@ -273,7 +278,8 @@ class Pipeline:
             return None
         self.committed_step = max(self.committed_step, step)
         self.counts["trajectories_trained"] += len(entry.batch.groups)
-        self.lengths["trained"].update(length_bin(int(n)) for n in entry.batch.sampled_tokens())
+        sampled = entry.batch.sampled_tokens()[entry.batch.sampled]
+        self.lengths["trained"].update(length_bin(int(n)) for n in sampled)
         self.tasks["trained"].update(entry.batch.count_tasks())
         return entry.receipt
 

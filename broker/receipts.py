@@ -14,7 +14,7 @@ def receipt(batch: Batch, decision: Decision, threshold: float) -> dict[str, Any
     """One JSON object; rates are None with rejection off. Lags are in policy versions, per token."""
     on = batch.trainable == 1
     lags = batch.step - batch.versions[on]
-    lengths = batch.sampled_tokens()
+    lengths = batch.sampled_tokens()[batch.sampled]
     sizes = np.unique(batch.groups, return_counts=True)[1]
     scored = decision.divergence is not None
     low, high = wilson_interval(decision.accepted, decision.proposed)
@@ -24,8 +24,13 @@ def receipt(batch: Batch, decision: Decision, threshold: float) -> dict[str, Any
         "reward": float(batch.rewards.mean()),
         "reward_std": float(batch.rewards.std()),
         "reward_channels": batch.channel_means(),
+        "reward_mixed": float(batch.mixed.rewards.mean()),
+        "reward_mixed_std": float(batch.mixed.rewards.std()),
+        "channels_missing": batch.mixed.missing,
+        "channels_gated": batch.mixed.shut,
+        "exemplars": int((~batch.sampled).sum()),
         "groups_padded": int((sizes < batch.group_size).sum()),
-        "groups_without_signal": int(without_signal(batch.rewards, sizes).sum()),
+        "groups_without_signal": int(without_signal(batch.mixed.rewards, sizes).sum()),
         "advantage_positive": float((batch.advantages > 0).mean()),
         "advantage_negative": float((batch.advantages < 0).mean()),
         "lag_mean": float(lags.mean()),
@@ -62,7 +67,7 @@ def receipt(batch: Batch, decision: Decision, threshold: float) -> dict[str, Any
 def _by_task(batch: Batch) -> dict[str, dict[str, float]]:
     """``label -> figures`` of each task of a mixture that the batch has trajectories of."""
     lengths, sizes = batch.sampled_tokens(), np.unique(batch.groups, return_counts=True)[1]
-    silent = np.repeat(without_signal(batch.rewards, sizes), sizes)
+    silent = np.repeat(without_signal(batch.mixed.rewards, sizes), sizes)
     found = {}
     for number, label in enumerate(batch.labels):
         of = batch.tasks == number
@@ -73,7 +78,7 @@ def _by_task(batch: Batch) -> dict[str, dict[str, float]]:
                 "groups_without_signal": len(np.unique(batch.groups[of & silent])),
                 "reward": float(batch.rewards[of].mean()),
                 "reward_std": float(batch.rewards[of].std()),
-                "length_mean": float(lengths[of].mean()),
+                "length_mean": float(lengths[of & batch.sampled].mean()),
                 "truncated": float(batch.truncated[of].mean()),
             }
     return found

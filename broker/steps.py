@@ -27,6 +27,7 @@ from broker.batch import (
     trainable_scores,
 )
 from broker.groups import LoadTrajectory, Trajectory
+from broker.mixing import Running, pack_scales, unpack_scales
 from broker.receipts import receipt
 from common.budget import BudgetController
 from common.config import MEGABYTE, RunConfig
@@ -71,11 +72,12 @@ class Steps:
         self._scoring: tuple[Batch, ScoreRequest] | None = None
         self._next_request = 0
         obrs = config.obrs
+        self._running = Running(config)
         self._controller = BudgetController(obrs.budget, window=obrs.window) if obrs.mode == "budget" else None
 
     def assemble(self, step: int, members: Sequence[Trajectory], min_version: int) -> ScoreRequest | None:
         """Collate whole groups; returns what must be scored, None with rejection off, when the step is decided."""
-        batch = collate(step, members, self.config)
+        batch = collate(step, members, self.config, self._running.observe(members))
         if self.config.obrs.mode == "off":
             self._finish(batch, accept_all(batch), -1, 0.0)
             return None
@@ -263,14 +265,15 @@ class Steps:
             "steps": [
                 [
                     step, [t.place for t in e.batch.members], e.score_seq, e.log_threshold, e.committed, e.following,
-                    e.again_seq, len(e.shards or ()),
+                    e.again_seq, len(e.shards or ()), pack_scales(e.batch.scales),
                 ]
                 for step, e in self._steps.items()
             ],
             "scoring": [
                 self._scoring[0].step, [t.place for t in self._scoring[0].members],
-                self._scoring[1].request, self._scoring[1].min_version,
+                self._scoring[1].request, self._scoring[1].min_version, pack_scales(self._scoring[0].scales),
             ] if self._scoring else None,
+            "running": self._running.state(),
         }  # fmt: skip
 
     def _controller_state(self) -> list[Any] | None:
@@ -282,13 +285,14 @@ class Steps:
     def restore(self, state: dict[str, Any], load: LoadTrajectory, scores: LoadScores) -> None:
         """Take up where :meth:`state` was written; counts are left as they were."""
         self._next_request = state["next_request"]
+        self._running.restore(state["running"])
         if self._controller is not None and state["threshold"] is not None:
             log_threshold, ratios = state["threshold"]
             arrays = [np.frombuffer(r, np.float32) for r in ratios]
             self._controller.restore({"log_threshold": log_threshold, "log_ratios": arrays})
         counts = Counter(self.counts)
-        for step, places, seq, log_threshold, committed, following, again_seq, world in state["steps"]:
-            batch = collate(step, [load(*place) for place in places], self.config)
+        for step, places, seq, log_threshold, committed, following, again_seq, world, scales in state["steps"]:
+            batch = collate(step, [load(*place) for place in places], self.config, unpack_scales(scales))
             if seq < 0:
                 self._finish(batch, accept_all(batch), -1, 0.0)
             else:
@@ -303,6 +307,6 @@ class Steps:
         self.counts.clear()
         self.counts.update(counts)
         if state["scoring"] is not None:
-            step, places, number, min_version = state["scoring"]
-            batch = collate(step, [load(*place) for place in places], self.config)
+            step, places, number, min_version, scales = state["scoring"]
+            batch = collate(step, [load(*place) for place in places], self.config, unpack_scales(scales))
             self._scoring = (batch, self._score_request(batch, number, min_version))

@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from common.errors import ConfigError
 from common.mixture import Mixture, mixture
 from common.objective import ALGORITHMS, AdvantageSection, LossSection, check_stacking, require
+from common.rewards import RewardSection
 
 
 def _is_loopback(url: str) -> bool:
@@ -172,6 +173,7 @@ class RolloutSection:
     temperature: float = 1.0
     top_logprobs: int = 0  # ids and log q of the k likeliest tokens, beside the sampled one
     ignore_eos: bool = False  # sample max_tokens always (throughput measurements)
+    exemplars: int = 0  # siblings of a group, the last ones, that are answers written by people (reward.exemplars)
     routing_replay: bool = False  # record each token's experts; replica and learner route by them (algorithms.md 7)
 
     def __post_init__(self) -> None:
@@ -185,6 +187,12 @@ class RolloutSection:
             "rollout.temperature",
             self.temperature,
             "must be positive: a greedy rollout has no density to correct (algorithms.md 1.10)",
+        )
+        require(
+            0 <= self.exemplars < self.group_size,
+            "rollout.exemplars",
+            self.exemplars,
+            f"must leave something to sample of rollout.group_size={self.group_size}",
         )
         require(0 <= self.top_logprobs <= 128, "rollout.top_logprobs", self.top_logprobs, "must lie in [0, 128]")
 
@@ -496,6 +504,7 @@ class RunConfig:
     run: RunSection = field(default_factory=RunSection)
     model: ModelSection = field(default_factory=ModelSection)
     task: TaskSection = field(default_factory=TaskSection)
+    reward: RewardSection = field(default_factory=RewardSection)
     rollout: RolloutSection = field(default_factory=RolloutSection)
     staleness: StalenessSection = field(default_factory=StalenessSection)
     obrs: ObrsSection = field(default_factory=ObrsSection)
@@ -518,6 +527,12 @@ class RunConfig:
             value = getattr(getattr(self, section), name)
             require(low <= value <= high, key, value, f"must lie in [{low:g}, {high:g}]")
         self.check_room()
+        require(
+            self.rollout.exemplars == 0 or bool(self.reward.exemplars),
+            "rollout.exemplars",
+            self.rollout.exemplars,
+            "needs answers to put into groups; name their JSONL file in reward.exemplars",
+        )
         require(
             self.replica.count >= 1 or self.obrs.mode == "off",
             "replica.count",

@@ -220,9 +220,9 @@ class Trajectories(_Routed):
     finish: Bytes = array("u1", 1)  # [B] index in FINISH_REASONS
     cu_seqlens: Int32 = array("i4", 1)  # [B+1]
     token_ids: Int32 = array("i4", 1)  # [N]
-    trainable: Bytes = array("u1", 1)  # [N] 1 where the policy sampled the token; STARTS opens a further segment
-    log_q: Float32 = array("f4", 1)  # [N] under the distribution really sampled; 0 where not trainable
-    versions: Int32 = array("i4", 1)  # [N] weight version of each sampled token; -1 where not trainable
+    trainable: Bytes = array("u1", 1)  # [N] 1 where the policy sampled the token; else 0, STARTS or EXPERT
+    log_q: Float32 = array("f4", 1)  # [N] under the distribution really sampled; 0 where not sampled
+    versions: Int32 = array("i4", 1)  # [N] weight version of each sampled token; -1 where not sampled
     topk_ids: Int32 = array("i4", 2)  # [N, k]
     topk_log_q: Float32 = array("f4", 2)  # [N, k]
     experts: UInt16 = array("u2", 2, None)  # [N, R]
@@ -310,18 +310,19 @@ class Trajectories(_Routed):
         if not len(self.token_ids):
             return False
         oldest, _ = self.summary
-        starts = self.cu_seqlens[:-1]
+        starts, role = self.cu_seqlens[:-1], int(self.trainable.max())
         return bool(
             math.isfinite(float(self.log_q.sum()) + float(self.rewards.sum()) + float(self.channels.sum()))
             and self.log_q.max() <= LOG_Q_TOLERANCE
             and self.token_ids.min() >= 0
             and self.token_ids.max() < vocab_size
-            and self.trainable.max() <= STARTS
-            and oldest.max() < NEVER
+            and role <= EXPERT
+            and (oldest.max() < NEVER or bool(self._exemplar_tokens()[oldest == NEVER].all()))
             and oldest.min() >= 0
             and self.versions.max() <= newest_version
             and starts[-1] < len(self.token_ids)
             and not self.trainable[starts].any()
+            and (role < EXPERT or not self._is_dated(self.trainable == EXPERT).any())
             and (
                 self.topk_ids.size == 0
                 or (
@@ -332,6 +333,15 @@ class Trajectories(_Routed):
                 )
             )
         )
+
+    def _exemplar_tokens(self) -> Int64:
+        """Of each trajectory ``[B]``."""
+        counts = np.concatenate(([0], np.cumsum(self.trainable == EXPERT)))
+        return np.diff(counts[self.cu_seqlens])
+
+    def _is_dated(self, expert: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """``[N]``: an exemplar's token that claims to be sampled."""
+        return np.asarray(expert & ((self.versions != -1) | (self.log_q != 0)), np.bool_)
 
     def _find_faults(self, vocab_size: int, newest_version: int, expert_count: int) -> dict[int, str]:
         on = self.trainable == 1
@@ -347,7 +357,8 @@ class Trajectories(_Routed):
         note(self.log_q > LOG_Q_TOLERANCE, "log_q is positive: no log-probability")
         outside = f"token id outside the vocabulary of {vocab_size}"
         note((self.token_ids < 0) | (self.token_ids >= vocab_size), outside)
-        note(self.trainable > STARTS, f"trainable must be 0, 1, or {STARTS} where a segment starts")
+        note(self.trainable > EXPERT, f"trainable must be 0, 1, {STARTS} where a segment starts, or {EXPERT}")
+        note(self._is_dated(self.trainable == EXPERT), "an exemplar's token has a version or a log_q")
         note(on & (self.versions < 0), "a sampled token has no version")
         note(on & (self.versions > newest_version), f"version from the future (newest is {newest_version})")
         if self.topk_log_q.shape[1]:
@@ -361,7 +372,7 @@ class Trajectories(_Routed):
             note(np.asarray(beyond.any(axis=1)), f"expert outside the {expert_count} of a layer")
         for b in np.flatnonzero(~np.isfinite(self.rewards) | ~np.isfinite(self.channels).all(axis=1)):
             found.setdefault(int(b), "reward is NaN or infinite")
-        for b in np.flatnonzero(self.summary[1] == 0):
+        for b in np.flatnonzero((self.summary[1] == 0) & (self._exemplar_tokens() == 0)):
             found.setdefault(int(b), "no sampled token")
         for b in np.flatnonzero(lengths):
             if self.trainable[self.cu_seqlens[b]]:

@@ -177,8 +177,9 @@ def test_experts_of_a_segment_are_those_of_its_own_contexts() -> None:
 @pytest.mark.parametrize(
     ("position", "value", "words"),
     [
-        (3, 3, "trainable must be 0, 1, or 2"), (5, 255, "trainable must be 0, 1, or 2"),
+        (3, 3, "an exemplar's token has a version"), (5, 255, "trainable must be 0, 1, 2"),
         (0, 2, "first token is sampled from nothing"), (0, 1, "first token is sampled from nothing"),
+        (0, 3, "first token is sampled from nothing"), (3, 4, "trainable must be 0, 1, 2"),
     ],
 )  # fmt: skip
 def test_what_trainable_cannot_say_is_found(position: int, value: int, words: str) -> None:
