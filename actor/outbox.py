@@ -20,6 +20,14 @@ class Finished:
     reward: float
 
 
+def by_channels(finished: Sequence[Finished]) -> dict[tuple[str, ...], list[Finished]]:
+    """``finished`` by the names of their reward channels: mixed tasks have different ones, and a message one set."""
+    found: dict[tuple[str, ...], list[Finished]] = {}
+    for one in finished:
+        found.setdefault(tuple(one.channels), []).append(one)
+    return found
+
+
 def pack(run_id: str, channel_names: Sequence[str], finished: Sequence[Finished]) -> Trajectories:
     """One message of all ``finished`` rollouts: what was given is not trainable, what was sampled is."""
     turns = [turn for f in finished for turn in f.turns]

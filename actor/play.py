@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actor.engine.base import Completion, Engine, Failure, SampleRequest
-from actor.evaluation import EVALUATION_ID, Evaluations
+from actor.evaluation import EVALUATION_ID, NO_ANSWER, Evaluations, Scored, answer_key
 from actor.outbox import Finished
 from actor.rewards import combine
 from actor.rollout import Ids, Rollout, Rollouts
 from actor.tasks.agent import AgentTask
-from actor.tasks.base import MultiTurnTask, PromptItem, Task, make_task
+from actor.tasks.base import AnsweringTask, MultiTurnTask, PromptItem, Task, make_task
+from actor.tasks.mixed import MixedTask
 from common import wire
 from common.config import RunConfig
 from common.errors import ConfigError, EngineError, TaskError
@@ -37,14 +38,21 @@ log = logging.getLogger("actor")
 
 
 def open_task(config: RunConfig) -> Task:
-    """The configured task. Raises TaskError or ConfigError if the configuration does not fit it."""
-    task = make_task(config.task.name, config.model.path, config.run.seed, config.task.params)
-    combine(dict.fromkeys(task.channels, 0.0), config.task.reward_weights)  # wrong weights fail at once
-    if config.rollout.max_turns > 1 and not isinstance(task, MultiTurnTask | AgentTask):
+    """The configured task, or several as one. Raises TaskError or ConfigError if the configuration does not fit."""
+    section, tasks = config.task, {}
+    for label, entry in section.entries.items():
+        task = tasks[label] = make_task(entry.name, config.model.path, config.run.seed, entry.params)
+        combine(dict.fromkeys(task.channels, 0.0), entry.reward_weights)  # wrong weights fail at once
+        if section.mix and isinstance(task, AgentTask):
+            raise ConfigError(
+                f"task.mix.{label}: agents hold conversations of their own, through the gateway, and cannot be mixed "
+                "with tasks that are sampled here; train it alone with task.name=agent"
+            )
+    if config.rollout.max_turns > 1 and not any(isinstance(t, MultiTurnTask | AgentTask) for t in tasks.values()):
         raise ConfigError(
-            f"rollout.max_turns={config.rollout.max_turns}: task {config.task.name} has one turn; set it to 1"
+            f"rollout.max_turns={config.rollout.max_turns}: task {', '.join(tasks)} has one turn; set it to 1"
         )
-    return task
+    return MixedTask(tasks, section.mixture) if section.mix else tasks[section.name]
 
 
 def _make_driver(config: RunConfig, task: Task, engine: Engine) -> "Driver | None":
@@ -64,7 +72,10 @@ class Play:
         self.config, self.task, self.engine, self.counters = config, task, engine, counters
         self.rollouts = Rollouts(config.rollout, task)
         self._send = send
-        self._evaluations = Evaluations(config.task.name, counters)
+        self._labels = config.task.labels
+        self._weights = [entry.reward_weights for entry in config.task.entries.values()]  # of each task
+        channels = [part.channels for part in (task.parts if isinstance(task, MixedTask) else (task,))]
+        self._evaluations = Evaluations(self._labels, channels, config.task.mixture, counters)
         self._driver = _make_driver(config, task, engine)
 
     @property
@@ -89,11 +100,11 @@ class Play:
             return
         self._begin(self.rollouts.start(group, item, rollout.started, rollout.group_size))
 
-    def start_evaluation(self, number: int, prompts: int) -> None:
-        """Held-out questions ``[0, prompts)``, once each."""
-        finished = self._evaluations.start(number, prompts, lambda n: self._prompt(n, "heldout"))
+    def start_evaluation(self, number: int, prompts: int, samples: int = 1) -> None:
+        """Held-out questions ``[0, prompts)``, each completed ``samples`` times."""
+        finished = self._evaluations.start(number, prompts, samples, lambda n: self._prompt(n, "heldout"))
         for request_id, item in self._evaluations.requests(number):
-            self._begin(self.rollouts.start(request_id, item, 1, 1))
+            self._begin(self.rollouts.start(request_id, item, samples, samples))
         if finished is not None:
             self._send(finished)
 
@@ -157,7 +168,7 @@ class Play:
         try:
             if ended.error:
                 raise TaskError(ended.error)
-            reward = combine(ended.channels, self.config.task.reward_weights)
+            reward = combine(ended.channels, self._weights[rollout.item.task])
         except TaskError as error:
             self.counters["agent_failures"] += 1
             self._fail(rollout, str(error))
@@ -198,7 +209,7 @@ class Play:
             channels, reward = self._reward(rollout)
         except Exception as error:  # noqa: BLE001  # a task is foreign code
             self.counters["reward_failures"] += 1
-            self._fail(rollout, f"{self.config.task.name}: {type(error).__name__}: {error}")
+            self._fail(rollout, f"{self._labels[rollout.item.task]}: {type(error).__name__}: {error}")
             return None
         return self._whole(rollout, channels, reward)
 
@@ -209,7 +220,7 @@ class Play:
             channels = self.task.reward_turns(rollout.item, completions)
         else:
             channels = self.task.reward(rollout.item, completions[0])
-        return channels, combine(channels, self.config.task.reward_weights)
+        return channels, combine(channels, self._weights[rollout.item.task])
 
     # ---- ending ---------------------------------------------------------------------------------
 
@@ -223,7 +234,7 @@ class Play:
                 self.engine.cancel(rollout.request_id, sibling)
             self.counters["cancelled"] += 1
         if rollout.request_id >= EVALUATION_ID:
-            self._evaluated(rollout, reward)
+            self._evaluated(rollout, Scored(reward, channels, self._answer(rollout), rollout.sampled))
             return None
         return Finished(rollout.request_id, place, rollout.turns, channels, reward)
 
@@ -235,11 +246,22 @@ class Play:
         place = self.rollouts.failed(rollout)
         if rollout.request_id >= EVALUATION_ID:
             self.counters["evaluation_failures"] += 1
-            self._evaluated(rollout, 0.0)
+            self._evaluated(rollout, Scored(tokens=rollout.sampled))
         elif place is not None:
             self._send(wire.GroupFailed(rollout.request_id, reason[:REASON], place))
 
-    def _evaluated(self, rollout: Rollout, reward: float) -> None:
-        finished = self._evaluations.take(rollout, reward)
+    def _answer(self, rollout: Rollout) -> int:
+        """What the completion's votes are counted by."""
+        if not isinstance(self.task, AnsweringTask):
+            return NO_ANSWER
+        try:
+            return answer_key(self.task.answer(rollout.item, rollout.turns[-1].completion.token_ids))
+        except Exception as error:  # noqa: BLE001  # a task is foreign code
+            self.counters["answer_failures"] += 1
+            log.warning("%s: no answer read: %s: %s", self._labels[rollout.item.task], type(error).__name__, error)
+            return NO_ANSWER
+
+    def _evaluated(self, rollout: Rollout, scored: Scored) -> None:
+        finished = self._evaluations.take(rollout, scored)
         if finished is not None:
             self._send(finished)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from actor.engine.base import Engine
-from actor.outbox import Outbox, pack
+from actor.outbox import Outbox, by_channels, pack
 from actor.play import Play, open_task
 from actor.weights import GroupCollective
 from common import wire
@@ -135,8 +135,8 @@ class ActorService:
             ended = self.engine.step(ENGINE_WAIT_S)
             self.counters["seconds_decode"] += time.perf_counter() - began  # type: ignore[assignment]
             finished += self.play.collect(ended)
-        if finished:
-            trajectories = pack(self.link.run_id, self.task.channels, finished)
+        for channels, alike in by_channels(finished).items():
+            trajectories = pack(self.link.run_id, channels, alike)
             self.outbox.add(trajectories)
             self.link.send(trajectories)
         self.link.counters = self.engine.counters | {k: float(v) for k, v in self.counters.items()}
@@ -199,7 +199,7 @@ class ActorService:
         while self._startable() and self.outbox.nbytes < limit:
             grant = self._grants.popleft()
             if grant.evaluation >= 0:
-                self.play.start_evaluation(grant.evaluation, grant.evaluation_prompts)
+                self.play.start_evaluation(grant.evaluation, grant.evaluation_prompts, grant.evaluation_samples)
             for group, prompt in zip(grant.groups.tolist(), grant.prompts.tolist(), strict=True):
                 self.play.start_group(group, prompt)
 

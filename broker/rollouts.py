@@ -124,5 +124,6 @@ class Rollouts:
                 none = np.zeros(0, np.int64)
                 grant = grant or wire.Grant(version, -1, 0, none, none)
                 grant.evaluation, grant.evaluation_prompts = asked.id, self.config.evaluation.prompts
+                grant.evaluation_samples = self.config.evaluation.samples
             if grant is not None:
                 self.door.send(peer, grant)

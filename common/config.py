@@ -31,6 +31,7 @@ def _is_loopback(url: str) -> bool:
 
 
 MEGABYTE = 1 << 20
+MAX_HELD_OUT = 1 << 24  # prompts of one evaluation
 MAX_TASKS, MAX_LABEL = 64, 64  # tasks that are mixed; characters of a label
 BYTES_PER_TOKEN = 13  # of a queued trajectory: ids, flag, log q and version
 BYTES_PER_ALTERNATIVE = 8  # id and log q
@@ -471,12 +472,29 @@ class EvaluationSection:
     prompts: int = 512  # 0 switches evaluation off
     every: int = 50
     temperature: float = 1.0  # 0 is greedy
+    samples: int = 1  # completions of each prompt: n of pass@k, and the voters
+    pass_at: tuple[int, ...] = ()  # k of each pass@k that is reported
 
     def __post_init__(self) -> None:
         """Validate."""
-        require(self.prompts >= 0, "evaluation.prompts", self.prompts, "must not be negative")
+        require(
+            0 <= self.prompts < MAX_HELD_OUT, "evaluation.prompts", self.prompts, f"must lie in [0, {MAX_HELD_OUT})"
+        )
         require(self.every >= 1, "evaluation.every", self.every, "must be at least 1")
         require(self.temperature >= 0, "evaluation.temperature", self.temperature, "must be 0 (greedy) or more")
+        require(self.samples >= 1, "evaluation.samples", self.samples, "must be at least 1")
+        require(
+            self.samples == 1 or self.temperature > 0,
+            "evaluation.samples",
+            self.samples,
+            "greedy completions of one prompt are all alike; set it to 1 or evaluation.temperature above 0",
+        )
+        require(
+            all(1 <= k <= self.samples for k in self.pass_at),
+            "evaluation.pass_at",
+            self.pass_at,
+            f"each k must lie in [1, evaluation.samples={self.samples}]",
+        )
 
 
 @dataclass(frozen=True)
@@ -558,6 +576,12 @@ class RunConfig:
             "actor.max_sequences",
             self.actor.max_sequences,
             f"must hold one whole group (rollout.group_size={self.rollout.group_size}, with rollout.oversample)",
+        )
+        require(
+            self.actor.max_sequences >= self.evaluation.samples,
+            "evaluation.samples",
+            self.evaluation.samples,
+            f"the completions of a prompt are sampled together; raise actor.max_sequences={self.actor.max_sequences}",
         )
         require(
             self.weights.route != "direct" or self.actor.engine == "sglang",

@@ -2,7 +2,7 @@
 
 ``make_task`` knows ``sort6`` (the quick start), ``guess`` (several turns), ``agent`` (programs that
 speak OpenAI's protocol), ``fixed`` (throughput measurements) and ``gym:<name>`` for every
-reasoning-gym data set.
+reasoning-gym data set. :mod:`actor.tasks.mixed` makes several of them one.
 """
 
 import difflib
@@ -32,6 +32,7 @@ class PromptItem:
 
     prompt_ids: NDArray[np.int32]  # [P]
     reference: Any  # what the task's verifier needs
+    task: int = 0  # whose question it is, where several are mixed
 
 
 class Task(Protocol):
@@ -57,6 +58,14 @@ class MultiTurnTask(Task, Protocol):
 
     def reward_turns(self, item: PromptItem, completions: Sequence[NDArray[np.int32]]) -> dict[str, float]:
         """Every channel's value for a whole conversation; stands for :meth:`reward`."""
+
+
+@runtime_checkable
+class AnsweringTask(Task, Protocol):
+    """A task whose completions to one question can be compared, so that an evaluation may count their votes."""
+
+    def answer(self, item: PromptItem, completion_ids: NDArray[np.int32]) -> str | None:
+        """The answer that the last completion ``[T]`` gives, equal for equal ones; None if none can be read."""
 
 
 def make_task(name: str, model_dir: str, seed: int, params: dict[str, Any]) -> Task:

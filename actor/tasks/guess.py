@@ -62,6 +62,11 @@ class Guess:
         """That of a conversation of one turn."""
         return self.reward_turns(item, [completion_ids])
 
+    def answer(self, item: PromptItem, completion_ids: NDArray[np.int32]) -> str | None:
+        """The number guessed last, however many zeros lead it."""
+        guess = read_guess(completion_ids)
+        return None if guess is None else str(guess)
+
 
 def read_guess(answer: NDArray[np.int32]) -> int | None:
     """The number before the end token ``$``; None if ``answer[T]`` holds something else or 1,000 and more.

@@ -79,11 +79,15 @@ class GymTask:
             ids = self._tokenizer(question)["input_ids"]
         return np.array(ids, np.int32)
 
+    def answer(self, item: PromptItem, completion_ids: NDArray[np.int32]) -> str:
+        """The whole completion, as the verifiers read it."""
+        return str(self._tokenizer.decode(completion_ids.tolist(), skip_special_tokens=True)).strip()
+
     def reward(self, item: PromptItem, completion_ids: NDArray[np.int32]) -> dict[str, float]:
         """The verifier's word on the decoded completion."""
         from reasoning_gym import get_score_answer_fn
 
         entry, name = item.reference
-        answer = self._tokenizer.decode(completion_ids.tolist(), skip_special_tokens=True).strip()
+        answer = self.answer(item, completion_ids)
         score = float(get_score_answer_fn(name)(answer=answer, entry=entry))
         return {"correct": float(score >= CORRECT_FROM), "score": score}

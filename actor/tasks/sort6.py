@@ -72,6 +72,11 @@ class Sort6:
             "prefix": sum(right) / len(item.reference),
         }
 
+    def answer(self, item: PromptItem, completion_ids: NDArray[np.int32]) -> str | None:
+        """What stands before the end token; None without one."""
+        ends = np.flatnonzero(completion_ids == EOS)
+        return decode(completion_ids[: ends[0]]) if len(ends) else None
+
 
 def write_tokenizer(directory: str | Path) -> None:
     """The alphabet as a Hugging Face tokenizer; the same bytes every time."""

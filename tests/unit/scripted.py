@@ -1,0 +1,47 @@
+"""An engine without a model: completions are what a function of the request and the sibling says."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from actor.engine.base import Completion, Failure, SampleRequest
+from actor.tasks.sort6 import encode
+
+Script = Callable[[SampleRequest, int], str | None]  # None: the engine fails at it
+
+
+class ScriptedEngine:
+    """What an actor's play needs of an engine. Everything asked for ends at the next step."""
+
+    def __init__(self, script: Script, version: int = 0) -> None:
+        self.script, self.version = script, version
+        self.asked: list[SampleRequest] = []
+        self._waiting: list[SampleRequest] = []
+        self.cancelled: list[tuple[int, int]] = []
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting)
+
+    def add(self, request: SampleRequest) -> None:
+        self.asked.append(request)
+        self._waiting.append(request)
+
+    def cancel(self, request_id: int, sibling: int) -> None:
+        self.cancelled.append((request_id, sibling))
+
+    def step(self, wait_s: float = 0.0) -> Sequence[Completion | Failure]:
+        waiting, self._waiting = self._waiting, []
+        return [self._end(r, r.first_sibling + i) for r in waiting for i in range(r.samples)]
+
+    def _end(self, request: SampleRequest, sibling: int) -> Completion | Failure:
+        text = self.script(request, sibling)
+        if text is None:
+            return Failure(request.request_id, sibling, "scripted")
+        ids = encode(text)
+        n, k = len(ids), request.top_logprobs
+        return Completion(
+            request.request_id, sibling, ids, np.full(n, -0.5, np.float32), np.full(n, self.version, np.int32),
+            np.zeros((n, k), np.int32), np.zeros((n, k), np.float32),
+            np.zeros((len(request.prompt_ids) + n, 0), np.uint16), "stop",
+        )  # fmt: skip

@@ -1,0 +1,191 @@
+"""An actor's play with a scripted engine: mixed tasks, and evaluations of several samples."""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actor.evaluation import NO_ANSWER, answer_key
+from actor.outbox import by_channels, pack
+from actor.play import Play, open_task
+from actor.tasks.mixed import MixedTask
+from actor.tasks.sort6 import decode
+from common import wire
+from common.config import EvaluationSection, RolloutSection, RunConfig, TaskEntry, TaskSection
+from common.errors import ConfigError, TaskError
+from tests.unit.scripted import Script, ScriptedEngine
+
+MIX = TaskSection(
+    mix={
+        "sort": TaskEntry("sort6", 2.0, reward_weights={"correct": 1.0, "prefix": 0.5}),
+        "game": TaskEntry("guess", 1.0, reward_weights={"correct": 0.0, "closeness": 2.0}),
+    }
+)
+
+
+def config(task: TaskSection = MIX, samples: int = 1, **rollout: Any) -> RunConfig:
+    limits = {"group_size": 2, "max_turns": 3, "max_reply_tokens": 2, **rollout}
+    return RunConfig(task=task, rollout=RolloutSection(**limits), evaluation=EvaluationSection(samples=samples))
+
+
+class Table:
+    def __init__(self, config: RunConfig, script: Script) -> None:
+        self.engine, self.sent, self.counters = ScriptedEngine(script), [], Counter()
+        self.play = Play(config, open_task(config), self.engine, self.counters, self.sent.append)
+
+    def play_on(self) -> list[Any]:
+        finished = []
+        while self.engine.busy:
+            finished += self.play.collect(self.engine.step())
+        return finished
+
+
+def answer_of(request: Any, sibling: int) -> str:
+    """Sorts what is to be sorted; guesses 500, then what is higher or lower."""
+    text = decode(request.prompt_ids)
+    if text[-1] == ">" and len(text) == 7:
+        return "".join(sorted(text[:6])) + "$"
+    return {"c>": "500$", "a>": "750$", "b>": "250$"}[text[-2:]]
+
+
+def test_each_prompt_is_played_and_paid_by_its_own_task() -> None:
+    table = Table(config(), answer_of)
+    for group in range(3):
+        table.play.start_group(group, group)
+    finished = sorted(table.play_on(), key=lambda f: (f.group, f.sibling))
+    assert [f.group for f in finished] == [0, 0, 1, 1, 2, 2]
+    own = [MIX.mixture.place(f.group) for f in finished]
+    assert {task for task, _ in own} == {0, 1}
+    single = {0: open_task(config(TaskSection(), max_turns=1)), 1: open_task(config(TaskSection(name="guess")))}
+    for one, (task, question) in zip(finished, own, strict=True):
+        item = single[task].prompt(question, "train")
+        assert np.array_equal(one.turns[0].given, item.prompt_ids)
+        if task == 0:
+            assert len(one.turns) == 1 and one.channels == {"correct": 1.0, "prefix": 1.0} and one.reward == 1.5
+        else:
+            last = 750 if item.reference > 500 else 250
+            assert len(one.turns) == 3 and set(one.channels) == {"correct", "closeness"}
+            assert one.reward == pytest.approx(2 * (1 - abs(last - item.reference) / 1000))
+
+
+def test_a_message_has_the_channels_of_one_task() -> None:
+    table = Table(config(), answer_of)
+    for group in range(4):
+        table.play.start_group(group, group)
+    messages = [pack("r", names, alike) for names, alike in by_channels(table.play_on()).items()]
+    assert sorted(m.channel_names for m in messages) == [["correct", "closeness"], ["correct", "prefix"]]
+    for message in messages:
+        message.check()
+        assert not message.faults(16, 0)
+    assert sorted(g for m in messages for g in m.groups.tolist()) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_a_mixed_task_is_its_parts() -> None:
+    task = open_task(config())
+    assert isinstance(task, MixedTask) and task.channels == ("correct", "prefix", "closeness")
+    item = task.prompt(0, "heldout")
+    assert item.task == 0 and task.reward(item, task.prompt(0, "heldout").prompt_ids)["correct"] == 0.0
+    assert task.reply(item, [item.prompt_ids]) is None
+    assert task.answer(item, item.prompt_ids) is None
+
+
+@pytest.mark.parametrize(
+    ("task", "error", "words"),
+    [
+        ({"a": TaskEntry("sort6"), "b": TaskEntry("sort7")}, TaskError, "did you mean 'sort6'"),
+        ({"a": TaskEntry("sort6", reward_weights={"prefxi": 1.0})}, TaskError, "did you mean 'prefix'"),
+        ({"a": TaskEntry("sort6"), "b": TaskEntry("sort6")}, ConfigError, "max_turns=3: task a, b has one turn"),
+    ],
+)
+def test_what_cannot_be_mixed_is_refused_by_name(task: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        open_task(config(TaskSection(mix=task)))
+
+
+def test_agents_are_not_mixed(tmp_path: Any) -> None:
+    (tmp_path / "q.jsonl").write_text("{}\n{}\n")
+    params = {"questions": str(tmp_path / "q.jsonl"), "agent": "tools.examples.guess_agent:play"}
+    mixed = TaskSection(mix={"sort6": TaskEntry(), "helper": TaskEntry("agent", params=params)})
+    with pytest.raises(ConfigError, match=r"task\.mix\.helper: agents hold conversations of their own.*alone"):
+        open_task(config(mixed))
+
+
+# ---- evaluations --------------------------------------------------------------------------------
+
+
+def test_samples_of_a_prompt_are_asked_for_together_and_told_side_by_side() -> None:
+    def script(request: Any, sibling: int) -> str:
+        right = answer_of(request, sibling)
+        return right if sibling < 2 else "12$"
+
+    table = Table(config(samples=3), script)
+    table.play.start_evaluation(5, 4, 3)
+    assert [r.samples for r in table.engine.asked] == [3] * 4
+    assert table.play_on() == []
+    (result,) = table.sent
+    assert isinstance(result, wire.EvaluationResult)
+    result.check()
+    assert (result.evaluation, result.samples, len(result.rewards)) == (5, 3, 12)
+    assert result.channel_names == ["correct", "prefix", "closeness"]
+    tasks, _ = MIX.mixture.places(range(4))
+    by_prompt = result.channels.reshape(4, 3, 3)
+    for n, task in enumerate(tasks.tolist()):
+        assert np.isnan(by_prompt[n, :, 2 if task == 0 else 1]).all()
+        if task == 0:
+            assert by_prompt[n, :, 0].tolist() == [1, 1, 0]
+            answers = result.answers[3 * n : 3 * n + 3].tolist()
+            assert answers[0] == answers[1] != answers[2] == answer_key("12") and NO_ANSWER not in answers
+    assert result.lengths[0] == 7
+
+
+def test_what_fails_is_worth_nothing_and_is_not_correct() -> None:
+    def script(request: Any, sibling: int) -> str | None:
+        return None if sibling == 1 else answer_of(request, sibling)
+
+    table = Table(config(TaskSection(), samples=2, max_turns=1), script)
+    inner = table.play.task.prompt
+
+    def prompt(index: int, split: Any) -> Any:
+        if index == 1:
+            raise RuntimeError("no such question")
+        return inner(index, split)
+
+    table.play.task.prompt = prompt  # type: ignore[method-assign]
+    table.play.start_evaluation(0, 3, 2)
+    table.play_on()
+    (result,) = table.sent
+    result.check()
+    assert result.rewards.tolist() == [1, 0, 0, 0, 1, 0]
+    assert result.channels[:, 0].tolist() == [1, 0, 0, 0, 1, 0]
+    np.testing.assert_array_equal(result.channels[:, 1], np.array([1, np.nan, np.nan, np.nan, 1, np.nan], np.float32))
+    assert [bool(a) for a in result.answers] == [True, False, False, False, True, False]
+    assert table.counters["evaluation_failures"] == 3
+
+
+def test_evaluations_leave_groups_alone() -> None:
+    table = Table(config(samples=2), answer_of)
+    table.play.start_evaluation(0, 2, 2)
+    table.play.start_group(0, 0)
+    finished = table.play_on()
+    assert [f.group for f in finished] == [0, 0] and len(table.sent) == 1
+    assert len(table.play.rollouts) == 0
+
+
+def test_answers_are_compared_without_width_and_spacing() -> None:
+    assert answer_key(" the  answer\n") == answer_key("the answer") != answer_key("the Answer")
+    assert answer_key("４２") == answer_key("42")  # noqa: RUF001
+    assert answer_key(None) == answer_key(" \n") == NO_ANSWER
+    assert answer_key("42") == 8820412187630416983  # the same in every process and on every machine
+
+
+def test_a_task_whose_answers_cannot_be_read_still_counts() -> None:
+    def broken(item: Any, ids: Any) -> str:
+        raise RuntimeError("surprise")
+
+    table = Table(config(TaskSection(), max_turns=1), answer_of)
+    table.play.task.answer = broken  # type: ignore[attr-defined]
+    table.play.start_evaluation(0, 1, 1)
+    table.play_on()
+    assert table.sent[0].rewards.tolist() == [1.0] and table.sent[0].answers.tolist() == [NO_ANSWER]
+    assert table.counters["answer_failures"] == 1
