@@ -19,7 +19,6 @@ import os
 import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ import numpy as np
 
 from actor.tasks.base import PromptItem, Split, refuse_params
 from common.errors import TaskError
+from common.questions import question_of
 
 PARAMS = (
     "agent", "command", "questions", "heldout", "channels", "deadline_s", "workers", "port", "chat_template"
@@ -74,16 +74,16 @@ class AgentTask:
         ):
             raise TaskError(f"task.params.command={self._command!r}: must be a list of words")
         self._function = None if self._command is not None else _import(str(params["agent"]))
-        self._order = lru_cache(maxsize=2)(self._shuffled)
 
-    def _shuffled(self, epoch: int) -> Any:
-        return np.random.default_rng((self._seed, epoch)).permutation(self._trained)
+    @property
+    def questions(self) -> int:
+        """Those to train on."""
+        return self._trained
 
     def prompt(self, index: int, split: Split) -> PromptItem:
         """Question ``index``, its prompt unwritten; training goes through the file in another order each time."""
         if split == "train":
-            epoch, within = divmod(index, self._trained)
-            line = int(self._order(epoch)[within])
+            line = question_of(self._seed, index, self._trained)
         elif index < self.held_out:
             line = self._trained + index
         else:

@@ -68,6 +68,20 @@ class AnsweringTask(Task, Protocol):
         """The answer that the last completion ``[T]`` gives, equal for equal ones; None if none can be read."""
 
 
+@runtime_checkable
+class FiniteTask(Task, Protocol):
+    """A task with a last question: training goes through all of them again and again (common.questions)."""
+
+    @property
+    def questions(self) -> int:
+        """How many there are to train on."""
+
+
+def count_questions(task: Task) -> int:
+    """Training questions of ``task``; 0 where there is no end of them."""
+    return task.questions if isinstance(task, FiniteTask) else 0
+
+
 def make_task(name: str, model_dir: str, seed: int, params: dict[str, Any]) -> Task:
     """The task called ``name``; raises :class:`TaskError` that suggests the near name."""
     if name.startswith(GYM_PREFIX):
