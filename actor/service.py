@@ -26,6 +26,8 @@ import torch
 from actor.engine.base import Engine
 from actor.outbox import Outbox, by_channels, pack
 from actor.play import Play, open_task
+from actor.tasks.base import count_questions
+from actor.tasks.mixed import parts_of
 from actor.weights import GroupCollective
 from common import wire
 from common.config import RunConfig
@@ -100,6 +102,7 @@ class ActorService:
             host=socket.gethostname(),
             pid=os.getpid(),
             model=model_identity(config.model.path),
+            questions=[count_questions(part) for part in parts_of(self.task)],
         )
         self.link = connect(config.broker, hello)
         self.receiver = make_receiver(config, self.engine, self.link.send)

@@ -40,6 +40,7 @@ class Door:
         self.roster = Roster()
         self.conduct = Conduct(section.quarantine_after, quarantine_s=section.quarantine_s)
         self.version = 0  # the newest published, for Pong and Welcome
+        self.objection: Callable[[wire.Hello], str] = lambda hello: ""  # to what a peer says of itself
         self.on_joined: Callable[[Peer, bool], None] = lambda peer, known: None
         self.on_left: Callable[[Peer], str] = lambda peer: ""
         self._next_pong = 0.0
@@ -119,6 +120,8 @@ class Door:
             )
         if differs := differing_identity(self.model, hello.model):
             return f"its model.path holds another model: {differs}; give it the directory that the broker has"
+        if objection := self.objection(hello):
+            return objection
         for other in self.roster.role(hello.role):
             same_place = other.hello.session == hello.session
             rival = other.hello.rank == 0 if hello.role == "learner" else other.hello.name == hello.name

@@ -9,10 +9,12 @@ or a file.
 """
 
 from collections import Counter, deque
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from broker.curriculum import Curriculum
 from broker.groups import GroupBook, LoadTrajectory, Trajectory, unpack_all
 from broker.ledger import StalenessLedger
 from broker.mixing import mix
@@ -50,8 +52,9 @@ class Pipeline:
         self.lengths: dict[str, Counter[int]] = {"trained": Counter(), "dropped": Counter()}  # see length_bin
         self.tasks: dict[str, Counter[str]] = {"trained": Counter(), "dropped": Counter()}  # by task.mix's labels
         self.steps = Steps(config, self.counts)
+        self.curriculum = Curriculum(config)
         self._next_group = 0
-        self._next_prompt = 0
+        self._next_prompt = 0  # the curriculum's turn
         self._retry: deque[tuple[int, int]] = deque()  # (prompt, failures so far)
         self._failures: Counter[int] = Counter()
         self.committed_step = -1
@@ -69,6 +72,10 @@ class Pipeline:
             self.ledger.next_step = step
             self.committed_step = step - 1
             self._next_prompt = step * self.config.rollout.groups_per_step
+
+    def questions(self, sizes: Sequence[int]) -> None:
+        """An actor has said how many training questions each task has, see :meth:`Curriculum.begin`."""
+        self.curriculum.begin(sizes)
 
     def grant(self, actor: str, count: int, version: int) -> Grant | None:
         """Promise up to ``count`` groups to ``actor``, started at ``version`` or later; None if no room."""
@@ -92,8 +99,8 @@ class Pipeline:
         return section.labels[section.mixture.place(prompt)[0]]
 
     def _new_prompt(self) -> int:
-        prompt, self._next_prompt = self._next_prompt, self._next_prompt + 1
-        return prompt
+        turn, self._next_prompt = self._next_prompt, self._next_prompt + 1
+        return self.curriculum.prompt(turn)
 
     def groups_that_fit(self) -> int:
         """Groups whose largest possible size still fits in the queue's bound, those promised counted in full."""
@@ -163,6 +170,7 @@ class Pipeline:
         if not self.book.enough(group) or not any(t.sampled_tokens for t in members):  # exemplars alone are no group
             self.give_up(group, reason)
             return
+        self.curriculum.settled(self.book.prompt(group), members)
         if self.config.advantage.zero_signal == "resample" and self._resample(members):
             self.give_up(group, "no_signal", again=False)
             return
@@ -227,6 +235,7 @@ class Pipeline:
         step = self.ledger.next_step
         members = [t for group in chosen for t in self.book.take(group)]
         self.ledger.assembled(chosen)
+        self.curriculum.assembled(step)
         return self.steps.assemble(step, members, min_version)
 
     # ---- steps: see broker.steps ----------------------------------------------------------------
@@ -281,7 +290,7 @@ class Pipeline:
         sampled = entry.batch.sampled_tokens()[entry.batch.sampled]
         self.lengths["trained"].update(length_bin(int(n)) for n in sampled)
         self.tasks["trained"].update(entry.batch.count_tasks())
-        return entry.receipt
+        return {**entry.receipt, **self.curriculum.receipt(step)}
 
     def checkpointed(self, step: int) -> None:
         """Steps up to ``step`` will not be asked for again."""
@@ -310,6 +319,7 @@ class Pipeline:
             "failures": list(self._failures.items()),
             "committed_step": self.committed_step,
             "silent": self._silent,
+            "curriculum": self.curriculum.state(),
             **self.steps.state(),
         }
 
@@ -326,6 +336,7 @@ class Pipeline:
         self._retry = deque((prompt, failures) for prompt, failures in state["retry"])
         self._failures = Counter(dict(state["failures"]))
         self.committed_step, self._silent = state["committed_step"], state["silent"]
+        self.curriculum.restore(state["curriculum"])
         self.steps.restore(state, load, scores)
 
     # ---- figures --------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ are events too; they change nothing and are compared when the events are applied
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -70,6 +70,8 @@ def apply(pipeline: Pipeline, event: Event) -> Any:
             return pipeline.begin(head["generation"])
         case "start_at":
             return pipeline.start_at(head["step"])
+        case "questions":
+            return pipeline.questions(head["sizes"])
         case "grant":
             return pipeline.grant(head["actor"], head["count"], head["version"])
         case "admit":
@@ -194,6 +196,11 @@ class Recorder:
         """See :meth:`Pipeline.begin`; the first event of every journal."""
         self._write("begin", {"generation": generation})
         self.pipeline.begin(generation)
+
+    def questions(self, sizes: Sequence[int]) -> None:
+        """See :meth:`Pipeline.questions`."""
+        self._write("questions", {"sizes": list(sizes)})
+        self.pipeline.questions(sizes)
 
     def start_at(self, step: int) -> None:
         """See :meth:`Pipeline.start_at`."""

@@ -45,9 +45,15 @@ class Rollouts:
         deadline = time.monotonic() + self.config.broker.peer_timeout_s
         self._awaited = {e: deadline for e in self.pipeline.book.actors()}
 
+    def objection(self, hello: wire.Hello) -> str:
+        """Why an actor's tasks are not this run's; "" if they are, and for everybody else."""
+        return self.pipeline.curriculum.objection(hello.questions) if hello.role == "actor" else ""
+
     def joined(self, peer: Peer) -> None:
         """A process of its name before it takes its groups with it; what it owes itself is granted again."""
         name, session = peer.name, peer.hello.session
+        if peer.hello.questions and not self.pipeline.curriculum.sizes:
+            self.recorder.questions(peer.hello.questions)
         if self.sessions.get(name, session) != session:
             given_up = self.recorder.actor_lost(name)
             log.info("%s is a new process: %d groups of the one before given up", name, given_up)
@@ -115,6 +121,7 @@ class Rollouts:
             return
         evaluate = self.schedule.due(version)
         hold = not self.schedule.first_done  # the starting model is evaluated before it changes
+        resets = self.pipeline.curriculum.resets
         share = -(-self.pipeline.ledger.grantable(version) // len(serving))
         for index, peer in enumerate(serving):
             free = peer.hello.capacity - self.pipeline.book.in_flight(peer.name)
@@ -127,3 +134,9 @@ class Rollouts:
                 grant.evaluation_samples = self.config.evaluation.samples
             if grant is not None:
                 self.door.send(peer, grant)
+        if self.pipeline.curriculum.resets > resets:
+            log.warning(
+                "every training question of a task was passed in at least advantage.skip_passed=%g of its attempts: "
+                "all are asked again and their history begins anew; harder questions would teach more",
+                self.config.advantage.skip_passed,
+            )

@@ -89,6 +89,7 @@ class BrokerService:
         self.door.on_joined, self.door.on_left = self._joined, self._left
         self.distribution = Distribution(config.weights.deadline_s, self.recorder, self.door, self.files)
         self.rollouts = Rollouts(config, self.recorder, self.door, self.files, self.distribution.newest_version)
+        self.door.objection = self.rollouts.objection
         self.training = Training(config, self.recorder, self.door, self.files, self.figures, self.waiting_for)
         self.phase = "waiting"
         self._next_word = time.monotonic() + WORD_EVERY_S

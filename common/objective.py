@@ -40,6 +40,7 @@ class AdvantageSection:
     deviation: Literal["population", "sample"] = "population"  # papers write the first, verl computes the second
     epsilon: float = 1e-6  # added to a standard deviation
     zero_signal: Literal["keep", "mask", "resample"] = "keep"  # groups of equal rewards; resample: DAPO's
+    skip_passed: float = 0.0  # a question passed in this share of its attempts is not asked again (ScaleRL); 0: off
     overlong_buffer: int = 0  # tokens before the limit over which the reward falls by 1 (DAPO); 0: off
     overlong_filter: bool = False  # truncated trajectories keep their reward in the group and leave the loss
     blocks: BlockBaseline = "off"  # advantages of blocks; the baseline of a block's reward (ocb: by outcome)
@@ -49,6 +50,12 @@ class AdvantageSection:
 
     def __post_init__(self) -> None:
         """Validate."""
+        require(
+            0 <= self.skip_passed <= 1,
+            "advantage.skip_passed",
+            self.skip_passed,
+            "is a share of the attempts at a question: must lie in [0, 1], and 0 skips none",
+        )
         require(self.overlong_buffer >= 0, "advantage.overlong_buffer", self.overlong_buffer, "must not be negative")
         require(self.shrinkage >= 0, "advantage.shrinkage", self.shrinkage, "must not be negative")
         require(

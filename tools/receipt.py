@@ -73,6 +73,11 @@ def _lines(line: Record) -> list[tuple[str, str]]:
     ]
     if len(channels := line.get("reward_channels") or {}) > 1:
         rows.append(("reward channels", ", ".join(f"{name} {mean:.3f}" for name, mean in channels.items())))
+    if rates := line.get("pass_rates"):
+        words = ", ".join(f"{rate}: {groups}" for rate, groups in rates.items())
+        retired = line.get("questions_retired")
+        beside = "" if retired is None else f"; {retired} questions retired, {line['questions_skipped']} skipped"
+        rows.append(("passed of a group", f"{words} groups, before any filter{beside}"))
     for label, task in (line.get("tasks") or {}).items():
         rows.append((
             f"task {label}",

@@ -52,3 +52,8 @@ class MixedTask:
     def reward(self, item: PromptItem, completion_ids: NDArray[np.int32]) -> dict[str, float]:
         """That of a conversation of one turn."""
         return self.reward_turns(item, [completion_ids])
+
+
+def parts_of(task: Task) -> tuple[Task, ...]:
+    """The tasks that are mixed, by number; ``task`` alone if it is no mixture."""
+    return task.parts if isinstance(task, MixedTask) else (task,)

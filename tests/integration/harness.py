@@ -48,9 +48,22 @@ class Peer:
     """A link that collects what it is told."""
 
     def __init__(
-        self, broker, role, name, session="s", rank=0, world=1, run_id="", version=0, capacity=8, section=None
+        self,
+        broker,
+        role,
+        name,
+        session="s",
+        rank=0,
+        world=1,
+        run_id="",
+        version=0,
+        capacity=8,
+        section=None,
+        questions=(),
     ):
-        hello = wire.Hello(role, name, run_id, session, rank, world, version, capacity, "host", 1)
+        hello = wire.Hello(
+            role, name, run_id, session, rank, world, version, capacity, "host", 1, questions=list(questions)
+        )
         self.link = connect(section or broker.config.broker, hello)
         self.link.wait_welcome(5)
         self.stash = []  # what came while another kind was expected

@@ -9,7 +9,15 @@ import pytest
 from broker.service import BrokerService
 from common import wire
 from common.codec import encode
-from common.config import EvaluationSection, LearnerSection, ModelSection, ObrsSection, RolloutSection, RunConfig
+from common.config import (
+    AdvantageSection,
+    EvaluationSection,
+    LearnerSection,
+    ModelSection,
+    ObrsSection,
+    RolloutSection,
+    RunConfig,
+)
 from common.errors import ModelError, ProtocolError
 from common.process import StopFlag
 from tests.integration.harness import STEPS, B, Broker, G, Peer, group, make_broker
@@ -127,6 +135,28 @@ def test_a_peer_of_another_run_and_a_second_actor_of_the_same_name_are_refused(m
     with pytest.raises(ProtocolError, match="another actor named 'a0'"):
         Peer(broker, "actor", "a0", session="two")
     actor.link.close()
+
+
+def test_an_actor_with_other_questions_or_with_no_end_of_them_is_turned_away(make):
+    broker = make(advantage=AdvantageSection(skip_passed=0.9))
+    for questions in ([], [0]):
+        with pytest.raises(ProtocolError, match="sort6 has no end; set it to 0"):
+            Peer(broker, "actor", "a0", questions=questions)
+    learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a1", questions=[40])
+    with pytest.raises(ProtocolError, match="task sort6 has 41 training questions, that of this run 40"):
+        Peer(broker, "actor", "a2", questions=[41])
+    actor.expect(wire.Grant)
+    broker.service._farewell = lambda: None  # as if killed
+    broker.end()
+    second = Broker(broker.config)  # which knows it from the journal
+    try:
+        with pytest.raises(ProtocolError, match="that of this run 40"):
+            Peer(second, "actor", "a3", questions=[41])
+        second.service._farewell = lambda: None
+    finally:
+        for peer in (learner, actor):
+            peer.link.close()
+        second.end()
 
 
 def test_bad_trajectories_are_nacked_by_name_and_the_run_goes_on(make):

@@ -36,3 +36,16 @@ def test_the_command_reads_a_run_directory(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "100.00%" in shown and "differs from the rest" in shown and "-0.2000" in shown
     assert receipt.main([str(tmp_path), "--step", "7"]) == 2
+
+
+def test_pass_rates_and_retired_questions_are_shown():
+    line = {
+        "step": 3, "trajectories": 8, "tokens": 80, "tokens_proposed": 40, "reward": 0.5, "reward_std": 0.1,
+        "groups_without_signal": 1, "lag_mean": 0.0, "lag_max": 0, "lag_histogram": {"0": 40}, "length_mean": 5.0,
+        "length_max": 6, "truncated": 0.0, "pass_rates": {"0": 3, "0.5": 2}, "questions_retired": 7,
+        "questions_skipped": 9,
+    }  # fmt: skip
+    rows = dict(receipt._lines(line))
+    assert rows["passed of a group"] == "0: 3, 0.5: 2 groups, before any filter; 7 questions retired, 9 skipped"
+    del line["questions_retired"]
+    assert dict(receipt._lines(line))["passed of a group"] == "0: 3, 0.5: 2 groups, before any filter"

@@ -14,6 +14,7 @@ from broker.recorder import Recorder, apply, decision_digests, difference, recov
 from common import wire
 from common.codec import encode
 from common.config import (
+    AdvantageSection,
     BrokerSection,
     ObrsSection,
     RolloutSection,
@@ -45,6 +46,7 @@ CONFIGS = {
     "rethin": config(obrs=ObrsSection(rethin_below=1.0)),
     "budget": config(obrs=ObrsSection(mode="budget", budget=0.7, window=2)),
 }
+CONFIGS["skip"] = config(advantage=AdvantageSection(skip_passed=0.5, zero_signal="resample"))
 CONFIGS["routed"] = config(
     obrs=ObrsSection(rethin_below=1.0), rollout=dataclasses.replace(config().rollout, routing_replay=True)
 )
@@ -61,9 +63,9 @@ def rollouts(group: int, siblings: list[int], version: int, seed: int, routed: i
     n = int(offsets[-1])
     on = np.ones(n, np.uint8)
     on[offsets[:-1]] = 0
+    rewards = rng.integers(0, 2, len(siblings)).astype(np.float32)
     return wire.Trajectories(
-        "r", ["correct"], np.full(len(siblings), group), np.array(siblings, np.int32),
-        rng.integers(0, 2, len(siblings)).astype(np.float32), np.zeros((len(siblings), 1), np.float32),
+        "r", ["correct"], np.full(len(siblings), group), np.array(siblings, np.int32), rewards, rewards[:, None],
         np.zeros(len(siblings), np.uint8), offsets, rng.integers(0, VOCAB, n).astype(np.int32), on,
         np.where(on, -rng.random(n), 0).astype(np.float32), np.where(on, version, -1).astype(np.int32),
         np.zeros((n, 0), np.int32), np.zeros((n, 0), np.float32),
@@ -150,6 +152,7 @@ def test_a_broker_killed_at_any_instant_comes_back_where_it_was(tmp_path: Path, 
         recorder = Recorder(pipeline, journal, dict)
         if journal.last < 0:
             recorder.begin(0)
+            recorder.questions([4])
         drive(recorder, rng, published, turns, flights)
         settle(journal)
         before = fingerprint(pipeline)
