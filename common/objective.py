@@ -23,7 +23,7 @@ AdvantageKind = Literal[
 ]
 LossKind = Literal["ppo", "gspo", "cispo", "reinforce", "double_sided", "m2po", "dppo_tv"]
 Anchor = Literal["behaviour", "broker", "proximal", "none"]
-Correction = Literal["none", "icepop", "mask_sequence", "mask_geometric", "cap_sequence", "k2", "k3"]
+Correction = Literal["none", "uncorrected", "icepop", "mask_sequence", "mask_geometric", "cap_sequence", "k2", "k3"]
 Aggregate = Literal["token_mean", "sequence_mean", "constant", "prompt_mean"]
 BlockBaseline = Literal["off", "none", "batch", "group", "ocb"]
 
@@ -84,7 +84,7 @@ class LossSection:
     target: Literal["anchor", "policy"] = "anchor"  # p_tgt of Jackpot's weight: p_ref, or the trained policy
     anchor_cap: float | None = None  # the paper's c2: cap of p_ref / p_new where the target is the policy
     ratio_cap: float | None = None  # CISPO's absolute cap (eps_max); 1 + clip_high where none
-    correction: Correction = "none"  # of anchor against behaviour, beside the weight
+    correction: Correction = "none"  # of anchor against behaviour, beside the weight; uncorrected: not even that
     correction_low: float = 0.5  # bounds of the ratio, of its product or of its geometric mean
     correction_high: float = 2.0  # ... and what cap_sequence, k2 and k3 may not exceed
     veto: float = 0.0  # a sequence with a token whose ratio of anchor to behaviour is less leaves the loss
@@ -216,6 +216,12 @@ def check_stacking(
         z_weight,
         "divides by the accepted tokens, which only loss.aggregate=token_mean without advantage.blocks may: a mean "
         "over a sequence's accepted tokens would blow up those that lost most (algorithms.md 1.8)",
+    )
+    require(
+        not (loss.correction == "uncorrected" and obrs_mode != "off"),
+        "loss.correction",
+        loss.correction,
+        "ignores what a token was sampled from, and so what rejection did to it; set obrs.mode=off",
     )
     require(
         advantage.blocks == "off" or loss.aggregate == "token_mean",

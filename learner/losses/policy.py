@@ -80,8 +80,11 @@ def _weight(own: Tensor, log_q: Tensor, log_m: Tensor, anchor: Tensor, section: 
     """``[n]`` from inclusion density to anchor, capped: ``min(anchor / m, C)``; no gradient.
 
     - ``target=policy`` is Jackpot's: ``min(pi / m, c1) min(anchor / pi, c2)`` (2602.06107, algorithm 1);
+    - ``uncorrected``: 1, as if the anchor had sampled everything, for comparison;
     - ``cap_sequence``: the sequence's factor stands for the anchor, so the weight undoes rejection alone.
     """
+    if section.correction == "uncorrected":
+        return torch.ones_like(own)
     target = anchor
     if section.target == "policy":
         target = own

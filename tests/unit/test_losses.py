@@ -38,6 +38,7 @@ SECTIONS = {
     "cap_sequence": LossSection(anchor="proximal", correction="cap_sequence", correction_high=1.5),
     "k2": LossSection(anchor="proximal", correction="k2", correction_high=0.1),
     "k3": LossSection(anchor="proximal", correction="k3", correction_high=0.1),
+    "uncorrected": LossSection(anchor="proximal", correction="uncorrected"),
     "veto": LossSection(anchor="proximal", veto=0.3),
     "opsm": LossSection(opsm=0.05),
     "kl_k1": LossSection(kl=0.3, kl_estimator="k1"),
@@ -117,6 +118,8 @@ def naive(logp, entropy, t, c):
             keep = float(sum(r * r / 2 for r in rho) / len(rho) <= c.correction_high)
         elif c.correction == "k3":
             keep = float(sum(math.exp(r) - 1 - r for r in rho) / len(rho) <= c.correction_high)
+        if c.correction == "uncorrected":
+            weight = torch.ones(())
         if c.veto and min(rho) < math.log(c.veto):
             keep = 0.0
         if c.opsm is not None and a < 0 and sum(float(t.log_q[j] - now[j]) for j in mates) / len(mates) > c.opsm:

@@ -38,6 +38,7 @@ def test_an_unknown_recipe_suggests_the_near_one(tmp_path):
     ("overrides", "words"),
     [
         (["obrs.mode=off", "loss.anchor=broker"], "loss.anchor.*rejection on"),
+        (["loss.anchor=proximal", "loss.correction=uncorrected"], "loss.correction.*obrs.mode=off"),
         (["obrs.z_weight=batch", "loss.aggregate=sequence_mean"], "obrs.z_weight.*accepted tokens"),
         (["advantage.blocks=ocb", "loss.aggregate=constant"], "loss.aggregate.*own tokens"),
         (["advantage.kind=batch_mean", "advantage.zero_signal=mask"], "advantage.zero_signal.*do teach"),

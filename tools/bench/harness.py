@@ -34,6 +34,11 @@ REGISTRY = {  # name -> (module, what it measures, default repeats); imported wh
         3,
     ),
     "learner_gpu": ("tools.bench.gpu", "MFU, memory and the MoE layer on a GPU: learner --gpu", 5),
+    "staleness": (
+        "tools.bench.staleness.study",
+        "what old data cost each method: rates chosen, then seeds; about two hours; writes docs/results.md",
+        5,
+    ),
     "store": ("tools.bench.store", "LMDB and SQLite as the journal's store, beside append + fdatasync", 5),
     "codec": ("tools.bench.codec", "encode + decode of 2,048-token trajectories", 15),
 }

@@ -1,0 +1,1 @@
+"""What staleness costs each method: a study in one process, many times over."""
