@@ -396,10 +396,18 @@ def weights_of(batch: Batch, decision: Decision, aggregate: Aggregate, longest: 
     return span_weights(aggregate, tokens, owner, batch.groups, batch.copies, longest)
 
 
-def make_shards(batch: Batch, decision: Decision, world: int, config: RunConfig) -> list[Shard]:
+def make_shards(
+    batch: Batch,
+    decision: Decision,
+    world: int,
+    config: RunConfig,
+    log_reference: NDArray[np.float32] | None = None,
+    log_teacher: NDArray[np.float32] | None = None,
+) -> list[Shard]:
     """One shard a rank, balanced by tokens. What the loss is divided by counts the whole batch (algorithms.md 1.8).
 
-    A shard's rows are segments; those of one trajectory share its rank.
+    A shard's rows are segments; those of one trajectory share its rank. ``log_reference[N]`` and
+    ``log_teacher[N]`` travel along where there are any.
     """
     log_q = np.where(batch.trainable == 1, batch.log_q, np.float32(0))
     accept = np.where(batch.trainable == EXPERT, np.uint8(EXPERT), decision.accept)
@@ -436,6 +444,8 @@ def make_shards(batch: Batch, decision: Decision, world: int, config: RunConfig)
                 log_m=part(decision.log_m),
                 log_p=part(decision.log_p),
                 experts=batch.experts(members),
+                log_reference=None if log_reference is None else part(log_reference),
+                log_teacher=None if log_teacher is None else part(log_teacher),
             )
         )
     return shards

@@ -106,12 +106,7 @@ class Distribution:
         if learner is None or self.weights.busy:
             return
         now = time.monotonic()
-        behind = [
-            p.name
-            for role in ("actor", "replica")
-            for p in self.door.roster.role(role)
-            if p.version < version and not self.weights.is_suspended(p.name)
-        ]
+        behind = [name for name in self.door.roster.receivers(version) if not self.weights.is_suspended(name)]
         key = ",".join(behind)
         asked, when = self._resync_asked.get(key, (-1, 0.0))
         if behind and (asked != version or now - when > self.weights.deadline_s):

@@ -11,12 +11,12 @@ from typing import Any
 
 from broker.conduct import Conduct
 from broker.figures import Figures
+from broker.identities import Identities
 from broker.outlet import Outlet
 from broker.peers import Peer, Roster
 from common import wire
 from common.config import BrokerSection
 from common.curve import Seldom
-from common.identity import differing_identity
 from common.sockets import RouterSocket
 
 log = logging.getLogger("broker.door")
@@ -32,10 +32,9 @@ class Door:
         outlet: Outlet,
         figures: Figures,
         run_id: str,
-        model: dict[str, str],
+        identities: Identities,
     ) -> None:
-        """``model`` is :func:`common.identity.model_identity` of this run's directory."""
-        self.model = model
+        self.identities = identities
         self.section, self.router, self.outlet, self.figures, self.run_id = section, router, outlet, figures, run_id
         self.roster = Roster()
         self.conduct = Conduct(section.quarantine_after, quarantine_s=section.quarantine_s)
@@ -118,9 +117,7 @@ class Door:
                 f"it belongs to run {hello.run_id}, this broker serves run {self.run_id}; "
                 "restart it, or give it this run's checkpoint"
             )
-        if differs := differing_identity(self.model, hello.model):
-            return f"its model.path holds another model: {differs}; give it the directory that the broker has"
-        if objection := self.objection(hello):
+        if objection := self.identities.objection(hello) or self.objection(hello):
             return objection
         for other in self.roster.role(hello.role):
             same_place = other.hello.session == hello.session

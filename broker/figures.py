@@ -16,7 +16,8 @@ class Figures:
     def __init__(self) -> None:
         self.errors: Counter[str] = Counter()
         self.last_step: dict[str, Any] = {}
-        self.score_seconds = 0.0
+        self.score_seconds = 0.0  # of the policy replicas
+        self.frozen_seconds = 0.0  # of reference and teachers, added up
         self.decide_seconds = 0.0  # of thinning: coins, log m, receipt and audit of each batch
         self._lag_sum, self._lag_tokens, self._lag_max = 0.0, 0, 0
         self._actor_seconds = 0.0
@@ -55,10 +56,12 @@ class Figures:
             "in_flight_groups": pipeline.ledger.promised,
             "seconds_rollout": max(0.0, actor_seconds - self._actor_seconds),
             "seconds_score": self.score_seconds,
+            "seconds_frozen": self.frozen_seconds,
             "seconds_decide": self.decide_seconds,
             **metrics,
         }
-        self._actor_seconds, self.score_seconds, self.decide_seconds = actor_seconds, 0.0, 0.0
+        self._actor_seconds = actor_seconds
+        self.score_seconds = self.frozen_seconds = self.decide_seconds = 0.0
         self.last_step = line
         return line
 

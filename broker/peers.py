@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from common.frozen import POLICY
 from common.wire import Hello
 
 
@@ -29,6 +30,11 @@ class Peer:
     def role(self) -> str:
         """actor, replica or learner."""
         return self.hello.role
+
+    @property
+    def receives(self) -> bool:
+        """Whether it is sent new versions: an actor, or a replica of the policy."""
+        return self.role == "actor" or (self.role == "replica" and self.hello.serves == POLICY)
 
 
 class Roster:
@@ -62,8 +68,12 @@ class Roster:
         return next((p for p in self.role("learner") if p.leads), None)
 
     def receivers(self, version: int) -> list[str]:
-        """Names of those that hold weights older than ``version``."""
-        return [p.name for role in ("actor", "replica") for p in self.role(role) if p.version < version]
+        """Names of those that hold weights older than ``version``; frozen models are not meant."""
+        return [p.name for role in ("actor", "replica") for p in self.role(role) if p.receives and p.version < version]
+
+    def scorers(self, serves: str) -> list[Peer]:
+        """Replicas of the policy (``POLICY``), or of the frozen model of that name."""
+        return [p for p in self.role("replica") if p.hello.serves == serves]
 
     def silent(self, now: float, timeout_s: float) -> list[Peer]:
         """Peers not heard for ``timeout_s``."""

@@ -18,9 +18,11 @@ from broker.curriculum import Curriculum
 from broker.groups import GroupBook, LoadTrajectory, Trajectory, unpack_all
 from broker.ledger import StalenessLedger
 from broker.mixing import mix
+from broker.scoring import Asked
 from broker.steps import DecidedStep, LoadScores, Steps
 from common.config import MEGABYTE, RunConfig
 from common.errors import ProtocolError
+from common.frozen import words_of
 from common.routing import Routing
 from common.wire import EXPERT, Ack, Grant, ScoreRequest, ScoreResult, Shard, Trajectories
 
@@ -221,13 +223,14 @@ class Pipeline:
     # ---- assembly -------------------------------------------------------------------------------
 
     def assemble(self, min_version: int) -> ScoreRequest | None:
-        """Choose and collate the next step if it is ready and due; returns what must be scored.
+        """Choose and collate the next step if it is ready and due; returns what the policy must score of it.
 
         A step is due when it is at most ``broker.assemble_ahead`` ahead of the published version
         ``min_version``, which will score it: the later, the closer to the policy that trains on it.
-        With rejection off the step is finished at once and None is returned.
+        Frozen models are asked with it (:attr:`requests`). With rejection off None is returned, and
+        unless there are frozen models the step is finished at once.
         """
-        if self.scoring is not None or self.ledger.next_step - min_version > self.config.broker.assemble_ahead:
+        if self.scoring_step is not None or self.ledger.next_step - min_version > self.config.broker.assemble_ahead:
             return None
         chosen = self.ledger.select()
         if chosen is None:
@@ -241,9 +244,9 @@ class Pipeline:
     # ---- steps: see broker.steps ----------------------------------------------------------------
 
     @property
-    def scoring(self) -> ScoreRequest | None:
-        """The request under way."""
-        return self.steps.scoring
+    def requests(self) -> dict[str, ScoreRequest]:
+        """The requests under way, by scorer."""
+        return self.steps.requests
 
     @property
     def scoring_step(self) -> int | None:
@@ -255,9 +258,9 @@ class Pipeline:
         """log lambda of the next step to be thinned."""
         return self.steps.log_threshold
 
-    def scored(self, result: ScoreResult, seq: int = -1) -> None:
+    def scored(self, result: ScoreResult, seq: int = -1) -> Asked | None:
         """See :meth:`Steps.scored`."""
-        self.steps.scored(result, seq)
+        return self.steps.scored(result, seq)
 
     def rethin(self, step: int, min_version: int) -> ScoreRequest | None:
         """See :meth:`Steps.rethin`."""
@@ -358,5 +361,5 @@ class Pipeline:
     def waiting_for(self) -> str:
         """Why the next step cannot be served, in words."""
         if self.scoring_step is not None:
-            return f"scores of step {self.scoring_step} from the policy replica"
+            return f"scores of step {self.scoring_step} from {', '.join(map(words_of, self.requests))}"
         return self.ledger.waiting_for()

@@ -21,9 +21,9 @@ import numpy as np
 from broker.groups import Trajectory, unpack_all
 from broker.journal import Event, Journal
 from broker.pipeline import Pipeline
+from broker.scoring import Asked
 from common import wire
 from common.codec import decode, encode
-from common.config import BYTES_JOURNALED
 from common.errors import JournalError
 
 SNAPSHOT_BYTES = 64 << 20  # of journal between two snapshots
@@ -47,6 +47,7 @@ def decision_digests(pipeline: Pipeline, step: int) -> dict[str, Any]:
     if entry is None:
         return {"step": step, "existence": "not decided"}
     batch, decision = entry.batch, entry.decision
+    frozen = [array for array in (entry.frozen.log_reference, entry.frozen.log_teacher) if array is not None]
     return {
         "step": step,
         "grouping": digest(batch.groups, batch.siblings, batch.cu_seqlens, batch.token_ids, batch.trainable),
@@ -54,6 +55,7 @@ def decision_digests(pipeline: Pipeline, step: int) -> dict[str, Any]:
         "threshold": float(entry.log_threshold).hex(),
         "coins": digest(decision.accept),
         "log_m": digest(decision.log_m, decision.log_p),
+        **({"frozen": digest(*frozen)} if frozen else {}),
     }
 
 
@@ -211,7 +213,8 @@ class Recorder:
         """Groups that may still be promised before the journal is full, at their largest."""
         if self.journal is None:
             return 1 << 30
-        return self.pipeline.groups_within(self.journal.limit_bytes - self.journal.used_bytes, BYTES_JOURNALED)
+        free = self.journal.limit_bytes - self.journal.used_bytes
+        return self.pipeline.groups_within(free, self.pipeline.config.bytes_journaled)
 
     def grant(self, actor: str, count: int, version: int) -> wire.Grant | None:
         """See :meth:`Pipeline.grant`; written down if something was granted. A full journal grants nothing."""
@@ -241,7 +244,7 @@ class Recorder:
         request = self.pipeline.assemble(min_version)
         if self.pipeline.ledger.next_step > step:
             self._write("assemble", {"version": min_version})
-            if request is None:
+            if self.pipeline.scoring_step is None:
                 self._decided(step)
         return request
 
@@ -252,14 +255,16 @@ class Recorder:
             self._write("rethin", {"step": step, "version": min_version})
         return request
 
-    def scored(self, result: wire.ScoreResult) -> None:
+    def scored(self, result: wire.ScoreResult) -> Asked | None:
         """See :meth:`Pipeline.scored`; an answer that is refused or late is not written down."""
         seq = -1 if self.journal is None else self.journal.last + 1
-        scoring = self.pipeline.scoring_step
-        self.pipeline.scored(result, seq)
-        if scoring is not None and self.pipeline.scoring_step is None:
-            self._write("scored", {}, result)
-            self._decided(scoring)
+        step = self.pipeline.scoring_step
+        asked = self.pipeline.scored(result, seq)
+        if asked is not None:
+            self._write("scored", {"scorer": asked.scorer}, result)
+        if step is not None and self.pipeline.scoring_step is None:
+            self._decided(step)
+        return asked
 
     def _decided(self, step: int) -> None:
         if self.journal is not None:

@@ -16,6 +16,7 @@ from typing import Any
 from broker.distribution import Distribution
 from broker.door import Door
 from broker.figures import Figures
+from broker.identities import Identities
 from broker.journal import Journal
 from broker.outlet import Outlet
 from broker.peers import Peer
@@ -27,7 +28,7 @@ from broker.training import Training
 from common import wire
 from common.config import RunConfig
 from common.errors import DataError, ModelError, ProtocolError
-from common.identity import model_identity
+from common.frozen import command_of, words_of
 from common.keys import broker_keys
 from common.process import StopFlag
 from common.routing import read_routing
@@ -84,8 +85,8 @@ class BrokerService:
         self.figures = Figures()
         self.recorder = Recorder(self.pipeline, journal, self._state)
         self.outlet = Outlet(self.recorder)
-        identity = model_identity(config.model.path)
-        self.door = Door(config.broker, self.router, self.outlet, self.figures, self.files.run_id, identity)
+        identities = Identities(config)
+        self.door = Door(config.broker, self.router, self.outlet, self.figures, self.files.run_id, identities)
         self.door.on_joined, self.door.on_left = self._joined, self._left
         self.distribution = Distribution(config.weights.deadline_s, self.recorder, self.door, self.files)
         self.rollouts = Rollouts(config, self.recorder, self.door, self.files, self.distribution.newest_version)
@@ -274,8 +275,8 @@ class BrokerService:
         actors = roster.role("actor")
         if not actors:
             return "an actor (python -m actor RUN.yaml)"
-        if self.config.obrs.mode != "off" and not roster.role("replica"):
-            return "a policy replica (python -m learner.score RUN.yaml)"
+        if missing := [scorer for scorer in self.config.scorers if not roster.scorers(scorer)]:
+            return f"{words_of(missing[0])} ({command_of(missing[0])})"
         if weights.busy:
             return weights.waiting_for()
         behind = [p.name for p in actors if p.version < weights.published]

@@ -2,8 +2,10 @@
 
 ::
 
-    assemble -> [score request] -> scored -> (rethin -> [score request] -> scored) -> shard -> commit
+    assemble -> [score requests] -> scored ... -> (rethin -> [score request] -> scored) -> shard -> commit
 
+A batch is asked about at once of the policy replica and of every frozen model that the loss needs; its
+coins are tossed under the policy's answer, and it is decided when all have answered, in any order.
 Like the pipeline that it belongs to, a function of its arguments and of what came before.
 """
 
@@ -29,9 +31,10 @@ from broker.batch import (
 from broker.groups import LoadTrajectory, Trajectory
 from broker.mixing import Running, pack_scales, unpack_scales
 from broker.receipts import receipt
+from broker.scoring import NOTHING, Asked, FrozenScores, Scoring, ask, gather
 from common.budget import BudgetController
 from common.config import MEGABYTE, RunConfig
-from common.errors import DataError
+from common.frozen import POLICY
 from common.wire import ScoreRequest, ScoreResult, Shard
 
 LoadScores = Callable[[int], ScoreResult]  # by the journal's event
@@ -51,6 +54,8 @@ class DecidedStep:
     receipt: dict[str, Any]
     score_seq: int  # the journal's event with the scores; -1 with rejection off
     log_threshold: float
+    frozen: FrozenScores = NOTHING
+    frozen_seqs: dict[str, int] = field(default_factory=dict)  # the journal's events with those, by scorer
     shards: list[Shard] | None = None
     committed: bool = False
     again_seq: int | None = None  # the journal's event with the scores of its second thinning, if it had one
@@ -69,81 +74,93 @@ class Steps:
         """``counts``: the pipeline's, for tokens and late scores."""
         self.config, self.counts = config, counts
         self._steps: dict[int, DecidedStep] = {}
-        self._scoring: tuple[Batch, ScoreRequest] | None = None
+        self._scoring: Scoring | None = None
         self._next_request = 0
         obrs = config.obrs
         self._running = Running(config)
         self._controller = BudgetController(obrs.budget, window=obrs.window) if obrs.mode == "budget" else None
 
     def assemble(self, step: int, members: Sequence[Trajectory], min_version: int) -> ScoreRequest | None:
-        """Collate whole groups; returns what must be scored, None with rejection off, when the step is decided."""
+        """Collate whole groups; returns what the policy must score, None with rejection off.
+
+        What frozen models must score is under way with it (:attr:`requests`); where nobody is asked
+        the step is decided at once.
+        """
         batch = collate(step, members, self.config, self._running.observe(members))
-        if self.config.obrs.mode == "off":
-            self._finish(batch, accept_all(batch), -1, 0.0)
+        scoring = Scoring(batch)
+        for scorer in self.config.scorers:
+            scoring.add(ask(batch, scorer, self._next_number(), min_version, self.config))
+        if not scoring.asked:
+            self._finish(scoring)
             return None
-        return self._ask(batch, min_version)
+        self._scoring = scoring
+        return scoring.of_policy.request if scoring.of_policy else None
 
-    def _ask(self, batch: Batch, min_version: int) -> ScoreRequest:
-        self._scoring = (batch, self._score_request(batch, self._next_request, min_version))
+    def _next_number(self) -> int:
         self._next_request += 1
-        return self._scoring[1]
-
-    def _score_request(self, batch: Batch, number: int, min_version: int) -> ScoreRequest:
-        return ScoreRequest(
-            request=number,
-            min_version=min_version,
-            temperature=self.config.rollout.temperature,
-            cu_seqlens=batch.segments.astype(np.int32),
-            token_ids=batch.token_ids,
-            wanted=(batch.trainable == 1).astype(np.uint8),
-            topk_ids=batch.topk_ids,
-            experts=batch.experts(np.arange(len(batch.members))),
-        )
+        return self._next_request - 1
 
     @property
-    def scoring(self) -> ScoreRequest | None:
-        """The request under way."""
-        return self._scoring[1] if self._scoring else None
+    def requests(self) -> dict[str, ScoreRequest]:
+        """What is under way, by scorer."""
+        return {asked.scorer: asked.request for asked in self._scoring.open} if self._scoring else {}
 
-    def scored(self, result: ScoreResult, seq: int = -1) -> None:
-        """Toss the coins of the batch that was scored. Stale answers are ignored."""
-        if self._scoring is None or self._scoring[1].request != result.request:
+    @property
+    def scoring(self) -> Scoring | None:
+        """The batch whose scores are awaited."""
+        return self._scoring
+
+    def asked(self, number: int) -> Asked | None:
+        """The request of that number, if it is still to be answered."""
+        found = self._scoring.open if self._scoring else []
+        return next((asked for asked in found if asked.request.request == number), None)
+
+    def scored(self, result: ScoreResult, seq: int = -1) -> Asked | None:
+        """Take an answer; with the last one the step is decided. Returns what it answers, None if it is too late.
+
+        Raises :class:`DataError` for an answer that does not fit; then nothing has changed.
+        """
+        asked = self.asked(result.request)
+        if asked is None or self._scoring is None:
             self.counts["late_scores"] += 1
-            return
-        batch, request = self._scoring
-        if len(result.log_p) != len(batch.token_ids):
-            raise DataError(f"score_result: {len(result.log_p)} scores for {len(batch.token_ids)} tokens")
-        asked = (len(batch.token_ids), batch.alternatives)
-        if result.topk_log_p.shape != asked:
-            raise DataError(f"score_result: alternatives {result.topk_log_p.shape}, asked {asked}")
-        if result.version < request.min_version:
-            raise DataError(f"score_result: scored by version {result.version}, asked for {request.min_version}")
-        if batch.step in self._steps:
-            self._thin_again(self._steps[batch.step], scores_of(result), seq)
-            self._scoring = None
-            return
-        decided = self._decide(batch, result, seq, self.log_threshold)  # may raise: then nothing has changed
+            return None
+        scoring = self._scoring
+        asked.check(result)
+        if scoring.again:
+            self._thin_again(self._steps[scoring.batch.step], scores_of(result), seq)
+        elif asked.scorer == POLICY:  # not with the last answer: it may raise, and then it is this one's fault
+            scoring.decision = self._decide(scoring.batch, result, self.log_threshold)
+        asked.answer, asked.seq = result, seq
+        if scoring.open:
+            return asked
         self._scoring = None
-        self._finish(batch, *decided)
-        if self._controller is not None:
-            log_p, log_q, _ = trainable_scores(batch, scores_of(result))
-            choice = self._controller.update(log_p, log_q)  # for the next step: coins never see their own batch
-            if choice is not None:
-                following = {
-                    "threshold_next": float(np.exp(choice.log_threshold)),
-                    "budget_feasible": choice.feasible,
-                }
-                self._steps[batch.step].follow(following)
+        if not scoring.again:
+            self._finish(scoring)
+            self._follow(scoring)
+        return asked
+
+    def _follow(self, scoring: Scoring) -> None:
+        """Take the next step's threshold from this one: coins never see their own batch."""
+        policy = scoring.of_policy
+        if self._controller is None or policy is None or policy.answer is None:
+            return
+        log_p, log_q, _ = trainable_scores(scoring.batch, scores_of(policy.answer))
+        choice = self._controller.update(log_p, log_q)
+        if choice is not None:
+            following = {"threshold_next": float(np.exp(choice.log_threshold)), "budget_feasible": choice.feasible}
+            self._steps[scoring.batch.step].follow(following)
 
     def rethin(self, step: int, min_version: int) -> ScoreRequest | None:
-        """Ask for scores of a decided step under ``min_version`` or later, to thin it a second time.
+        """Ask the policy for scores of a decided step under ``min_version`` or later, to thin it a second time.
 
         None if it was decided under a version as new, was thinned again or served already, or
         another batch is being scored.
         """
         if self._scoring is not None or not self.may_rethin(step, min_version):
             return None
-        return self._ask(self._steps[step].batch, min_version)
+        batch = self._steps[step].batch
+        self._scoring = Scoring(batch, again=True)
+        return self._scoring.add(ask(batch, POLICY, self._next_number(), min_version, self.config))
 
     def may_rethin(self, step: int, version: int) -> bool:
         """Whether ``step`` was decided by rejection under an older version, once only, and nobody has it yet."""
@@ -159,12 +176,12 @@ class Steps:
         self.counts["tokens_accepted"] += entry.decision.accepted - first.accepted
         line = receipt(entry.batch, entry.decision, float(np.exp(entry.log_threshold)))
         again = {"rethinned_by_version": scores.version, "rethinned_tokens": first.accepted - entry.decision.accepted}
-        entry.receipt = {**line, **again, **entry.following}
+        entry.receipt = {**line, **entry.frozen.figures, **again, **entry.following}
 
-    def _decide(self, batch: Batch, result: ScoreResult, seq: int, log_threshold: float) -> tuple[Decision, int, float]:
+    def _decide(self, batch: Batch, result: ScoreResult, log_threshold: float) -> Decision:
         obrs = self.config.obrs
         rule = Rule(self.config.run.seed, log_threshold, obrs.z_weight, obrs.z_kappa)
-        return reject(batch, scores_of(result), rule), seq, log_threshold
+        return reject(batch, scores_of(result), rule)
 
     @property
     def log_threshold(self) -> float:
@@ -173,12 +190,23 @@ class Steps:
             return self._controller.log_threshold
         return float(np.log(self.config.obrs.threshold))
 
-    def _finish(self, batch: Batch, decision: Decision, score_seq: int, log_threshold: float) -> None:
+    def _finish(self, scoring: Scoring, log_threshold: float | None = None) -> None:
+        """All is known of the batch: keep it as decided, at this step's threshold unless another is given."""
+        batch, policy = scoring.batch, scoring.of_policy
+        decision = scoring.decision or accept_all(batch)
         self.counts["tokens_proposed"] += decision.proposed
         self.counts["tokens_accepted"] += decision.accepted
         self.counts["unscorable"] += decision.unscorable
-        line = receipt(batch, decision, float(np.exp(log_threshold)))
-        self._steps[batch.step] = DecidedStep(batch, decision, line, score_seq, log_threshold)
+        if policy is None:
+            log_threshold = 0.0
+        elif log_threshold is None:
+            log_threshold = self.log_threshold
+        frozen = gather(batch, scoring.asked, self.config)
+        line = {**receipt(batch, decision, float(np.exp(log_threshold))), **frozen.figures}
+        seqs = {name: asked.seq for name, asked in scoring.asked.items() if name != POLICY}
+        self._steps[batch.step] = DecidedStep(
+            batch, decision, line, policy.seq if policy else -1, log_threshold, frozen, seqs
+        )
 
     # ---- serving --------------------------------------------------------------------------------
 
@@ -188,8 +216,12 @@ class Steps:
         if entry is None or self.being_scored(step):
             return None
         if entry.shards is None or len(entry.shards) != world:
-            entry.shards = make_shards(entry.batch, entry.decision, world, self.config)
+            entry.shards = self._make_shards(entry, world)
         return entry.shards[rank]
+
+    def _make_shards(self, entry: DecidedStep, world: int) -> list[Shard]:
+        frozen = entry.frozen
+        return make_shards(entry.batch, entry.decision, world, self.config, frozen.log_reference, frozen.log_teacher)
 
     def has_shards(self, step: int, world: int) -> bool:
         """Whether the step's shards for ``world`` ranks were made already."""
@@ -206,11 +238,11 @@ class Steps:
     @property
     def scoring_step(self) -> int | None:
         """The step whose scores are awaited."""
-        return self._scoring[0].step if self._scoring else None
+        return self._scoring.batch.step if self._scoring else None
 
     def being_scored(self, step: int) -> bool:
         """Whether scores of ``step`` are awaited."""
-        return self._scoring is not None and self._scoring[0].step == step
+        return self.scoring_step == step
 
     def commit(self, step: int) -> DecidedStep | None:
         """``step`` is trained; returns it the first time."""
@@ -246,33 +278,45 @@ class Steps:
     def waiting(self) -> list[Batch]:
         """Batches that are not trained yet; one that is thinned again is among the decided."""
         found = [s.batch for s in self._steps.values() if not s.committed]
-        if self._scoring is not None and self._scoring[0].step not in self._steps:
-            found.append(self._scoring[0])
+        if self._scoring is not None and not self._scoring.again:
+            found.append(self._scoring.batch)
         return found
 
     def sources(self) -> list[int]:
         """Numbers of the journal's events that hold these steps; -1 for none."""
-        batches = [entry.batch for entry in self._steps.values()] + ([self._scoring[0]] if self._scoring else [])
+        batches = [entry.batch for entry in self._steps.values()]
+        asked: list[Asked] = []
+        if self._scoring is not None:
+            batches.append(self._scoring.batch)
+            asked += self._scoring.asked.values()
         found = [seq for batch in batches for seq, _ in batch.sources]
-        found += [entry.score_seq for entry in self._steps.values()]
-        return found + [entry.again_seq for entry in self._steps.values() if entry.again_seq is not None]
+        found += [one.seq for one in asked]
+        for entry in self._steps.values():
+            found += [entry.score_seq, *entry.frozen_seqs.values()]
+            found += [] if entry.again_seq is None else [entry.again_seq]
+        return found
 
     def state(self) -> dict[str, Any]:
         """What :meth:`restore` needs."""
+        scoring = self._scoring
         return {
             "next_request": self._next_request,
             "threshold": self._controller_state(),
             "steps": [
                 [
                     step, [t.place for t in e.batch.members], e.score_seq, e.log_threshold, e.committed, e.following,
-                    e.again_seq, len(e.shards or ()), pack_scales(e.batch.scales),
+                    e.again_seq, len(e.shards or ()), e.frozen_seqs, pack_scales(e.batch.scales),
                 ]
                 for step, e in self._steps.items()
             ],
-            "scoring": [
-                self._scoring[0].step, [t.place for t in self._scoring[0].members],
-                self._scoring[1].request, self._scoring[1].min_version, pack_scales(self._scoring[0].scales),
-            ] if self._scoring else None,
+            "scoring": None if scoring is None else [
+                scoring.batch.step, [t.place for t in scoring.batch.members], scoring.again,
+                [
+                    [a.scorer, a.request.request, a.request.min_version, None if a.answer is None else a.seq]
+                    for a in scoring.asked.values()
+                ],
+                pack_scales(scoring.batch.scales),
+            ],
             "running": self._running.state(),
         }  # fmt: skip
 
@@ -291,22 +335,35 @@ class Steps:
             arrays = [np.frombuffer(r, np.float32) for r in ratios]
             self._controller.restore({"log_threshold": log_threshold, "log_ratios": arrays})
         counts = Counter(self.counts)
-        for step, places, seq, log_threshold, committed, following, again_seq, world, scales in state["steps"]:
+        for step, places, seq, log_threshold, committed, following, again_seq, world, frozen, scales in state["steps"]:
             batch = collate(step, [load(*place) for place in places], self.config, unpack_scales(scales))
-            if seq < 0:
-                self._finish(batch, accept_all(batch), -1, 0.0)
-            else:
-                self._finish(batch, *self._decide(batch, scores(seq), seq, log_threshold))
+            answered = {**({POLICY: seq} if seq >= 0 else {}), **frozen}
+            asked = [[name, -1, 0, event] for name, event in answered.items()]
+            self._finish(self._restored(batch, False, asked, scores, log_threshold), log_threshold)
             entry = self._steps[step]
             entry.committed = committed
             entry.follow(following)
             if again_seq is not None:
                 self._thin_again(entry, scores_of(scores(again_seq)), again_seq)
             if world:
-                entry.shards = make_shards(batch, entry.decision, world, self.config)
+                entry.shards = self._make_shards(entry, world)
         self.counts.clear()
         self.counts.update(counts)
         if state["scoring"] is not None:
-            step, places, number, min_version, scales = state["scoring"]
+            step, places, again, asked, scales = state["scoring"]
             batch = collate(step, [load(*place) for place in places], self.config, unpack_scales(scales))
-            self._scoring = (batch, self._score_request(batch, number, min_version))
+            self._scoring = self._restored(batch, again, asked, scores, self.log_threshold)
+
+    def _restored(
+        self, batch: Batch, again: bool, asked: list[Any], scores: LoadScores, log_threshold: float
+    ) -> Scoring:
+        """``asked``: scorer, number, least version and the event with the answer (None: none yet) of each request."""
+        scoring = Scoring(batch, again)
+        for name, number, min_version, seq in asked:
+            one = ask(batch, name, number, min_version, self.config)
+            scoring.add(one)
+            if one is not None and seq is not None:
+                one.answer, one.seq = scores(seq), seq
+                if name == POLICY:
+                    scoring.decision = self._decide(batch, one.answer, log_threshold)
+        return scoring

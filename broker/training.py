@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,8 @@ from broker.runfiles import RunFiles
 from broker.steps import scores_of
 from common import wire
 from common.config import RunConfig
-from common.errors import DataError, ProtocolError
+from common.errors import ProtocolError
+from common.frozen import POLICY, words_of
 
 WAITING_EVERY_S = 1.0  # how often a parked learner is told what it waits for
 
@@ -41,8 +43,8 @@ class Training:
         self.serving = False  # a shard has left
         self._ess = 1.0  # normalised, of the learner's weights at its last step
         self._fetches: dict[bytes, tuple[wire.Fetch, float]] = {}
-        self._score_sent: tuple[bytes, float] | None = None
-        self._next_replica = 0
+        self._sent: dict[int, tuple[bytes, float]] = {}  # of each request under way, to whom and when
+        self._turns: Counter[str] = Counter()  # of each scorer's processes
         self.handlers: dict[type[Any], Callable[[Peer, Any], None]] = {
             wire.ScoreResult: self._on_scores,
             wire.Fetch: self._on_fetch,
@@ -67,54 +69,61 @@ class Training:
     def left(self, peer: Peer) -> None:
         """Nothing more is owed to it, or expected of it."""
         self._fetches.pop(peer.identity, None)
-        if self._score_sent is not None and self._score_sent[0] == peer.identity:
-            self._score_sent = None
+        self._sent = {number: sent for number, sent in self._sent.items() if sent[0] != peer.identity}
 
     # ---- scores ---------------------------------------------------------------------------------
 
     def request_scores(self, version: int, now: float) -> None:
-        """Assemble what is due at ``version`` and have it scored; ask another replica when one is late."""
+        """Assemble what is due at ``version`` and have it scored; ask another process when one is late."""
         if self._ess < self.config.obrs.rethin_below:
             self.recorder.rethin(version, version)  # the step that this version trains
         step = -1
         while self.pipeline.ledger.next_step > step:  # with rejection off several may be due
             step = self.pipeline.ledger.next_step
             self.recorder.assemble(version)
-        request = self.pipeline.scoring
-        if request is None:
+        for scorer, request in self.pipeline.requests.items():
+            self._ask(scorer, request, now)
+
+    def _ask(self, scorer: str, request: wire.ScoreRequest, now: float) -> None:
+        """Send a request to one of the scorer's processes, or to the next one when that is late."""
+        timeout_s, sent = self.config.broker.score_timeout_s, self._sent.get(request.request)
+        if sent is not None and now - sent[1] < timeout_s:
             return
-        timeout_s = self.config.broker.score_timeout_s
-        if self._score_sent is not None and now - self._score_sent[1] < timeout_s:
+        scorers = self.door.roster.scorers(scorer)
+        if not scorers:
             return
-        replicas = self.door.roster.role("replica")
-        if not replicas:
-            return
-        if self._score_sent is not None:
-            late = self.door.roster.get(self._score_sent[0])
+        if sent is not None:
+            late = self.door.roster.get(sent[0])
             log.warning(
                 "no scores from %s within %.0f s (broker.score_timeout_s): asking again",
-                late.name if late else "a replica", timeout_s,
+                late.name if late else words_of(scorer), timeout_s,
             )  # fmt: skip
-        chosen = replicas[self._next_replica % len(replicas)]
-        self._next_replica += 1
-        self._score_sent = (chosen.identity, now)
+        chosen = scorers[self._turns[scorer] % len(scorers)]
+        self._turns[scorer] += 1
+        self._sent[request.request] = (chosen.identity, now)
         self.door.send(chosen, request)
 
     def _on_scores(self, peer: Peer, message: wire.ScoreResult) -> None:
-        step = self.pipeline.scoring_step
+        scoring, asked = self.pipeline.steps.scoring, self.pipeline.steps.asked(message.request)
+        if asked is not None and asked.scorer != peer.hello.serves:
+            raise ProtocolError(
+                f"{peer.name} ({words_of(peer.hello.serves)}) answers what {words_of(asked.scorer)} was asked"
+            )
         started = time.perf_counter()
-        try:
-            self.recorder.scored(message)
-        except DataError:
-            self._score_sent = None  # ask again, the next replica if there is one
-            raise
-        self._score_sent = None
-        self.figures.decide_seconds += time.perf_counter() - started
-        decided = None if step is None else self.pipeline.step(step)
-        if decided is not None and decided.again_seq is None:  # what survived a thinning says less of its actor
-            for sentence in self.honesty.check(decided.batch, scores_of(message)):
-                log.warning("%s", sentence)
+        if asked is not None:
+            self._sent.pop(message.request, None)  # what is refused is asked again, of the next one if there is one
+        self.recorder.scored(message)
+        seconds = time.perf_counter() - started
+        if asked is None or scoring is None:
+            return
+        self.figures.decide_seconds += seconds
+        if asked.scorer != POLICY:
+            self.figures.frozen_seconds += message.seconds
+            return
         self.figures.score_seconds += message.seconds
+        if not scoring.again:  # what survived a thinning says less of its actor
+            for sentence in self.honesty.check(scoring.batch, scores_of(message)):
+                log.warning("%s", sentence)
 
     # ---- learner --------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 from urllib.parse import urlsplit
@@ -21,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from common.errors import ConfigError
+from common.frozen import POLICY, REFERENCE, FrozenModel, ReferenceSection, TeacherEntry, check_teachers
 from common.mixture import Mixture, mixture
 from common.objective import ALGORITHMS, AdvantageSection, LossSection, check_stacking, require
 from common.rewards import RewardSection
@@ -38,6 +40,7 @@ BYTES_PER_ALTERNATIVE = 8  # id and log q
 BYTES_PER_EXPERT = 2  # of an expert record
 BYTES_SERVED = 18  # a token of a shard without its expert record: ids, two flags, log q, log m and log p
 BYTES_JOURNALED = 1.5  # written for a byte of trajectory: scores, tables and padding on top
+BYTES_FROZEN = 4  # a token of one frozen model's scores, journaled and served
 
 # Least and greatest values that mean something, where a rule needs no more words than its numbers.
 RANGES: dict[str, tuple[float, float]] = {
@@ -534,6 +537,8 @@ class RunConfig:
     engine: EngineSection = field(default_factory=EngineSection)
     learner: LearnerSection = field(default_factory=LearnerSection)
     replica: ReplicaSection = field(default_factory=ReplicaSection)
+    reference: ReferenceSection = field(default_factory=ReferenceSection)
+    teachers: dict[str, TeacherEntry] = field(default_factory=dict)
     weights: WeightsSection = field(default_factory=WeightsSection)
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     warmstart: WarmstartSection = field(default_factory=WarmstartSection)
@@ -544,6 +549,7 @@ class RunConfig:
             section, _, name = key.partition(".")
             value = getattr(getattr(self, section), name)
             require(low <= value <= high, key, value, f"must lie in [{low:g}, {high:g}]")
+        self._check_frozen()
         self.check_room()
         require(
             self.rollout.exemplars == 0 or bool(self.reward.exemplars),
@@ -615,6 +621,51 @@ class RunConfig:
             f"actor.engine={self.actor.engine} cannot take a bias of the experts; set it to 0 or actor.engine=local",
         )
 
+    def _check_frozen(self) -> None:
+        check_teachers(self.teachers, self.task.labels)
+        require(
+            self.loss.distill == 0 or bool(self.teachers),
+            "loss.distill",
+            self.loss.distill,
+            "there is nobody to learn from; name a model under teachers, as configs/distill.yaml does, or set it to 0",
+        )
+        require(
+            self.loss.distill == 0 or self.advantage.zero_signal == "keep",
+            "advantage.zero_signal",
+            self.advantage.zero_signal,
+            "a group of equal rewards still has a teacher (loss.distill); set it to keep",
+        )
+
+    @cached_property
+    def frozen(self) -> dict[str, FrozenModel]:
+        """The frozen models that the loss needs, by name; the reference first."""
+        found = []
+        if self.loss.kl > 0:
+            path, key = (
+                self.reference.path or self.model.path,
+                "reference.path" if self.reference.path else "model.path",
+            )
+            found.append(FrozenModel(REFERENCE, key, path, self.reference.count))
+        for name, teacher in self.teachers.items() if self.loss.distill > 0 else ():
+            tasks = tuple(self.task.labels.index(label) for label in teacher.tasks) or None
+            found.append(FrozenModel(name, f"teachers.{name}.path", teacher.path, teacher.count, tasks))
+        return {model.name: model for model in found}
+
+    @property
+    def scorers(self) -> tuple[str, ...]:
+        """Who is asked about every batch: the policy unless rejection is off, and the frozen models."""
+        return ((POLICY,) if self.obrs.mode != "off" else ()) + tuple(self.frozen)
+
+    @property
+    def scores_per_token(self) -> int:
+        """Frozen scores that a token has at most: the reference's, and its teacher's."""
+        return int(self.loss.kl > 0) + int(self.loss.distill > 0)
+
+    @property
+    def bytes_journaled(self) -> float:
+        """Bytes of the journal for a byte of trajectory."""
+        return BYTES_JOURNALED + BYTES_FROZEN * self.scores_per_token / BYTES_PER_TOKEN
+
     @property
     def route(self) -> Literal["relay", "direct"]:
         """``weights.route``, decided: SGLang servers on GPUs take weights from the learner itself."""
@@ -637,7 +688,7 @@ class RunConfig:
             self.broker.queue_mb,
             f"must hold the largest step that rollout allows, {step_mb:.3g} MB{beside}",
         )
-        journal_mb = BYTES_JOURNALED * (self.staleness.budget + 2) * step_mb
+        journal_mb = self.bytes_journaled * (self.staleness.budget + 2) * step_mb
         require(
             self.broker.journal_mb == 0 or self.broker.journal_mb >= journal_mb,
             "broker.journal_mb",
@@ -646,7 +697,8 @@ class RunConfig:
             "or be 0",
         )
         tokens = self.rollout.groups_per_step * self.rollout.group_size * self.rollout.max_length
-        message_mb = tokens * (BYTES_SERVED + 4 * self.rollout.top_logprobs + BYTES_PER_EXPERT * routed) / MEGABYTE
+        served = BYTES_SERVED + BYTES_FROZEN * self.scores_per_token
+        message_mb = tokens * (served + 4 * self.rollout.top_logprobs + BYTES_PER_EXPERT * routed) / MEGABYTE
         require(
             not routed or self.broker.max_message_mb >= message_mb,
             "broker.max_message_mb",
@@ -666,16 +718,18 @@ def _check_keys(given: Mapping[Any, Any], schema: Any, prefix: str, source: str)
         if key not in known:
             kind = "section" if not prefix else "key"
             raise ConfigError(f"{source}: unknown {kind} {prefix}{key!s}; {_suggest(str(key), list(known))}")
-        child = known[key].type
+        child, name = known[key].type, f"{prefix}{key}"
         if is_dataclass(child):
-            if not isinstance(value, Mapping):
-                raise ConfigError(f"{source}: {prefix}{key} is a section and needs keys, not {value!r}")
-            _check_keys(value, child, f"{prefix}{key}.", source)
-        elif get_origin(child) is dict and is_dataclass(entry := get_args(child)[1]):
-            for label, inner in (value if isinstance(value, Mapping) else {}).items():
-                if not isinstance(inner, Mapping):
-                    raise ConfigError(f"{source}: {prefix}{key}.{label} needs keys, not {inner!r}")
-                _check_keys(inner, entry, f"{prefix}{key}.{label}.", source)
+            _check_section(value, child, name, source)
+        elif get_origin(child) is dict and is_dataclass(entry := get_args(child)[1]) and isinstance(value, Mapping):
+            for label, section in value.items():
+                _check_section(section, entry, f"{name}.{label}", source)
+
+
+def _check_section(given: Any, schema: Any, name: str, source: str) -> None:
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{source}: {name} is a section and needs keys, not {given!r}")
+    _check_keys(given, schema, f"{name}.", source)
 
 
 def _spell_off(given: DictConfig, schema: Any) -> None:

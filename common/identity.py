@@ -2,9 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+FACTS = ("architecture", "shape", "vocabulary", "tokenizer")
+TOKENS = ("vocabulary", "tokenizer")  # what two models must share whose log-probabilities of a token are compared
 SHAPE_KEYS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
     "moe_intermediate_size", "num_experts", "num_experts_per_tok", "tie_word_embeddings",
@@ -27,9 +29,17 @@ def model_identity(directory: str | Path) -> dict[str, str]:
     return found
 
 
-def differing_identity(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
-    """The first thing in which two directories differ, in words; "" if what both know is equal."""
-    for what in ("architecture", "shape", "vocabulary", "tokenizer"):
+def differing_identity(ours: Mapping[str, str], theirs: Mapping[str, str], facts: Sequence[str] = FACTS) -> str:
+    """The first of ``facts`` in which two directories differ, in words; "" if what both know is equal."""
+    for what in facts:
         if what in ours and what in theirs and ours[what] != theirs[what]:
             return f"{what} {theirs[what]} where this run has {ours[what]}"
     return ""
+
+
+def other_tokens(words: str, key: str, differs: str) -> str:
+    """Why a frozen model (``words``, whose path the YAML has at ``key``) cannot score the policy's tokens."""
+    return (
+        f"{words} ({key}) has {differs}: its log-probabilities would be of other tokens; name a model with "
+        "model.path's tokenizer and vocabulary"
+    )

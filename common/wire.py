@@ -110,7 +110,8 @@ class Hello:
 
     def check(self) -> None:
         """Texts end in log lines and status.json, so they are short and printable."""
-        for what, text in (("name", self.name), ("role", self.role), ("session", self.session), ("host", self.host)):
+        said = ("name", "role", "session", "host", "serves")
+        for what, text in ((what, getattr(self, what)) for what in said):
             if len(text) > MAX_TEXT or not text.isprintable():
                 raise DataError(f"hello: {what} {text[:40]!r} needs at most {MAX_TEXT} printable characters")
         if len(self.model) > MAX_FACTS or any(len(fact) > MAX_FACT or not fact.isprintable()

@@ -1,4 +1,4 @@
-"""The policy replica: the learner's own model code, scoring tokens for the broker.
+"""Scorers: the learner's own model code in a process that gives the broker log-probabilities.
 
 ::
 
@@ -8,7 +8,8 @@
 Scoring happens here, off the learner's critical path, so the learner never runs a second forward
 pass to find its old policy. Requests that wait are scored together. ``torchrun -m learner.score``
 starts one independent replica a rank, or one replica on all ranks where ``replica.ep`` x
-``replica.tp`` says so.
+``replica.tp`` says so. With ``--serves NAME`` it is a frozen model, the reference or a teacher: the
+same but for the weights, which stay as they were read.
 """
 
 import logging
@@ -19,6 +20,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -28,7 +30,8 @@ from torch import Tensor
 from common import wire
 from common.cli import run_process
 from common.config import RunConfig
-from common.errors import CroupierError, DataError
+from common.errors import ConfigError, CroupierError, DataError
+from common.frozen import POLICY
 from common.identity import model_identity
 from common.link import connect
 from common.process import StopFlag
@@ -188,7 +191,10 @@ class PolicyScorer:
 class ReplicaService:
     """One replica; :meth:`run` returns when the broker says Stop or the process is asked to end."""
 
-    def __init__(self, config: RunConfig, name: str, stop: StopFlag, scorer: PolicyScorer) -> None:
+    def __init__(
+        self, config: RunConfig, name: str, stop: StopFlag, scorer: PolicyScorer, serves: str = POLICY
+    ) -> None:
+        """``config.model`` is the model that it serves: the policy, or the frozen one called ``serves``."""
         self.config = config
         self.stop = stop
         self.scorer = scorer
@@ -208,10 +214,13 @@ class ReplicaService:
             host=socket.gethostname(),
             pid=os.getpid(),
             model=model_identity(config.model.path),
+            serves=serves,
         )
         self.link = connect(config.broker, hello)
         deadline = config.weights.deadline_s
-        self.receiver = WeightReceiver(self.link.send, lambda prepare: join(prepare, deadline, device))
+        self.receiver: WeightReceiver | None = None
+        if serves == POLICY:
+            self.receiver = WeightReceiver(self.link.send, lambda prepare: join(prepare, deadline, device))
 
     def run(self) -> None:
         """Score until told to stop."""
@@ -228,7 +237,8 @@ class ReplicaService:
                 self._keep_company()
         finally:
             self.scorer.followers.order(STOP)
-            self.receiver.close()
+            if self.receiver is not None:
+                self.receiver.close()
             self.link.close("stopped")
 
     def _stopping(self) -> bool:
@@ -242,9 +252,9 @@ class ReplicaService:
         match message:
             case wire.ScoreRequest():
                 self._requests.append(message)
-            case wire.Prepare():
+            case wire.Prepare() if self.receiver is not None:
                 self.receiver.on_prepare(message)
-            case wire.Go():
+            case wire.Go() if self.receiver is not None:
                 self.receiver.on_go(message)
             case wire.Stop():
                 self.stop.set(f"the broker said stop: {message.reason}")
@@ -252,7 +262,7 @@ class ReplicaService:
                 self._requests.clear()  # a broker that came back asks again
 
     def _swap(self) -> None:
-        while (staged := self.receiver.staged()) is not None:
+        while self.receiver is not None and (staged := self.receiver.staged()) is not None:
             adopted = copied = False
             try:
                 if staged.version != self.scorer.version:
@@ -320,14 +330,27 @@ def build_scorer(config: RunConfig) -> PolicyScorer:
     )
 
 
-def run_replica(config: RunConfig, name: str, stop: StopFlag) -> None:
-    """Serve one run to its end."""
+def serving(config: RunConfig, serves: str) -> RunConfig:
+    """``config`` with the frozen model ``serves`` in the policy's place. Raises :class:`ConfigError`."""
+    if serves == POLICY:
+        return config
+    if serves not in config.frozen:
+        known = ", ".join(config.frozen) or "none: the reference comes with loss.kl, teachers with loss.distill"
+        raise ConfigError(f"--serves {serves}: no frozen model of this run; it has {known}")
+    model = replace(config.model, path=config.frozen[serves].path)
+    return replace(config, model=model, loss=replace(config.loss, expert_bias_rate=0.0))
+
+
+def run_replica(config: RunConfig, name: str, stop: StopFlag, serves: str = POLICY) -> None:
+    """Serve one run to its end, under the policy's newest weights or as a frozen model."""
     keep_freed_memory()
     torch.set_num_threads(config.replica.threads)
+    name = name or (config.frozen[serves].process(0) if serves in config.frozen else "replica-0")
+    config = serving(config, serves)
     scorer = build_scorer(config)
     try:
         if scorer.model.mesh.rank == 0:
-            ReplicaService(config, name, stop, scorer).run()
+            ReplicaService(config, name, stop, scorer, serves).run()
         else:
             scorer.follow()
     finally:
@@ -335,8 +358,9 @@ def run_replica(config: RunConfig, name: str, stop: StopFlag) -> None:
 
 
 def main() -> int:
-    """``[torchrun ...] -m learner.score RUN.yaml [--name replica-0] [key=value ...]``."""
-    return run_process("learner.score", sys.argv[1:], run_replica, default_name="replica-0")
+    """``[torchrun ...] -m learner.score RUN.yaml [--name NAME] [--serves MODEL] [key=value ...]``."""
+    flags = {"serves": "a frozen model: reference, or a teacher's name (default: the policy)"}
+    return run_process("learner.score", sys.argv[1:], run_replica, flags=flags)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -181,7 +182,7 @@ def check_run(config: str, overrides: list[str]) -> list[Finding]:
         from common.routing import read_routing
     except ImportError as error:
         return [Finding("run file", "missing", f"cannot be read yet: {error}", INSTALL)]
-    from tools.preflight import check_address, check_engine, check_meshes, check_model
+    from tools.preflight import check_address, check_engine, check_frozen, check_meshes, check_model
     from tools.stamp import ModelState, model_state
 
     try:
@@ -204,6 +205,9 @@ def check_run(config: str, overrides: list[str]) -> list[Finding]:
     ]
     if run.actor.engine == "sglang":
         findings.append(attempt("SGLang", f"engine.python={run.engine.python}", lambda: check_engine(run)))
+    for frozen in run.frozen.values():
+        if frozen.path != run.model.path:
+            findings.append(attempt(frozen.words, frozen.path, partial(check_frozen, frozen, run.model.path)))
     if run.task.in_small_alphabet and model_state(run) in (ModelState.MISSING, ModelState.STALE):
         return [
             *findings,

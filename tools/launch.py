@@ -25,7 +25,7 @@ from common.config import RunConfig, load, to_yaml
 from common.errors import CroupierError
 from common.process import StopFlag
 from common.routing import read_routing
-from tools.preflight import check_address, check_engine, check_meshes, check_model
+from tools.preflight import check_address, check_engine, check_frozen, check_meshes, check_model
 from tools.processes import Process, processes_of, stop_all, wait_all
 from tools.progress import panel, plain_line, remaining_s
 from tools.run_files import CONFIG, STATUS, Record, last_lines, read_status, set_aside
@@ -87,8 +87,12 @@ class Run:
         """Check what can be checked before anything starts, then make the run directory."""
         check_address(self.config.broker.address)
         check_engine(self.config)
-        if not self.needs_warmstart():
-            check_model(Path(self.config.model.path))
+        policy = None if self.needs_warmstart() else self.config.model.path
+        for model in self.config.frozen.values():
+            if model.path != self.config.model.path:
+                check_frozen(model, policy)
+        if policy is not None:
+            check_model(Path(policy))
             read_routing(self.config)
             check_meshes(self.config)
         if self.config.learner.resume:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from common.config import RunConfig
 from common.errors import ConfigError, ModelError
+from common.frozen import FrozenModel
+from common.identity import TOKENS, differing_identity, model_identity, other_tokens
 from common.process import free_port
 
 TCP = re.compile(r"tcp://(?P<host>\[[^\]]+\]|[^:]+):(?P<port>\d+)")
@@ -57,6 +59,17 @@ def _check_ipc(address: str) -> None:
     raise _in_use(address)
 
 
+def check_frozen(model: FrozenModel, policy: str | None) -> None:
+    """Raise :class:`ModelError` unless a frozen model is whole and has the tokens of the one at ``policy``.
+
+    None: the policy is still to be made.
+    """
+    check_model(Path(model.path), model.key)
+    ours = model_identity(policy) if policy is not None else {}
+    if differs := differing_identity(ours, model_identity(model.path), TOKENS):
+        raise ModelError(other_tokens(f"{model.words} at {model.path}", model.key, differs))
+
+
 def check_meshes(config: RunConfig) -> None:
     """Raise :class:`ConfigError` if the learner's or the replica's mesh does not divide the model.
 
@@ -70,6 +83,8 @@ def check_meshes(config: RunConfig) -> None:
         model = ModelConfig.from_hf_dir(config.model.path)
         for whose, mesh in sizes.items():
             model.check_mesh(mesh, whose)
+        for frozen in config.frozen.values():
+            ModelConfig.from_hf_dir(frozen.path).check_mesh(sizes["replica"], "replica")
 
 
 def check_engine(config: RunConfig) -> None:
@@ -82,10 +97,10 @@ def check_engine(config: RunConfig) -> None:
         )
 
 
-def check_model(path: Path) -> None:
-    """Raise :class:`ModelError` unless ``path`` holds a configuration and all weight files."""
+def check_model(path: Path, key: str = "model.path") -> None:
+    """Raise :class:`ModelError` unless ``path``, named by ``key``, holds a configuration and all weight files."""
     if not path.is_dir():
-        raise ModelError(f"model.path={str(path)!r}: no such directory; download the model there or correct the path")
+        raise ModelError(f"{key}={str(path)!r}: no such directory; download the model there or correct the path")
     index = path / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -98,5 +113,5 @@ def check_model(path: Path) -> None:
     if missing:
         shown = ", ".join(missing[:4]) + (" …" if len(missing) > 4 else "")
         raise ModelError(
-            f"model.path={str(path)!r}: half a model, {len(missing)} file(s) missing: {shown}; fetch them again"
+            f"{key}={str(path)!r}: half a model, {len(missing)} file(s) missing: {shown}; fetch them again"
         )

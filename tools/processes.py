@@ -82,6 +82,11 @@ def processes_of(config: RunConfig, config_file: Path) -> list[Process]:
         name = f"replica-{index}"
         command = [*_start(config.replica.ep * config.replica.tp), "learner.score", file, "--name", name]
         found.append(Process(name, command, logs / f"{name}.log", config.replica.threads, may_restart=True))
+    for model in config.frozen.values():
+        for name in map(model.process, range(model.count)):
+            start = _start(config.replica.ep * config.replica.tp)
+            command = [*start, "learner.score", file, "--name", name, "--serves", model.name]
+            found.append(Process(name, command, logs / f"{name}.log", config.replica.threads, may_restart=True))
     for index in range(config.actor.count):
         name = f"actor-{index}"
         command = [python, "-m", "actor", file, "--name", name]

@@ -28,6 +28,7 @@ from common.budget import BudgetController
 from common.codec import decode
 from common.config import RunConfig, load
 from common.errors import ConfigError, CroupierError, JournalError
+from common.frozen import POLICY
 from common.routing import read_routing
 from tools.console import make_console, print_error
 from tools.run_files import CONFIG
@@ -102,7 +103,7 @@ class Alternative:
 
     def __call__(self, pipeline: Pipeline, event: Event, _result: Any) -> None:
         """Called with every event that was applied."""
-        if event.kind == "scored":
+        if event.kind == "scored" and event.head.get("scorer", POLICY) == POLICY:
             self._scores = scores_of(decode(event.frames, wire.TO_BROKER))
         if event.kind != "decided" or self._scores is None:
             return

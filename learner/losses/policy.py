@@ -72,8 +72,14 @@ def _advantages(own: Tensor, tokens: Tokens, section: LossSection, on: Tensor) -
         gap = (tokens.log_teacher - own).clamp(-section.distill_clip, section.distill_clip)
         advantages = advantages + section.distill * torch.where(on & ~gap.isnan(), gap, 0.0)
     if section.kl > 0 and section.kl_estimator == "k1" and tokens.log_reference is not None:
-        advantages = advantages - section.kl * torch.where(on, own - tokens.log_reference, 0.0)
+        advantages = advantages + section.kl * _away(own, tokens.log_reference, on)
     return advantages
+
+
+def _away(own: Tensor, log_reference: Tensor, on: Tensor) -> Tensor:
+    """``log reference - log policy``; 0 where the reference could not say, cut where it calls a token impossible."""
+    away = torch.where(on & ~log_reference.isnan(), log_reference - own, 0.0)
+    return away.clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def _weight(own: Tensor, log_q: Tensor, log_m: Tensor, anchor: Tensor, section: LossSection) -> Tensor:
@@ -183,14 +189,14 @@ def _penalties(
         taught = on & gap.isfinite()
         stats.teacher, stats.taught = torch.where(taught, gap, 0.0).sum(), taught.sum().to(own.dtype)
     if tokens.log_reference is not None:
-        away = torch.where(on, tokens.log_reference - own, 0.0)
+        away = _away(own, tokens.log_reference, on)
         terms = k3(away)
         stats.kl_reference = terms.sum()
         if section.kl > 0 and section.kl_estimator != "k1":
             if section.kl_estimator == "k2":
                 terms, change = 0.5 * away.square(), -away
             else:
-                change = -torch.expm1(away.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
+                change = -torch.expm1(away)
             loss = loss + section.kl * torch.dot(weight, terms)
             slope += section.kl * weight * change
     if section.ratio_penalty > 0:

@@ -22,7 +22,7 @@ class Tokens:
     weights: Tensor  # of a token's loss; they hold the denominator
     accept: Tensor  # u8: 1 sampled and accepted, 0 rejected, EXPERT an exemplar's
     sequence: Tensor | None = None  # i64, which trajectory of these each belongs to, rising from 0
-    log_reference: Tensor | None = None
+    log_reference: Tensor | None = None  # NaN where it could not say
     log_teacher: Tensor | None = None  # NaN where there is none
     factor: Tensor | None = None  # fixed before the loss: masks and caps by sequence and by batch
     sequence_ratio: Tensor | None = None  # GSPO's s of each token's trajectory

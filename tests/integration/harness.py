@@ -60,10 +60,12 @@ class Peer:
         capacity=8,
         section=None,
         questions=(),
+        serves="",
     ):
         hello = wire.Hello(
-            role, name, run_id, session, rank, world, version, capacity, "host", 1, questions=list(questions)
-        )
+            role, name, run_id, session, rank, world, version, capacity, "host", 1, serves=serves,
+            questions=list(questions),
+        )  # fmt: skip
         self.link = connect(section or broker.config.broker, hello)
         self.link.wait_welcome(5)
         self.stash = []  # what came while another kind was expected

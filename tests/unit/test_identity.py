@@ -41,7 +41,7 @@ def test_what_differs_is_named(model, tmp_path, change, words):
 
 def test_a_peer_with_another_model_is_turned_away(tmp_path):
     broker = make_broker(tmp_path)
-    broker.service.door.model["vocabulary"] = "16"
+    broker.service.door.identities.policy["vocabulary"] = "16"
     hello = wire.Hello("actor", "a", "", "s", 0, 1, 0, 1, "h", 1, {"vocabulary": "17"})
     link = connect(broker.config.broker, hello)
     try:

@@ -220,6 +220,31 @@ def test_values_of_rejected_tokens_are_never_looked_at_and_faulty_ones_are_count
     assert share.slope[at] == 0 and share.slope.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["kl_k1", "kl_k2", "kl_k3", "distill"])
+def test_a_frozen_model_that_cannot_say_has_no_say_and_an_impossible_token_is_cut(name):
+    """NaN is as if there were no penalty on the token; -inf as a reference far below (algorithms.md 0.4, 3.6)."""
+    section = SECTIONS[name]
+    logp, entropy, tokens = batch(8, expert=False)
+    field = "log_teacher" if name == "distill" else "log_reference"
+    at = int(torch.nonzero((tokens.accept == 1) & ~getattr(tokens, field).isnan())[0])
+
+    def share(value, section=section):
+        spoilt = tokens[:]
+        setattr(spoilt, field, getattr(tokens, field).clone())
+        getattr(spoilt, field)[at] = value
+        found, stats = policy_loss(logp, entropy, prepared(logp, spoilt, section), section)
+        assert all(getattr(stats, f.name).isfinite() for f in fields(LossStats))
+        return found
+
+    without = replace(section, kl=0.0, distill=0.0)
+    assert share(float("nan")).slope[at] == share(0.0, without).slope[at]
+    far = float(logp[at]) - max(20.0, section.distill_clip)
+    impossible = share(-float("inf"))
+    assert impossible.loss.item() == pytest.approx(share(far).loss.item(), rel=1e-5)
+    assert impossible.slope[at] == pytest.approx(share(far).slope[at].item(), rel=1e-5)
+    assert impossible.slope.isfinite().all()
+
+
 def test_everything_rejected_is_a_loss_of_zero_with_slope_zero():
     logp, entropy, tokens = batch(4, expert=False)
     share, stats = policy_loss(logp, entropy, replace(tokens, accept=torch.zeros_like(tokens.accept)), LossSection())

@@ -262,7 +262,7 @@ def test_scores_that_do_not_fit_are_refused_and_stale_ones_ignored():
     with pytest.raises(DataError, match="scores for"):
         pipeline.scored(wire.ScoreResult(request.request, 0, 0.0, good.log_p[:-1], good.topk_log_p[:-1]))
     pipeline.scored(wire.ScoreResult(request.request + 5, 0, 0.0, good.log_p, good.topk_log_p))
-    assert pipeline.scoring is not None
+    assert pipeline.requests
     good.log_p[3] = np.nan
     pipeline.scored(good)
     receipt = pipeline.commit(0)
@@ -387,7 +387,7 @@ def test_an_alternative_above_0_is_refused_and_one_that_cannot_be_costs_no_step(
     topk = np.full((len(lp), 2), np.nan, np.float32)
     with pytest.raises(DataError, match="alternatives"):
         pipeline.scored(wire.ScoreResult(request.request, 0, 0.0, lp, topk[:, :1]))
-    assert pipeline.scoring is request  # nothing was lost by that
+    assert pipeline.requests[""] is request  # nothing was lost by that
     pipeline.scored(wire.ScoreResult(request.request, 0, 0.0, lp, topk))
     assert pipeline.step(0).receipt["topk_missing_mass"] > 0
     assert pipeline.step(0).decision.z["topk_ignored"] > 0

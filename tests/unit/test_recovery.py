@@ -24,6 +24,8 @@ from common.config import (
     TaskEntry,
     TaskSection,
 )
+from common.frozen import TeacherEntry
+from common.objective import LossSection
 from common.routing import Routing
 
 B, G, STEPS, VOCAB = 3, 2, 6, 16
@@ -50,6 +52,13 @@ CONFIGS["skip"] = config(advantage=AdvantageSection(skip_passed=0.5, zero_signal
 CONFIGS["routed"] = config(
     obrs=ObrsSection(rethin_below=1.0), rollout=dataclasses.replace(config().rollout, routing_replay=True)
 )
+TAUGHT = {
+    "task": TaskSection(mix={"a": TaskEntry("sort6"), "b": TaskEntry("sort6")}),
+    "teachers": {"one": TeacherEntry("x", ("a",)), "two": TeacherEntry("y", ("b",))},
+    "loss": LossSection(kl=0.1, distill=1.0),
+}
+CONFIGS["frozen"] = config(obrs=ObrsSection(mode="budget", rethin_below=1.0), **TAUGHT)
+CONFIGS["frozen_off"] = config(obrs=ObrsSection(mode="off"), **TAUGHT)
 
 
 def pipeline_of(name: str) -> Pipeline:
@@ -96,8 +105,9 @@ def drive(recorder: Recorder, rng: np.random.Generator, published: list[int], tu
                     score(recorder, request, published[0])
             case 4 if recorder.pipeline.config.obrs.rethin_below:
                 recorder.rethin(pipeline.committed_step + 1, published[0])
-            case 6 if pipeline.scoring is not None:
-                score(recorder, pipeline.scoring, published[0])
+            case 6 if pipeline.requests:
+                asked = [*pipeline.requests.values()]
+                score(recorder, asked[rng.integers(len(asked))], published[0])
             case 7:
                 step = pipeline.committed_step + 1
                 if recorder.shard(step, 0, 2) is not None and step == published[0]:
@@ -129,7 +139,8 @@ def fingerprint(pipeline: Pipeline) -> dict:
     state = pipeline.state()
     steps = [s[0] for s in state["steps"]]
     state["digests"] = [decision_digests(pipeline, s) for s in steps]
-    state["shards"] = [shard_digests([pipeline.shard(s, r, 2) for r in range(2)]) for s in steps]
+    whole = [s for s in steps if not pipeline.steps.being_scored(s)]  # not those that are thinned again
+    state["shards"] = [shard_digests([pipeline.shard(s, r, 2) for r in range(2)]) for s in whole]
     state["receipts"] = [pipeline.step(s).receipt for s in steps]
     return state
 
