@@ -4,7 +4,7 @@ import hashlib
 import logging
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -60,11 +60,20 @@ class Evaluations:
         self._labels, self._channels, self._schedule = labels, channels, schedule
         self._counters = counters
         self._running: dict[int, _Evaluation] = {}
+        self._last: EvaluationResult | None = None
 
     def start(
         self, number: int, prompts: int, samples: int, make: Callable[[int], PromptItem]
-    ) -> EvaluationResult | None:
-        """Evaluation ``number`` of held-out prompts ``[0, prompts)``; its result if none of them can be made."""
+    ) -> tuple[list[tuple[int, PromptItem]], EvaluationResult | None]:
+        """Evaluation ``number`` of held-out prompts ``[0, prompts)``: (request id, question) of each to sample.
+
+        And its result if there is nothing to wait for: no prompt can be made, or a broker that lost our
+        answer asks a second time.
+        """
+        if number in self._running:
+            return [], None
+        if self._last is not None and self._last.evaluation == number:
+            return [], self._last
         items: dict[int, PromptItem] = {}
         for n in range(prompts):
             try:
@@ -74,13 +83,8 @@ class Evaluations:
                 task = self._labels[self._schedule.place(n)[0]]
                 log.warning("held-out prompt %d of %s counts as 0: %s: %s", n, task, type(error).__name__, error)
         self._running[number] = _Evaluation(items, prompts, samples)
-        return self._finish(number) if not items else None
-
-    def requests(self, number: int) -> Iterator[tuple[int, PromptItem]]:
-        """(request id, question) of every prompt."""
-        if number in self._running:
-            for n, item in self._running[number].items.items():
-                yield EVALUATION_ID + number * EVALUATION_STRIDE + n, item
+        first = EVALUATION_ID + number * EVALUATION_STRIDE
+        return [(first + n, item) for n, item in items.items()], None if items else self._finish(number)
 
     def take(self, rollout: Rollout, scored: Scored) -> EvaluationResult | None:
         """One completion is done; the result once all are."""
@@ -101,7 +105,7 @@ class Evaluations:
         tasks, _ = self._schedule.places([n for n, _ in order])
         rows = [self._row(one, names, self._channels[task]) for one, task in zip(scored, tasks, strict=True)]
         versions = evaluation.versions or [-1]
-        return EvaluationResult(
+        self._last = EvaluationResult(
             evaluation=number,
             version_min=min(versions),
             version_max=max(versions),
@@ -112,6 +116,7 @@ class Evaluations:
             channels=np.array(rows, np.float32).reshape(len(rows), len(names)),
             answers=np.array([one.answer for one in scored], np.int64),
         )
+        return self._last
 
     def _row(self, one: Scored, names: Sequence[str], of_task: Sequence[str]) -> list[float]:
         """NaN where its task has no such channel, or it failed; what failed is not ``correct``."""

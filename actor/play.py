@@ -102,8 +102,8 @@ class Play:
 
     def start_evaluation(self, number: int, prompts: int, samples: int = 1) -> None:
         """Held-out questions ``[0, prompts)``, each completed ``samples`` times."""
-        finished = self._evaluations.start(number, prompts, samples, lambda n: self._prompt(n, "heldout"))
-        for request_id, item in self._evaluations.requests(number):
+        asked, finished = self._evaluations.start(number, prompts, samples, lambda n: self._prompt(n, "heldout"))
+        for request_id, item in asked:
             self._begin(self.rollouts.start(request_id, item, samples, samples))
         if finished is not None:
             self._send(finished)

@@ -1,8 +1,12 @@
-"""When the fleet is asked to evaluate on held-out prompts, and what came of it. Pure."""
+"""When the fleet is asked to evaluate on held-out prompts, what came of it, and which version was best. Pure."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from typing import Any
 
 from common.config import EvaluationSection
+from common.wire import KeepBest
+
+NOBODY = -1  # in the place of a version
 
 
 @dataclass(frozen=True)
@@ -13,16 +17,27 @@ class Evaluation:
     version: int
 
 
+@dataclass(frozen=True)
+class Evaluated:
+    """What came of one."""
+
+    version: int  # the oldest that sampled for it
+    reward: float  # mean over prompts
+    low: float | None = None  # of its 95 % interval
+    high: float | None = None
+    asked: int = NOBODY  # the version that was to be evaluated
+
+
 class EvaluationSchedule:
     """At version 0, every ``every`` versions and at the last one; one at a time."""
 
     def __init__(self, section: EvaluationSection, last_version: int, first_id: int = 0) -> None:
         self.section = section
         self.last_version = last_version
-        self.results: list[tuple[int, float]] = []  # (version, mean reward)
+        self.results: list[Evaluated] = []
         self._next_id = first_id
         self._asked: dict[str, Evaluation] = {}  # by actor
-        self._covered = -1  # newest version asked for
+        self._covered = NOBODY  # newest version asked for
 
     def due(self, version: int) -> bool:
         """Whether ``version`` should be evaluated now."""
@@ -40,13 +55,20 @@ class EvaluationSchedule:
         self._covered = max(self._covered, version)
         return evaluation
 
-    def result(self, actor: str, evaluation: int, version: int, reward: float) -> bool:
+    def asked_of(self, actor: str) -> Evaluation | None:
+        """What ``actor`` owes."""
+        return self._asked.get(actor)
+
+    def result(
+        self, actor: str, evaluation: int, version: int, reward: float,
+        low: float | None = None, high: float | None = None,
+    ) -> bool:  # fmt: skip
         """Record an answer; False if it was not asked for."""
         asked = self._asked.get(actor)
         if asked is None or asked.id != evaluation:
             return False
         del self._asked[actor]
-        self.results.append((version, reward))
+        self.results.append(Evaluated(version, reward, low, high, asked.version))
         return True
 
     def lost(self, actor: str) -> None:
@@ -55,10 +77,14 @@ class EvaluationSchedule:
         if asked is not None:
             self._covered = asked.version - 1
 
-    def restore(self, results: list[tuple[int, float]]) -> None:
+    def state(self) -> list[list[Any]]:
+        """What :meth:`restore` needs."""
+        return [list(astuple(result)) for result in self.results]
+
+    def restore(self, results: list[list[Any]]) -> None:
         """Take up where a broker that ended left off; what it had asked for is asked again."""
-        self.results = [(int(version), float(reward)) for version, reward in results]
-        self._covered = max((version for version, _ in self.results), default=-1)
+        self.results = [Evaluated(*result) for result in results]
+        self._covered = max((max(result.version, result.asked) for result in self.results), default=NOBODY)
 
     @property
     def pending(self) -> bool:
@@ -73,3 +99,26 @@ class EvaluationSchedule:
     def finished(self, version: int) -> bool:
         """Whether the last version has been evaluated."""
         return self.section.prompts == 0 or (self._covered >= version and not self._asked)
+
+    # ---- the best -------------------------------------------------------------------------------
+
+    def has_checkpoint(self, version: int) -> bool:
+        """Whether a learner that keeps the best writes a checkpoint of ``version``; of 0 there is the model."""
+        return version == self.last_version or version % self.section.every == 0
+
+    @property
+    def best(self) -> Evaluated | None:
+        """The evaluation with the greatest reward, the earliest of equals, among versions that can be kept."""
+        kept = [result for result in self.results if self.has_checkpoint(result.asked)]
+        return max(kept, key=lambda result: result.reward, default=None)
+
+    def verdict(self, version: int) -> KeepBest:
+        """What a learner may forget while ``version`` is the newest published."""
+        best = self.best
+        asked = [evaluation.version for evaluation in self._asked.values()]
+        return KeepBest(
+            version=best.asked if best else NOBODY,
+            reward=best.reward if best else 0.0,
+            pending=max(asked, default=NOBODY),
+            decided=version if self._covered >= version else version - 1,
+        )

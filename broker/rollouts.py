@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 
 from broker.door import Door
-from broker.evaluation import EvaluationSchedule
+from broker.evaluation import Evaluation, EvaluationSchedule
+from broker.heldout import evaluate
 from broker.peers import Peer
 from broker.recorder import Recorder
 from broker.runfiles import RunFiles
 from common import wire
 from common.config import RunConfig
-from common.errors import ProtocolError
+from common.errors import DataError, ProtocolError
 
 NOBODYS_FAULT = ("unknown_group", "actor_lost", "refused_sibling", "no_signal", "environment", "sibling_failed")
 
@@ -34,6 +35,7 @@ class Rollouts:
         self._newest_version = newest_version
         self.sessions: dict[str, str] = {}  # of actors, also from before a restart
         self._awaited: dict[str, float] = {}  # actors that owe groups since before a restart, and until when
+        self._told: tuple[int, ...] = ()  # the learner, of what is best
         self.handlers: dict[type[Any], Callable[[Peer, Any], None]] = {
             wire.Trajectories: self._on_trajectories,
             wire.GroupFailed: self._on_group_failed,
@@ -66,6 +68,12 @@ class Rollouts:
             groups = [g for g in owed if self.pipeline.book.min_version(g) == version]
             prompts = [self.pipeline.book.prompt(g) for g in groups]
             self.door.send(peer, wire.Grant(version, -1, 0, np.array(groups, np.int64), np.array(prompts, np.int64)))
+        if (evaluation := self.schedule.asked_of(name)) is not None:
+            self.door.send(peer, self._with_evaluation(None, evaluation))
+
+    def learner_joined(self) -> None:
+        """One that knows nothing yet of what is best."""
+        self._told = ()
 
     def left(self, peer: Peer) -> str:
         """Returns what its going costs, in words."""
@@ -101,17 +109,22 @@ class Rollouts:
         self.recorder.failed(message.group, message.sibling, "environment")
 
     def _on_evaluation(self, peer: Peer, message: wire.EvaluationResult) -> None:
-        reward = float(message.rewards.mean()) if len(message.rewards) else 0.0
-        if not self.schedule.result(peer.name, message.evaluation, message.version_min, reward):
+        asked, section, task = self.schedule.asked_of(peer.name), self.config.evaluation, self.config.task
+        if asked is None or asked.id != message.evaluation:
             return
-        self.recorder.note("evaluated", {"version": message.version_min, "reward": reward})
+        if message.samples != section.samples or len(message.rewards) != section.prompts * section.samples:
+            self.schedule.lost(peer.name)
+            raise DataError(
+                f"evaluation_result: {len(message.rewards)} completions, {message.samples} a prompt; asked for "
+                f"{section.prompts} prompts, {section.samples} completions each"
+            )
+        found = evaluate(message, section.pass_at, task.labels, task.mixture)
+        low, high = found["reward_low"], found["reward_high"]
+        self.schedule.result(peer.name, message.evaluation, message.version_min, found["reward"], low, high)
+        self.recorder.note("evaluated", {"result": self.schedule.state()[-1]})
         line = {
-            "version": message.version_min,
-            "version_max": message.version_max,
-            "reward": reward,
-            "prompts": len(message.rewards),
-            "length_mean": float(message.lengths.mean()) if len(message.lengths) else 0.0,
-        }
+            "version": message.version_min, "version_max": message.version_max, "version_asked": asked.version, **found
+        }  # fmt: skip
         self.door.outlet.do(lambda: self.files.metric("eval", line))
 
     def grant(self, version: int) -> None:
@@ -119,19 +132,15 @@ class Rollouts:
         serving = [p for p in self.door.roster.role("actor") if p.version >= version]
         if not serving:
             return
-        evaluate = self.schedule.due(version)
+        due = self.schedule.due(version)
         hold = not self.schedule.first_done  # the starting model is evaluated before it changes
         resets = self.pipeline.curriculum.resets
         share = -(-self.pipeline.ledger.grantable(version) // len(serving))
         for index, peer in enumerate(serving):
             free = peer.hello.capacity - self.pipeline.book.in_flight(peer.name)
             grant = None if hold else self.recorder.grant(peer.name, min(share, free), version)
-            if evaluate and index == 0:
-                asked = self.schedule.ask(peer.name, version)
-                none = np.zeros(0, np.int64)
-                grant = grant or wire.Grant(version, -1, 0, none, none)
-                grant.evaluation, grant.evaluation_prompts = asked.id, self.config.evaluation.prompts
-                grant.evaluation_samples = self.config.evaluation.samples
+            if due and index == 0:
+                grant = self._with_evaluation(grant, self.schedule.ask(peer.name, version))
             if grant is not None:
                 self.door.send(peer, grant)
         if self.pipeline.curriculum.resets > resets:
@@ -140,3 +149,21 @@ class Rollouts:
                 "all are asked again and their history begins anew; harder questions would teach more",
                 self.config.advantage.skip_passed,
             )
+
+    def _with_evaluation(self, grant: wire.Grant | None, asked: Evaluation) -> wire.Grant:
+        none, section = np.zeros(0, np.int64), self.config.evaluation
+        grant = grant or wire.Grant(asked.version, -1, 0, none, none)
+        grant.evaluation, grant.evaluation_prompts = asked.id, section.prompts
+        grant.evaluation_samples = section.samples
+        return grant
+
+    def tell_best(self, version: int) -> None:
+        """Tell the learner which checkpoints to keep, if that has changed; ``version`` is the newest published."""
+        learner = self.door.roster.learner()
+        if learner is None or not self.config.evaluation.keep_best:
+            return
+        verdict = self.schedule.verdict(version)
+        told = (verdict.version, verdict.pending, verdict.decided // self.config.evaluation.every)
+        if told != self._told:
+            self._told = told
+            self.door.send(learner, verdict)

@@ -136,6 +136,7 @@ class BrokerService:
         self.training.request_scores(version, now)
         if self.training.learner_seen:
             self.rollouts.grant(version)
+            self.rollouts.tell_best(version)
         self.training.serve(now)
         if self.training.serving:
             self.phase = "running"
@@ -184,7 +185,7 @@ class BrokerService:
         return {
             "figures": self.figures.state(),
             "published": self.distribution.weights.history,
-            "evaluated": [list(r) for r in self.rollouts.schedule.results],
+            "evaluated": self.rollouts.schedule.state(),
             "sessions": self.rollouts.sessions,
             "learner_seen": self.training.learner_seen,
             "sending": self.distribution.sending,
@@ -204,7 +205,7 @@ class BrokerService:
                 case "published":
                     published.append(values["version"])
                 case "evaluated":
-                    evaluated.append([values["version"], values["reward"]])
+                    evaluated.append(values["result"])
                 case "joined":
                     self.rollouts.sessions[values["actor"]] = values["session"]
                 case "sending":
@@ -250,6 +251,7 @@ class BrokerService:
     def _joined(self, peer: Peer, known: bool) -> None:
         if peer.leads:
             self.training.learner_joined(peer.hello.version)
+            self.rollouts.learner_joined()
             self.distribution.learner_joined(peer.hello.version)
         self.door.welcome(peer)
         if peer.role == "actor":
@@ -304,6 +306,7 @@ class BrokerService:
     def status(self) -> dict[str, Any]:
         """What status.json holds."""
         schedule, weights = self.rollouts.schedule, self.distribution.weights
+        best = schedule.best if self.config.evaluation.keep_best else None
         return {
             "run_id": self.files.run_id,
             "phase": "evaluating" if self.phase == "running" and schedule.pending else self.phase,
@@ -313,7 +316,10 @@ class BrokerService:
             "version": weights.published,
             "versions_published": weights.history,
             "receivers_late": weights.late,
-            "evaluations": [{"version": v, "reward": r} for v, r in schedule.results],
+            "evaluations": [
+                {"version": r.version, "reward": r.reward, "low": r.low, "high": r.high} for r in schedule.results
+            ],
+            "best": {"version": best.asked, "reward": best.reward} if best else None,
             "actors": {
                 p.name: {"version": p.version, **p.counters} for p in self.door.roster.role("actor")[:ACTORS_SHOWN]
             },

@@ -477,6 +477,7 @@ class EvaluationSection:
     temperature: float = 1.0  # 0 is greedy
     samples: int = 1  # completions of each prompt: n of pass@k, and the voters
     pass_at: tuple[int, ...] = ()  # k of each pass@k that is reported
+    keep_best: bool = False  # the learner keeps the checkpoint of the version with the best reward
 
     def __post_init__(self) -> None:
         """Validate."""
@@ -497,6 +498,12 @@ class EvaluationSection:
             "evaluation.pass_at",
             self.pass_at,
             f"each k must lie in [1, evaluation.samples={self.samples}]",
+        )
+        require(
+            not self.keep_best or self.prompts > 0,
+            "evaluation.keep_best",
+            self.keep_best,
+            "evaluation is switched off; set evaluation.prompts above 0",
         )
 
 

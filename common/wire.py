@@ -7,7 +7,7 @@
     actor  -> broker   Trajectories, GroupFailed, EvaluationResult
     broker -> actor    Grant, Ack
     broker -> replica  ScoreRequest                 replica -> broker   ScoreResult
-    learner-> broker   Fetch, Commit, Checkpointed  broker -> learner   Shard, Waiting
+    learner-> broker   Fetch, Commit, Checkpointed  broker -> learner   Shard, Waiting, KeepBest
     weights            learner: Publish, Published, PublishFailed · broker: Prepare, Go, Resync, PublishDone
                        receiver (actor, replica): Ready, Applied, ReceiveFailed
 
@@ -582,6 +582,20 @@ class Checkpointed(_Unchecked):
     step: int
 
 
+@dataclass
+class KeepBest(_Unchecked):
+    """Broker to learner: of the checkpoints made to be evaluated, these two are wanted; -1 for none.
+
+    Those of versions above ``decided`` may be wanted yet, the others are not.
+    """
+
+    TAG: ClassVar[str] = "keep_best"
+    version: int  # with the best held-out reward so far; 0 is the starting model
+    reward: float  # its mean
+    pending: int  # that is being evaluated
+    decided: int  # up to which it is known what is evaluated
+
+
 # ---- weights ------------------------------------------------------------------------------------
 
 
@@ -709,7 +723,7 @@ TO_BROKER: dict[str, type[Any]] = {
 FROM_BROKER: dict[str, type[Any]] = {
     m.TAG: m
     for m in (
-        Welcome, Refused, WhoAreYou, Pong, Stop, Grant, Ack, ScoreRequest, Shard, Waiting, Prepare, Go, PublishDone,
-        Resync,
+        Welcome, Refused, WhoAreYou, Pong, Stop, Grant, Ack, ScoreRequest, Shard, Waiting, KeepBest, Prepare, Go,
+        PublishDone, Resync,
     )
 }  # fmt: skip

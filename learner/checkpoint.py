@@ -32,9 +32,8 @@ from learner.mesh import Mesh
 from learner.model.decoder import Decoder
 from learner.optim import Optimizer
 from learner.parallel.flat import FlatParameters
+from learner.retention import PREFIX, STATE, Retention, complete
 
-STATE = "state.json"
-PREFIX = "step-"
 POLL_S = 0.05
 
 
@@ -50,13 +49,9 @@ class TrainingState:
     expert_fraction: list[list[float]] = field(default_factory=list)
 
 
-def _complete(directory: Path) -> list[Path]:
-    return sorted(p for p in directory.glob(f"{PREFIX}*") if (p / STATE).is_file())
-
-
 def latest(directory: Path) -> Path | None:
     """The newest finished checkpoint, or None."""
-    found = _complete(directory)
+    found = complete(directory)
     return found[-1] if found else None
 
 
@@ -66,9 +61,9 @@ def latest(directory: Path) -> Path | None:
 class CheckpointWriter:
     """Writes one checkpoint at a time, beside the training."""
 
-    def __init__(self, directory: Path, mesh: Mesh, keep: int, timeout_s: float) -> None:
+    def __init__(self, directory: Path, mesh: Mesh, retention: Retention, timeout_s: float) -> None:
         """Collective: all ranks agree on a name for what is not finished."""
-        self.directory, self.mesh, self.keep, self.timeout_s = directory, mesh, keep, timeout_s
+        self.directory, self.mesh, self.retention, self.timeout_s = directory, mesh, retention, timeout_s
         self._nonce = f"{mesh.broadcast_int(secrets.randbits(31)):08x}"
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -146,8 +141,7 @@ class CheckpointWriter:
             shutil.rmtree(final)
         os.replace(temporary, final)
         _sync(self.directory)
-        for old in _complete(self.directory)[: -self.keep]:
-            shutil.rmtree(old)
+        self.retention.prune()
 
 
 def _file_of(rank: int) -> str:

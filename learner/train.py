@@ -6,7 +6,8 @@
     metrics = train_step(batch)         forward, loss, backward, all-reduce, AdamW
     feed.commit(step)                   the broker may forget the step once it is checkpointed
     publisher.publish(step + 1)         rank 0: new weights to the fleet, in flight
-    checkpoint                          every learner.checkpoint_every steps, and at the end
+    checkpoint                          every learner.checkpoint_every steps, and at the end; with
+                                        evaluation.keep_best also of versions that may be evaluated
 """
 
 import logging
@@ -38,6 +39,7 @@ from learner.mesh import Mesh
 from learner.model.config import ModelConfig
 from learner.model.decoder import Decoder
 from learner.optim import Optimizer
+from learner.retention import PREFIX, STATE, Retention
 from learner.step import StepBatch, StepSettings, train_step
 from learner.weights.gather import Snapshot, WeightGather
 from learner.weights.publish import WeightPublisher
@@ -66,6 +68,7 @@ class Learner:
     publish_seconds: float = 0.0
     gather: WeightGather | None = None  # who holds what: the same for every version
     snapshot: Snapshot | None = None  # version ``step``, whole on rank 0
+    retention: Retention | None = None  # which checkpoints stay
 
     def run(self) -> None:
         """Train every step, then stay until the broker says Stop."""
@@ -73,7 +76,9 @@ class Learner:
         feed = Feed(self.link, mesh.data_rank, mesh.data_ranks, config.learner.wait_s, self._stopping)
         publisher = self._publisher() if mesh.rank == 0 else None
         directory = config.run.path / "checkpoints"
-        writer = CheckpointWriter(directory, mesh, config.learner.checkpoint_keep, config.learner.write_timeout_s)
+        evaluated_every = config.evaluation.every if config.evaluation.keep_best else 0
+        self.retention = Retention(directory, config.learner.checkpoint_keep, evaluated_every)
+        writer = CheckpointWriter(directory, mesh, self.retention, config.learner.write_timeout_s)
         self._publish(publisher)
         other = self._other(publisher)
         while self.step < config.run.steps:
@@ -128,6 +133,8 @@ class Learner:
                 self.stop.set(f"the broker said stop: {message.reason}")
             case wire.Resync():
                 self.resync = message.reason
+            case wire.KeepBest() if self.retention is not None:
+                self.retention.told(message)
 
     def _other(self, publisher: WeightPublisher | None) -> Callable[[Any], None]:
         def handle(message: Any) -> None:
@@ -145,8 +152,8 @@ class Learner:
 
     def _checkpoint(self, writer: CheckpointWriter, feed: Feed) -> None:
         """Begin one where it is due, and tell the broker of those that are complete."""
-        every = self.config.learner.checkpoint_every
-        if self.step == self.config.run.steps or (every > 0 and self.step % every == 0):
+        every, evaluated = self.config.learner.checkpoint_every, writer.retention.is_evaluated(self.step)
+        if self.step == self.config.run.steps or evaluated or (every > 0 and self.step % every == 0):
             optimizer = self.optimizer
             state = TrainingState(
                 self.step, self.step, self.link.run_id, optimizer.steps, optimizer.skipped,
@@ -173,7 +180,8 @@ class Learner:
         self.mesh.barrier()
 
     def _farewell(self, feed: Feed, other: Callable[[Any], None]) -> None:
-        deadline = time.monotonic() + FAREWELL_S
+        last_evaluation_s = self.config.learner.wait_s if self.config.evaluation.keep_best else 0.0
+        deadline = time.monotonic() + max(FAREWELL_S, last_evaluation_s)
         while not self._stopping() and not feed.stopped and time.monotonic() < deadline:
             message = self.link.receive(0.2)
             if message is not None:
@@ -294,9 +302,9 @@ def _find_checkpoint(config: RunConfig) -> Path | None:
         return None
     directory = config.run.path / "checkpoints"
     found = checkpoint.latest(directory)
-    if found is None and any(directory.glob(f"{checkpoint.PREFIX}*")):
+    if found is None and any(directory.glob(f"{PREFIX}*")):
         raise CheckpointError(
-            f"learner.resume=true, but {directory} holds no complete checkpoint: each lacks its {checkpoint.STATE}; "
+            f"learner.resume=true, but {directory} holds no complete checkpoint: each lacks its {STATE}; "
             "restore one, or remove them to begin again"
         )
     return found

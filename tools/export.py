@@ -3,6 +3,7 @@
 ::
 
     python -m tools.export RUN_DIR                      the newest checkpoint, to RUN_DIR/export-STEP
+    python -m tools.export RUN_DIR --best               the best evaluated one (evaluation.keep_best)
     python -m tools.export RUN_DIR --step 40 --out DIR --dtype bfloat16
 
 Reads one tensor at a time, whatever mesh wrote the checkpoint; the directory appears when it is whole.
@@ -20,29 +21,46 @@ from torch import Tensor
 
 from common.config import load
 from common.errors import CheckpointError, CroupierError
-from learner.checkpoint import PREFIX, CheckpointReader, latest
+from learner.checkpoint import CheckpointReader, latest
 from learner.hf import files_of, model_config, save_hf
 from learner.layout import places
 from learner.model.config import ModelConfig
+from learner.retention import PREFIX, read_best
 from tools.console import make_console, print_error
+
+CHECKPOINTS = "checkpoints"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tools.export", description="A checkpoint to a model directory.")
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    which.add_argument("--best", action="store_true", help="the one with the best held-out reward")
     parser.add_argument("--out", type=Path, help="the directory to make (default: RUN_DIR/export-STEP)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     given = parser.parse_args(arguments)
     console = make_console()
     try:
-        out = export(given.run_dir, given.step, given.out, getattr(torch, given.dtype))
+        step = best_step(given.run_dir) if given.best else given.step
+        out = export(given.run_dir, step, given.out, getattr(torch, given.dtype))
     except CroupierError as error:
         print_error(console, error)
         return 2
     console.print(f"{out}: written; transformers and SGLang load it")
     return 0
+
+
+def best_step(run_dir: Path) -> int:
+    """The step of the best evaluated checkpoint. Raises :class:`CheckpointError` if none was kept."""
+    best = read_best(run_dir / CHECKPOINTS)
+    if best is None:
+        raise CheckpointError(
+            f"{run_dir}: no best checkpoint was kept: evaluation.keep_best was false, or no evaluation was better than "
+            "the starting model's"
+        )
+    return best.version
 
 
 def export(run_dir: Path, step: int | None, out: Path | None, dtype: torch.dtype) -> Path:
@@ -51,7 +69,7 @@ def export(run_dir: Path, step: int | None, out: Path | None, dtype: torch.dtype
     Raises :class:`CheckpointError` if there is none, or if ``out`` exists.
     """
     config = load(run_dir / "config.yaml")
-    directory = run_dir / "checkpoints"
+    directory = run_dir / CHECKPOINTS
     path = latest(directory) if step is None else directory / f"{PREFIX}{step:08d}"
     if path is None or not path.is_dir():
         have = ", ".join(str(int(p.name.removeprefix(PREFIX))) for p in sorted(directory.glob(f"{PREFIX}*"))) or "none"

@@ -17,6 +17,7 @@ from learner.layout import BIAS
 from learner.mesh import single
 from learner.model.decoder import Decoder
 from learner.optim import Optimizer
+from learner.retention import Retention
 from learner.step import train_step
 from tests.unit.named import hf_tensors
 from tests.unit.test_step import CONFIG, LENGTHS, OPTIM, STEPS, batch_of, model_of, settings, train
@@ -25,7 +26,7 @@ EVERYTHING = list(range(len(LENGTHS)))
 
 
 def writer_of(directory, keep=2, timeout=5.0):
-    return CheckpointWriter(directory, single(), keep, timeout)
+    return CheckpointWriter(directory, single(), Retention(directory, keep), timeout)
 
 
 def write(writer, model, optimizer, step, fraction=None):

@@ -19,6 +19,7 @@ from learner.mesh import AXES, Mesh, check_world, single
 from learner.model.config import ModelConfig
 from learner.model.decoder import Decoder
 from learner.optim import Optimizer
+from learner.retention import Retention
 from learner.step import StepSettings, train_step
 from learner.weights.gather import WeightGather
 from tests.unit.test_step import batch_of
@@ -131,7 +132,7 @@ def train(config, mesh, case, *, save=None, resume=None, frozen=(), recompute=Fa
         metrics, fraction = train_step(model, optimizer, batch, fraction, settings)
         history.append(metrics)
         if save is not None:
-            writer = CheckpointWriter(save, mesh, 2, 20.0)
+            writer = CheckpointWriter(save, mesh, Retention(save, 2), 20.0)
             state = TrainingState(1, 1, "run", optimizer.steps, optimizer.skipped, fraction.tolist())
             writer.start(model, optimizer, state)
             writer.wait()

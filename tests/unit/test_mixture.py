@@ -80,7 +80,7 @@ def test_ratios_without_a_short_period_are_rounded_and_the_rest_refused() -> Non
     ("override", "words"),
     [
         ("task.mix.guess.ration=2", r"unknown key task\.mix\.guess\.ration; did you mean 'ratio'"),
-        ("task.mix.guess=2", r"task\.mix\.guess needs keys"),
+        ("task.mix.guess=2", r"task\.mix\.guess is a section and needs keys"),
         ("task.mix.guess.ratio=0", r"task\.mix: ratios of mixed tasks \[3\.0, 0\.0\]"),
         ("task.name=guess", r"task\.name='guess': each task of task\.mix has its own"),
         ("task.params={a: 1}", r"task\.params=.*remove one"),
