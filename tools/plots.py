@@ -15,6 +15,7 @@ from tools.run_files import Record, of_kind
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 BLUE, ORANGE, GREEN, RED = "#2563eb", "#ea7317", "#0e9f6e", "#d64545"
+TASK_COLORS = (BLUE, ORANGE, GREEN, RED, "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
 SIZE = (8.0, 4.2)  # inches
 DPI = 130
 SMOOTH = 9  # steps in the running mean drawn over a noisy curve
@@ -36,6 +37,7 @@ def plot_all(run_dir: Path, records: list[Record], budget: int) -> list[str]:
         figures.insert(2, ("acceptance.png", "Acceptance", lambda axes: _acceptance(axes, steps)))
     if any(step.get("kl_before") is not None for step in steps):
         figures.insert(3, ("kl.png", "Divergence from the learner", lambda axes: _kl(axes, steps)))
+    figures += _of_evaluations(of_kind(records, "eval"))
     for name, title, draw in figures:
         figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
         axes = figure.add_subplot()
@@ -101,6 +103,7 @@ def _reward(axes: Axes, steps: Sequence[Record], evaluations: Sequence[Record]) 
     if evaluations:
         x = [evaluation["version"] for evaluation in evaluations]
         y = [evaluation["reward"] for evaluation in evaluations]
+        _band(axes, evaluations, "reward", ORANGE)
         axes.plot(x, y, color=ORANGE, linewidth=1.4, marker="o", markersize=6, label="held-out prompts")
         ends = {0: "bottom", len(x) - 1: "bottom"}
         for index, side in ends.items():
@@ -112,6 +115,78 @@ def _reward(axes: Axes, steps: Sequence[Record], evaluations: Sequence[Record]) 
     high = max([1.0, *_series(steps, "reward")[1]])
     axes.set_ylim(low - 0.02 * (high - low), high + 0.04 * (high - low))
     axes.set_ylabel("mean reward", color=MUTED)
+    _legend(axes)
+
+
+def _of_evaluations(evaluations: Sequence[Record]) -> list[tuple[str, str, Callable[[Axes], None]]]:
+    """Figures of held-out evaluations, as far as they have the numbers."""
+    found: list[tuple[str, str, Callable[[Axes], None]]] = []
+    judged = [line for line in evaluations if "correct" in line]
+    if judged:
+        found.append(("evaluation.png", "Held-out accuracy", lambda axes: _accuracy(axes, judged)))
+    mixed = [line for line in evaluations if line.get("tasks")]
+    if mixed:
+        found.append(("tasks.png", "Held-out reward by task", lambda axes: _tasks(axes, mixed)))
+    stated = [line for line in evaluations if line.get("calibration")]
+    if stated:
+        found.append(("reliability.png", "Reliability", lambda axes: _reliability(axes, stated[-1])))
+    return found
+
+
+def _band(axes: Axes, lines: Sequence[Record], key: str, color: str) -> None:
+    """The 95 % interval of ``key``, where it is known."""
+    known = [(x["version"], x[f"{key}_low"], x[f"{key}_high"]) for x in lines if x.get(f"{key}_low") is not None]
+    if len(known) > 1:
+        x, low, high = zip(*known, strict=True)
+        axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+
+
+def _accuracy(axes: Axes, lines: Sequence[Record]) -> None:
+    """mean@k with its band, pass@k and votes."""
+    x = [line["version"] for line in lines]
+    _band(axes, lines, "correct", BLUE)
+    mean = [line["correct"] for line in lines]
+    axes.plot(x, mean, color=BLUE, linewidth=1.8, marker="o", markersize=4, label=f"mean@{lines[-1]['samples']}")
+    for k in lines[-1].get("pass_at") or {}:
+        drawn = [(line["version"], line["pass_at"][k][0]) for line in lines if k in (line.get("pass_at") or {})]
+        if k != "1":  # which is the mean
+            axes.plot(*zip(*drawn, strict=True), color=GREEN, linewidth=1.2)
+            axes.annotate(f"pass@{k}", drawn[-1], xytext=(6, -3), textcoords="offset points", fontsize=9, color=GREEN)
+    for kind, color in (("majority", ORANGE), ("weighted", RED)):
+        drawn = [(line["version"], line["votes"][kind][0]) for line in lines if kind in (line.get("votes") or {})]
+        if drawn:
+            axes.plot(*zip(*drawn, strict=True), color=color, linewidth=1.4, label=f"{kind} vote")
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlabel("version", color=MUTED)
+    axes.set_ylabel("share of held-out prompts", color=MUTED)
+    _legend(axes)
+
+
+def _tasks(axes: Axes, lines: Sequence[Record]) -> None:
+    labels = list(dict.fromkeys(label for line in lines for label in line["tasks"]))
+    for index, label in enumerate(labels):
+        color = TASK_COLORS[index % len(TASK_COLORS)]
+        own = [{"version": line["version"], **line["tasks"][label]} for line in lines if label in line["tasks"]]
+        _band(axes, own, "reward", color)
+        x, y = [line["version"] for line in own], [line["reward"] for line in own]
+        axes.plot(x, y, color=color, linewidth=1.6, marker="o", markersize=4, label=label)
+    axes.set_xlabel("version", color=MUTED)
+    axes.set_ylabel("mean reward", color=MUTED)
+    _legend(axes)
+
+
+def _reliability(axes: Axes, line: Record) -> None:
+    """Accuracy over stated confidence, a point a bin, its area the share of completions."""
+    bins = [row for row in line["calibration"]["bins"] if row[0]]
+    most = max(count for count, _, _ in bins)
+    axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1.0, linestyle=(0, (5, 3)), label="calibrated")
+    for count, confidence, accuracy in bins:
+        axes.plot([confidence, confidence], [confidence, accuracy], color=RED, linewidth=1.2, alpha=0.5)
+        axes.scatter(confidence, accuracy, s=20 + 180 * count / most, color=BLUE, zorder=3)
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlabel(f"stated confidence, version {line['version']}", color=MUTED)
+    axes.set_ylabel("accuracy", color=MUTED)
     _legend(axes)
 
 

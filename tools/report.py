@@ -17,6 +17,7 @@ from typing import Literal, get_args
 
 from common.config import RunConfig, load
 from common.errors import CroupierError
+from tools.evaluations import evaluation_lines
 from tools.lengths import length_rows
 from tools.plots import plot_all
 from tools.run_files import CONFIG, LOGS, METRICS, REPORT, STATUS, SUMMARY, Record, of_kind, read_metrics, read_status
@@ -106,6 +107,7 @@ def _report(run_dir: Path, config: RunConfig | None, summary: Record, records: l
     lines += ["## Result", "", *_table(_results(summary)), ""]
     if "reward.png" in curves:
         lines += ["![reward](reward.png)", ""]
+    lines += evaluation_lines(of_kind(records, "eval"), read_status(run_dir).get("best"), curves)
     lines += _staleness(summary, steps, curves)
     lines += _rejection(config, summary, steps, curves)
     lines += _receipt(summary)
@@ -133,11 +135,19 @@ def _what(config: RunConfig | None) -> str:
         "budget": f"rejection to accept {config.obrs.budget:g} of the tokens",
     }[config.obrs.mode]
     return (
-        f"Task `{config.task.name}`, model `{config.model.path}`, {config.run.steps} steps of "
+        f"Task {_tasks(config)}, model `{config.model.path}`, {config.run.steps} steps of "
         f"{config.rollout.groups_per_step} groups × {config.rollout.group_size}, {mode}, {rejection}, "
         f"clip anchored at `{config.loss.anchor}`, {config.actor.count} actor(s), "
         f"{config.learner.ranks} learner rank(s), seed {config.run.seed}."
     )
+
+
+def _tasks(config: RunConfig) -> str:
+    entries = config.task.entries
+    if len(entries) == 1:
+        return f"`{config.task.labels[0]}`"
+    whole = sum(entry.ratio for entry in entries.values())
+    return "mixture of " + ", ".join(f"`{label}` ({entry.ratio / whole:.0%})" for label, entry in entries.items())
 
 
 def _figure(value: object, form: str) -> str:

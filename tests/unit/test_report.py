@@ -3,10 +3,15 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from broker.heldout import evaluate
 from common.config import RunConfig, RunSection, to_yaml
 from common.errors import DataError
+from common.mixture import mixture
+from common.wire import EvaluationResult
+from tools.evaluations import ROWS, evaluation_lines, thinned
 from tools.report import main, summarize, write_report
 from tools.run_files import read_metrics, set_aside
 
@@ -115,3 +120,43 @@ def test_earlier_runs_are_set_aside_in_order(tmp_path: Path) -> None:
         (run_dir / "which").write_text(str(number))
         assert set_aside(run_dir) == tmp_path / f"demo.{number}"
     assert (tmp_path / "demo.1" / "which").read_text() == "1"
+
+
+def evaluation_of(version: int, seed: int) -> dict[str, object]:
+    """A line as the broker writes it: two tasks, four completions a prompt, one task with confidences."""
+    rng = np.random.default_rng(seed)
+    correct = (rng.random((24, 4)) < 0.2 + version / 60).astype(np.float32)
+    confidence = np.clip(0.2 + 0.5 * correct + 0.2 * rng.random((24, 4)), 0, 1).astype(np.float32)
+    answers = np.where(correct > 0, 5, rng.integers(6, 9, (24, 4)))
+    result = EvaluationResult(
+        0, version, version, correct.ravel(), np.ones(96, np.int32), 4, ["correct", "confidence"],
+        np.stack([correct.ravel(), confidence.ravel()], axis=1), answers.ravel(),
+    )  # fmt: skip
+    figures = evaluate(result, (1, 4), ("sums", "words"), mixture((2.0, 1.0)))
+    return {"kind": "eval", "version": version, "version_asked": version, "time_s": 1.0, **figures}
+
+
+def test_evaluations_are_tabled_with_intervals_by_task_and_drawn(tmp_path: Path) -> None:
+    run_dir, lines = tmp_path / "x", [evaluation_of(version, version) for version in range(0, 40, 2)]
+    fill(run_dir, [step_record(1), step_record(2), *lines])
+    (run_dir / "status.json").write_text(json.dumps({**STATUS, "best": {"version": 14, "reward": 0.61}}))
+    write_report(run_dir, "finished", 3.0)
+    assert {"evaluation.png", "tasks.png", "reliability.png"} <= {file.name for file in run_dir.glob("*.png")}
+    report = (run_dir / "report.md").read_text()
+    assert "| version | reward | correct, mean@4 | pass@1 | pass@4 | majority vote | vote by confidence |" in report
+    last = lines[-1]
+    assert f"| 38 | {last['reward']:.3f} ({last['reward_low']:.3f} to {last['reward_high']:.3f}) |" in report
+    assert report.count("| **14** |") == report.count("| 38 |") == report.count("\n| 0 | 0.") == 1
+    assert "The best version is 14, with a reward of 0.610: its checkpoint is kept" in report
+    assert "| `sums` (16 prompts) |" in report and "| `words` (8 prompts) |" in report
+    assert "AUROC 1.000, of 96 completions." in report and "![reliability](reliability.png)" in report
+    assert len(thinned(lines, 14)) <= ROWS
+
+
+def test_an_evaluation_of_plain_rewards_has_its_row_and_no_more() -> None:
+    plain = {"kind": "eval", "version": 0, "reward": 0.2, "prompts": 64, "time_s": 1.0}
+    lines = evaluation_lines([plain], None, [])
+    assert "| 0 | 0.200 |" in lines and "64 prompts; in brackets the 95 % interval over prompts." in lines
+    assert evaluation_lines([], None, []) == []
+    first = evaluation_lines([plain], {"version": 0, "reward": 0.2}, [])
+    assert "The best version is 0, with a reward of 0.200: the starting model." in first
