@@ -56,8 +56,8 @@ def _lines(results: Results, seeds: list[int], rewards: dict[tuple[str, str], Fl
         f"Written by `python -m tools.bench staleness`. The quick start's task in one process: {UPDATES} updates of "
         f"{GROUPS} × {SIBLINGS} answers, GRPO advantages, token-mean loss, AdamW; every method at the best of the "
         f"rates {', '.join(f'{r:g}' for r in RATES)} on a seed of its own ({TUNING_SEED}), then {len(seeds)} seeds, "
-        f"each with its own starting model. A run's result is the held-out reward ({HELD_OUT} sampled answers) averaged over its "
-        f"last {LAST} evaluations, {EVALUATE_EVERY} updates apart.",
+        f"each with its own starting model. A run's result is the held-out reward ({HELD_OUT} sampled answers) "
+        f"averaged over its last {LAST} evaluations, {EVALUATE_EVERY} updates apart.",
         "",
         "![held-out reward by update](results/staleness.png)",
         "",

@@ -32,9 +32,9 @@ from tools.bench.staleness.methods import Method, Regime
 from tools.bench.staleness.sampler import Samples, sample
 
 GROUPS, SIBLINGS = 16, 8
-UPDATES = 200
+UPDATES = 160
 ANSWER = 8  # tokens at most
-EVALUATE_EVERY = 25
+EVALUATE_EVERY = 20
 HELD_OUT = 512  # one standard error is .02
 TASK = Sort6(0, {})
 
