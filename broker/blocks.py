@@ -46,8 +46,11 @@ def block_advantages(
         return rewards.astype(np.float32)
 
     def stratum(*keys: Longs) -> Longs:
-        table = np.stack(keys, axis=1)
-        return np.unique(table, axis=0, return_inverse=True)[1].reshape(-1)
+        packed = np.zeros(len(rewards), np.int64)
+        for key in keys:
+            small = np.unique(key, return_inverse=True)[1].reshape(-1)
+            packed = packed * (int(small.max()) + 1) + small
+        return np.unique(packed, return_inverse=True)[1].reshape(-1)
 
     if baseline == "batch":
         b, _ = _means(rewards, stratum(blocks), leave_one_out)

@@ -161,9 +161,8 @@ class _Work:
         self.counts += routing.counts_LE
         sums = {"balance": balance, "router_z": router_z, "replayed": routing.replayed, "rerouted": routing.rerouted}
         if model.mesh.is_last_stage:
-            policy, more = self._policy(
-                model.whole(x, pack)[at - 1], pack.token_ids[at], self._tokens(index, tokens, at)
-            )
+            about, lengths = self._tokens(tokens, at), self._lengths(index, at)
+            policy, more = self._policy(model.whole(x, pack)[at - 1], pack.token_ids[at], about, lengths)
             loss = loss + policy
             if model.mesh.at["tp"] == 0:  # its neighbours found the same
                 sums |= more
@@ -171,29 +170,32 @@ class _Work:
         self.sums += torch.stack([sums.get(name, nothing).detach().double() for name in SUMMED])
         return StageResult(None if model.mesh.is_last_stage else x, loss)
 
-    def _tokens(self, index: int, tokens: slice, at: Tensor) -> Tokens:
-        """What the loss is given of the scored positions ``at`` of micro-batch ``index``."""
-        batch, (first, last) = self.batch, self.ranges[index]
-        sequence = None
-        if needs_sequences(self.settings.loss):
-            lengths = np.diff(batch.cu_seqlens[first : last + 1])
-            rows = np.arange(last - first) if batch.trajectories is None else batch.trajectories[first:last]
-            owner = np.repeat(np.unique(rows, return_inverse=True)[1], lengths)
-            sequence = torch.from_numpy(owner).to(at.device)[at]
+    def _tokens(self, tokens: slice, at: Tensor) -> Tokens:
+        """What the loss is given of the scored positions ``at`` of the batch's ``tokens``."""
         whole = self._whole()
-        whole.log_reference, whole.log_teacher, whole.factor = batch.log_reference, batch.log_teacher, self.factor
-        found = whole[tokens][at]
-        found.sequence = sequence
-        return found
+        whole.log_reference, whole.log_teacher = self.batch.log_reference, self.batch.log_teacher
+        whole.factor = self.factor
+        return whole[tokens][at]
+
+    def _lengths(self, index: int, at: Tensor) -> Tensor | None:
+        """Scored tokens of each trajectory of micro-batch ``index``, where some loss asks for whole ones."""
+        if not needs_sequences(self.settings.loss):
+            return None
+        batch, (first, last) = self.batch, self.ranges[index]
+        rows = np.arange(last - first) if batch.trajectories is None else batch.trajectories[first:last]
+        owner = np.repeat(np.unique(rows, return_inverse=True)[1], np.diff(batch.cu_seqlens[first : last + 1]))
+        return torch.bincount(torch.from_numpy(owner).to(at.device)[at], minlength=1)
 
     def _whole(self) -> Tokens:
         """What the loss looks at of every token of the batch."""
         batch = self.batch
         return Tokens(batch.log_q, batch.log_m, batch.log_p_v, batch.advantages, batch.weights, batch.accept)
 
-    def _policy(self, hidden: Tensor, targets: Tensor, tokens: Tokens) -> tuple[Tensor, dict[str, Tensor]]:
-        if tokens.sequence is not None:  # the head twice: every token's ratio is wanted before any token's loss
-            tokens = by_sequence(self._log_p(hidden.detach(), targets), tokens, self.settings.loss)
+    def _policy(
+        self, hidden: Tensor, targets: Tensor, tokens: Tokens, lengths: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if lengths is not None:  # the head twice: every token's ratio is wanted before any token's loss
+            tokens = by_sequence(self._log_p(hidden.detach(), targets), tokens, lengths, self.settings.loss)
         found: list[LossStats] = []
 
         def per_token(log_p: Tensor, entropy: Tensor, part: slice) -> Share:

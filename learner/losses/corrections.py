@@ -29,57 +29,69 @@ def _log(bound: float) -> float:
     return math.log(bound) if bound > 0 else -math.inf
 
 
-def _by_sequence(values: Tensor, tokens: Tokens, on: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Sums of ``values`` over each sequence's tokens ``on`` in float64, and how many those are, ``[count]`` each."""
-    assert tokens.sequence is not None
-    masked = torch.where(on, values, torch.zeros_like(values)).double()
-    sums = masked.new_zeros(count).index_add_(0, tokens.sequence, masked)
-    return sums, masked.new_zeros(count).index_add_(0, tokens.sequence, on.double())
+class _Sequences:
+    """Sums over the tokens that count of each sequence, in float64: there may be 1e5 of them."""
+
+    def __init__(self, lengths: Tensor, on: Tensor) -> None:
+        self.lengths, self.on = lengths, on
+        self.all_on = bool(on.all())
+        self.counts = lengths.double() if self.all_on else self._sum(on.double())
+
+    def _sum(self, values: Tensor) -> Tensor:
+        return torch.segment_reduce(values, "sum", lengths=self.lengths, unsafe=True)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """``values[n] -> [count]``."""
+        return self._sum(values.double() if self.all_on else torch.where(self.on, values, 0.0).double())
+
+    def mean(self, values: Tensor) -> Tensor:
+        """0 for a sequence without tokens."""
+        return self.sum(values) / self.counts.clamp_min(1)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """``[count] -> [n]``."""
+        return values.repeat_interleave(self.lengths, output_size=len(self.on))
 
 
-def by_sequence(log_p: Tensor, tokens: Tokens, section: LossSection) -> Tokens:
+def by_sequence(log_p: Tensor, tokens: Tokens, lengths: Tensor, section: LossSection) -> Tokens:
     """``tokens`` with the factor and the ratio that whole sequences decide, from ``log_p[n]`` of the trained policy.
 
-    All sampled tokens of a sequence count, rejected ones too. In order: ``correction`` by the sum or
-    the mean of ``log rho``; ``veto``; ``opsm`` (DeepSeek-V3.2: negative advantage and mean
-    ``log q - log pi`` above it); then GSPO's ratio.
+    ``lengths`` (i64) cut the tokens into sequences. All sampled tokens of a sequence count, rejected
+    ones too. In order: ``correction`` by the sum or the mean of ``log rho``; ``veto``; ``opsm``
+    (DeepSeek-V3.2: negative advantage and mean ``log q - log pi`` above it); then GSPO's ratio.
     """
-    if tokens.sequence is None or not len(log_p):
+    if not len(log_p):
         return tokens
-    on = tokens.sampled & log_p.isfinite()
-    count, of = int(tokens.sequence.max()) + 1, tokens.sequence
+    of = _Sequences(lengths, tokens.sampled)
     anchor = log_p if section.anchor == "proximal" else tokens.log_q
-    log_rho = anchor - tokens.log_q
-    factor = torch.ones_like(log_p)
+    factor: Tensor | None = None  # [count]
     if section.correction in BY_SEQUENCE:
-        factor = factor * _correction(log_rho, tokens, on, count, section)[of]
+        factor = _correction(anchor - tokens.log_q, of, section)
     if section.veto > 0:
-        bad = (on & (log_rho < math.log(section.veto))).to(log_p.dtype)
-        factor = factor * (log_p.new_zeros(count).index_add_(0, of, bad) == 0)[of]
+        bad = of.sum((anchor - tokens.log_q < math.log(section.veto)).double())
+        factor = (bad == 0).double() if factor is None else factor * (bad == 0)
+    per_token = None if factor is None else of.spread(factor.to(log_p.dtype))
     if section.opsm is not None:
-        drift, tokens_of = _by_sequence(tokens.log_q - log_p, tokens, on, count)
-        far = drift > section.opsm * tokens_of
-        factor = factor * ~(far[of] & (tokens.advantages < 0))
+        far = of.spread(of.mean(tokens.log_q - log_p) > section.opsm)
+        near = (~(far & (tokens.advantages < 0))).to(log_p.dtype)
+        per_token = near if per_token is None else per_token * near
     ratio = None
     if section.kind == "gspo":
-        total, tokens_of = _by_sequence(log_p - anchor, tokens, on, count)
-        ratio = (total / tokens_of.clamp_min(1)).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().to(log_p.dtype)[of]
-    return _with(tokens, factor, ratio)
+        drift = of.mean(log_p - anchor)
+        ratio = of.spread(drift.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().to(log_p.dtype))
+    return _with(tokens, per_token, ratio)
 
 
-def _correction(log_rho: Tensor, tokens: Tokens, on: Tensor, count: int, section: LossSection) -> Tensor:
-    """``[count]`` factor of each sequence."""
+def _correction(log_rho: Tensor, of: _Sequences, section: LossSection) -> Tensor:
+    """``[count]`` factor of each sequence, float64."""
     low, high = section.correction_low, section.correction_high
     if section.correction in ("k2", "k3"):
         terms = 0.5 * log_rho.square() if section.correction == "k2" else torch.expm1(log_rho) - log_rho
-        total, of = _by_sequence(terms, tokens, on, count)
-        return (total <= high * of).to(log_rho.dtype)
-    total, of = _by_sequence(log_rho, tokens, on, count)
+        return (of.mean(terms) <= high).double()
     if section.correction == "cap_sequence":
-        return total.clamp(-MAX_LOG_RATIO, math.log(high) if high > 0 else -MAX_LOG_RATIO).exp().to(log_rho.dtype)
-    if section.correction == "mask_geometric":
-        total = total / of.clamp_min(1)
-    return ((total >= _log(low)) & (total <= _log(high))).to(log_rho.dtype)
+        return of.sum(log_rho).clamp(-MAX_LOG_RATIO, math.log(high) if high > 0 else -MAX_LOG_RATIO).exp()
+    total = of.mean(log_rho) if section.correction == "mask_geometric" else of.sum(log_rho)
+    return ((total >= _log(low)) & (total <= _log(high))).double()
 
 
 def m2po(log_p: Tensor, tokens: Tokens, threshold: float, sum_over: SumOver) -> Tokens:
@@ -119,9 +131,10 @@ def m2_bound(values: Tensor, threshold: float, sum_over: SumOver) -> Tensor:
     return torch.tensor(low, dtype=torch.int32, device=values.device).view(torch.float32)
 
 
-def _with(tokens: Tokens, factor: Tensor, ratio: Tensor | None) -> Tokens:
+def _with(tokens: Tokens, factor: Tensor | None, ratio: Tensor | None) -> Tokens:
     """``tokens`` with ``factor`` multiplied into theirs and the sequences' ratio."""
     whole = tokens[:]
-    whole.factor = factor if tokens.factor is None else tokens.factor * factor
+    if factor is not None:
+        whole.factor = factor if tokens.factor is None else tokens.factor * factor
     whole.sequence_ratio = tokens.sequence_ratio if ratio is None else ratio
     return whole

@@ -10,6 +10,9 @@
 Gradients are written down, not recorded: a loss costs a few passes over ``[n]`` floats.
 """
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -21,6 +24,8 @@ from learner.losses.corrections import icepop
 from learner.losses.families import Terms
 from learner.losses.tokens import MAX_LOG_RATIO, LossStats, Tokens, exp_ratio, k3
 
+CACHED = 1 << 15  # tokens whose every intermediate result stays in a CPU's cache
+
 
 @torch.no_grad()
 def policy_loss(log_p: Tensor, entropy: Tensor, tokens: Tokens, section: LossSection) -> tuple[Share, LossStats]:
@@ -30,39 +35,75 @@ def policy_loss(log_p: Tensor, entropy: Tensor, tokens: Tokens, section: LossSec
     counted (algorithms.md 0.4). The anchor ``proximal`` is the policy before this update, that is
     the present one, detached: a batch is one update (docs/decisions/0007).
     """
-    accepted = tokens.accept == 1
-    on = accepted & (tokens.log_q + tokens.log_m).isfinite()
-    if section.anchor == "broker":
-        on &= tokens.log_p_v.isfinite()
-    log_q, log_m = torch.where(on, tokens.log_q, 0.0), torch.where(on, tokens.log_m, 0.0)
-    own = torch.where(on, log_p, 0.0)
-    anchor = own
-    if section.anchor == "behaviour":
-        anchor = log_q
-    elif section.anchor == "broker":
-        anchor = torch.where(on, tokens.log_p_v, 0.0)
+    if log_p.is_cuda or len(log_p) <= CACHED:
+        return _policy_loss(log_p, entropy, tokens, section)
+    shares, stats = [], []
+    for start in range(0, len(log_p), CACHED):
+        part = slice(start, start + CACHED)
+        share, its = _policy_loss(log_p[part], entropy[part], tokens[part], section)
+        shares.append(share)
+        stats.append(its)
+    of_entropy = [share.entropy_slope for share in shares if share.entropy_slope is not None]
+    whole = Share(
+        torch.stack([share.loss for share in shares]).sum(),
+        torch.cat([share.slope for share in shares]),
+        torch.cat(of_entropy) if of_entropy else None,
+    )
+    return whole, LossStats(*(torch.stack(one).sum() for one in zip(*(vars(s).values() for s in stats), strict=True)))
+
+
+def _policy_loss(log_p: Tensor, entropy: Tensor, tokens: Tokens, section: LossSection) -> tuple[Share, LossStats]:
+    about = _Densities.of(log_p, tokens, section)
+    on, own, log_q = about.on, about.own, about.log_q
     advantages = _advantages(own, tokens, section, on)
-    weight = _weight(own, log_q, log_m, anchor, section)
-    log_ratio = own - anchor
-    ratio = torch.ones_like(own) if anchor is own else exp_ratio(log_ratio.clone())
-    gain, slope = _family(own, log_q, ratio, log_ratio, advantages, tokens, section)
-    used = weight * on
+    weight = _weight(about, section)
+    ratio = torch.ones_like(own) if about.anchor is own else exp_ratio(own - about.anchor)
+    gain, slope, stopped = _family(about, ratio, advantages, tokens, section)
+    mask = on.to(own.dtype)
+    factor = tokens.factor
     if section.correction == "icepop":
-        used *= icepop(anchor - log_q, section.correction_low, section.correction_high)
-    if tokens.factor is not None:
-        used *= tokens.factor
-    stats = _stats(own, log_q, weight, ratio, slope, used, advantages, accepted, on)
-    used *= tokens.weights
-    loss, slope = -torch.dot(used, gain), -slope * used
-    weight *= on
+        near = icepop(about.anchor - log_q, section.correction_low, section.correction_high).to(own.dtype)
+        factor = near if factor is None else factor * near
+    stats = _stats(about, weight, ratio, stopped, factor, advantages, mask)
+    weight *= mask
     weight *= tokens.weights
-    loss = loss + _penalties(own, log_q, tokens, section, weight, slope, stats, on)
+    used = weight if factor is None else weight * factor
+    loss, slope = -torch.dot(used, gain), (slope * used).neg_()
+    loss = loss + _penalties(about, tokens, section, weight, slope, stats)
     loss = loss + _exemplars(log_p, tokens, section, slope, stats)
     entropy_slope = None
     if section.entropy > 0:
         share = torch.where(tokens.accept == EXPERT, 0.0, tokens.weights) * section.entropy
         loss, entropy_slope = loss - torch.dot(share, entropy), -share
     return Share(loss, slope, entropy_slope), stats
+
+
+@dataclass
+class _Densities:
+    """Log-densities of every token, numbers also where nothing is to be looked at."""
+
+    on: Tensor  # [n] bool: accepted, and its densities are finite
+    faulty: Tensor  # [] accepted ones that are not
+    own: Tensor  # trained policy
+    log_q: Tensor
+    log_m: Tensor
+    anchor: Tensor
+
+    @classmethod
+    def of(cls, log_p: Tensor, tokens: Tokens, section: LossSection) -> "_Densities":
+        on = tokens.accept == 1
+        given = [log_p, tokens.log_q, tokens.log_m]
+        if section.anchor == "broker":
+            given.append(tokens.log_p_v)
+        faulty = torch.zeros((), device=log_p.device)
+        if log_p.is_cuda or not math.isfinite(sum(float(x.sum()) for x in given)):  # a look costs less than a repair
+            accepted, total = on, given[1] + given[2]
+            on = on & (total if len(given) == 3 else total + given[3]).isfinite()
+            faulty = (accepted.sum() - on.sum()).to(log_p.dtype)
+            given = [torch.where(on, x, 0.0) for x in given]
+        own, log_q, log_m = given[:3]
+        anchor = {"behaviour": log_q, "broker": given[-1], "proximal": own, "none": own}[section.anchor]
+        return cls(on, faulty, own, log_q, log_m, anchor)
 
 
 def _advantages(own: Tensor, tokens: Tokens, section: LossSection, on: Tensor) -> Tensor:
@@ -82,7 +123,7 @@ def _away(own: Tensor, log_reference: Tensor, on: Tensor) -> Tensor:
     return away.clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
-def _weight(own: Tensor, log_q: Tensor, log_m: Tensor, anchor: Tensor, section: LossSection) -> Tensor:
+def _weight(about: _Densities, section: LossSection) -> Tensor:
     """``[n]`` from inclusion density to anchor, capped: ``min(anchor / m, C)``; no gradient.
 
     - ``target=policy`` is Jackpot's: ``min(pi / m, c1) min(anchor / pi, c2)`` (2602.06107, algorithm 1);
@@ -90,78 +131,77 @@ def _weight(own: Tensor, log_q: Tensor, log_m: Tensor, anchor: Tensor, section: 
     - ``cap_sequence``: the sequence's factor stands for the anchor, so the weight undoes rejection alone.
     """
     if section.correction == "uncorrected":
-        return torch.ones_like(own)
-    target = anchor
+        return torch.ones_like(about.own)
+    target = about.anchor
     if section.target == "policy":
-        target = own
+        target = about.own
     elif section.correction == "cap_sequence":
-        target = log_q
-    weight = exp_ratio(target - log_m)
+        target = about.log_q
+    weight = exp_ratio(target - about.log_m)
     if section.weight_cap is not None:
         weight.clamp_(max=section.weight_cap)
-    if section.target == "policy":
-        to_anchor = exp_ratio(anchor - own)
+    if section.target == "policy" and about.anchor is not about.own:
+        to_anchor = exp_ratio(about.anchor - about.own)
         weight *= to_anchor if section.anchor_cap is None else to_anchor.clamp_(max=section.anchor_cap)
     return weight
 
 
-def _family(
-    own: Tensor,
-    log_q: Tensor,
-    ratio: Tensor,
-    log_ratio: Tensor,
-    advantages: Tensor,
-    tokens: Tokens,
-    section: LossSection,
-) -> Terms:
+def _family(about: _Densities, ratio: Tensor, advantages: Tensor, tokens: Tokens, section: LossSection) -> Terms:
     low, high = section.clip_low, section.clip_high
     if section.anchor == "none":
-        return families.reinforce(own, advantages)
+        return families.reinforce(about.own, advantages)
     match section.kind:
         case "cispo":
             cap = 1 + high if section.ratio_cap is None else section.ratio_cap
-            return families.cispo(ratio, own, advantages, low, cap)
+            return families.cispo(ratio, about.own, advantages, low, cap)
         case "gspo":
             assert tokens.sequence_ratio is not None, "learner.losses.corrections.by_sequence comes first"
             return families.gspo(tokens.sequence_ratio, advantages, low, high)
         case "double_sided":
-            return families.double_sided(ratio, log_ratio, advantages, low, high)
+            return families.double_sided(ratio, advantages, low, high)
         case "m2po":
             return families.unclipped(ratio, advantages)
         case "dppo_tv":
-            return families.dppo_tv(ratio, own, log_q, advantages, section.tv_threshold)
+            return families.dppo_tv(ratio, about.own, about.log_q, advantages, section.tv_threshold)
         case _:
             return families.ppo(ratio, advantages, low, high)
 
 
 def _stats(
-    own: Tensor,
-    log_q: Tensor,
+    about: _Densities,
     weight: Tensor,
     ratio: Tensor,
-    slope: Tensor,
-    used: Tensor,
+    stopped: Tensor | None,
+    factor: Tensor | None,
     advantages: Tensor,
-    accepted: Tensor,
-    on: Tensor,
+    mask: Tensor,
 ) -> LossStats:
-    mask = on.to(own.dtype)
-    full = weight * ratio
-    full *= mask
-    silent = (slope == 0) & (advantages != 0) & on
-    masked = (used == 0) & on
-    zero = torch.zeros((), device=own.device)
-    count = mask.sum()
+    zero = torch.zeros((), device=mask.device)
+    count, full = mask.sum(), (weight * ratio).mul_(mask)
+    to_policy = about.own - about.log_q
+    if about.anchor is about.log_q:
+        raised = torch.dot(ratio, mask)  # sum of exp(to_policy)
+    else:
+        raised = torch.dot(to_policy.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp_(), mask)
+    clipped = positive = negative = zero
+    if stopped is not None:
+        clipped = (stopped & about.on).sum().to(mask.dtype)
+    if factor is not None:
+        stopped = factor == 0 if stopped is None else stopped | (factor == 0)
+    if stopped is not None:
+        stopped = stopped & about.on
+        positive = (stopped & (advantages > 0)).sum().to(mask.dtype)
+        negative = stopped.sum().to(mask.dtype) - positive
     return LossStats(
         accepted=count,
-        faulty=accepted.sum() - count,
-        clipped=(silent & ~masked).sum().to(own.dtype),
+        faulty=about.faulty,
+        clipped=clipped,
         ratio=torch.dot(mask, ratio),
         weight=full.sum(),
         weight_squared=torch.dot(full, full),
-        kl=torch.dot(k3(own - log_q), mask),
-        masked_positive=(masked & (advantages > 0)).sum().to(own.dtype),
-        masked_negative=(masked & (advantages < 0)).sum().to(own.dtype),
+        kl=raised - count - torch.dot(to_policy, mask),
+        masked_positive=positive,
+        masked_negative=negative,
         kl_reference=zero,
         teacher=zero,
         taught=zero,
@@ -170,19 +210,13 @@ def _stats(
 
 
 def _penalties(
-    own: Tensor,
-    log_q: Tensor,
-    tokens: Tokens,
-    section: LossSection,
-    weight: Tensor,
-    slope: Tensor,
-    stats: LossStats,
-    on: Tensor,
+    about: _Densities, tokens: Tokens, section: LossSection, weight: Tensor, slope: Tensor, stats: LossStats
 ) -> Tensor:
     """Divergence from the reference (k2, k3) and from the behaviour; ``slope`` is added to in place.
 
     ``weight[n]`` undoes the rejection, so that the penalties are means under the anchor.
     """
+    own, on = about.own, about.on
     loss = torch.zeros((), device=own.device)
     if tokens.log_teacher is not None:
         gap = tokens.log_teacher - own
@@ -200,7 +234,7 @@ def _penalties(
             loss = loss + section.kl * torch.dot(weight, terms)
             slope += section.kl * weight * change
     if section.ratio_penalty > 0:
-        moved = own - log_q
+        moved = own - about.log_q
         loss = loss + section.ratio_penalty * torch.dot(weight, moved.square())
         slope += 2 * section.ratio_penalty * weight * moved
     return loss

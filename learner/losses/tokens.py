@@ -21,7 +21,6 @@ class Tokens:
     advantages: Tensor
     weights: Tensor  # of a token's loss; they hold the denominator
     accept: Tensor  # u8: 1 sampled and accepted, 0 rejected, EXPERT an exemplar's
-    sequence: Tensor | None = None  # i64, which trajectory of these each belongs to, rising from 0
     log_reference: Tensor | None = None  # NaN where it could not say
     log_teacher: Tensor | None = None  # NaN where there is none
     factor: Tensor | None = None  # fixed before the loss: masks and caps by sequence and by batch
@@ -44,13 +43,13 @@ class LossStats:
 
     accepted: Tensor
     faulty: Tensor  # accepted tokens that were left out: a density was not finite
-    clipped: Tensor  # tokens whose gradient the clip took away
+    clipped: Tensor  # tokens whose gradient the ratio family took away
     ratio: Tensor  # of the trained policy to the anchor
     weight: Tensor  # trained policy over inclusion density, what a token really counts for
     weight_squared: Tensor
     kl: Tensor  # k3 estimate of KL(behaviour || trained policy)
-    masked_positive: Tensor  # tokens with positive advantage that a mask took out
-    masked_negative: Tensor
+    masked_positive: Tensor  # tokens with positive advantage that clip or mask took out
+    masked_negative: Tensor  # the others that they did
     kl_reference: Tensor  # k3 estimate of KL(trained policy || reference)
     teacher: Tensor  # log teacher - log policy
     taught: Tensor  # tokens with a teacher

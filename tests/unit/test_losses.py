@@ -16,7 +16,7 @@ from learner.losses.policy import policy_loss
 from learner.losses.router import balance_loss
 from learner.losses.tokens import LossStats, Tokens
 
-N, D = 24, 31
+N, D, PER_SEQUENCE = 24, 31, 5
 SECTIONS = {
     "ppo": LossSection(clip_low=0.1, clip_high=0.3),
     "ppo_broker": LossSection(anchor="broker", weight_cap=1.5),
@@ -62,7 +62,7 @@ def batch(seed, n=N, spread=1.0, expert=True):
     teacher[4] = -math.inf
     tokens = Tokens(
         log_q, torch.minimum(log_q, log_p_v - 0.1), log_p_v, torch.randn(n, generator=g),
-        torch.rand(n, generator=g) / D, accept, torch.arange(n) // 5, -torch.rand(n, generator=g) * 2, teacher,
+        torch.rand(n, generator=g) / D, accept, -torch.rand(n, generator=g) * 2, teacher,
     )  # fmt: skip
     return logp, torch.rand(n, generator=g), tokens
 
@@ -71,7 +71,9 @@ def prepared(logp, tokens, section):
     """What fixes masks before the loss, as a step does it."""
     if section.kind == "m2po":
         tokens = m2po(logp, tokens, section.m2_threshold, lambda sums: sums)
-    return by_sequence(logp, tokens, section) if needs_sequences(section) else tokens
+    if not needs_sequences(section):
+        return tokens
+    return by_sequence(logp, tokens, torch.bincount(torch.arange(len(logp)) // PER_SEQUENCE), section)
 
 
 def clip(x, low, high):
@@ -103,7 +105,7 @@ def naive(logp, entropy, t, c):
         lq, lm, lp = t.log_q[i], t.log_m[i], logp[i]
         anchor = {"behaviour": lq, "broker": t.log_p_v[i], "proximal": now[i], "none": now[i]}[c.anchor]
         weight = torch.exp(anchor - lm)
-        mates = [j for j in sampled if t.sequence[j] == t.sequence[i]]
+        mates = [j for j in sampled if j // PER_SEQUENCE == i // PER_SEQUENCE]
         rho = [float((now[j] if c.anchor == "proximal" else t.log_q[j]) - t.log_q[j]) for j in mates]
         keep = 1.0
         if c.correction == "icepop":
@@ -277,13 +279,13 @@ def test_a_proximal_anchor_at_the_present_policy_never_clips():
 # ---- worked numbers of algorithms.md -----------------------------------------------------------
 
 
-def of_ratios(ratios, advantages, **more):
+def of_ratios(ratios, advantages):
     """On-policy data but for the trained policy, weights 1: ``(logp, entropy, tokens)``."""
     log_q = torch.full((len(ratios),), -1.0)
     ones = torch.ones(len(ratios))
     accept = torch.ones(len(ratios), dtype=torch.uint8)
     logp = log_q + torch.tensor(ratios).log()
-    return logp, ones, Tokens(log_q, log_q, log_q, torch.tensor(advantages), ones, accept, **more)
+    return logp, ones, Tokens(log_q, log_q, log_q, torch.tensor(advantages), ones, accept)
 
 
 def test_glm5_masks_what_ppo_keeps_and_needs_its_stop_gradient():
@@ -321,9 +323,8 @@ def test_gspo_of_the_page_and_its_invariance_to_tiling():
     ratios = (1.10, 0.95, 1.30, 0.90)
     section = LossSection(kind="gspo", clip_low=3e-4, clip_high=4e-4, aggregate="sequence_mean")
     for times in (1, 7):
-        logp, entropy, tokens = of_ratios(ratios * times, (1.0,) * 4 * times,
-                                          sequence=torch.zeros(4 * times, dtype=torch.int64))  # fmt: skip
-        found = by_sequence(logp, tokens, section)
+        logp, entropy, tokens = of_ratios(ratios * times, (1.0,) * 4 * times)
+        found = by_sequence(logp, tokens, torch.tensor([4 * times]), section)
         assert found.sequence_ratio[0].item() == pytest.approx(1.051539, abs=1e-5)
         share, stats = policy_loss(logp, entropy, found, section)
         assert share.loss.item() == pytest.approx(-1.0004 * 4 * times, rel=1e-6)  # weights of 1 here, 1 / T in a run
@@ -403,20 +404,19 @@ def test_the_gradient_of_distillation_is_that_of_the_reverse_divergence():
 
 
 def test_opsm_drops_a_far_sequence_only_where_its_advantage_is_negative():
-    logp, _, tokens = of_ratios((0.5, 0.5, 0.5, 0.5, 0.9, 0.9), (1.0, 1.0, -1.0, -1.0, -1.0, -1.0),
-                                      sequence=torch.tensor([0, 0, 1, 1, 2, 2]))  # fmt: skip
+    logp, _, tokens = of_ratios((0.5, 0.5, 0.5, 0.5, 0.9, 0.9), (1.0, 1.0, -1.0, -1.0, -1.0, -1.0))
     section = LossSection(opsm=0.3)
-    assert by_sequence(logp, tokens, section).factor.tolist() == [1, 1, 0, 0, 1, 1]
+    assert by_sequence(logp, tokens, torch.tensor([2, 2, 2]), section).factor.tolist() == [1, 1, 0, 0, 1, 1]
 
 
 def test_the_length_trap_of_sequence_ratios():
     for n, product in ((10, 2.594), (100, 13780.6)):
-        logp, _, tokens = of_ratios((1.1,) * n, (1.0,) * n, sequence=torch.zeros(n, dtype=torch.int64))
+        logp, _, tokens = of_ratios((1.1,) * n, (1.0,) * n)
         capped = LossSection(anchor="proximal", correction="cap_sequence", correction_high=1e5)
         geometric = LossSection(anchor="proximal", correction="mask_geometric", correction_low=1.09,
                                 correction_high=1.11)  # fmt: skip
-        assert by_sequence(logp, tokens, capped).factor[0].item() == pytest.approx(product, rel=1e-3)
-        assert by_sequence(logp, tokens, geometric).factor.all()
+        assert by_sequence(logp, tokens, torch.tensor([n]), capped).factor[0].item() == pytest.approx(product, rel=1e-3)
+        assert by_sequence(logp, tokens, torch.tensor([n]), geometric).factor.all()
 
 
 # ---- what is refused ----------------------------------------------------------------------------

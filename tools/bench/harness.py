@@ -34,6 +34,7 @@ REGISTRY = {  # name -> (module, what it measures, default repeats); imported wh
         3,
     ),
     "learner_gpu": ("tools.bench.gpu", "MFU, memory and the MoE layer on a GPU: learner --gpu", 5),
+    "algorithms": ("tools.bench.algorithms", "every loss and advantage beside a bare PPO clip and a Python loop", 9),
     "staleness": (
         "tools.bench.staleness.study",
         "what old data cost each method: rates chosen, then seeds; about two hours; writes docs/results.md",

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from tools.bench.staleness.methods import METHODS, RATES, REGIMES
 from tools.bench.staleness.study import LAST, TUNING_SEED, Results, final_rewards
-from tools.bench.staleness.trainer import EVALUATE_EVERY, GROUPS, HELD_OUT, SIBLINGS, UPDATES
+from tools.bench.staleness.trainer import EVALUATE_EVERY, GROUPS, HELD_OUT, SIBLINGS, TUNING_UPDATES, UPDATES
 
 Floats = NDArray[np.float64]
 PAIRS = (  # (method, what it is compared with)
@@ -55,9 +55,9 @@ def _lines(results: Results, seeds: list[int], rewards: dict[tuple[str, str], Fl
         "",
         f"Written by `python -m tools.bench staleness`. The quick start's task in one process: {UPDATES} updates of "
         f"{GROUPS} × {SIBLINGS} answers, GRPO advantages, token-mean loss, AdamW; every method at the best of the "
-        f"rates {', '.join(f'{r:g}' for r in RATES)} on a seed of its own ({TUNING_SEED}), then {len(seeds)} seeds, "
-        f"each with its own starting model. A run's result is the held-out reward ({HELD_OUT} sampled answers) "
-        f"averaged over its last {LAST} evaluations, {EVALUATE_EVERY} updates apart.",
+        f"rates {', '.join(f'{r:g}' for r in RATES)} after {TUNING_UPDATES} updates on a seed of its own "
+        f"({TUNING_SEED}), then {len(seeds)} seeds, each with its own starting model. A run's result is the held-out "
+        f"reward ({HELD_OUT} sampled answers) averaged over its last {LAST} evaluations, one every {EVALUATE_EVERY}.",
         "",
         "![held-out reward by update](results/staleness.png)",
         "",

@@ -169,12 +169,12 @@ def _settle() -> None:
 
 
 def _run_one(job: Job) -> Result:
-    from tools.bench.staleness.trainer import Run
+    from tools.bench.staleness.trainer import TUNING_UPDATES, UPDATES, Run
 
     run = Run(
         start_model(job.seed), small_model(job.seed), METHODS[job.method], REGIMES[job.regime], job.lr, job.seed
     )  # fmt: skip
-    run.train()
+    run.train(TUNING_UPDATES if job.seed == TUNING_SEED else UPDATES)
     late = run.figures[len(run.figures) // 2 :]
     names = sorted({name for figures in late for name in figures})
     return Result(job, run.curve, {n: sum(f.get(n, 0.0) for f in late) / len(late) for n in names})

@@ -33,6 +33,7 @@ from tools.bench.staleness.sampler import Samples, sample
 
 GROUPS, SIBLINGS = 16, 8
 UPDATES = 160
+TUNING_UPDATES = 100  # of a run that chooses a rate
 ANSWER = 8  # tokens at most
 EVALUATE_EVERY = 20
 HELD_OUT = 512  # one standard error is .02
@@ -71,17 +72,17 @@ class Run:
         self.curve: list[tuple[int, float]] = []
         self.figures: list[dict[str, float]] = []
 
-    def train(self) -> None:
-        """All updates."""
+    def train(self, updates: int) -> None:
+        """So many updates."""
         fraction = self.policy.uniform_expert_fraction()
         settings = StepSettings(self.method.loss, 1.0, 1 << 30, 256.0)
-        for update in range(UPDATES):
+        for update in range(updates):
             if update % EVALUATE_EVERY == 0:
                 self.curve.append((update, self.evaluate()))
             batch, figures = self._batch(self._rollouts(update), update)
             metrics, fraction = train_step(self.policy, self.optimizer, batch, fraction, settings)
             self.figures.append(figures | {k: metrics[k] for k in ("kl_to_behaviour", "weight_ess", "clip_fraction")})
-        self.curve.append((UPDATES, self.evaluate()))
+        self.curve.append((updates, self.evaluate()))
 
     def evaluate(self) -> float:
         """Mean reward of sampled answers to held-out questions."""
