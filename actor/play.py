@@ -41,7 +41,7 @@ def open_task(config: RunConfig) -> Task:
     """The configured task, or several as one. Raises TaskError or ConfigError if the configuration does not fit."""
     section, tasks = config.task, {}
     for label, entry in section.entries.items():
-        task = tasks[label] = make_task(entry.name, config.model.path, config.run.seed, entry.params)
+        task = tasks[label] = make_task(entry.name, config.rollout_path, config.run.seed, entry.params)
         combine(dict.fromkeys(task.channels, 0.0), entry.reward_weights)  # wrong weights fail at once
         if section.mix and isinstance(task, AgentTask):
             raise ConfigError(
@@ -70,6 +70,7 @@ class Play:
         self, config: RunConfig, task: Task, engine: Engine, counters: Counter[str], send: Callable[[Any], None]
     ) -> None:
         self.config, self.task, self.engine, self.counters = config, task, engine, counters
+        self.date = -1  # of what is started now; see Rollout.date
         self.rollouts = Rollouts(config.rollout, task)
         self._send = send
         self._labels = config.task.labels
@@ -116,6 +117,8 @@ class Play:
         return item
 
     def _begin(self, started: Sequence[Rollout]) -> None:
+        for rollout in started:
+            rollout.date = self.date
         if self._driver is not None:
             self._driver.start(started)
             return
@@ -185,7 +188,7 @@ class Play:
             if isinstance(one, Failure):
                 self.counters["engine_failures"] += 1
                 self._fail(rollout, one.reason)
-            elif (scored := self._advance(rollout, one)) is not None:
+            elif (scored := self._advance(rollout, rollout.dated(one))) is not None:
                 finished.append(scored)
         return finished
 

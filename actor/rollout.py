@@ -11,7 +11,7 @@ has its own prompt alone as context.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,7 @@ class Rollout:
     item: PromptItem
     turns: list[Turn] = field(default_factory=list)
     given: Ids | None = None  # of the turn being sampled
+    date: int = -1  # a model that never changes is every version: its grant's, or -1 for what the engine says
 
     @property
     def context(self) -> Ids:
@@ -53,6 +54,12 @@ class Rollout:
     def sampled(self) -> int:
         """Tokens of all turns."""
         return sum(len(turn.completion.token_ids) for turn in self.turns)
+
+    def dated(self, completion: Completion) -> Completion:
+        """``completion`` with the versions that are to be told."""
+        if self.date < 0:
+            return completion
+        return replace(completion, versions=np.full_like(completion.versions, self.date))
 
     def take(self, completion: Completion) -> None:
         """The turn that was asked for has been sampled."""

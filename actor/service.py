@@ -53,14 +53,14 @@ def make_engine(config: RunConfig, name: str) -> Engine:
 
     longest = config.rollout.max_length
     return LocalEngine(
-        config.model.path,
+        config.rollout_path,
         max_sequences=config.actor.max_sequences,
         max_length=longest,
         dtype=getattr(torch, config.model.dtype),
         threads=config.actor.threads,
         record_experts=config.rollout.routing_replay,
-        frozen=config.optim.freeze,
-        expert_bias=config.loss.expert_bias_rate > 0,
+        frozen=config.rollout_frozen,
+        expert_bias=config.rollout_bias,
     )
 
 
@@ -101,7 +101,7 @@ class ActorService:
             capacity=config.actor.max_sequences // config.rollout.started,
             host=socket.gethostname(),
             pid=os.getpid(),
-            model=model_identity(config.model.path),
+            model=model_identity(config.rollout_path),
             questions=[count_questions(part) for part in parts_of(self.task)],
         )
         self.link = connect(config.broker, hello)
@@ -195,12 +195,16 @@ class ActorService:
         return grant
 
     def _startable(self) -> bool:
-        return bool(self._grants) and self._grants[0].min_version <= self.engine.version
+        if not self._grants:
+            return False
+        return (0 if self.config.joint.stays else self._grants[0].min_version) <= self.engine.version
 
     def _start(self) -> None:
         limit = self.config.actor.unacked_mb * (1 << 20)
         while self._startable() and self.outbox.nbytes < limit:
             grant = self._grants.popleft()
+            if self.config.joint.stays:
+                self.play.date = grant.min_version
             if grant.evaluation >= 0:
                 self.play.start_evaluation(grant.evaluation, grant.evaluation_prompts, grant.evaluation_samples)
             for group, prompt in zip(grant.groups.tolist(), grant.prompts.tolist(), strict=True):

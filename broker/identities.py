@@ -11,15 +11,19 @@ class Identities:
 
     def __init__(self, config: RunConfig) -> None:
         self.policy = model_identity(config.model.path)
+        self.rollout = model_identity(config.joint.path) if config.joint.path else {}  # of the actors
         self._models = config.frozen
         self._frozen = {name: model_identity(model.path) for name, model in config.frozen.items()}
 
     def objection(self, hello: Hello) -> str:
         """Why a peer may not take part, in words; "" if nothing speaks against it."""
         if hello.serves == POLICY:
-            differs = differing_identity(self.policy, hello.model)
+            ours, key = self.policy, "model.path"
+            if hello.role == "actor" and self.rollout:
+                ours, key = self.rollout, "joint.path"
+            differs = differing_identity(ours, hello.model)
             remedy = "give it the directory that the broker has"
-            return f"its model.path holds another model: {differs}; {remedy}" if differs else ""
+            return f"its {key} holds another model: {differs}; {remedy}" if differs else ""
         model = self._models.get(hello.serves)
         if hello.role != "replica" or model is None:
             known = ", ".join(self._models) or "no frozen model: they come with loss.kl and loss.distill"

@@ -1,5 +1,6 @@
 """Who is connected, in which role, and when each was last heard."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from common.frozen import POLICY
@@ -67,9 +68,9 @@ class Roster:
         """The learner's rank 0."""
         return next((p for p in self.role("learner") if p.leads), None)
 
-    def receivers(self, version: int) -> list[str]:
-        """Names of those that hold weights older than ``version``; frozen models are not meant."""
-        return [p.name for role in ("actor", "replica") for p in self.role(role) if p.receives and p.version < version]
+    def receivers(self, version: int, roles: Sequence[str] = ("actor", "replica")) -> list[str]:
+        """Names of those in ``roles`` that hold weights older than ``version``; frozen models are not meant."""
+        return [p.name for role in roles for p in self.role(role) if p.receives and p.version < version]
 
     def scorers(self, serves: str) -> list[Peer]:
         """Replicas of the policy (``POLICY``), or of the frozen model of that name."""

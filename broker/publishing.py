@@ -11,9 +11,12 @@ members or the learner's store do. Pure: messages and times in, messages out.
 """
 
 import dataclasses
+import itertools
 import logging
+from collections.abc import Iterator
 from typing import Any
 
+from common.joint import POLICY_STREAM
 from common.wire import Applied, Go, Prepare, Publish, PublishDone, Published, PublishFailed, Ready, ReceiveFailed
 
 LEARNER = "learner"  # the addressee of messages for the learner's rank 0
@@ -36,14 +39,25 @@ class _Attempt:
     digest: str = ""
 
 
-class PublishCoordinator:
-    """At most one version is under way."""
+def epochs_of(generation: int) -> Iterator[int]:
+    """Numbers for the groups that this start of the broker forms."""
+    return itertools.count(generation * EPOCHS_A_GENERATION + 1)
 
-    def __init__(self, deadline_s: float, generation: int = 0) -> None:
-        """``generation``: how often this run's broker has started; no epoch number comes twice in a run."""
-        self.deadline_s = deadline_s
+
+class PublishCoordinator:
+    """One stream of versions, of which at most one is under way."""
+
+    def __init__(
+        self, deadline_s: float, generation: int = 0, stream: str = POLICY_STREAM, epochs: Iterator[int] | None = None
+    ) -> None:
+        """``generation``: how often this run's broker has started; no epoch number comes twice in a run.
+
+        ``epochs``: where new numbers come from, if other streams draw from it too.
+        """
+        self.deadline_s, self.stream = deadline_s, stream
         self.log = logging.getLogger("broker.weights")
-        self.epoch = generation * EPOCHS_A_GENERATION
+        self._epochs = epochs or epochs_of(generation)
+        self.epoch = 0  # of the present group
         self.published = 0  # newest version that was settled
         self.history: list[int] = []  # versions in the order they were first settled
         self.late: dict[str, int] = {}  # receivers dropped for lateness, with how often
@@ -111,7 +125,7 @@ class PublishCoordinator:
         members = {name: self._ranks.get(name, 1) for name in names}
         group = (list(members.items()), publish.host, publish.port)
         if group != self._group or number > 1:
-            self.epoch, self._group = self.epoch + 1, group
+            self.epoch, self._group = next(self._epochs), group
         self._attempt = _Attempt(publish, number, members, now + self.deadline_s, set(members))
         if not members:
             return self._settle()
@@ -138,7 +152,9 @@ class PublishCoordinator:
         attempt.waiting = set(attempt.members)
         allowed = self.deadline_s + attempt.publish.seconds
         attempt.deadline = now + 2 * allowed  # the learner's own deadline comes first
-        go = Go(self.epoch, attempt.publish.version, list(attempt.members), 1 + sum(attempt.members.values()))
+        go = Go(
+            self.epoch, attempt.publish.version, list(attempt.members), 1 + sum(attempt.members.values()), self.stream
+        )
         return [(name, go) for name in (*attempt.members, LEARNER)]
 
     def _regroup(self, sender: str, ranks: int, receivers: list[str], now: float) -> Outgoing:
@@ -263,4 +279,4 @@ class PublishCoordinator:
         if version > self.published or not self.history:
             self.published = version
             self.history.append(version)
-        return [(LEARNER, PublishDone(version, attempt.applied, self._dropped))]
+        return [(LEARNER, PublishDone(version, attempt.applied, self._dropped, self.stream))]

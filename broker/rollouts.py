@@ -128,8 +128,9 @@ class Rollouts:
         self.door.outlet.do(lambda: self.files.metric("eval", line))
 
     def grant(self, version: int) -> None:
-        """Promise room to the actors that have ``version``, in equal shares."""
-        serving = [p for p in self.door.roster.role("actor") if p.version >= version]
+        """Promise room to the actors that have ``version``, in equal shares; a model that stays as it is, has all."""
+        stays = self.config.joint.stays
+        serving = [p for p in self.door.roster.role("actor") if stays or p.version >= version]
         if not serving:
             return
         due = self.schedule.due(version)

@@ -29,6 +29,7 @@ from common import wire
 from common.config import RunConfig
 from common.errors import DataError, ModelError, ProtocolError
 from common.frozen import command_of, words_of
+from common.identity import check_same_tokens
 from common.keys import broker_keys
 from common.process import StopFlag
 from common.routing import read_routing
@@ -74,6 +75,8 @@ class BrokerService:
         self.config = config
         self.stop = stop
         vocab_size, routing = read_vocab_size(config.model.path), read_routing(config)
+        if config.joint.path:
+            check_same_tokens(config.model.path, config.joint.path)
         self.router = RouterSocket(
             config.broker.address,
             keys=broker_keys(config.broker),
@@ -88,7 +91,7 @@ class BrokerService:
         identities = Identities(config)
         self.door = Door(config.broker, self.router, self.outlet, self.figures, self.files.run_id, identities)
         self.door.on_joined, self.door.on_left = self._joined, self._left
-        self.distribution = Distribution(config.weights.deadline_s, self.recorder, self.door, self.files)
+        self.distribution = Distribution(config.weights.deadline_s, config.joint, self.recorder, self.door, self.files)
         self.rollouts = Rollouts(config, self.recorder, self.door, self.files, self.distribution.newest_version)
         self.door.objection = self.rollouts.objection
         self.training = Training(config, self.recorder, self.door, self.files, self.figures, self.waiting_for)
@@ -132,11 +135,11 @@ class BrokerService:
         self.door.look_after(now)
         self.rollouts.look_after_awaited(now)
         self.distribution.tick(now)
-        version = self.distribution.weights.published
-        self.training.request_scores(version, now)
+        streams = self.distribution.streams
+        self.training.request_scores(streams.policy.published, now)
         if self.training.learner_seen:
-            self.rollouts.grant(version)
-            self.rollouts.tell_best(version)
+            self.rollouts.grant(streams.rollout.published)
+            self.rollouts.tell_best(streams.published)
         self.training.serve(now)
         if self.training.serving:
             self.phase = "running"
@@ -149,7 +152,7 @@ class BrokerService:
                 log.info("waiting for %s", self.waiting_for())
 
     def _finished(self) -> bool:
-        steps, weights = self.config.run.steps, self.distribution.weights
+        steps, weights = self.config.run.steps, self.distribution.streams
         return (
             self.pipeline.committed_step + 1 >= steps
             and weights.published >= steps
@@ -184,7 +187,7 @@ class BrokerService:
         """What the broker must find again beside the pipeline."""
         return {
             "figures": self.figures.state(),
-            "published": self.distribution.weights.history,
+            "published": self.distribution.state(),
             "evaluated": self.rollouts.schedule.state(),
             "sessions": self.rollouts.sessions,
             "learner_seen": self.training.learner_seen,
@@ -194,7 +197,8 @@ class BrokerService:
     def _recover(self, journal: Journal) -> None:
         found = recover(self.pipeline, journal)
         state = found.service
-        published, evaluated = list(state.get("published", [])), list(state.get("evaluated", []))
+        published: dict[str, list[int]] = {name: list(found) for name, found in state.get("published", {}).items()}
+        evaluated = list(state.get("evaluated", []))
         self.rollouts.sessions.update(state.get("sessions", {}))
         self.training.learner_seen = bool(state.get("learner_seen", False))
         sending = int(state.get("sending", 0))
@@ -203,7 +207,7 @@ class BrokerService:
         for what, values in found.notes:
             match what:
                 case "published":
-                    published.append(values["version"])
+                    published.setdefault(values["stream"], []).append(values["version"])
                 case "evaluated":
                     evaluated.append(values["result"])
                 case "joined":
@@ -271,7 +275,7 @@ class BrokerService:
 
     def waiting_for(self) -> str:
         """What the run waits for, in words that name who is late."""
-        roster, weights = self.door.roster, self.distribution.weights
+        roster, weights = self.door.roster, self.distribution.streams
         if not self.training.learner_seen:
             return "a learner (python -m learner RUN.yaml)"
         actors = roster.role("actor")
@@ -281,9 +285,10 @@ class BrokerService:
             return f"{words_of(missing[0])} ({command_of(missing[0])})"
         if weights.busy:
             return weights.waiting_for()
-        behind = [p.name for p in actors if p.version < weights.published]
+        newest = weights.rollout.published
+        behind = [p.name for p in actors if p.version < newest and not self.config.joint.stays]
         if len(behind) == len(actors):
-            return f"{', '.join(behind)} to receive version {weights.published}"
+            return f"{', '.join(behind)} to receive version {newest}"
         servers = sum(p.counters.get("servers", 0) for p in actors)
         if servers and not any(p.counters.get("servers_serving", 0) for p in actors):
             return f"{', '.join(p.name for p in actors)}: none of {servers:.0f} SGLang servers serves yet"
@@ -292,7 +297,7 @@ class BrokerService:
     def _room_wanted(self) -> str:
         """What is full where nothing more can be granted for it."""
         ledger, section = self.pipeline.ledger, self.config.broker
-        if ledger.promised or not ledger.grantable(self.distribution.weights.published):
+        if ledger.promised or not ledger.grantable(self.distribution.streams.rollout.published):
             return ""
         if not self.pipeline.groups_that_fit():
             return f"room in the queue: {self.pipeline.queue_bytes >> 20} MB wait to be trained (broker.queue_mb)"
@@ -305,7 +310,7 @@ class BrokerService:
 
     def status(self) -> dict[str, Any]:
         """What status.json holds."""
-        schedule, weights = self.rollouts.schedule, self.distribution.weights
+        schedule, weights = self.rollouts.schedule, self.distribution.streams
         best = schedule.best if self.config.evaluation.keep_best else None
         return {
             "run_id": self.files.run_id,

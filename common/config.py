@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 from urllib.parse import urlsplit
@@ -23,6 +24,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from common.errors import ConfigError
 from common.frozen import POLICY, REFERENCE, FrozenModel, ReferenceSection, TeacherEntry, check_teachers
+from common.joint import JointSection as JointSection
+from common.joint import WarmstartSection as WarmstartSection
 from common.mixture import Mixture, mixture
 from common.objective import ALGORITHMS, AdvantageSection, LossSection, check_stacking, require
 from common.rewards import RewardSection
@@ -66,6 +69,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "warmstart.expert_width": (1, 1e6), "warmstart.lr": (0, 1), "warmstart.batch": (1, 1e6),
     "warmstart.target_reward": (0, 1), "warmstart.max_steps": (1, 1e9),
 }  # fmt: skip
+RANGES |= {f"joint.{key}": bounds for key, bounds in RANGES.items() if key.startswith("warmstart.")}
 
 
 @dataclass(frozen=True)
@@ -508,29 +512,13 @@ class EvaluationSection:
 
 
 @dataclass(frozen=True)
-class WarmstartSection:
-    """``tools.warmstart``: the tiny mixture-of-experts that the quick start begins from."""
-
-    layers: int = 2
-    hidden: int = 64
-    heads: int = 4
-    kv_heads: int = 4
-    experts: int = 8
-    experts_per_token: int = 2
-    expert_width: int = 64
-    lr: float = 2e-3
-    batch: int = 256
-    target_reward: float = 0.2  # sampled, on held-out prompts
-    max_steps: int = 3000
-
-
-@dataclass(frozen=True)
 class RunConfig:
     """A whole run."""
 
     algorithm: str = ""  # a recipe of common.objective.ALGORITHMS: values for keys that this file does not set
     run: RunSection = field(default_factory=RunSection)
     model: ModelSection = field(default_factory=ModelSection)
+    joint: JointSection = field(default_factory=JointSection)
     task: TaskSection = field(default_factory=TaskSection)
     reward: RewardSection = field(default_factory=RewardSection)
     rollout: RolloutSection = field(default_factory=RolloutSection)
@@ -553,8 +541,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Validate ranges and what spans sections."""
         for key, (low, high) in RANGES.items():
-            section, _, name = key.partition(".")
-            value = getattr(getattr(self, section), name)
+            value = attrgetter(key)(self)
             require(low <= value <= high, key, value, f"must lie in [{low:g}, {high:g}]")
         self._check_frozen()
         self.check_room()
@@ -627,6 +614,54 @@ class RunConfig:
             self.loss.expert_bias_rate,
             f"actor.engine={self.actor.engine} cannot take a bias of the experts; set it to 0 or actor.engine=local",
         )
+        self._check_joint()
+
+    def _check_joint(self) -> None:
+        """What a rollout model of its own cannot stand beside."""
+        learner = self.learner
+        require(
+            not self.joint.path or not self.rollout.routing_replay,
+            "rollout.routing_replay",
+            self.rollout.routing_replay,
+            f"records the experts of joint.path={self.joint.path}, and the policy has others; set it to false",
+        )
+        require(
+            not self.joint.trains or self.obrs.z_weight != "batch",
+            "obrs.z_weight",
+            self.obrs.z_weight,
+            "divides by the accepted tokens, and joint.path trains the rollout model on all of them; set it to none or "
+            "context",
+        )
+        require(
+            not self.joint.path or not self.evaluation.keep_best,
+            "evaluation.keep_best",
+            self.evaluation.keep_best,
+            "actors run joint.path, so held-out prompts say which rollout model is best and not which policy; set it "
+            "to false and choose by `python -m tools.evaluate`",
+        )
+        for name in ("pp", "tp", "ep"):
+            require(
+                not self.joint.trains or getattr(learner, name) == 1,
+                f"learner.{name}",
+                getattr(learner, name),
+                "joint.path trains two models on the same ranks, and each rank must hold both whole to compare their "
+                f"distributions; set learner.{name}=1 and use learner.dp_replicate or learner.dp_shard",
+            )
+
+    @property
+    def rollout_path(self) -> str:
+        """The directory of the model that actors run."""
+        return self.joint.path or self.model.path
+
+    @property
+    def rollout_frozen(self) -> tuple[str, ...]:
+        """Patterns of the tensors that versions for the actors come without."""
+        return () if self.joint.path else self.optim.freeze
+
+    @property
+    def rollout_bias(self) -> bool:
+        """Whether the routers of the model that actors run have a bias that moves."""
+        return self.loss.expert_bias_rate > 0 and not self.joint.path
 
     def _check_frozen(self) -> None:
         check_teachers(self.teachers, self.task.labels)

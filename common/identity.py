@@ -5,6 +5,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from common.errors import ModelError
+
 FACTS = ("architecture", "shape", "vocabulary", "tokenizer")
 TOKENS = ("vocabulary", "tokenizer")  # what two models must share whose log-probabilities of a token are compared
 SHAPE_KEYS = (
@@ -43,3 +45,12 @@ def other_tokens(words: str, key: str, differs: str) -> str:
         f"{words} ({key}) has {differs}: its log-probabilities would be of other tokens; name a model with "
         "model.path's tokenizer and vocabulary"
     )
+
+
+def check_same_tokens(policy: str | Path, rollout: str | Path) -> None:
+    """Raises :class:`ModelError` unless the rollout model's token ids mean what the policy's do."""
+    if differs := differing_identity(model_identity(policy), model_identity(rollout), TOKENS):
+        raise ModelError(
+            f"joint.path={rollout} has {differs} (model.path={policy}): the policy would score other tokens than it "
+            "sampled; name a smaller model of the policy's family"
+        )

@@ -611,6 +611,7 @@ class Publish(_Unchecked):
     bucket_bytes: int
     tensors: list[list[Any]]
     seconds: float = 0.0  # that so many bytes may take, beside weights.deadline_s
+    stream: str = "policy"  # whose weights they are: the policy's, or the rollout model's of a run that has one
 
 
 @dataclass
@@ -652,6 +653,7 @@ class Go(_Unchecked):
     version: int
     members: list[str]
     world: int  # ranks of them all, and the learner's
+    stream: str = "policy"
 
 
 @dataclass
@@ -703,14 +705,16 @@ class PublishDone(_Unchecked):
     version: int
     applied: list[str]
     dropped: list[str]
+    stream: str = "policy"
 
 
 @dataclass
 class Resync(_Unchecked):
-    """Broker to learner: publish your current version again, ``reason`` says for whom."""
+    """Broker to learner: publish your current version of ``stream`` again, ``reason`` says for whom."""
 
     TAG: ClassVar[str] = "resync"
     reason: str
+    stream: str = "policy"
 
 
 TO_BROKER: dict[str, type[Any]] = {

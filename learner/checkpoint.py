@@ -8,7 +8,8 @@
 A rank copies its shard to memory and goes on training; a thread writes it. Rank 0 waits for every
 rank's file, writes state.json and renames the directory into place, so a kill at any moment leaves
 the previous one good. A piece is ``kind|tensor|part/parts|start``: elements from ``start`` on of one
-tp part of one tensor (:mod:`learner.layout`), so a reader of another mesh finds what it needs.
+tp part of one tensor (:mod:`learner.layout`), so a reader of another mesh finds what it needs. A
+rollout model that is trained beside the policy has kinds of its own: ``rollout.weight`` and so on.
 """
 
 import json
@@ -20,6 +21,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,6 +37,8 @@ from learner.parallel.flat import FlatParameters
 from learner.retention import PREFIX, STATE, Retention, complete
 
 POLL_S = 0.05
+BESIDE = "rollout."  # begins the kinds of a second model's pieces
+Trained = tuple[Decoder, Optimizer]
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class TrainingState:
     updates: int
     skipped_updates: int
     expert_fraction: list[list[float]] = field(default_factory=list)
+    rollout: dict[str, Any] | None = None  # the same of a rollout model that is trained beside it
 
 
 def latest(directory: Path) -> Path | None:
@@ -74,10 +79,12 @@ class CheckpointWriter:
                 shutil.rmtree(stale, ignore_errors=True)
         mesh.barrier()
 
-    def start(self, model: Decoder, optimizer: Optimizer, state: TrainingState) -> None:
+    def start(self, model: Decoder, optimizer: Optimizer, state: TrainingState, beside: Trained | None = None) -> None:
         """Copy this rank's shard and write it in the background. Waits for the checkpoint before, if need be."""
         self.wait()
         pieces = {key: tensor.detach().cpu().clone() for key, tensor in _pieces(model, optimizer)}
+        if beside is not None:
+            pieces |= {BESIDE + key: tensor.detach().cpu().clone() for key, tensor in _pieces(*beside)}
         pieces[f"rng|{self.mesh.rank}"] = torch.get_rng_state()
         self._writing = state.step
         self._thread = threading.Thread(target=self._run, args=(pieces, state), name="checkpoint", daemon=True)
@@ -190,13 +197,34 @@ def _pieces(model: Decoder, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]
 
 
 @torch.no_grad()
-def load(path: Path, model: Decoder, optimizer: Optimizer, frozen: frozenset[str] = frozenset()) -> TrainingState:
-    """Load into ``model`` and ``optimizer`` in place, whatever the mesh that wrote it.
+def load(
+    path: Path,
+    model: Decoder,
+    optimizer: Optimizer,
+    frozen: frozenset[str] = frozenset(),
+    beside: Trained | None = None,
+) -> TrainingState:
+    """Load into ``model`` and ``optimizer``, and into the rollout model ``beside`` them, in place, whatever the mesh
+    that wrote it.
 
     ``frozen`` must be what was frozen then. Raises :class:`CheckpointError` naming the file, or the
     tensor that does not fit.
     """
     reader = CheckpointReader(path)
+    if (reader.state.rollout is not None) != (beside is not None):
+        raise CheckpointError(
+            f"{path}: a rollout model was {'trained' if beside is None else 'not trained'} beside the policy then; "
+            "resume with joint.path and joint.train as they were"
+        )
+    _load(reader, model, optimizer, frozen)
+    optimizer.set_steps(reader.state.updates, reader.state.skipped_updates)
+    if beside is not None:
+        _load(CheckpointReader(path, BESIDE), *beside, frozenset())
+    torch.set_rng_state(reader.rng(model.mesh.rank))
+    return reader.state
+
+
+def _load(reader: "CheckpointReader", model: Decoder, optimizer: Optimizer, frozen: frozenset[str]) -> None:
     known = {place.name: place for place in places(model.config)}
     reader.check(known, {place.name for place in places(model.config) if not place.optional} - frozen)
     tp = model.mesh.tp
@@ -216,16 +244,16 @@ def load(path: Path, model: Decoder, optimizer: Optimizer, frozen: frozenset[str
     for name, view in views(model).items():
         if known[name].optional and name in reader.names():
             view.copy_(reader.part("weight", known[name], 0, 1))
-    optimizer.set_steps(reader.state.updates, reader.state.skipped_updates)
-    torch.set_rng_state(reader.rng(model.mesh.rank))
-    return reader.state
 
 
 class CheckpointReader:
-    """One checkpoint's tensors by name; files are mapped, so a tensor is read when it is asked for."""
+    """One checkpoint's tensors by name; files are mapped, so a tensor is read when it is asked for.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    ``model``: "" reads the policy, BESIDE the rollout model that was trained beside it.
+    """
+
+    def __init__(self, path: Path, model: str = "") -> None:
+        self.path, self._model = path, model
         try:
             found = json.loads((path / STATE).read_text())
             ranks = int(found.pop("ranks"))
@@ -244,6 +272,9 @@ class CheckpointReader:
             self._rng[int(key.removeprefix("rng|"))] = number
             return
         kind, name, part, start = key.split("|")
+        if kind.startswith(BESIDE) != bool(self._model):
+            return
+        kind = kind.removeprefix(self._model)
         index, parts = (int(n) for n in part.split("/"))
         self._index.setdefault((kind, name), []).append((parts, index, int(start), number, key))
 

@@ -104,12 +104,16 @@ def model_config(config: RunConfig) -> ModelConfig:
     return ModelConfig.from_hf_dir(config.model.path).with_bias(config.loss.expert_bias_rate > 0)
 
 
-def load_model(config: RunConfig, mesh: Mesh, *, recompute: bool = False) -> Decoder:
-    """This rank's share of the model at ``model.path``, as ``learner.dtype`` and ``learner.compile`` want it."""
-    model = Decoder(model_config(config), mesh, recompute=recompute)
+def load_model(config: RunConfig, mesh: Mesh, *, recompute: bool = False, path: str = "") -> Decoder:
+    """This rank's share of the model at ``model.path``, as ``learner.dtype`` and ``learner.compile`` want it.
+
+    ``path``: another model's directory; its routers get no bias.
+    """
+    shape = ModelConfig.from_hf_dir(path) if path else model_config(config)
+    model = Decoder(shape, mesh, recompute=recompute)
     model.to(device=mesh.device, dtype=getattr(torch, config.learner.dtype))
     model.prepare(compiled=config.learner.compile)
-    load_hf(config.model.path, model)
+    load_hf(path or config.model.path, model)
     return model
 
 

@@ -4,6 +4,7 @@
 
     shard = feed.fetch(step)            the broker's accepted tokens, this rank's share
     metrics = train_step(batch)         forward, loss, backward, all-reduce, AdamW
+    rollout.step(model, batch)          a rollout model of its own, where the run has one
     feed.commit(step)                   the broker may forget the step once it is checkpointed
     publisher.publish(step + 1)         rank 0: new weights to the fleet, in flight
     checkpoint                          every learner.checkpoint_every steps, and at the end; with
@@ -15,8 +16,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from common import wire
 from common.config import MEGABYTE, RunConfig
 from common.errors import CheckpointError
 from common.identity import model_identity
+from common.joint import POLICY_STREAM, ROLLOUT_STREAM
 from common.link import BrokerLink, connect
 from common.process import StopFlag
 from learner import checkpoint
@@ -35,14 +36,16 @@ from learner.device import keep_freed_memory
 from learner.feed import Feed, check_experts, check_ids, experts_tensor
 from learner.freeze import freeze
 from learner.hf import load_model, save_hf
+from learner.joint.trainer import RolloutTrainer
 from learner.mesh import Mesh
 from learner.model.config import ModelConfig
 from learner.model.decoder import Decoder
 from learner.optim import Optimizer
 from learner.retention import PREFIX, STATE, Retention
 from learner.step import StepBatch, StepSettings, train_step
-from learner.weights.gather import Snapshot, WeightGather
+from learner.weights.gather import WeightGather
 from learner.weights.publish import WeightPublisher
+from learner.weights.stream import WeightStream
 
 EXPORT_BUCKET_BYTES = 256 * MEGABYTE  # gathered at once for the final model
 FAREWELL_S = 60.0  # how long the learner stays for late joiners after its last step
@@ -63,27 +66,25 @@ class Learner:
     link: BrokerLink
     expert_fraction: torch.Tensor  # [L, E] of the last step
     step: int = 0  # the next to train; the weights are version ``step``
-    published: int = 0  # newest version that the fleet was sent
-    resync: str = ""  # why somebody asked to be sent it again
+    published: int = 0  # newest version that the fleet was sent before
+    rollout: RolloutTrainer | None = None  # the model that actors run, where it is trained beside the policy
+    streams: list[WeightStream] = field(default_factory=list)
     publish_seconds: float = 0.0
-    gather: WeightGather | None = None  # who holds what: the same for every version
-    snapshot: Snapshot | None = None  # version ``step``, whole on rank 0
     retention: Retention | None = None  # which checkpoints stay
 
     def run(self) -> None:
         """Train every step, then stay until the broker says Stop."""
         config, mesh = self.config, self.mesh
         feed = Feed(self.link, mesh.data_rank, mesh.data_ranks, config.learner.wait_s, self._stopping)
-        publisher = self._publisher() if mesh.rank == 0 else None
         directory = config.run.path / "checkpoints"
         evaluated_every = config.evaluation.every if config.evaluation.keep_best else 0
         self.retention = Retention(directory, config.learner.checkpoint_keep, evaluated_every)
         writer = CheckpointWriter(directory, mesh, self.retention, config.learner.write_timeout_s)
-        self._publish(publisher)
-        other = self._other(publisher)
+        self.streams = self._streams()
+        self._publish()
         while self.step < config.run.steps:
             began = time.perf_counter()
-            shard = feed.fetch(self.step, other)
+            shard = feed.fetch(self.step, self._catch_up)
             if mesh.max_int(shard is None):  # one of us was told to stop, so all of us do
                 self.stop.set("another rank was told to stop")
                 break
@@ -94,56 +95,61 @@ class Learner:
                 self.model, self.optimizer, batch, self.expert_fraction, settings_of(config)
             )
             metrics |= {"seconds_fetch": fetched - began, "seconds_train": time.perf_counter() - fetched}
+            if self.rollout is not None:
+                metrics |= self.rollout.step(self.model, batch)
             self.step += 1
             if mesh.rank == 0:
                 feed.commit(self.step - 1, metrics | {"seconds_publish": self.publish_seconds})
-            self._publish(publisher)
+            self._publish()
             self._checkpoint(writer, feed)
         self._finish(writer, feed)
-        self._farewell(feed, other)
+        self._farewell(feed)
 
     # ---- weights --------------------------------------------------------------------------------
 
-    def _publisher(self) -> WeightPublisher:
+    def _streams(self) -> list[WeightStream]:
+        """Whose weights go where; the actors', who may be waiting for them, first."""
+        models: list[tuple[str, Decoder, frozenset[str]]] = [(POLICY_STREAM, self.model, self.frozen)]
+        if self.rollout is not None:
+            models.insert(0, (ROLLOUT_STREAM, self.rollout.model, frozenset()))
+        bucket_bytes = int(self.config.weights.bucket_mb * MEGABYTE)
+        return [
+            WeightStream(name, model, frozen, bucket_bytes, self._publisher(name), self.published)
+            for name, model, frozen in models
+        ]
+
+    def _publisher(self, stream: str) -> WeightPublisher | None:
+        if self.mesh.rank != 0:
+            return None
         weights = self.config.weights
         return WeightPublisher(
             self.link.send, self.link.receive, weights.host, weights.bucket_mb, weights.deadline_s, self.mesh.device,
-            weight_backend(self.config, self.mesh.device), weights.least_mb_s,
+            weight_backend(self.config, self.mesh.device), weights.least_mb_s, stream,
         )  # fmt: skip
 
-    def _publish(self, publisher: WeightPublisher | None) -> None:
-        """Gather the present weights, on every rank, and send them if the fleet has not had them."""
-        if self.gather is None:
-            self.gather = WeightGather(self.model, int(self.config.weights.bucket_mb * MEGABYTE), self.frozen)
-        self.snapshot = Snapshot(self.gather)
-        if publisher is not None and self.step > self.published:
-            self._send(publisher)
-        self.snapshot.finish()
-        self.published = max(self.published, self.step)
-
-    def _send(self, publisher: WeightPublisher) -> None:
-        assert self.snapshot is not None, "gathered before the first fetch"
-        self.resync = ""  # whoever asked gets it now
-        self.link.set_version(self.step)
-        self.publish_seconds = publisher.publish(self.step, self.snapshot, self._note, self._stopping)
+    def _publish(self) -> None:
+        """Gather the present weights, on every rank, and send them to who has not had them."""
+        if self.step > self.published:
+            self.link.set_version(self.step)
+        seconds = [stream.publish(self.step, self._note, self._stopping) for stream in self.streams]
+        self.publish_seconds = sum(seconds)
 
     def _note(self, message: Any) -> None:
         match message:
             case wire.Stop():
                 self.stop.set(f"the broker said stop: {message.reason}")
             case wire.Resync():
-                self.resync = message.reason
+                for stream in self.streams:
+                    if stream.name == message.stream:
+                        stream.resync = message.reason
             case wire.KeepBest() if self.retention is not None:
                 self.retention.told(message)
 
-    def _other(self, publisher: WeightPublisher | None) -> Callable[[Any], None]:
-        def handle(message: Any) -> None:
-            self._note(message)
-            if self.resync and publisher is not None and self.step >= self.published:
-                log.info("sending version %d again: %s", self.step, self.resync)
-                self._send(publisher)
-
-        return handle
+    def _catch_up(self, message: Any) -> None:
+        """What comes while nothing is published: somebody may lack the present version."""
+        self._note(message)
+        for stream in self.streams:
+            stream.catch_up(self.step, self._note, self._stopping)
 
     def _stopping(self) -> bool:
         return self.stop.is_set
@@ -157,9 +163,9 @@ class Learner:
             optimizer = self.optimizer
             state = TrainingState(
                 self.step, self.step, self.link.run_id, optimizer.steps, optimizer.skipped,
-                self.expert_fraction.tolist(),
+                self.expert_fraction.tolist(), self.rollout.state() if self.rollout is not None else None,
             )  # fmt: skip
-            writer.start(self.model, optimizer, state)
+            writer.start(self.model, optimizer, state, None if self.rollout is None else self.rollout.trained)
         self._report(writer, feed)
 
     def _report(self, writer: CheckpointWriter, feed: Feed) -> None:
@@ -171,21 +177,26 @@ class Learner:
         writer.wait()
         self._report(writer, feed)
         if self.step == self.config.run.steps:
-            tensors = WeightGather(self.model, EXPORT_BUCKET_BYTES).tensors()
-            if self.mesh.rank == 0:
-                save_hf(tensors, self.config.model.path, self.config.run.path / "model", self.model.config)
-            else:
-                for _ in tensors:
-                    pass
+            self._export(self.model, self.config.model.path, "model")
+            if self.rollout is not None:
+                self._export(self.rollout.model, self.config.joint.path, "rollout_model")
         self.mesh.barrier()
 
-    def _farewell(self, feed: Feed, other: Callable[[Any], None]) -> None:
+    def _export(self, model: Decoder, source: str, name: str) -> None:
+        tensors = WeightGather(model, EXPORT_BUCKET_BYTES).tensors()
+        if self.mesh.rank == 0:
+            save_hf(tensors, source, self.config.run.path / name, model.config)
+        else:
+            for _ in tensors:
+                pass
+
+    def _farewell(self, feed: Feed) -> None:
         last_evaluation_s = self.config.learner.wait_s if self.config.evaluation.keep_best else 0.0
         deadline = time.monotonic() + max(FAREWELL_S, last_evaluation_s)
         while not self._stopping() and not feed.stopped and time.monotonic() < deadline:
             message = self.link.receive(0.2)
             if message is not None:
-                other(message)
+                self._catch_up(message)
 
 
 def settings_of(config: RunConfig) -> StepSettings:
@@ -281,18 +292,24 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopFlag) -> None:
     model = load_model(config, mesh, recompute=config.learner.recompute)
     frozen = freeze(model, config.optim.freeze)
     optimizer = Optimizer(model, config.optim, config.run.steps)
+    rollout = RolloutTrainer.load(config, mesh) if config.joint.trains else None
     step, run_id = 0, ""
     expert_fraction = model.uniform_expert_fraction()
     found = _find_checkpoint(config)
     if found is not None:
-        state = checkpoint.load(found, model, optimizer, frozen)
+        state = checkpoint.load(found, model, optimizer, frozen, rollout.trained if rollout is not None else None)
         step, run_id = state.step, state.run_id
+        if rollout is not None and state.rollout is not None:
+            rollout.restore(state.rollout)
         expert_fraction = torch.tensor(state.expert_fraction, device=mesh.device).view(expert_fraction.shape)
         log.info("resumed from %s at step %d", found, step)
     link, published = _connect(config, mesh, step, run_id, stop)
     try:
         if published >= 0:
-            Learner(config, stop, mesh, model, optimizer, frozen, link, expert_fraction, step, published).run()
+            learner = Learner(
+                config, stop, mesh, model, optimizer, frozen, link, expert_fraction, step, published, rollout
+            )
+            learner.run()
     finally:
         link.close("finished" if not stop.is_set else "stopped")
 

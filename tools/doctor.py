@@ -182,8 +182,8 @@ def check_run(config: str, overrides: list[str]) -> list[Finding]:
         from common.routing import read_routing
     except ImportError as error:
         return [Finding("run file", "missing", f"cannot be read yet: {error}", INSTALL)]
-    from tools.preflight import check_address, check_engine, check_frozen, check_meshes, check_model
-    from tools.stamp import ModelState, model_state
+    from tools.preflight import check_address, check_engine, check_frozen, check_meshes, check_models
+    from tools.stamp import model_state, models_of, wants_warmstart
 
     try:
         run = load(config, overrides)
@@ -198,7 +198,7 @@ def check_run(config: str, overrides: list[str]) -> list[Finding]:
             return Finding(what, "missing", detail, remedy)
         return Finding(what, "ok", good)
 
-    address, path = run.broker.address, Path(run.model.path)
+    address = run.broker.address
     findings = [
         Finding("run file", "ok", config),
         attempt("broker address", f"{address} is free", lambda: check_address(address)),
@@ -208,12 +208,11 @@ def check_run(config: str, overrides: list[str]) -> list[Finding]:
     for frozen in run.frozen.values():
         if frozen.path != run.model.path:
             findings.append(attempt(frozen.words, frozen.path, partial(check_frozen, frozen, run.model.path)))
-    if run.task.in_small_alphabet and model_state(run) in (ModelState.MISSING, ModelState.STALE):
-        return [
-            *findings,
-            Finding("model", "note", f"{path}: {model_state(run)}", "tools.launch makes it (tools.warmstart)"),
-        ]
-    findings.append(attempt("model", str(path), lambda: check_model(path)))
+    if wants_warmstart(run):
+        states = "; ".join(f"{one.model.path}: {model_state(one)}" for one in models_of(run))
+        return [*findings, Finding("model", "note", states, "tools.launch makes it (tools.warmstart)")]
+    paths = ", ".join(one.model.path for one in models_of(run))
+    findings.append(attempt("model", paths, lambda: check_models(run)))
     if run.learner.ranks * run.replica.ep * run.replica.tp > 1:
         findings.append(attempt("meshes", "learner's and replica's divide the model", lambda: check_meshes(run)))
     if run.rollout.routing_replay:

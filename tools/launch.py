@@ -25,11 +25,11 @@ from common.config import RunConfig, load, to_yaml
 from common.errors import CroupierError
 from common.process import StopFlag
 from common.routing import read_routing
-from tools.preflight import check_address, check_engine, check_frozen, check_meshes, check_model
+from tools.preflight import check_address, check_engine, check_frozen, check_meshes, check_models
 from tools.processes import Process, processes_of, stop_all, wait_all
 from tools.progress import panel, plain_line, remaining_s
 from tools.run_files import CONFIG, STATUS, Record, last_lines, read_status, set_aside
-from tools.stamp import ModelState, model_state
+from tools.stamp import wants_warmstart
 
 Outcome = Literal["finished", "interrupted", "failed"]
 EXIT_CODES: dict[Outcome, int] = {"finished": 0, "failed": 1, "interrupted": 130}
@@ -92,7 +92,7 @@ class Run:
             if model.path != self.config.model.path:
                 check_frozen(model, policy)
         if policy is not None:
-            check_model(Path(policy))
+            check_models(self.config)
             read_routing(self.config)
             check_meshes(self.config)
         if self.config.learner.resume:
@@ -106,9 +106,7 @@ class Run:
 
     def needs_warmstart(self) -> bool:
         """Whether ``tools.warmstart`` has to make the model first."""
-        if not self.config.task.in_small_alphabet:
-            return False
-        return model_state(self.config) in (ModelState.MISSING, ModelState.STALE)
+        return wants_warmstart(self.config)
 
     def execute(self) -> Outcome:
         """Warm start, train, stop everything and write the report, whatever happens."""

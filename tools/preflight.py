@@ -10,7 +10,7 @@ from pathlib import Path
 from common.config import RunConfig
 from common.errors import ConfigError, ModelError
 from common.frozen import FrozenModel
-from common.identity import TOKENS, differing_identity, model_identity, other_tokens
+from common.identity import TOKENS, check_same_tokens, differing_identity, model_identity, other_tokens
 from common.process import free_port
 
 TCP = re.compile(r"tcp://(?P<host>\[[^\]]+\]|[^:]+):(?P<port>\d+)")
@@ -95,6 +95,14 @@ def check_engine(config: RunConfig) -> None:
             "`python -m tools.sglang_cpu install` and set engine.python=.sglang/bin/python; with one install sglang "
             "and name its interpreter"
         )
+
+
+def check_models(config: RunConfig) -> None:
+    """Raise :class:`ModelError` unless the run's model directories are whole and go together."""
+    check_model(Path(config.model.path))
+    if config.joint.path:
+        check_model(Path(config.joint.path), "joint.path")
+        check_same_tokens(config.model.path, config.joint.path)
 
 
 def check_model(path: Path, key: str = "model.path") -> None:

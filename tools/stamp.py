@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
 
 from common.config import RunConfig
+from common.joint import JointSection
 
 STAMP = "warmstart.json"  # in the model directory; only a directory that has it is ever replaced
 RECIPE = 1  # raise when the warm start's own code changes what it makes
@@ -19,6 +20,21 @@ class ModelState(StrEnum):
     CURRENT = "current"  # made by this warm start
     STALE = "stale"  # made by another one
     FOREIGN = "foreign"  # not made by us: never overwritten
+
+
+def models_of(config: RunConfig) -> list[RunConfig]:
+    """The run as the warm start of each of its models sees it: the policy's, then the rollout model's if it has one."""
+    if not config.joint.path:
+        return [config]
+    model, joint = replace(config.model, path=config.joint.path), config.joint
+    return [config, replace(config, model=model, joint=JointSection(), warmstart=joint.warmstart)]
+
+
+def wants_warmstart(config: RunConfig) -> bool:
+    """Whether a model of the run is to be made first."""
+    if not config.task.in_small_alphabet:
+        return False
+    return any(model_state(one) in (ModelState.MISSING, ModelState.STALE) for one in models_of(config))
 
 
 def fingerprint(config: RunConfig) -> str:

@@ -28,7 +28,7 @@ from actor.tasks.sort6 import write_tokenizer
 from common.config import RunConfig, load
 from common.errors import ConfigError, CroupierError, DeadlineError, ModelError
 from common.process import die_with_parent
-from tools.stamp import ModelState, model_state, write_stamp
+from tools.stamp import ModelState, model_state, models_of, write_stamp
 
 CHECK_EVERY = 4  # steps between two looks at the held-out reward: it rises from .1 to .3 in about 20
 CHECK_PROMPTS = 512  # one standard error is .018 at a reward of .2
@@ -207,7 +207,10 @@ def main(arguments: list[str] | None = None) -> int:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        ensure(load(given.config, given.overrides))
+        models = models_of(load(given.config, given.overrides))
+        ours = [one for one in models if model_state(one) is not ModelState.FOREIGN]
+        for one in ours or models:
+            ensure(one)
     except CroupierError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -31,7 +31,7 @@ def command(config: RunConfig, port: int, tag: str, index: int = 0) -> list[str]
     """What starts an actor's server number ``index`` of the run's model on ``port``, serving weight version ``tag``."""
     engine = config.engine
     flags = [
-        "--model-path", config.model.path,
+        "--model-path", config.rollout_path,
         "--host", "127.0.0.1",
         "--port", str(port),
         "--dtype", config.model.dtype,

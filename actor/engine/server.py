@@ -216,7 +216,7 @@ class Server:
         served = (await self.client.call("/model_info")).get("architectures")
         if served and self._model.architectures and served != self._model.architectures:
             raise EngineError(
-                f"{self.name} serves {', '.join(served)}, model.path={self.config.model.path} is "
+                f"{self.name} serves {', '.join(served)}, its actor has {self.config.rollout_path}, which is "
                 f"{', '.join(self._model.architectures)}; start it with that model"
             )
         if self._process is not None and identity.ranks != self.config.engine.tp:
@@ -249,7 +249,7 @@ class Server:
         """Which of our versions it has: ours has the starting model, one that ran already is given it."""
         if self._process is None:
             fields = {
-                "model_path": self.config.model.path,
+                "model_path": self.config.rollout_path,
                 "weight_version": self._tag(0),
                 "flush_cache": True,
                 "abort_all_requests": True,
@@ -264,7 +264,7 @@ class Server:
             except ServerRefusedError as error:
                 await self.client.resume()
                 raise UnfitError(
-                    f"{self.name} cannot load model.path={self.config.model.path}: {error}; it must serve a model of "
+                    f"{self.name} cannot load model {self.config.rollout_path}: {error}; it must serve a model of "
                     "that architecture and see the same path"
                 ) from error
         said = await self.client.version()

@@ -61,7 +61,7 @@ class SglangEngine:
     def __init__(self, config: RunConfig, name: str) -> None:
         """``name`` of the actor."""
         self.config, self.name = config, name
-        self._model = read_model_facts(Path(config.model.path), config.rollout.max_length, MARGIN)
+        self._model = read_model_facts(Path(config.rollout_path), config.rollout.max_length, MARGIN)
         self.vocab_size, self._stop_ids = self._model.vocab_size, self._model.stop_ids
         self.eos_id = self._stop_ids[0] if self._stop_ids else -1
         routing = read_routing(config)
@@ -193,7 +193,7 @@ class SglangEngine:
 
     def differs(self, tensors: dict[str, tuple[int, ...]]) -> str:
         """How the tensors of a version (name -> shape) differ from this model's; "" if they do not."""
-        return differing(self._model.shapes, tensors, self.config.optim.freeze)
+        return differing(self._model.shapes, tensors, self.config.rollout_frozen)
 
     def run(self, work: Coroutine[Any, Any, None]) -> Any:
         """Start ``work`` on the engine's loop; returns its future."""

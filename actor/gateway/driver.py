@@ -132,8 +132,8 @@ class Driver:
             )
         self._config, self._task, self._cancel = config, task, cancel
         self._events: queue.SimpleQueue[Ask | tuple[_Agent, list[Turn]]] = queue.SimpleQueue()
-        template = ChatTemplate(config.model.path, task.chat_template)
-        self._gateway = Gateway(template, Path(config.model.path).name, task.port, self._events)
+        template = ChatTemplate(config.rollout_path, task.chat_template)
+        self._gateway = Gateway(template, Path(config.rollout_path).name, task.port, self._events)
         self._waiting: deque[Rollout] = deque()
         self._running: dict[int, _Agent] = {}  # by seat, in the order of their deadlines
         self._seats: dict[tuple[int, int], int] = {}

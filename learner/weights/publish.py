@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from common.config import MEGABYTE
 from common.errors import DeadlineError
+from common.joint import POLICY_STREAM
 from common.weights import AHEAD, Bucket, WeightDigest, brief
 from common.wire import Go, Publish, PublishDone, Published, PublishFailed, Welcome
 from learner.weights.gather import Snapshot
@@ -40,8 +41,10 @@ class WeightPublisher:
         device: torch.device,
         backend: str = "gloo",
         least_mb_s: float = 100.0,
+        stream: str = POLICY_STREAM,
     ) -> None:
         """``device`` holds the tensors; ``backend`` is gloo, which sends buckets from memory, or nccl."""
+        self._stream = stream
         self._send = send
         self._receive = receive
         self._host = host
@@ -68,7 +71,9 @@ class WeightPublisher:
         began = time.perf_counter()
         listing = weights.listing
         seconds = self._seconds(weights)
-        offer = Publish(version, self._host, self._store.port, self._backend, self.bucket_bytes, listing, seconds)
+        offer = Publish(
+            version, self._host, self._store.port, self._backend, self.bucket_bytes, listing, seconds, self._stream
+        )
         self._send(offer)
         waited = BROKER_ATTEMPTS * (self._deadline_s + seconds)
         deadline = time.monotonic() + waited
@@ -76,13 +81,13 @@ class WeightPublisher:
             if should_stop():
                 return time.perf_counter() - began
             message = self._receive(POLL_S)
-            if isinstance(message, Go) and message.version == version:
+            if isinstance(message, Go) and (message.version, message.stream) == (version, self._stream):
                 if self._collective(message, weights, began):
                     return time.perf_counter() - began
             elif isinstance(message, Welcome):  # a broker that came back knows of no offer
                 self._send(offer)
             elif isinstance(message, PublishDone):
-                if message.version == version:  # nobody to send to, or nobody left
+                if (message.version, message.stream) == (version, self._stream):  # nobody to send to, or nobody left
                     return time.perf_counter() - began
             elif message is not None:
                 other(message)

@@ -1,6 +1,7 @@
 """Configuration: one schema, near names, ranges, and what YAML does to words."""
 
 import re
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,5 @@ def test_values_that_cannot_work_are_refused_at_once(path: Path, override: str, 
 
 def test_every_range_names_a_key() -> None:
     for key, (low, high) in RANGES.items():
-        section, name = key.split(".")
-        value = getattr(getattr(RunConfig(), section), name)
+        value = attrgetter(key)(RunConfig())
         assert low <= value <= high

@@ -97,6 +97,7 @@ def _config(plan: Plan) -> Manifest:
         config,
         run=replace(config.run, dir=str(plan.path(config.run.dir))),
         model=replace(config.model, path=str(plan.path(config.model.path))),
+        joint=replace(config.joint, path=str(plan.path(config.joint.path)) if config.joint.path else ""),
         broker=replace(config.broker, address=f"tcp://{name}-broker:{plan.port}", keys=KEYS),
         learner=replace(config.learner, resume=True),
     )
