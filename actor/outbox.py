@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from actor.rollout import Turn
+from actor.tasks.base import Block
 from common.wire import FINISH_REASONS, STARTS, Ack, Trajectories
 
 
@@ -18,6 +19,7 @@ class Finished:
     turns: Sequence[Turn]
     channels: dict[str, float]
     reward: float
+    blocks: Sequence[Block] = ()  # of its turns' completions
 
 
 def by_channels(finished: Sequence[Finished]) -> dict[tuple[str, ...], list[Finished]]:
@@ -57,7 +59,23 @@ def pack(run_id: str, channel_names: Sequence[str], finished: Sequence[Finished]
         topk_ids=interleave(0, np.int32, [turn.completion.topk_ids for turn in turns]),
         topk_log_q=interleave(0, np.float32, [turn.completion.topk_logprobs for turn in turns]),
         experts=np.concatenate([_experts(f.turns) for f in finished]),
+        blocks=_block_table(finished),
+        block_rewards=np.array([block.reward for f in finished for block in f.blocks], np.float32),
     )
+
+
+def _block_table(finished: Sequence[Finished]) -> np.ndarray:
+    """``[K, 5]``: trajectory, which block, outcome before it, first token and end within the trajectory."""
+    rows = []
+    for index, one in enumerate(finished):
+        starts, position = [], 0
+        for turn in one.turns:
+            starts.append(position + len(turn.given))
+            position = starts[-1] + len(turn.completion.token_ids)
+        for block in one.blocks:
+            at = starts[block.turn]
+            rows.append((index, block.number, block.outcome, at + block.first, at + block.end))
+    return np.array(rows, np.int32).reshape(-1, 5)
 
 
 def _roles(turns: Sequence[Turn]) -> np.ndarray:

@@ -37,6 +37,7 @@ def _is_loopback(url: str) -> bool:
 
 MEGABYTE = 1 << 20
 MAX_HELD_OUT = 1 << 24  # prompts of one evaluation
+SORT_TASKS = {"sort6", "sort6_confidence", "sort6_twice"}  # each has a warm start of its own
 MAX_TASKS, MAX_LABEL = 64, 64  # tasks that are mixed; characters of a label
 BYTES_PER_TOKEN = 13  # of a queued trajectory: ids, flag, log q and version
 BYTES_PER_ALTERNATIVE = 8  # id and log q
@@ -161,10 +162,15 @@ class TaskSection:
         return mixture(self.ratios)
 
     @property
+    def sorting(self) -> TaskEntry:
+        """The task that the warm start makes a model for, where :attr:`in_small_alphabet`."""
+        return next(entry for entry in self.entries.values() if entry.name in SORT_TASKS)
+
+    @property
     def in_small_alphabet(self) -> bool:
         """Whether the quick start's tiny model, which the warm start makes, can be trained on it."""
         names = {entry.name for entry in self.entries.values()}
-        return "sort6" in names and names <= {"sort6", "guess"}
+        return len(names & SORT_TASKS) == 1 and names <= SORT_TASKS | {"guess"}
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,8 @@ def fingerprint(config: RunConfig) -> str:
     content = {
         "recipe": RECIPE,
         "seed": config.run.seed,
-        "task": config.task.name,
-        "params": config.task.params,
+        "task": config.task.sorting.name,
+        "params": config.task.sorting.params,
         "warmstart": asdict(config.warmstart),
         "dtype": config.model.dtype,
     }

@@ -19,11 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from actor.tasks.base import PromptItem, Task, make_task
+from actor.tasks.base import DemonstratedTask, PromptItem, make_task
 from actor.tasks.sort6 import write_tokenizer
 from common.config import RunConfig, load
 from common.errors import ConfigError, CroupierError, DeadlineError, ModelError
@@ -44,7 +45,7 @@ def ensure(config: RunConfig) -> Path:
     path = Path(config.model.path)
     if not config.task.in_small_alphabet:
         raise ConfigError(
-            f"task.name={', '.join(config.task.labels)}: the warm start knows sort6 only; "
+            f"task.name={', '.join(config.task.labels)}: the warm start knows sort6 and its kin; "
             "set model.path to a real model"
         )
     state = model_state(config)
@@ -74,7 +75,9 @@ def ensure(config: RunConfig) -> Path:
 def make(config: RunConfig, directory: Path) -> None:
     """Train and save into the empty ``directory``."""
     write_tokenizer(directory)
-    task = make_task(config.task.name, str(directory), config.run.seed, config.task.params)
+    sorting = config.task.sorting
+    task = make_task(sorting.name, str(directory), config.run.seed, sorting.params)
+    assert isinstance(task, DemonstratedTask)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
@@ -118,19 +121,17 @@ def build(config: RunConfig, vocab_size: int, eos_id: int, pad_id: int) -> Qwen3
     return model
 
 
-def train(config: RunConfig, model: Qwen3MoeForCausalLM, task: Task) -> tuple[int, float]:
+def train(config: RunConfig, model: Qwen3MoeForCausalLM, task: DemonstratedTask) -> tuple[int, float]:
     """Supervised steps until the sampled held-out reward reaches its target; returns steps and reward."""
     shape, started, shown = config.warmstart, time.monotonic(), 0.0
     optimizer = torch.optim.AdamW(model.parameters(), lr=shape.lr, weight_decay=0.0)
     sampling = torch.Generator().manual_seed(config.run.seed + 1)
     held_out = [task.prompt(index, "heldout") for index in range(CHECK_PROMPTS)]
-    eos_id = model.config.eos_token_id
     reward = 0.0
     for step in range(1, shape.max_steps + 1):
         first = (step - 1) * shape.batch
-        loss = supervised_loss(
-            model, [task.prompt(index, "train") for index in range(first, first + shape.batch)], eos_id
-        )
+        items = [task.prompt(index, "train") for index in range(first, first + shape.batch)]
+        loss = supervised_loss(model, task, items, first)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -154,34 +155,42 @@ def train(config: RunConfig, model: Qwen3MoeForCausalLM, task: Task) -> tuple[in
     )
 
 
-def answer(prompt: list[int], eos_id: int) -> list[int]:
-    """The right completion of a prompt: the ids of ten digits rise with the digits, so sorting ids sorts digits."""
-    return [*sorted(prompt[:-1]), eos_id]  # the prompt's last token is its end mark
-
-
-def supervised_loss(model: Qwen3MoeForCausalLM, items: list[PromptItem], eos_id: int) -> Tensor:
-    """Mean cross-entropy of the right answers, load-balancing loss included."""
-    prompts = [[int(token) for token in item.prompt_ids] for item in items]
-    ids_BT = torch.tensor([[*prompt, *answer(prompt, eos_id)] for prompt in prompts])
+def supervised_loss(model: Qwen3MoeForCausalLM, task: DemonstratedTask, items: list[PromptItem], first: int) -> Tensor:
+    """Mean cross-entropy of the right answers, load-balancing loss included; ``first`` counts what came before."""
+    rows = [
+        np.concatenate([item.prompt_ids, task.demonstration(item, _draw(first + n))]) for n, item in enumerate(items)
+    ]
+    ids_BT = torch.from_numpy(np.stack(rows).astype(np.int64))
     labels_BT = ids_BT.clone()
-    labels_BT[:, : len(prompts[0])] = -100  # the prompt is given, not learned
+    labels_BT[:, : len(items[0].prompt_ids)] = -100  # the prompt is given, not learned
     loss: Tensor = model(input_ids=ids_BT, labels=labels_BT, use_cache=False).loss
     return loss
 
 
 @torch.no_grad()
 def sampled_reward(
-    model: Qwen3MoeForCausalLM, task: Task, items: list[PromptItem], generator: torch.Generator
+    model: Qwen3MoeForCausalLM, task: DemonstratedTask, items: list[PromptItem], generator: torch.Generator
 ) -> float:
     """Mean reward of one answer a prompt, sampled at temperature 1 and judged by the task's own verifier."""
     ids_BT = torch.tensor([[int(token) for token in item.prompt_ids] for item in items])
     start = ids_BT.shape[1]
-    for _ in range(start):  # six digits and the end: as long as the prompt
+    for _ in range(len(task.demonstration(items[0], 0))):
         logits_BV = model(input_ids=ids_BT, use_cache=False, output_router_logits=False).logits[:, -1]
         next_B1 = torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)
         ids_BT = torch.cat([ids_BT, next_B1], dim=1)
-    answers = ids_BT[:, start:].numpy().astype(np.int32)
+    answers = [_ended(row, model.config.eos_token_id) for row in ids_BT[:, start:].numpy().astype(np.int32)]
     return float(np.mean([task.reward(item, row)["correct"] for item, row in zip(items, answers, strict=True)]))
+
+
+def _ended(row: NDArray[np.int32], eos_id: int) -> NDArray[np.int32]:
+    """Up to the first end token, it included."""
+    ends = np.flatnonzero(row == eos_id)
+    return row[: ends[0] + 1] if len(ends) else row
+
+
+def _draw(number: int) -> int:
+    """Numbers without a pattern, the same every time (Knuth's multiplicative hash)."""
+    return ((number * 2654435761) & 0xFFFFFFFF) >> 16
 
 
 def save(model: Qwen3MoeForCausalLM, directory: Path, config: RunConfig) -> None:

@@ -19,6 +19,8 @@ from common.errors import TaskError
 Split = Literal["train", "heldout"]
 BUILT_IN: dict[str, tuple[str, bool]] = {  # name -> (module:class, whether it takes the model directory first)
     "sort6": ("actor.tasks.sort6:Sort6", False),
+    "sort6_confidence": ("actor.tasks.sort6blocks:SortConfidence", False),
+    "sort6_twice": ("actor.tasks.sort6blocks:SortTwice", False),
     "guess": ("actor.tasks.guess:Guess", False),
     "agent": ("actor.tasks.agent:AgentTask", False),
     "fixed": ("actor.tasks.fixed:FixedLength", True),
@@ -75,6 +77,36 @@ class FiniteTask(Task, Protocol):
     @property
     def questions(self) -> int:
         """How many there are to train on."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A stretch of a turn's completion with a reward of its own (algorithms.md 2)."""
+
+    number: int  # which block of its trajectory, from 0; blocks of one number are compared
+    first: int  # token of the completion
+    end: int
+    reward: float
+    outcome: int = -1  # what came of everything before it, a small number; -1 for a first block
+    turn: int = 0
+
+
+@runtime_checkable
+class BlockTask(Task, Protocol):
+    """A task whose completions have blocks; the spans are of the ids that were sampled, never of text."""
+
+    def blocks(
+        self, item: PromptItem, completions: Sequence[NDArray[np.int32]], channels: dict[str, float]
+    ) -> list[Block]:
+        """The blocks of a scored trajectory, in order and apart; one that is missing or garbled is left out."""
+
+
+@runtime_checkable
+class DemonstratedTask(Task, Protocol):
+    """A task that knows right completions, from which ``tools.warmstart`` makes a starting model."""
+
+    def demonstration(self, item: PromptItem, draw: int) -> NDArray[np.int32]:
+        """One for ``item``; ``draw`` >= 0 chooses among several. All are equally long."""
 
 
 def count_questions(task: Task) -> int:

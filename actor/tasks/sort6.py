@@ -44,7 +44,7 @@ def is_held_out(question: int) -> bool:
 class Sort6:
     """See the module."""
 
-    channels = ("correct", "prefix")
+    channels: tuple[str, ...] = ("correct", "prefix")
     eos_id = EOS
 
     def __init__(self, seed: int, params: dict[str, Any]) -> None:
@@ -62,6 +62,10 @@ class Sort6:
                 digits = f"{question:0{DIGITS}d}"
                 return PromptItem(encode(digits + ">"), "".join(sorted(digits)) + "$")
         raise AssertionError("ten thousand draws missed a split of one in eight")
+
+    def demonstration(self, item: PromptItem, draw: int) -> NDArray[np.int32]:
+        """The right answer."""
+        return encode(item.reference)
 
     def reward(self, item: PromptItem, completion_ids: NDArray[np.int32]) -> dict[str, float]:
         """``correct``: 1 for exactly the sorted digits and ``$``; ``prefix``: their share before the first error."""

@@ -4,18 +4,17 @@ import json
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer, Qwen3MoeForCausalLM
 
-from actor.tasks.base import make_task
+from actor.tasks.base import DemonstratedTask, make_task
 from actor.tasks.sort6 import write_tokenizer
 from common.config import RunConfig, load
 from common.errors import ConfigError, ModelError
 from tools.stamp import ModelState, model_state
-from tools.warmstart import answer, ensure, main
+from tools.warmstart import ensure, main
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["warmstart.target_reward=0", "warmstart.max_steps=2", "warmstart.batch=8", "warmstart.hidden=16",
@@ -87,7 +86,7 @@ def test_a_model_of_someone_else_is_never_overwritten(tmp_path: Path, capsys: py
 
 
 def test_only_sort6_has_a_warm_start(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="knows sort6 only"):
+    with pytest.raises(ConfigError, match="knows sort6"):
         ensure(tiny(tmp_path / "m", "task.name=gym:chain_sum"))
 
 
@@ -107,12 +106,16 @@ def test_training_never_sees_a_held_out_prompt(tmp_path: Path) -> None:
     assert train.isdisjoint(held_out)
 
 
-def test_the_taught_answer_is_what_the_verifier_wants(tmp_path: Path) -> None:
-    write_tokenizer(tmp_path)
-    task = make_task("sort6", str(tmp_path), 0, {})
-    eos_id = AutoTokenizer.from_pretrained(tmp_path).eos_token_id
+@pytest.mark.parametrize("name", ["sort6", "sort6_confidence", "sort6_twice"])
+def test_the_taught_answer_is_what_the_verifier_wants(name: str) -> None:
+    task = make_task(name, "", 0, {})
+    assert isinstance(task, DemonstratedTask)
+    lengths = set()
     for index in range(64):
         item = task.prompt(index, "train")
-        right = answer([int(t) for t in item.prompt_ids], eos_id)
-        assert task.reward(item, np.array(right, np.int32))["correct"] == 1.0
-        assert task.reward(item, np.array(right[::-1], np.int32))["correct"] == 0.0
+        right = task.demonstration(item, index * 7919)
+        lengths.add(len(right))
+        channels = task.reward(item, right)
+        assert channels["correct"] == channels.get("valid", 1.0) == 1.0
+        assert task.reward(item, right[::-1])["correct"] == 0.0
+    assert len(lengths) == 1

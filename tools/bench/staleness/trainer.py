@@ -32,8 +32,8 @@ from tools.bench.staleness.methods import Method, Regime
 from tools.bench.staleness.sampler import Samples, sample
 
 GROUPS, SIBLINGS = 16, 8
-UPDATES = 160
-TUNING_UPDATES = 100  # of a run that chooses a rate
+UPDATES = 120
+TUNING_UPDATES = 80  # of a run that chooses a rate
 ANSWER = 8  # tokens at most
 EVALUATE_EVERY = 20
 HELD_OUT = 512  # one standard error is .02
