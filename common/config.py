@@ -57,6 +57,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "engine.tp": (1, 4096), "engine.concurrency": (0, 1e6), "engine.restarts": (0, 1e6),
     "engine.backoff_s": (0, 3600), "engine.start_timeout_s": (1, 1e6), "engine.request_timeout_s": (1, 1e6),
     "engine.attempts": (1, 100),
+    "optim.reset_every": (0, 2**31),
     "learner.logprob_mb": (0.0001, 1e6), "loss.router_z": (0, 1e3), "loss.expert_bias_rate": (0, 1),
     "learner.pp": (1, 4096), "learner.dp_replicate": (1, 4096), "learner.dp_shard": (1, 4096), "learner.ep": (1, 4096),
     "learner.tp": (1, 4096), "learner.write_timeout_s": (0.1, 1e6),
@@ -283,6 +284,7 @@ class OptimSection:
     weight_decay: float = 0.0
     warmup_steps: int = 0
     max_grad_norm: float = 1.0
+    reset_every: int = 0  # updates after which AdamW's moments are forgotten (GLM-5); 0: never
     freeze: tuple[str, ...] = ()  # patterns of tensor names that are not trained and never sent: model.layers.0.*
 
     def __post_init__(self) -> None:

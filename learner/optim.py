@@ -68,6 +68,19 @@ class Optimizer:
         )  # fmt: skip
 
     @property
+    def age(self) -> int:
+        """Updates that the moments have seen: all, or those since the last reset (``optim.reset_every``)."""
+        every = self.config.reset_every
+        return self.steps % every if every else self.steps
+
+    def reset(self) -> None:
+        """Forget both moments (GLM-5, 2602.15763: new weights in the fleet are a new problem)."""
+        for flat in self.flats:
+            for moment in self.moments(flat).values():
+                moment.zero_()
+            self._adam.state[flat.master]["step"].zero_()
+
+    @property
     def lr(self) -> float:
         """The rate of the next update."""
         return learning_rate(self.config, self.steps, self.total_steps)
@@ -91,6 +104,8 @@ class Optimizer:
         if not math.isfinite(norm):
             self.skipped += 1
             return norm
+        if self.steps and self.age == 0:
+            self.reset()
         scale = min(1.0, self.config.max_grad_norm / (norm + 1e-6))
         for flat, group in zip(self.flats, self._adam.param_groups, strict=False):
             group["lr"] = self.lr
@@ -116,7 +131,7 @@ class Optimizer:
         self.steps, self.skipped = steps, skipped
         for flat in self.flats:
             self.moments(flat)
-            self._adam.state[flat.master]["step"].fill_(steps)
+            self._adam.state[flat.master]["step"].fill_(self.age)
 
 
 def _flatten(model: Decoder, weight_decay: float) -> Iterator[FlatParameters]:

@@ -97,7 +97,7 @@ def train_step(
     if settings.loss.kind == "m2po":
         work.mask_batch()
     run_pipeline(model.mesh, work.shapes, model.dtype, work.run_stage)
-    lr = optimizer.lr
+    lr, age = optimizer.lr, optimizer.age
     grad_norm = optimizer.step()
     sums = model.mesh.sum_floats(dict(zip(SUMMED, work.sums.tolist(), strict=True)))
     counts = model.mesh.sum(work.counts)
@@ -105,6 +105,8 @@ def train_step(
         model.move_expert_bias(counts, settings.loss.expert_bias_rate)
     metrics = _metrics(sums, counts, settings.loss)
     metrics |= {"grad_norm": grad_norm, "lr": lr, "skipped_updates": float(optimizer.skipped)}
+    if optimizer.config.reset_every:
+        metrics["moments_age"] = float(age)
     return metrics, _fractions(counts, expert_fraction)
 
 

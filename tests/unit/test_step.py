@@ -1,5 +1,7 @@
 """One step: the same however the batch is cut; the optimizer. (On meshes: test_mesh; resumed: test_checkpoint.)"""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -130,6 +132,32 @@ def test_rates_warm_up_and_decay():
     cosine = OptimSection(lr=2.0, schedule="cosine", min_lr_ratio=0.0)
     assert [learning_rate(cosine, u, 5) for u in range(5)] == pytest.approx([2.0, 1 + 2**-0.5, 1.0, 1 - 2**-0.5, 0.0])
     assert learning_rate(OptimSection(lr=0.5), 99, 100) == 0.5
+
+
+def test_moments_are_forgotten_when_asked_and_a_resumed_optimizer_agrees():
+    def weights(every, resumed_at=None):
+        model = model_of()
+        optimizer = Optimizer(model, dataclasses.replace(OPTIM, reset_every=every), 6)
+        fraction, ages = model.uniform_expert_fraction(), []
+        for step in range(5):
+            if step == resumed_at:
+                moments = [{k: v.clone() for k, v in optimizer.moments(flat).items()} for flat in optimizer.flats]
+                optimizer = Optimizer(model, optimizer.config, 6)
+                optimizer.set_steps(step, 0)
+                for flat, its in zip(optimizer.flats, moments, strict=True):
+                    for name, value in optimizer.moments(flat).items():
+                        value.copy_(its[name])
+            metrics, fraction = train_step(model, optimizer, batch_of(step, [0, 1, 2], 1.0), fraction, settings())
+            ages.append(metrics.get("moments_age"))
+        return [p.clone() for p in model.parameters()], ages
+
+    never, _ = weights(0)
+    twice, ages = weights(2)
+    assert ages == [0, 1, 0, 1, 0]
+    assert any(not torch.equal(a, b) for a, b in zip(never, twice, strict=True))
+    for resumed_at in (2, 3):
+        again, _ = weights(2, resumed_at)
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(twice, again, strict=True))
 
 
 def test_a_gradient_that_is_not_finite_moves_nothing_and_is_counted():
