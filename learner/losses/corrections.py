@@ -73,7 +73,7 @@ def by_sequence(log_p: Tensor, tokens: Tokens, lengths: Tensor, section: LossSec
     per_token = None if factor is None else of.spread(factor.to(log_p.dtype))
     if section.opsm is not None:
         far = of.spread(of.mean(tokens.log_q - log_p) > section.opsm)
-        near = (~(far & (tokens.advantages < 0))).to(log_p.dtype)
+        near = torch.where(far & (tokens.advantages < 0), 0.0, torch.ones((), dtype=log_p.dtype, device=log_p.device))
         per_token = near if per_token is None else per_token * near
     ratio = None
     if section.kind == "gspo":

@@ -22,7 +22,7 @@ from learner.logprobs import Share
 from learner.losses import families
 from learner.losses.corrections import icepop
 from learner.losses.families import Terms
-from learner.losses.tokens import MAX_LOG_RATIO, LossStats, Tokens, exp_ratio, k3
+from learner.losses.tokens import MAX_LOG_RATIO, LossStats, Tokens, exp_ratio
 
 CACHED = 1 << 15  # tokens whose every intermediate result stays in a CPU's cache
 
@@ -55,7 +55,7 @@ def policy_loss(log_p: Tensor, entropy: Tensor, tokens: Tokens, section: LossSec
 def _policy_loss(log_p: Tensor, entropy: Tensor, tokens: Tokens, section: LossSection) -> tuple[Share, LossStats]:
     about = _Densities.of(log_p, tokens, section)
     on, own, log_q = about.on, about.own, about.log_q
-    advantages = _advantages(own, tokens, section, on)
+    advantages = _advantages(own, tokens, section)
     weight = _weight(about, section)
     ratio = torch.ones_like(own) if about.anchor is own else exp_ratio(own - about.anchor)
     gain, slope, stopped = _family(about, ratio, advantages, tokens, section)
@@ -106,21 +106,20 @@ class _Densities:
         return cls(on, faulty, own, log_q, log_m, anchor)
 
 
-def _advantages(own: Tensor, tokens: Tokens, section: LossSection, on: Tensor) -> Tensor:
+def _advantages(own: Tensor, tokens: Tokens, section: LossSection) -> Tensor:
     """``A``, with the teacher's word on each token (algorithms.md 3.6) and the k1 penalty in it."""
     advantages = tokens.advantages
     if section.distill > 0 and tokens.log_teacher is not None:
-        gap = (tokens.log_teacher - own).clamp(-section.distill_clip, section.distill_clip)
-        advantages = advantages + section.distill * torch.where(on & ~gap.isnan(), gap, 0.0)
+        gap = (tokens.log_teacher - own).clamp_(-section.distill_clip, section.distill_clip).nan_to_num_(0.0)
+        advantages = torch.add(advantages, gap, alpha=section.distill)
     if section.kl > 0 and section.kl_estimator == "k1" and tokens.log_reference is not None:
-        advantages = advantages + section.kl * _away(own, tokens.log_reference, on)
+        advantages = torch.add(advantages, _away(own, tokens.log_reference), alpha=section.kl)
     return advantages
 
 
-def _away(own: Tensor, log_reference: Tensor, on: Tensor) -> Tensor:
+def _away(own: Tensor, log_reference: Tensor) -> Tensor:
     """``log reference - log policy``; 0 where the reference could not say, cut where it calls a token impossible."""
-    away = torch.where(on & ~log_reference.isnan(), log_reference - own, 0.0)
-    return away.clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return (log_reference - own).clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO).nan_to_num_(0.0)
 
 
 def _weight(about: _Densities, section: LossSection) -> Tensor:
@@ -216,27 +215,28 @@ def _penalties(
 
     ``weight[n]`` undoes the rejection, so that the penalties are means under the anchor.
     """
-    own, on = about.own, about.on
+    own = about.own
     loss = torch.zeros((), device=own.device)
     if tokens.log_teacher is not None:
         gap = tokens.log_teacher - own
-        taught = on & gap.isfinite()
-        stats.teacher, stats.taught = torch.where(taught, gap, 0.0).sum(), taught.sum().to(own.dtype)
+        taught = (gap.isfinite() & about.on).to(own.dtype)
+        stats.teacher, stats.taught = torch.dot(taught, gap.nan_to_num_(0.0, 0.0, 0.0)), taught.sum()
     if tokens.log_reference is not None:
-        away = _away(own, tokens.log_reference, on)
-        terms = k3(away)
-        stats.kl_reference = terms.sum()
+        away = _away(own, tokens.log_reference)
+        raised = torch.expm1(away)
+        terms = raised - away  # k3
+        stats.kl_reference = torch.dot(terms, about.on.to(own.dtype))
         if section.kl > 0 and section.kl_estimator != "k1":
             if section.kl_estimator == "k2":
                 terms, change = 0.5 * away.square(), -away
             else:
-                change = -torch.expm1(away)
+                change = raised.neg_()
             loss = loss + section.kl * torch.dot(weight, terms)
-            slope += section.kl * weight * change
+            slope.addcmul_(weight, change, value=section.kl)
     if section.ratio_penalty > 0:
         moved = own - about.log_q
         loss = loss + section.ratio_penalty * torch.dot(weight, moved.square())
-        slope += 2 * section.ratio_penalty * weight * moved
+        slope.addcmul_(weight, moved, value=2 * section.ratio_penalty)
     return loss
 
 

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from common.wire import EXPERT
@@ -59,8 +58,3 @@ class LossStats:
 def exp_ratio(log_ratio: Tensor) -> Tensor:
     """``exp`` of a clamped log-ratio, in place."""
     return log_ratio.clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp_()
-
-
-def k3(log_ratio: Tensor) -> Tensor:
-    """``exp(x) - 1 - x`` of ``x[n] = log target - log sampled``: at least 0, mean KL(sampled || target)."""
-    return torch.expm1(log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)) - log_ratio

@@ -70,11 +70,13 @@ def _losses(reps: int) -> list[Row]:
     log_p, entropy, tokens = _tokens()
     mask, n = tokens.accept.float(), len(log_p)
     lengths = torch.full((SEQUENCES,), LENGTH)
-    reference = tokens[:]
-    reference.log_reference = reference.log_teacher = tokens.log_p_v
 
     def ours(section: LossSection) -> float:
-        given = reference if section.kl or section.distill else tokens
+        given = tokens[:]
+        if section.kl:
+            given.log_reference = tokens.log_p_v
+        if section.distill:
+            given.log_teacher = tokens.log_p_v
 
         def work() -> None:
             used = given
