@@ -6,6 +6,7 @@
     ├── ConfigError       a YAML or override that cannot be run
     ├── ModelError        a model directory that is missing, half written or unsupported
     ├── TaskError         a task or reward that does not exist or misbehaves
+    │   └── SandboxError  a sandbox that cannot be started: never what runs in one
     ├── EngineError       the sampling engine failed
     ├── WireError         bytes that are not a valid message of this WIRE_VERSION
     ├── DataError         a well-formed message whose contents break the contract
@@ -31,6 +32,10 @@ class ModelError(CroupierError, ValueError):
 
 class TaskError(CroupierError, ValueError):
     """A task or reward channel that does not exist or returned what it must not."""
+
+
+class SandboxError(TaskError):
+    """A sandbox that cannot be started here: names what was tried and the remedy. Never the program's doing."""
 
 
 class EngineError(CroupierError, RuntimeError):
