@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actor.engine.base import Completion
-from actor.tasks.base import MultiTurnTask, PromptItem, Task
+from actor.tasks.base import FittedTask, MultiTurnTask, PromptItem, Task
 from common.config import RolloutSection
 from common.errors import TaskError
 
@@ -78,10 +78,12 @@ class _Group:
 
 
 class Rollouts:
-    """Every rollout that an actor has started and not finished."""
+    """Every rollout that an actor has started and not finished. Raises ConfigError if ``task`` needs more room."""
 
     def __init__(self, rollout: RolloutSection, task: Task) -> None:
         self._rollout, self._task = rollout, task
+        if isinstance(task, FittedTask):
+            task.fit(rollout)
         self._rollouts: dict[tuple[int, int], Rollout] = {}
         self._groups: dict[int, _Group] = {}
 

@@ -177,12 +177,13 @@ def check_gloo() -> Finding:
 def check_run(config: str, overrides: list[str]) -> list[Finding]:
     """What one run needs: a valid YAML, a free address, a whole model."""
     try:
+        from actor.tasks.base import SANDBOXED
         from common.config import load
-        from common.errors import ConfigError, ModelError
+        from common.errors import ConfigError, ModelError, SandboxError
         from common.routing import read_routing
     except ImportError as error:
         return [Finding("run file", "missing", f"cannot be read yet: {error}", INSTALL)]
-    from tools.preflight import check_address, check_engine, check_frozen, check_meshes, check_models
+    from tools.preflight import check_address, check_engine, check_frozen, check_meshes, check_models, check_sandbox
     from tools.stamp import model_state, models_of, wants_warmstart
 
     try:
@@ -192,11 +193,11 @@ def check_run(config: str, overrides: list[str]) -> list[Finding]:
 
     def attempt(what: str, good: str, check: Callable[[], object]) -> Finding:
         try:
-            check()
-        except (ConfigError, ModelError) as error:
+            found = check()
+        except (ConfigError, ModelError, SandboxError) as error:
             detail, _, remedy = str(error).partition("; ")
             return Finding(what, "missing", detail, remedy)
-        return Finding(what, "ok", good)
+        return Finding(what, "ok", good or str(found))
 
     address = run.broker.address
     findings = [
@@ -208,6 +209,8 @@ def check_run(config: str, overrides: list[str]) -> list[Finding]:
     for frozen in run.frozen.values():
         if frozen.path != run.model.path:
             findings.append(attempt(frozen.words, frozen.path, partial(check_frozen, frozen, run.model.path)))
+    if any(entry.name in SANDBOXED for entry in run.task.entries.values()):
+        findings.append(attempt("sandbox", "", lambda: check_sandbox(run)))
     if wants_warmstart(run):
         states = "; ".join(f"{one.model.path}: {model_state(one)}" for one in models_of(run))
         return [*findings, Finding("model", "note", states, "tools.launch makes it (tools.warmstart)")]

@@ -25,7 +25,7 @@ from common.config import RunConfig, load, to_yaml
 from common.errors import CroupierError
 from common.process import StopFlag
 from common.routing import read_routing
-from tools.preflight import check_address, check_engine, check_frozen, check_meshes, check_models
+from tools.preflight import check_address, check_engine, check_frozen, check_meshes, check_models, check_sandbox
 from tools.processes import Process, processes_of, stop_all, wait_all
 from tools.progress import panel, plain_line, remaining_s
 from tools.run_files import CONFIG, STATUS, Record, last_lines, read_status, set_aside
@@ -87,6 +87,7 @@ class Run:
         """Check what can be checked before anything starts, then make the run directory."""
         check_address(self.config.broker.address)
         check_engine(self.config)
+        check_sandbox(self.config)
         policy = None if self.needs_warmstart() else self.config.model.path
         for model in self.config.frozen.values():
             if model.path != self.config.model.path:

@@ -70,6 +70,17 @@ def check_frozen(model: FrozenModel, policy: str | None) -> None:
         raise ModelError(other_tokens(f"{model.words} at {model.path}", model.key, differs))
 
 
+def check_sandbox(config: RunConfig) -> str:
+    """What shuts in the programs of the run's tasks, "" if they run none. Raises SandboxError, with the remedy."""
+    from actor.tasks.base import SANDBOXED
+
+    if not any(entry.name in SANDBOXED for entry in config.task.entries.values()):
+        return ""
+    from actor.sandbox.backends import find_backend
+
+    return find_backend().name
+
+
 def check_meshes(config: RunConfig) -> None:
     """Raise :class:`ConfigError` if the learner's or the replica's mesh does not divide the model.
 

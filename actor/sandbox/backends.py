@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actor.sandbox.box import WORK, Limits
-from actor.sandbox.confine import supported
+from actor.sandbox.confine import INSIDE_UID, supported
 from common.errors import SandboxError
 
-CODE = Path(__file__).parents[2]  # where package ``actor`` lies
+PACKAGE = Path(__file__).resolve().parent
+CODE = PACKAGE.parents[1]  # where package ``actor`` lies
 CODE_INSIDE = "/croupier"
 START = "import sys; sys.path.insert(0, sys.argv.pop(1)); from actor.sandbox.inside import main; main()"
-INSIDE_UID = 1000  # in a user namespace
 # (first, how many) user ids that nobody has: beyond systemd's containers; Debian's unassigned ones, for containers
 FREE_UIDS = ((0x70000000, 1 << 27), (61184, 3000))
 REMEDY = (
@@ -48,8 +48,8 @@ def interpreter() -> str:
     return str(Path(sys.base_prefix).resolve() / "bin" / version)
 
 
-def shown() -> tuple[list[str], dict[str, str]]:
-    """(paths of the host that a sandbox shows read-only, symbolic links of its root)."""
+def shown() -> tuple[list[tuple[str, str]], dict[str, str]]:
+    """(what a sandbox shows read-only: a path of the host and where, symbolic links of its root)."""
     paths, links = ["/usr"], {}
     for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
         path = Path("/", name)
@@ -61,7 +61,8 @@ def shown() -> tuple[list[str], dict[str, str]]:
     prefix = Path(sys.base_prefix).resolve()
     if not prefix.is_relative_to("/usr"):
         paths.append(str(prefix))
-    return paths, links
+    own = [(str(PACKAGE / "etc" / name), f"/etc/{name}") for name in ("passwd", "group")]
+    return [(path, path) for path in paths] + own, links
 
 
 def _free_uid() -> int:
@@ -83,16 +84,15 @@ def bwrap_argv(limits: Limits, as_root: bool) -> Argv:
     privileges = ["--unshare-user", "--uid", str(INSIDE_UID), "--gid", str(INSIDE_UID)]
     if as_root:  # no more than what becoming another user needs
         privileges = ["--cap-drop", "ALL"]
-        privileges += [w for name in ("SETUID", "SETGID", "SETPCAP") for w in ("--cap-add", f"CAP_{name}")]
-    package = str(CODE / "actor" / "sandbox")
-    shows = [(path, path) for path in paths] + [(package, f"{CODE_INSIDE}/actor/sandbox")]
-    parents = {str(parent) for _, path in shows for parent in Path(path).parents[:-1]} - set(paths)
+        privileges += [w for name in ("SETUID", "SETGID", "SETPCAP", "CHOWN") for w in ("--cap-add", f"CAP_{name}")]
+    paths.append((str(PACKAGE), f"{CODE_INSIDE}/actor/sandbox"))
+    parents = {str(parent) for _, path in paths for parent in Path(path).parents[:-1]} - {path for _, path in paths}
     size = str(limits.disk_mb << 20)
     return [
         "bwrap", "--die-with-parent", "--new-session", "--as-pid-1", "--unshare-pid", "--unshare-net", "--unshare-ipc",
         "--unshare-uts", "--unshare-cgroup-try", "--hostname", "sandbox", *privileges,
         *(word for parent in sorted(parents) for word in ("--perms", "0755", "--dir", parent)),
-        *(word for source, path in shows for word in ("--ro-bind", source, path)),
+        *(word for source, path in paths for word in ("--ro-bind", source, path)),
         *(word for link, target in links.items() for word in ("--symlink", target, link)),
         "--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev",
         "--perms", "0777", "--size", size, "--tmpfs", WORK, "--perms", "0777", "--size", size, "--tmpfs", "/tmp",
@@ -141,4 +141,4 @@ def find_backend() -> Backend:
         if result.exit_code == 0 and result.output == b"42\n" and list(result.files or ()) == ["there"]:
             return backend
         reasons.append(f"{backend.name}: exit code {result.exit_code}: {result.output.decode(errors='replace')[-300:]}")
-    raise SandboxError(f"programs cannot be shut in on this machine ({'; '.join(reasons)}); {REMEDY}")
+    raise SandboxError(f"programs cannot be shut in on this machine ({', '.join(reasons)}); {REMEDY}")

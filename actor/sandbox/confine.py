@@ -13,6 +13,7 @@ import platform
 import resource
 import signal
 import struct
+from collections.abc import Sequence
 
 from actor.sandbox.box import Limits
 
@@ -22,6 +23,7 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP = 1, 4, 22, 2
 PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 4
 SECCOMP_MODE_FILTER = 2
 CAPABILITY_VERSION_3 = 0x20080522
+INSIDE_UID = 1000  # and group; the only ones in a sandbox's user namespace
 CAPABILITIES = 64  # more than any kernel has
 
 # Name -> numbers on x86-64 and arm64 (linux/unistd.h).
@@ -44,6 +46,7 @@ _REFUSED = {
 _CLONE, _CLONE3, _SOCKET, _PRLIMIT = (56, 220), (435, 435), (41, 198), (302, 261)
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _NEWEST = 456  # system calls beyond it were not looked at
+_CLONE_NEWUSER = 0x10000000
 _CLONE_NEW = 0x7E020000  # every kind of namespace
 _AF_UNIX = 1
 
@@ -96,23 +99,40 @@ def _prctl(option: int, *values: int) -> None:
         raise OSError(ctypes.get_errno(), f"prctl {option}: {os.strerror(ctypes.get_errno())}")
 
 
-def drop_privileges(uid: int | None) -> None:
-    """Become ``uid`` (None: it is one already), without capabilities now or ever. Raises OSError."""
+def become(uid: int, owned: Sequence[str]) -> None:
+    """From root to the user ``uid``, who is given the directories ``owned``. Raises OSError.
+
+    Where the kernel lets users have namespaces the program sees INSIDE_UID instead, the same in every run.
+    """
+    for path in owned:
+        os.chown(path, uid, uid)
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+    _prctl(PR_SET_DUMPABLE, 1)  # else the maps are root's to write
+    if _libc.unshare(_CLONE_NEWUSER) == 0:
+        for name, text in (
+            ("setgroups", "deny"),
+            ("uid_map", f"{INSIDE_UID} {uid} 1"),
+            ("gid_map", f"{INSIDE_UID} {uid} 1"),
+        ):
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
+
+
+def drop_privileges() -> None:
+    """Have no capabilities now or ever, and be looked into by nobody. Raises OSError."""
     for capability in range(CAPABILITIES):
         try:
             _prctl(PR_CAPBSET_DROP, capability)
         except OSError:  # no such capability, or none are left to drop
             break
-    if uid is not None:
-        os.setgroups([])
-        os.setresgid(uid, uid, uid)
-        os.setresuid(uid, uid, uid)
     _prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
     header = struct.pack("=Ii", CAPABILITY_VERSION_3, 0)
     if _libc.capset(header, struct.pack("=6I", *[0] * 6)) != 0:
         raise OSError(ctypes.get_errno(), "capset")
     _prctl(PR_SET_NO_NEW_PRIVS, 1)
-    _prctl(PR_SET_DUMPABLE, 0)  # nobody of the same user looks into this process
+    _prctl(PR_SET_DUMPABLE, 0)
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # becoming another user has cleared it
 
 

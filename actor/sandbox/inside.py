@@ -19,7 +19,7 @@ import time
 from typing import Any, NoReturn
 
 from actor.sandbox.box import READY, WORK, Entry, Limits, Tree, cost_bytes, pack, pack_tree, unpack, unpack_tree
-from actor.sandbox.confine import drop_privileges, filter_system_calls, go_first_without_memory, limit_resources
+from actor.sandbox.confine import become, drop_privileges, filter_system_calls, go_first_without_memory, limit_resources
 from actor.sandbox.root import build_root
 
 SPACES = (WORK, "/tmp")  # where a program may write
@@ -39,7 +39,9 @@ def main() -> NoReturn:
     settings = json.loads(sys.argv[1])
     if settings["root"] is not None:
         build_root(spaces=SPACES, **settings["root"])
-    drop_privileges(settings["uid"])
+    if settings["uid"] is not None:
+        become(settings["uid"], SPACES)
+    drop_privileges()
     os.umask(0o022)
     job, contents = unpack(_read_job())
     limits = Limits(**job["limits"])

@@ -58,23 +58,26 @@ def _attach(tree: int, target: str) -> None:
     os.close(tree)
 
 
-def build_root(shown: Sequence[str], links: dict[str, str], spaces: Sequence[str], disk_mb: int, files: int) -> None:
-    """Leave for a root with ``shown`` paths read-only, symbolic ``links`` (path -> target) and empty ``spaces``.
+def build_root(
+    shown: Sequence[tuple[str, str]], links: dict[str, str], spaces: Sequence[str], disk_mb: int, files: int
+) -> None:
+    """Leave for a root with what is ``shown`` (path here, path there), ``links`` (path -> target) and empty ``spaces``.
 
-    Raises OSError, with what was attempted. The process must be pid 1 of a fresh pid namespace, in a
-    mount namespace of its own.
+    All of it is read-only but the spaces, which hold ``disk_mb`` and ``files`` each. Raises OSError, with
+    what was attempted. The process must be pid 1 of a fresh pid namespace, in a mount namespace of its own.
     """
     _check(_libc.sethostname(HOSTNAME, len(HOSTNAME)), "sethostname")
     _mount("none", "/", "", _MS_REC | _MS_PRIVATE)
     plain = _ATTR_NOSUID | _ATTR_NODEV
-    trees = [(path, _clone(path, plain | _ATTR_RDONLY)) for path in shown]  # before anything is covered
-    trees += [(f"/dev/{name}", _clone(f"/dev/{name}", _ATTR_NOSUID | _ATTR_NOEXEC)) for name in DEVICES]
+    devices = [f"/dev/{name}" for name in DEVICES]
+    trees = [(there, Path(here).is_dir(), _clone(here, plain | _ATTR_RDONLY)) for here, there in shown]
+    trees += [(device, False, _clone(device, _ATTR_NOSUID | _ATTR_NOEXEC)) for device in devices]
     _mount("tmpfs", PLACE, "tmpfs", _MS_NOSUID | _MS_NODEV, ROOT_OPTIONS)
     os.umask(0o022)
-    for path, tree in trees:
+    for path, is_dir, tree in trees:
         target = Path(PLACE + path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if Path(path).is_dir():
+        if is_dir:
             target.mkdir(exist_ok=True)
         else:
             target.touch()

@@ -14,6 +14,7 @@ from common.errors import SandboxError
 START_S = 30.0  # until the program starts: the environment's time
 REPORT_S = 20.0  # behind the program's last moment
 HEADER_BYTES = 4096 + 512  # at most, for one file of a report: its path and the rest
+REAP_S = 10.0  # for a killed process to be gone
 SAID = 4096  # bytes of the start's complaints that are kept
 READ_AT_ONCE = 1 << 16
 
@@ -27,24 +28,29 @@ def environment() -> dict[str, str]:
     }  # fmt: skip
 
 
-def run(argv: Sequence[str], files: Tree, limits: Limits, backend: Backend | None = None) -> Result:
-    """Run ``argv`` in WORK with ``files`` in it. Blocks for ``limits.wall_s`` and a little at most; thread-safe.
+def run(program: Sequence[str], files: Tree, limits: Limits, backend: Backend | None = None) -> Result:
+    """Run ``program`` in WORK with ``files`` in it. Blocks for ``limits.wall_s`` and a little at most; thread-safe.
 
     Raises SandboxError if the program could not be started: never for what the program does.
     """
     rows, contents = pack_tree(files)
-    header = {"argv": list(argv), "environment": environment(), "limits": asdict(limits), "files": rows}
+    header = {"argv": list(program), "environment": environment(), "limits": asdict(limits), "files": rows}
     job = pack(header, contents)
     chosen = backend or find_backend()
-    with subprocess.Popen(
-        chosen.make_argv(limits), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={"PATH": os.environ.get("PATH", os.defpath)}, cwd="/", bufsize=0, start_new_session=True,
-    ) as process:  # fmt: skip
-        exchange = _Exchange(process, len(job).to_bytes(8, "big") + job, limits)
-        try:
-            exchange.run()
-        finally:
-            process.kill()  # its children go with it
+    argv = chosen.make_argv(limits)
+    try:
+        process = subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, cwd="/",
+            env={"PATH": os.environ.get("PATH", os.defpath)}, start_new_session=True,
+        )  # fmt: skip
+    except OSError as error:
+        raise SandboxError(f"{chosen.name} cannot be started: {error}") from error
+    exchange = _Exchange(process, len(job).to_bytes(8, "big") + job, limits)
+    try:
+        exchange.run()
+    finally:
+        process.kill()  # its children go with it
+        exchange.close()
     if not exchange.received.startswith(READY):
         said = exchange.said.decode(errors="replace").strip().splitlines()
         raise SandboxError(
@@ -85,6 +91,13 @@ class _Exchange:
                         selector.unregister(key.fileobj)
                 if not started and self.received.startswith(READY):
                     deadline, started = time.monotonic() + self._wall_s + REPORT_S, True
+
+    def close(self) -> None:
+        """Close the streams and reap the process, which is dead. Raises TimeoutExpired if the kernel keeps it."""
+        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+            assert stream is not None
+            stream.close()
+        self._process.wait(REAP_S)
 
     def _move(self, fd: int, writes: bool, report: bool) -> bool:
         """One step with a stream that is ready; whether more is to come."""

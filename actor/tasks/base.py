@@ -1,8 +1,8 @@
 """Tasks: prompts by index, rewards by channel.
 
 ``make_task`` knows ``sort6`` (the quick start), ``guess`` (several turns), ``agent`` (programs that
-speak OpenAI's protocol), ``fixed`` (throughput measurements) and ``gym:<name>`` for every
-reasoning-gym data set. :mod:`actor.tasks.mixed` makes several of them one.
+speak OpenAI's protocol), ``terminal`` and ``repair`` (in a sandbox), ``fixed`` (throughput
+measurements) and ``gym:<name>`` for every reasoning-gym data set. :mod:`actor.tasks.mixed` makes several of them one.
 """
 
 import difflib
@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from common.config import RolloutSection
 from common.errors import TaskError
 
 Split = Literal["train", "heldout"]
@@ -24,7 +25,10 @@ BUILT_IN: dict[str, tuple[str, bool]] = {  # name -> (module:class, whether it t
     "guess": ("actor.tasks.guess:Guess", False),
     "agent": ("actor.tasks.agent:AgentTask", False),
     "fixed": ("actor.tasks.fixed:FixedLength", True),
+    "terminal": ("actor.tasks.terminal:Terminal", True),
+    "repair": ("actor.tasks.repair:Repair", True),
 }
+SANDBOXED = ("terminal", "repair")  # run programs that the policy writes (actor.sandbox)
 GYM_PREFIX = "gym:"
 
 
@@ -60,6 +64,14 @@ class MultiTurnTask(Task, Protocol):
 
     def reward_turns(self, item: PromptItem, completions: Sequence[NDArray[np.int32]]) -> dict[str, float]:
         """Every channel's value for a whole conversation; stands for :meth:`reward`."""
+
+
+@runtime_checkable
+class FittedTask(Task, Protocol):
+    """A task that keeps its replies within what the run has room for."""
+
+    def fit(self, rollout: RolloutSection) -> None:
+        """Told once, before the first prompt. Raises ConfigError for room that is too small."""
 
 
 @runtime_checkable

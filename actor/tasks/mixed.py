@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from actor.tasks.base import AnsweringTask, MultiTurnTask, PromptItem, Split, Task
+from actor.tasks.base import AnsweringTask, FittedTask, MultiTurnTask, PromptItem, Split, Task
+from common.config import RolloutSection
 from common.errors import TaskError
 from common.mixture import Mixture
 
@@ -31,6 +32,12 @@ class MixedTask:
             return replace(self.parts[number].prompt(own, split), task=number)
         except TaskError as error:
             raise TaskError(f"{self.labels[number]}: {error}") from error
+
+    def fit(self, rollout: RolloutSection) -> None:
+        """Tell the parts that want to know."""
+        for part in self.parts:
+            if isinstance(part, FittedTask):
+                part.fit(rollout)
 
     def reply(self, item: PromptItem, completions: Sequence[NDArray[np.int32]]) -> NDArray[np.int32] | None:
         """What the item's own task says; one without an answer ends the conversation."""

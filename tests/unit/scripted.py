@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from actor.engine.base import Completion, Failure, SampleRequest
 from actor.tasks.sort6 import encode
@@ -13,8 +14,8 @@ Script = Callable[[SampleRequest, int], str | None]  # None: the engine fails at
 class ScriptedEngine:
     """What an actor's play needs of an engine. Everything asked for ends at the next step."""
 
-    def __init__(self, script: Script, version: int = 0) -> None:
-        self.script, self.version = script, version
+    def __init__(self, script: Script, version: int = 0, encode: Callable[[str], NDArray[np.int32]] = encode) -> None:
+        self.script, self.version, self.encode = script, version, encode
         self.asked: list[SampleRequest] = []
         self._waiting: list[SampleRequest] = []
         self.cancelled: list[tuple[int, int]] = []
@@ -38,7 +39,7 @@ class ScriptedEngine:
         text = self.script(request, sibling)
         if text is None:
             return Failure(request.request_id, sibling, "scripted")
-        ids = encode(text)
+        ids = self.encode(text)
         n, k = len(ids), request.top_logprobs
         return Completion(
             request.request_id, sibling, ids, np.full(n, -0.5, np.float32), np.full(n, self.version, np.int32),

@@ -1,0 +1,29 @@
+"""A task's own parameters, read and refused with the remedy."""
+
+import difflib
+import math
+from typing import Any
+
+from common.errors import TaskError
+
+
+def read_number(params: dict[str, Any], name: str, default: float, least: float, most: float) -> float:
+    """``task.params.<name>``, a number in [least, most]. Raises TaskError for anything else."""
+    value = params.get(name, default)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not least <= value <= most:
+        raise TaskError(f"task.params.{name}={value!r}: must be a number in [{least:g}, {most:g}]")
+    return value  # type: ignore[no-any-return]
+
+
+def read_names(params: dict[str, Any], name: str, known: tuple[str, ...]) -> list[str]:
+    """``task.params.<name>``, some of ``known``; all of them if it is not given. Raises TaskError for anything else."""
+    given = params.get(name, list(known))
+    if not isinstance(given, list) or not given:
+        raise TaskError(f"task.params.{name}={given!r}: must be a list of names; known: {', '.join(known)}")
+    for one in given:
+        if one not in known:
+            near = difflib.get_close_matches(str(one), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise TaskError(f"task.params.{name}: there is no {one!r}; {hint}")
+    return given

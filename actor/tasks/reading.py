@@ -1,0 +1,17 @@
+"""What policies write, read without trusting it. Pure."""
+
+import re
+
+_BLOCK = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+
+
+def first_block(text: str) -> str | None:
+    """The contents of the first fenced block; None if there is none, or it has no end."""
+    found = _BLOCK.search(text)
+    return found[1] if found else None
+
+
+def last_block(text: str) -> str | None:
+    """The contents of the last fenced block."""
+    found = _BLOCK.findall(text)
+    return found[-1] if found else None
