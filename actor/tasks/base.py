@@ -22,6 +22,7 @@ BUILT_IN: dict[str, tuple[str, bool]] = {  # name -> (module:class, whether it t
     "sort6": ("actor.tasks.sort6:Sort6", False),
     "sort6_confidence": ("actor.tasks.sort6blocks:SortConfidence", False),
     "sort6_twice": ("actor.tasks.sort6blocks:SortTwice", False),
+    "tagged": ("actor.tasks.tagged:TaggedTask", True),
     "guess": ("actor.tasks.guess:Guess", False),
     "agent": ("actor.tasks.agent:AgentTask", False),
     "fixed": ("actor.tasks.fixed:FixedLength", True),
@@ -89,6 +90,14 @@ class FiniteTask(Task, Protocol):
     @property
     def questions(self) -> int:
         """How many there are to train on."""
+
+
+@runtime_checkable
+class QuestionTask(Task, Protocol):
+    """A task that asks in words."""
+
+    def question_text(self, item: PromptItem) -> str:
+        """The question, without the chat template around it."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ LEAST = 0.01  # of a probability, where its logarithm is a reward
 CHANGED = 0.1  # a second attempt that is another one and wrong
 
 
-def _penalty(task: str, params: dict[str, Any]) -> float:
+def read_penalty(task: str, params: dict[str, Any]) -> float:
+    """``params.penalty`` of a completion without a second block. Raises TaskError outside [0, 1]."""
     value = params.get("penalty", PENALTY)
     if not isinstance(value, int | float) or not 0 <= value <= 1:
         raise TaskError(f"task.params.penalty={value!r}: {task} takes a number from 0 to 1")
@@ -48,7 +49,7 @@ class SortConfidence(Sort6):
     def __init__(self, seed: int, params: dict[str, Any]) -> None:
         refuse_params("sort6_confidence", params, ("penalty", "score"))
         super().__init__(seed, {})
-        self.penalty = _penalty("sort6_confidence", params)
+        self.penalty = read_penalty("sort6_confidence", params)
         self.score = params.get("score", "brier")
         if self.score not in ("brier", "bce"):
             raise TaskError(f"task.params.score={self.score!r}: must be brier or bce")
@@ -97,7 +98,7 @@ class SortTwice(Sort6):
     def __init__(self, seed: int, params: dict[str, Any]) -> None:
         refuse_params("sort6_twice", params, ("penalty",))
         super().__init__(seed, {})
-        self.penalty = _penalty("sort6_twice", params)
+        self.penalty = read_penalty("sort6_twice", params)
 
     def reward(self, item: PromptItem, completion_ids: Ids) -> dict[str, float]:
         """See the class."""
