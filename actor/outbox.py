@@ -7,7 +7,7 @@ import numpy as np
 
 from actor.rollout import Turn
 from actor.tasks.base import Block
-from common.wire import FINISH_REASONS, STARTS, Ack, Trajectories
+from common.wire import EXPERT, FINISH_REASONS, STARTS, Ack, Trajectories
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,12 @@ def _block_table(finished: Sequence[Finished]) -> np.ndarray:
 
 
 def _roles(turns: Sequence[Turn]) -> np.ndarray:
-    """``[N]``: 1 where sampled, STARTS at the first token of a fresh turn, else 0."""
+    """``[N]``: 1 where sampled, EXPERT in an exemplar's answer, STARTS where a fresh turn begins, else 0."""
     parts = []
     for turn in turns:
         given = np.zeros(len(turn.given), np.uint8)
         given[:1] = STARTS * turn.fresh
-        parts += [given, np.ones(len(turn.completion.token_ids), np.uint8)]
+        parts += [given, np.full(len(turn.completion.token_ids), EXPERT if turn.exemplar else 1, np.uint8)]
     return np.concatenate(parts)
 
 

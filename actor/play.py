@@ -6,7 +6,8 @@
                ^                  -> the agent's answer
                +---- its next request (actor.gateway) <-+      its end -> scored -> Finished
 
-Siblings of a task's first turn are asked for in one request, so that their prompt is read once.
+Siblings of a task's first turn are asked for in one request, so that their prompt is read once. What
+is slow to reply or to score does so beside the sampling (:mod:`actor.scoring`); so do reward models.
 """
 
 import logging
@@ -21,6 +22,8 @@ from actor.evaluation import EVALUATION_ID, NO_ANSWER, Evaluations, Scored, answ
 from actor.outbox import Finished
 from actor.rewards import combine
 from actor.rollout import Ids, Rollout, Rollouts
+from actor.scoring.members import Members
+from actor.scoring.scorer import Outcome, Scorer
 from actor.tasks.agent import AgentTask
 from actor.tasks.base import AnsweringTask, MultiTurnTask, PromptItem, Task, make_task
 from actor.tasks.mixed import MixedTask
@@ -42,12 +45,14 @@ def open_task(config: RunConfig) -> Task:
     section, tasks = config.task, {}
     for label, entry in section.entries.items():
         task = tasks[label] = make_task(entry.name, config.rollout_path, config.run.seed, entry.params)
-        combine(dict.fromkeys(task.channels, 0.0), entry.reward_weights)  # wrong weights fail at once
+        made = dict.fromkeys([*task.channels, *config.reward.models], 0.0)
+        combine(made, entry.reward_weights)  # wrong weights fail at once
         if section.mix and isinstance(task, AgentTask):
             raise ConfigError(
                 f"task.mix.{label}: agents hold conversations of their own, through the gateway, and cannot be mixed "
                 "with tasks that are sampled here; train it alone with task.name=agent"
             )
+    config.reward.check_channels(dict.fromkeys(name for task in tasks.values() for name in task.channels))
     if config.rollout.max_turns > 1 and not any(isinstance(t, MultiTurnTask | AgentTask) for t in tasks.values()):
         raise ConfigError(
             f"rollout.max_turns={config.rollout.max_turns}: task {', '.join(tasks)} has one turn; set it to 1"
@@ -74,9 +79,11 @@ class Play:
         self.rollouts = Rollouts(config.rollout, task)
         self._send = send
         self._labels = config.task.labels
-        self._weights = [entry.reward_weights for entry in config.task.entries.values()]  # of each task
         channels = [part.channels for part in (task.parts if isinstance(task, MixedTask) else (task,))]
+        channels = [(*of_task, *config.reward.models) for of_task in channels]
         self._evaluations = Evaluations(self._labels, channels, config.task.mixture, counters)
+        self._members = Members(config, task, counters)
+        self._scorer = Scorer(config, task, self._members.exemplars, counters)
         self._driver = _make_driver(config, task, engine)
 
     @property
@@ -84,8 +91,14 @@ class Play:
         """Whether agents are at work, who may ask at any moment."""
         return self._driver is not None and self._driver.busy
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """Of scoring, by name: for the heartbeat."""
+        return self._scorer.counters
+
     def close(self) -> None:
-        """Stop the agents."""
+        """Stop the agents, verifiers and reward models."""
+        self._scorer.close()
         if self._driver is not None:
             self._driver.close()
 
@@ -99,7 +112,17 @@ class Play:
         except TaskError as error:
             self._send(wire.GroupFailed(group, f"prompt {prompt}: {error}"))
             return
-        self._begin(self.rollouts.start(group, item, rollout.started, rollout.group_size))
+        members = self._members.of(prompt, item)
+        siblings = rollout.started_beside(len(members))
+        started = self.rollouts.start(group, item, siblings + len(members), rollout.group_size)
+        for one in started:
+            one.question = self._members.question(prompt)
+        self._begin(started[:siblings])
+        for one, (text, completion) in zip(started[siblings:], members, strict=True):
+            one.exemplar, one.given = text, item.prompt_ids
+            one.take(completion)
+            self.counters["exemplars"] += 1
+            self._scorer.turn(one, lambda one=one: self._reward(one))  # type: ignore[misc]
 
     def start_evaluation(self, number: int, prompts: int, samples: int = 1) -> None:
         """Held-out questions ``[0, prompts)``, each completed ``samples`` times."""
@@ -147,40 +170,35 @@ class Play:
 
     # ---- going on -------------------------------------------------------------------------------
 
-    def follow_agents(self) -> list[Finished]:
+    def follow_agents(self) -> None:
         """Ask what agents ask; what they have finished is scored."""
-        finished = []
         for event in self._driver.poll() if self._driver is not None else ():
             rollout = event.rollout
             if self.rollouts.get(rollout.request_id, rollout.sibling) is not rollout:
                 continue  # enough of its siblings have ended, by an event before this one
             if event.ask is None:
-                finished.append(self._played(rollout, event))
+                self._played(rollout, event)
                 continue
             placed = event.ask.placed
             try:
                 self._ask(rollout, placed.prompt_ids, placed.first_token, placed.max_tokens)
             except EngineError as error:
                 self._fail(rollout, str(error))
-        return [one for one in finished if one is not None]
 
-    def _played(self, rollout: Rollout, ended: "Ended") -> Finished | None:
-        """An agent is done. None unless a trajectory is to be sent."""
+    def _played(self, rollout: Rollout, ended: "Ended") -> None:
+        """An agent is done."""
         rollout.turns = ended.turns
         self.counters["segments"] += sum(turn.fresh for turn in ended.turns)
         try:
             if ended.error:
                 raise TaskError(ended.error)
-            reward = combine(ended.channels, self._weights[rollout.item.task])
+            self._scorer.judge(rollout, ended.channels)
         except TaskError as error:
             self.counters["agent_failures"] += 1
             self._fail(rollout, str(error))
-            return None
-        return self._whole(rollout, ended.channels, reward)
 
     def collect(self, ended: Sequence[Completion | Failure]) -> list[Finished]:
-        """What the engine has ended: turns go on, what is whole is scored."""
-        finished = []
+        """What the engine has ended: turns go on, what is whole is scored. Returns what :meth:`scored` does."""
         for one in ended:
             rollout = self.rollouts.get(one.request_id, one.sibling)
             if rollout is None:
@@ -188,58 +206,73 @@ class Play:
             if isinstance(one, Failure):
                 self.counters["engine_failures"] += 1
                 self._fail(rollout, one.reason)
-            elif (scored := self._advance(rollout, rollout.dated(one))) is not None:
-                finished.append(scored)
-        return finished
+            else:
+                self._advance(rollout, rollout.dated(one))
+        return self.scored()
 
-    def _advance(self, rollout: Rollout, completion: Completion) -> Finished | None:
-        """One more turn is sampled: go on, or score what is whole. None unless a trajectory is to be sent.
-
-        A task whose own code fails costs one sibling: that is not the policy's fault.
-        """
+    def _advance(self, rollout: Rollout, completion: Completion) -> None:
+        """One more turn is sampled: its agent goes on, or the task has its word."""
         self.counters["tokens"] += len(completion.token_ids)
         if self._driver is not None:
             self._driver.answer(rollout, completion)
-            return None
+            return
         rollout.take(completion)
-        try:
-            reply = self.rollouts.reply(rollout)
-            if reply is not None:
-                rollout.given = reply
-                prompt_ids = np.concatenate([rollout.context, reply])
-                self._ask(rollout, prompt_ids, rollout.sampled, self.config.rollout.max_tokens)
-                return None
-            channels, reward = self._reward(rollout)
-        except Exception as error:  # noqa: BLE001  # a task is foreign code
-            self.counters["reward_failures"] += 1
-            self._fail(rollout, f"{self._labels[rollout.item.task]}: {type(error).__name__}: {error}")
-            return None
-        return self._whole(rollout, channels, reward)
+        self._scorer.turn(rollout, lambda: self._word(rollout))
 
-    def _reward(self, rollout: Rollout) -> tuple[dict[str, float], float]:
-        """Channels and their weighted sum. Raises whatever the task's verifier raises."""
+    def _word(self, rollout: Rollout) -> Ids | dict[str, float]:
+        """The environment's reply, or at the end the channels. Raises whatever the task raises; may run in a thread."""
+        reply = self.rollouts.reply(rollout)
+        return reply if reply is not None else self._reward(rollout)
+
+    def _reward(self, rollout: Rollout) -> dict[str, float]:
         completions = [turn.completion.token_ids for turn in rollout.turns]
         if isinstance(self.task, MultiTurnTask):
-            channels = self.task.reward_turns(rollout.item, completions)
-        else:
-            channels = self.task.reward(rollout.item, completions[0])
-        return channels, combine(channels, self._weights[rollout.item.task])
+            return self.task.reward_turns(rollout.item, completions)
+        return self.task.reward(rollout.item, completions[0])
+
+    def scored(self) -> list[Finished]:
+        """What tasks and reward models have said since: turns go on, what is whole is to be sent. Never waits."""
+        finished = []
+        for outcome in self._scorer.poll():
+            rollout = outcome.rollout
+            if self.rollouts.get(rollout.request_id, rollout.sibling) is not rollout:
+                continue  # enough of its siblings have ended
+            if outcome.error:
+                if outcome.counted:
+                    self.counters[outcome.counted] += 1
+                self._fail(rollout, outcome.error)
+            elif outcome.reply is not None:
+                self._go_on(rollout, outcome.reply)
+            else:
+                finished.append(self._whole(rollout, outcome))
+        return [one for one in finished if one is not None]
+
+    def _go_on(self, rollout: Rollout, reply: Ids) -> None:
+        """The environment has replied: the policy's turn."""
+        rollout.given = reply
+        prompt_ids = np.concatenate([rollout.context, reply])
+        try:
+            self._ask(rollout, prompt_ids, rollout.sampled, self.config.rollout.max_tokens)
+        except EngineError as error:
+            self._fail(rollout, str(error))
 
     # ---- ending ---------------------------------------------------------------------------------
 
-    def _whole(self, rollout: Rollout, channels: dict[str, float], reward: float) -> Finished | None:
+    def _whole(self, rollout: Rollout, outcome: Outcome) -> Finished | None:
         """``rollout`` is scored. None if it was an evaluation's."""
         place, spare = self.rollouts.ended(rollout)
         for sibling in spare:
+            self._scorer.drop(rollout.request_id, sibling)
             if self._driver is not None:
                 self._driver.drop(rollout.request_id, sibling, "enough of its siblings have ended")
             else:
                 self.engine.cancel(rollout.request_id, sibling)
             self.counters["cancelled"] += 1
         if rollout.request_id >= EVALUATION_ID:
-            self._evaluated(rollout, Scored(reward, channels, self._answer(rollout), rollout.sampled))
+            scored = Scored(outcome.reward, outcome.channels, self._answer(rollout), rollout.sampled)
+            self._evaluated(rollout, scored)
             return None
-        return Finished(rollout.request_id, place, rollout.turns, channels, reward)
+        return Finished(rollout.request_id, place, rollout.turns, outcome.channels, outcome.reward)
 
     def _fail(self, rollout: Rollout, reason: str) -> None:
         """``rollout`` will never be whole."""

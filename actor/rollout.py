@@ -31,6 +31,7 @@ class Turn:
     given: Ids  # [n] the first turn's prompt, then what the environment said; a fresh turn's whole prompt
     completion: Completion
     fresh: bool = False  # what came before is not in its context
+    exemplar: bool = False  # nobody sampled it: a person's answer
 
 
 @dataclass(eq=False)
@@ -43,6 +44,8 @@ class Rollout:
     turns: list[Turn] = field(default_factory=list)
     given: Ids | None = None  # of the turn being sampled
     date: int = -1  # a model that never changes is every version: its grant's, or -1 for what the engine says
+    question: int = -1  # its number in its task, where that is trained on
+    exemplar: str | None = None  # a person's answer that stands in a sampled one's place
 
     @property
     def context(self) -> Ids:
@@ -64,7 +67,7 @@ class Rollout:
     def take(self, completion: Completion) -> None:
         """The turn that was asked for has been sampled."""
         assert self.given is not None
-        self.turns.append(Turn(self.given, completion))
+        self.turns.append(Turn(self.given, completion, exemplar=self.exemplar is not None))
         self.given = None
 
 
@@ -111,7 +114,11 @@ class Rollouts:
         Raises TaskError for a reply that the configuration has no room for, and whatever the task raises.
         """
         task, limits = self._task, self._rollout
-        if not isinstance(task, MultiTurnTask) or len(rollout.turns) >= limits.max_turns:
+        if (
+            rollout.exemplar is not None
+            or not isinstance(task, MultiTurnTask)
+            or len(rollout.turns) >= limits.max_turns
+        ):
             return None
         reply = task.reply(rollout.item, [turn.completion.token_ids for turn in rollout.turns])
         if reply is not None and len(reply) > limits.max_reply_tokens:

@@ -132,17 +132,19 @@ class ActorService:
                 return
         self._take_weights()
         self._start()
-        finished = self.play.follow_agents()
+        self.play.follow_agents()
         if self.engine.busy:
             began = time.perf_counter()
             ended = self.engine.step(ENGINE_WAIT_S)
             self.counters["seconds_decode"] += time.perf_counter() - began  # type: ignore[assignment]
-            finished += self.play.collect(ended)
+            finished = self.play.collect(ended)
+        else:
+            finished = self.play.scored()
         for channels, alike in by_channels(finished).items():
             trajectories = pack(self.link.run_id, channels, alike)
             self.outbox.add(trajectories)
             self.link.send(trajectories)
-        self.link.counters = self.engine.counters | {k: float(v) for k, v in self.counters.items()}
+        self.link.counters = self.engine.counters | self.play.figures | {k: float(v) for k, v in self.counters.items()}
 
     def _handle(self, message: object) -> None:
         match message:

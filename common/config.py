@@ -225,7 +225,11 @@ class RolloutSection:
     @property
     def started(self) -> int:
         """Siblings that are started for a group."""
-        return math.ceil(self.group_size * self.oversample)
+        return self.started_beside(0)
+
+    def started_beside(self, exemplars: int) -> int:
+        """Siblings that are sampled for a group in which ``exemplars`` are not."""
+        return math.ceil((self.group_size - exemplars) * self.oversample)
 
     def largest_group(self, routed: int = 0) -> int:
         """Bytes of a group whose every sibling is as long as it may be; ``routed`` experts are recorded of a token."""
@@ -553,6 +557,13 @@ class RunConfig:
             require(low <= value <= high, key, value, f"must lie in [{low:g}, {high:g}]")
         self._check_frozen()
         self.check_room()
+        for name in self.reward.models:
+            require(
+                any(name in entry.reward_weights for entry in self.task.entries.values()),
+                "reward.models",
+                name,
+                f"no task weighs it, so nobody would ask it; set task.reward_weights.{name} (0 records it alone)",
+            )
         require(
             self.rollout.exemplars == 0 or bool(self.reward.exemplars),
             "rollout.exemplars",

@@ -21,6 +21,7 @@ from common.errors import ConfigError
 from common.objective import require
 
 Normalise = Literal["none", "group", "task_batch", "task_running"]
+MAX_MODELS = 16  # each has counters in an actor's heartbeat
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 
 
@@ -59,6 +60,12 @@ class RewardModelEntry:
         if self.kind == "grm":
             require(not self.path, f"{key}.path", self.path, "a generative model is served elsewhere; set url")
             require(bool(self.model), f"{key}.model", self.model, "name the judge as its server does")
+            require(
+                self.samples == 1 or self.temperature > 0,
+                f"{key}.samples",
+                self.samples,
+                "greedy judgements are all alike; set it to 1 or temperature above 0",
+            )
             require(bool(self.rubric.strip()), f"{key}.rubric", self.rubric, "say what is judged, or file:PATH")
         else:
             require(
@@ -138,6 +145,7 @@ class RewardSection:
 
     def __post_init__(self) -> None:
         """Validate."""
+        require(len(self.models) <= MAX_MODELS, "reward.models", list(self.models), f"at most {MAX_MODELS} models")
         for name, entry in self.models.items():
             entry.check(name)
         require(0 < self.memory < 1, "reward.memory", self.memory, "must lie between 0 and 1")

@@ -43,7 +43,11 @@ class PromptItem:
 
 
 class Task(Protocol):
-    """A source of questions with a verifier. The same seed and index give the same question."""
+    """A source of questions with a verifier. The same seed and index give the same question.
+
+    One with an attribute ``slow`` that is true has its replies and rewards made in threads, several at
+    once, beside the sampling.
+    """
 
     @property
     def channels(self) -> tuple[str, ...]:
@@ -81,6 +85,14 @@ class AnsweringTask(Task, Protocol):
 
     def answer(self, item: PromptItem, completion_ids: NDArray[np.int32]) -> str | None:
         """The answer that the last completion ``[T]`` gives, equal for equal ones; None if none can be read."""
+
+
+@runtime_checkable
+class AskingTask(Task, Protocol):
+    """A task that can word its question, for reward models and exemplars; that of others is the decoded prompt."""
+
+    def question_text(self, item: PromptItem) -> str:
+        """The question as a person would be asked it."""
 
 
 @runtime_checkable

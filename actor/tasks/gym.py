@@ -79,6 +79,11 @@ class GymTask:
             ids = self._tokenizer(question)["input_ids"]
         return np.array(ids, np.int32)
 
+    def question_text(self, item: PromptItem) -> str:
+        """The data set's."""
+        entry, _ = item.reference
+        return str(entry["question"])
+
     def answer(self, item: PromptItem, completion_ids: NDArray[np.int32]) -> str:
         """The whole completion, as the verifiers read it."""
         return str(self._tokenizer.decode(completion_ids.tolist(), skip_special_tokens=True)).strip()
