@@ -7,7 +7,7 @@ from collections import Counter
 
 from actor.engine.local import LocalEngine
 from actor.play import Play, open_task
-from common.config import EvaluationSection, ModelSection, RolloutSection, RunConfig, TaskSection
+from common.config import AdvantageSection, EvaluationSection, ModelSection, RolloutSection, RunConfig, TaskSection
 from common.errors import TaskError
 from tests.integration import agents
 
@@ -47,6 +47,7 @@ class Table:
             task=TaskSection(name="agent", params=params),
             rollout=RolloutSection(top_logprobs=2, **{**limits, **rollout}),
             evaluation=EvaluationSection(prompts=evaluation, temperature=0.5),
+            advantage=AdvantageSection(kind="batch_mean"),  # groups of one
         )
         self.engine = Watched(model, 16, self.config.rollout.max_length)
         self.messages, self.finished, self.counters = [], [], Counter()
@@ -65,10 +66,11 @@ class Table:
                     if command is None:
                         return
                     command()
-                self.finished += self.play.follow_agents()
+                self.play.follow_agents()
                 if self.engine.busy and not self.paused:
                     self.finished += self.play.collect(self.engine.step())
                 else:
+                    self.finished += self.play.scored()
                     time.sleep(0.001)
         except TaskError as error:
             self.error = error
