@@ -25,7 +25,7 @@ from actor.rollout import Ids, Rollout, Rollouts
 from actor.scoring.members import Members
 from actor.scoring.scorer import Outcome, Scorer
 from actor.tasks.agent import AgentTask
-from actor.tasks.base import AnsweringTask, MultiTurnTask, PromptItem, Task, make_task
+from actor.tasks.base import AnsweringTask, BlockTask, MultiTurnTask, PromptItem, Task, make_task
 from actor.tasks.mixed import MixedTask
 from common import wire
 from common.config import RunConfig
@@ -56,6 +56,12 @@ def open_task(config: RunConfig) -> Task:
     if config.rollout.max_turns > 1 and not any(isinstance(t, MultiTurnTask | AgentTask) for t in tasks.values()):
         raise ConfigError(
             f"rollout.max_turns={config.rollout.max_turns}: task {', '.join(tasks)} has one turn; set it to 1"
+        )
+    whole = [label for label, task in tasks.items() if not isinstance(task, BlockTask)]
+    if config.advantage.blocks != "off" and whole:
+        raise ConfigError(
+            f"advantage.blocks={config.advantage.blocks}: task {', '.join(whole)} has no blocks, so nothing of it "
+            "would be trained; set it to off, or take sort6_confidence, sort6_twice or tagged"
         )
     return MixedTask(tasks, section.mixture) if section.mix else tasks[section.name]
 
@@ -227,8 +233,12 @@ class Play:
     def _reward(self, rollout: Rollout) -> dict[str, float]:
         completions = [turn.completion.token_ids for turn in rollout.turns]
         if isinstance(self.task, MultiTurnTask):
-            return self.task.reward_turns(rollout.item, completions)
-        return self.task.reward(rollout.item, completions[0])
+            channels = self.task.reward_turns(rollout.item, completions)
+        else:
+            channels = self.task.reward(rollout.item, completions[0])
+        if self.config.advantage.blocks != "off" and isinstance(self.task, BlockTask):
+            rollout.blocks = self.task.blocks(rollout.item, completions, channels)
+        return channels
 
     def scored(self) -> list[Finished]:
         """What tasks and reward models have said since: turns go on, what is whole is to be sent. Never waits."""
@@ -272,7 +282,7 @@ class Play:
             scored = Scored(outcome.reward, outcome.channels, self._answer(rollout), rollout.sampled)
             self._evaluated(rollout, scored)
             return None
-        return Finished(rollout.request_id, place, rollout.turns, outcome.channels, outcome.reward)
+        return Finished(rollout.request_id, place, rollout.turns, outcome.channels, outcome.reward, rollout.blocks)
 
     def _fail(self, rollout: Rollout, reason: str) -> None:
         """``rollout`` will never be whole."""

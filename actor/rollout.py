@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actor.engine.base import Completion
-from actor.tasks.base import FittedTask, MultiTurnTask, PromptItem, Task
+from actor.tasks.base import Block, FittedTask, MultiTurnTask, PromptItem, Task
 from common.config import RolloutSection
 from common.errors import TaskError
 
@@ -46,6 +46,7 @@ class Rollout:
     date: int = -1  # a model that never changes is every version: its grant's, or -1 for what the engine says
     question: int = -1  # its number in its task, where that is trained on
     exemplar: str | None = None  # a person's answer that stands in a sampled one's place
+    blocks: Sequence[Block] = ()  # of its completions, once they are scored
 
     @property
     def context(self) -> Ids:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from actor.tasks.base import AnsweringTask, FittedTask, MultiTurnTask, PromptItem, Split, Task
+from actor.tasks.base import AnsweringTask, Block, BlockTask, FittedTask, MultiTurnTask, PromptItem, Split, Task
 from common.config import RolloutSection
 from common.errors import TaskError
 from common.mixture import Mixture
@@ -55,6 +55,13 @@ class MixedTask:
         """The item's own task's reading; None if it has none."""
         part = self.parts[item.task]
         return part.answer(item, completion_ids) if isinstance(part, AnsweringTask) else None
+
+    def blocks(
+        self, item: PromptItem, completions: Sequence[NDArray[np.int32]], channels: dict[str, float]
+    ) -> list[Block]:
+        """The item's own task's; none if it has none."""
+        part = self.parts[item.task]
+        return part.blocks(item, completions, channels) if isinstance(part, BlockTask) else []
 
     def reward(self, item: PromptItem, completion_ids: NDArray[np.int32]) -> dict[str, float]:
         """That of a conversation of one turn."""

@@ -1,5 +1,8 @@
 """Blocks from the ids that were sampled to the spans of a shard; the two tasks that have them."""
 
+from collections import Counter
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,11 +10,14 @@ from hypothesis import strategies as st
 
 from actor.engine.base import Completion
 from actor.outbox import Finished, pack
+from actor.play import Play, open_task
 from actor.rollout import Turn
 from actor.tasks.base import Block, BlockTask, DemonstratedTask, make_task
 from actor.tasks.sort6 import encode
 from broker.groups import unpack_all
-from common.errors import DataError, TaskError
+from common.config import RolloutSection, RunConfig, TaskSection
+from common.errors import ConfigError, DataError, TaskError
+from common.objective import AdvantageSection
 
 CONFIDENCE = make_task("sort6_confidence", "", 3, {})
 TWICE = make_task("sort6_twice", "", 3, {})
@@ -124,3 +130,30 @@ def test_blocks_that_cannot_be_are_refused(row, words):
     message.blocks = np.array([message.blocks[0].tolist(), row], np.int32)
     with pytest.raises(DataError, match=words):
         message.check()
+
+
+def test_an_actor_sends_the_blocks_of_what_it_scored_only_where_they_are_wanted():
+    for blocks in ("ocb", "off"):
+        config = RunConfig(
+            task=TaskSection(name="sort6_confidence"), advantage=AdvantageSection(blocks=blocks),
+            rollout=RolloutSection(group_size=2, max_tokens=9),
+        )  # fmt: skip
+        play = Play(config, open_task(config), Recorder(), Counter(), lambda message: None)
+        play.start_group(5, 0)
+        answers = (encode(f"{RIGHT}a6$"), encode("1$"))
+        for sibling, ids in enumerate(answers):
+            (finished,) = play.collect([replace(completion(ids.tolist(), 7), request_id=5, sibling=sibling)])
+            assert [b.number for b in finished.blocks] == ([] if blocks == "off" else [[0, 1], [0]][sibling])
+        play.close()
+    with pytest.raises(ConfigError, match=r"advantage.blocks=ocb: task sort6 has no blocks"):
+        open_task(RunConfig(advantage=AdvantageSection(blocks="ocb")))
+
+
+class Recorder:
+    """Stands for an engine."""
+
+    def add(self, request):
+        pass
+
+    def cancel(self, request_id, sibling):
+        pass
