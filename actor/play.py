@@ -25,7 +25,7 @@ from actor.rollout import Ids, Rollout, Rollouts
 from actor.scoring.members import Members
 from actor.scoring.scorer import Outcome, Scorer
 from actor.tasks.agent import AgentTask
-from actor.tasks.base import AnsweringTask, BlockTask, MultiTurnTask, PromptItem, Task, make_task
+from actor.tasks.base import AnsweringTask, BlockTask, HoldingTask, MultiTurnTask, PromptItem, Task, make_task
 from actor.tasks.mixed import MixedTask
 from common import wire
 from common.config import RunConfig
@@ -63,7 +63,20 @@ def open_task(config: RunConfig) -> Task:
             f"advantage.blocks={config.advantage.blocks}: task {', '.join(whole)} has no blocks, so nothing of it "
             "would be trained; set it to off, or take sort6_confidence, sort6_twice or tagged"
         )
+    _check_held_out(config, list(tasks.values()))
     return MixedTask(tasks, section.mixture) if section.mix else tasks[section.name]
+
+
+def _check_held_out(config: RunConfig, tasks: Sequence[Task]) -> None:
+    """Raise ConfigError if an evaluation asks for more of a task's questions than it holds out."""
+    prompts, section = config.evaluation.prompts, config.task
+    turns = np.bincount(section.mixture.places(np.arange(prompts))[0], minlength=len(tasks))
+    for label, task, asked in zip(section.labels, tasks, turns.tolist(), strict=True):
+        if isinstance(task, HoldingTask) and asked > task.held_out:
+            raise ConfigError(
+                f"evaluation.prompts={prompts}: asks {label} for {asked} held-out questions, and "
+                f"task.params.heldout={task.held_out} are held out; set evaluation.prompts to less, or heldout to more"
+            )
 
 
 def _make_driver(config: RunConfig, task: Task, engine: Engine) -> "Driver | None":

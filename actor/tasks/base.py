@@ -1,8 +1,9 @@
 """Tasks: prompts by index, rewards by channel.
 
 ``make_task`` knows ``sort6`` (the quick start), ``guess`` (several turns), ``agent`` (programs that
-speak OpenAI's protocol), ``terminal`` and ``repair`` (in a sandbox), ``fixed`` (throughput
-measurements) and ``gym:<name>`` for every reasoning-gym data set. :mod:`actor.tasks.mixed` makes several of them one.
+speak OpenAI's protocol), ``jsonl`` (data sets in files), ``search`` (look-ups in a corpus), ``terminal``
+and ``repair`` (in a sandbox), ``fixed`` (throughput measurements) and ``gym:<name>`` for every
+reasoning-gym data set. :mod:`actor.tasks.mixed` makes several of them one.
 """
 
 import difflib
@@ -25,6 +26,8 @@ BUILT_IN: dict[str, tuple[str, bool]] = {  # name -> (module:class, whether it t
     "tagged": ("actor.tasks.tagged:TaggedTask", True),
     "guess": ("actor.tasks.guess:Guess", False),
     "agent": ("actor.tasks.agent:AgentTask", False),
+    "jsonl": ("actor.tasks.jsonl:JsonlTask", True),
+    "search": ("actor.tasks.search:SearchTask", True),
     "fixed": ("actor.tasks.fixed:FixedLength", True),
     "terminal": ("actor.tasks.terminal:Terminal", True),
     "repair": ("actor.tasks.repair:Repair", True),
@@ -140,6 +143,15 @@ class DemonstratedTask(Task, Protocol):
 
     def demonstration(self, item: PromptItem, draw: int) -> NDArray[np.int32]:
         """One for ``item``; ``draw`` >= 0 chooses among several. All are equally long."""
+
+
+@runtime_checkable
+class HoldingTask(Task, Protocol):
+    """A task with so many questions for evaluation alone, and no more."""
+
+    @property
+    def held_out(self) -> int:
+        """How many."""
 
 
 def count_questions(task: Task) -> int:

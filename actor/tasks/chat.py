@@ -46,12 +46,14 @@ class Chat:
             raise TaskError(f"model.path={model_dir}: its chat template does not show what user and assistant said")
         return before, behind
 
-    def prompt(self, question: str) -> Ids:
+    def prompt(self, question: str, system: str = "") -> Ids:
         """Ids ``[P]`` of a conversation's beginning."""
         with self._lock:
             if not self._tokenizer.chat_template:
-                return np.array(self._tokenizer(question)["input_ids"], np.int32)
-            turns = [{"role": "user", "content": question}]
+                whole = f"{system}\n\n{question}" if system else question
+                return np.array(self._tokenizer(whole)["input_ids"], np.int32)
+            turns = [{"role": "system", "content": system}] if system else []
+            turns.append({"role": "user", "content": question})
             return self._encode(self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
 
     def text(self, completion: Ids) -> str:

@@ -95,9 +95,9 @@ def test_gym_prompts_decode_to_the_question_and_the_answer_scores(text_dir: Path
     assert isinstance(task, GymTask)
     tokenizer = AutoTokenizer.from_pretrained(text_dir)
     item = task.prompt(5, "train")
-    assert tokenizer.decode(item.prompt_ids.tolist()) == item.reference[0]["question"]
+    assert tokenizer.decode(item.prompt_ids.tolist()) == item.reference["question"]
     assert np.array_equal(item.prompt_ids, task.prompt(5, "train").prompt_ids)
-    right = np.array(tokenizer(item.reference[0]["answer"] + "<end>")["input_ids"], np.int32)
+    right = np.array(tokenizer(item.reference["answer"] + "<end>")["input_ids"], np.int32)
     assert task.reward(item, right) == {"correct": 1.0, "score": 1.0}
     wrong = np.array(tokenizer("nonsense")["input_ids"], np.int32)
     assert task.reward(item, wrong)["correct"] == 0.0
@@ -108,14 +108,14 @@ def test_gym_uses_the_chat_template(text_dir: Path, tmp_path: Path) -> None:
     tokenizer.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}>"
     tokenizer.save_pretrained(tmp_path)
     item = make_task("gym:chain_sum", str(tmp_path), 0, {}).prompt(0, "heldout")
-    assert tokenizer.decode(item.prompt_ids.tolist()) == f"[{item.reference[0]['question']}]>"
+    assert tokenizer.decode(item.prompt_ids.tolist()) == f"[{item.reference['question']}]>"
 
 
 def test_gym_never_trains_on_a_held_out_question(text_dir: Path) -> None:
     params = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
     task = make_task("gym:chain_sum", str(text_dir), 0, params)
-    held_out = {task.prompt(i, "heldout").reference[0]["question"] for i in range(600)}
-    trained = [task.prompt(i, "train").reference[0]["question"] for i in range(300)]
+    held_out = {task.prompt(i, "heldout").reference["question"] for i in range(512)}
+    trained = [task.prompt(i, "train").reference["question"] for i in range(300)]
     assert not held_out & set(trained)
 
 
@@ -127,8 +127,10 @@ def test_gym_refuses_a_data_set_whose_questions_are_all_held_out(text_dir: Path)
 
 
 def test_gym_refusals_are_clear(text_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(TaskError, match="no answer"):
-        make_task("gym:propositional_logic", str(text_dir), 0, {})
+    with pytest.raises(TaskError, match="held-out question 512"):
+        make_task("gym:chain_sum", str(text_dir), 0, {}).prompt(512, "heldout")
+    with pytest.raises(TaskError, match=r"task\.params\.heldout='all'"):
+        make_task("gym:chain_sum", str(text_dir), 0, {"heldout": "all"})
     with pytest.raises(TaskError, match=r"task\.params for gym:chain_sum"):
         make_task("gym:chain_sum", str(text_dir), 0, {"max_termz": 2})
     with pytest.raises(TaskError, match="no tokenizer"):
