@@ -20,7 +20,7 @@ import time
 import weakref
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from common.errors import TaskError
 
@@ -29,6 +29,7 @@ WAIT_S = 600.0  # for a worker to be idle
 MARGIN_S = 2.0  # behind the deadline a worker kills itself, should nobody else be left to do it
 ATTEMPTS = 2  # a worker may have died of something else than the answer
 READ_AT_ONCE = 1 << 16
+Kind = Literal["math", "gym"]  # see actor.tasks.gradeworker
 ROOT = Path(__file__).parents[2]  # where the package lies
 
 
@@ -39,10 +40,10 @@ class Overdue(Exception):
 class _Worker:
     """One process. Raises TaskError if it does not come up."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str) -> None:
         self._socket, theirs = socket.socketpair()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "actor.tasks.gradeworker"],
+            [sys.executable, "-m", "actor.tasks.gradeworker", kind],
             stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT,
         )  # fmt: skip
         theirs.close()
@@ -82,10 +83,10 @@ class _Worker:
 
 
 class Graders:
-    """``count`` workers at most, shared by threads."""
+    """``count`` workers of one kind at most, shared by threads."""
 
-    def __init__(self, count: int, deadline_s: float) -> None:
-        self.deadline_s = deadline_s
+    def __init__(self, kind: Kind, count: int, deadline_s: float) -> None:
+        self.kind, self.deadline_s = kind, deadline_s
         self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()  # None: one may be started
         for _ in range(count):
             self._idle.put(None)
@@ -103,7 +104,7 @@ class Graders:
                 raise TaskError(f"no grading process was free within {WAIT_S:g} s; raise task.params.workers") from None
             kept: _Worker | None = None
             try:
-                worker = worker or _Worker()
+                worker = worker or _Worker(self.kind)
                 verdict = worker.ask(request, self.deadline_s)
                 kept = worker
                 return verdict
@@ -120,9 +121,9 @@ class Graders:
 
 
 @lru_cache(maxsize=8)
-def graders(count: int, deadline_s: float) -> Graders:
+def graders(kind: Kind, count: int, deadline_s: float) -> Graders:
     """Those of this process: a worker takes 100 to 200 MB, so tasks share them."""
-    return Graders(count, deadline_s)
+    return Graders(kind, count, deadline_s)
 
 
 def _end_all(idle: "queue.LifoQueue[_Worker | None]") -> None:

@@ -54,7 +54,7 @@ class GymTask:
         self._blocks: dict[tuple[Split, int], Any] = {}
         self._refuse_unverified(self._entry(0, "train"))
         self._chat = Chat(model_dir)
-        self._graders = graders(WORKERS, DEADLINE_S)
+        self._graders = graders("gym", WORKERS, DEADLINE_S)
         self._held_out = self._make_held_out()
 
     def _refuse_unverified(self, entry: dict[str, Any]) -> None:
@@ -123,7 +123,7 @@ class GymTask:
     def reward(self, item: PromptItem, completion_ids: NDArray[np.int32]) -> dict[str, float]:
         """The verifier's word on the answer; one that it cannot read, or hangs on, is worth nothing."""
         request = {
-            "op": "gym", "name": self._name, "params": json.dumps(self._params, sort_keys=True),
+            "name": self._name, "params": json.dumps(self._params, sort_keys=True),
             "entry": as_literal(item.reference), "answer": self.answer(item, completion_ids),
         }  # fmt: skip
         try:

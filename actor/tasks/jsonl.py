@@ -70,7 +70,7 @@ class JsonlTask:
         self._chat = Chat(model_dir)
         if grader == "math":
             deadline_s = read_limit(params, "deadline_s", DEFAULT_DEADLINE_S, 0.1, 600)
-            self._graders = graders(int(read_limit(params, "workers", DEFAULT_WORKERS, 1, 256)), deadline_s)
+            self._graders = graders("math", int(read_limit(params, "workers", DEFAULT_WORKERS, 1, 256)), deadline_s)
 
     @property
     def questions(self) -> int:
@@ -119,7 +119,7 @@ class JsonlTask:
         found = last_boxed(text)
         answer = text if found is None else f"\\boxed{{{found}}}"
         try:
-            verdict = self._graders.grade({"op": "math", "references": line.answers, "answer": answer})
+            verdict = self._graders.grade({"references": line.answers, "answer": answer})
         except Overdue as error:
             log.warning("%s: an answer %s and counts as wrong: %r", line.where, error, (found or text)[-SHOWN:])
             return Verdict(overdue=True)

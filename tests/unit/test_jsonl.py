@@ -182,18 +182,24 @@ def test_numbers_are_compared_exactly(model: str, tmp_path: Path) -> None:
         grade(words, model, 0, "4")
 
 
-def test_math_verify_grades_and_a_tower_of_exponents_is_broken_off(model: str, tmp_path: Path, caplog) -> None:
-    task = exact(model, tmp_path, HALVES, grader="math", workers=1, deadline_s=1)
+def test_math_verify_grades(model: str, tmp_path: Path) -> None:
+    task = exact(model, tmp_path, HALVES, grader="math", workers=1)
     assert task.channels == ("correct", "format", "overdue") and task.slow
     right, wrong = {"correct": 1.0, "format": 1.0, "overdue": 0.0}, {"correct": 0.0, "format": 1.0, "overdue": 0.0}
-    task.reward(task.prompt(0, "heldout"), ids(model, "0.5"))  # imports what it needs
     assert grade(task, model, 0, r"so $x = \boxed{0.5}$") == right
     assert grade(task, model, 0, r"\boxed{2} \boxed{\frac{3}{6}}") == right
     assert grade(task, model, 0, r"\boxed{0.6}") == wrong
     assert grade(task, model, 0, "no idea") == {"correct": 0.0, "format": 0.0, "overdue": 0.0}
     assert grade(task, model, 1, r"\boxed{\{2, -2\}}") == right
+    item = task.prompt(0, "heldout")
+    assert task.answer(item, ids(model, r"\boxed{ 1 }")) == "1" and task.answer(item, ids(model, "no idea")) is None
+
+
+@pytest.mark.slow
+def test_a_tower_of_exponents_is_broken_off_and_wrong(model: str, tmp_path: Path, caplog) -> None:
+    task = exact(model, tmp_path, HALVES, grader="math", workers=1, deadline_s=1)
     with caplog.at_level("WARNING", logger="actor.jsonl"):
         hostile = grade(task, model, 2, r"\boxed{9^{9^{9^9}}}")
     assert hostile == {"correct": 0.0, "format": 0.0, "overdue": 1.0}
-    assert "h.jsonl:3: an answer was not graded within 1 s and counts as wrong" in caplog.text
-    assert grade(task, model, 2, r"\boxed{2}") == right  # by another process
+    assert "h.jsonl:3: an answer was not graded within 1 s and counts as wrong: '9^{9^{9^9}}'" in caplog.text
+    assert grade(task, model, 2, r"\boxed{2}") == {"correct": 1.0, "format": 1.0, "overdue": 0.0}  # by another process
