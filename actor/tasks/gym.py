@@ -109,11 +109,6 @@ class GymTask:
         """The data set's question."""
         return str(item.reference["question"])
 
-    def question_text(self, item: PromptItem) -> str:
-        """The data set's."""
-        entry, _ = item.reference
-        return str(entry["question"])
-
     def answer(self, item: PromptItem, completion_ids: NDArray[np.int32]) -> str:
         """What the verifiers are given."""
         text = self._chat.text(completion_ids)

@@ -117,6 +117,11 @@ class SearchTask:
             raise TaskError(f"held-out question {index}: task.params.heldout={len(self._heldout)} are held out")
         return PromptItem(self._chat.prompt(ASK.format(question=line.question), self._system), line)
 
+    def question_text(self, item: PromptItem) -> str:
+        """The question, without what is said about look-ups."""
+        line: Line = item.reference
+        return line.question
+
     def reply(self, item: PromptItem, completions: Sequence[Ids]) -> Ids | None:
         """The passages for the last turn's search, cut to what a reply may hold; None behind an answer."""
         turn = self._read(completions[-1])
