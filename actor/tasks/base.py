@@ -107,14 +107,6 @@ class FiniteTask(Task, Protocol):
         """How many there are to train on."""
 
 
-@runtime_checkable
-class QuestionTask(Task, Protocol):
-    """A task that asks in words."""
-
-    def question_text(self, item: PromptItem) -> str:
-        """The question, without the chat template around it."""
-
-
 @dataclass(frozen=True)
 class Block:
     """A stretch of a turn's completion with a reward of its own (algorithms.md 2)."""

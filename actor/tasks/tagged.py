@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actor.tasks.base import Block, PromptItem, QuestionTask, Split, make_task, refuse_params
+from actor.tasks.base import AskingTask, Block, PromptItem, Split, make_task, refuse_params
 from actor.tasks.chat import Chat
 from actor.tasks.sort6blocks import CHANGED, LEAST, read_penalty
 from actor.tasks.tokenizer import load_tokenizer
@@ -58,9 +58,9 @@ class TaggedTask:
             raise TaskError("task tagged needs task.params.inner, the name of the task that is asked")
         self.penalty = read_penalty("tagged", params)
         inner = make_task(str(params["inner"]), model_dir, seed, dict(params.get("params", {})))
-        if not isinstance(inner, QuestionTask):
+        if not isinstance(inner, AskingTask):
             raise TaskError(f"task.params.inner={params['inner']}: has no question in words to put tags to")
-        self._inner: QuestionTask = inner
+        self._inner: AskingTask = inner
         self.slow = bool(getattr(inner, "slow", False))
         self._suffix = str(params.get("suffix", SUFFIXES[self.style]))
         self._chat = Chat(model_dir)
