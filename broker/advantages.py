@@ -27,8 +27,8 @@ def group_advantages(rewards: Floats, sizes: NDArray[np.int64], group_size: int,
     - ``batch_mean``: ``R - batch mean``; ``none``: ``R``.
 
     With a group's baseline a group without signal gets exactly 0. A group of which only ``n`` of
-    ``group_size`` are valid is taken over those and weighted by ``group_size / n``, which is what
-    padding it with copies of them would come to, also in the batch's mean and deviation.
+    ``group_size`` are valid is taken over those; in the batch's mean and deviation each of them counts
+    ``group_size / n`` times, as it does in the loss (:mod:`broker.aggregation`).
     """
     wide, sizes = rewards.astype(np.float64), np.asarray(sizes, np.int64)
     first, owner = np.cumsum(sizes) - sizes, np.repeat(np.arange(len(sizes)), sizes)
@@ -49,7 +49,7 @@ def group_advantages(rewards: Floats, sizes: NDArray[np.int64], group_size: int,
     elif kind in ("reinforce_pp", "reinforce_pp_baseline", "scalerl"):
         counted = ~silent if kind == "scalerl" else np.ones(len(wide), np.bool_)
         scale = np.full(len(wide), 1 / max(1e-30, _deviation(centred, padding * counted, freedom) + section.epsilon))
-    return np.where(centred == 0, 0.0, centred * scale * padding).astype(np.float32)
+    return np.where(centred == 0, 0.0, centred * scale).astype(np.float32)
 
 
 def _deviation(centred: NDArray[np.float64], weights: NDArray[np.float64], freedom: int) -> float:

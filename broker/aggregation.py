@@ -20,8 +20,9 @@ def span_weights(
 ) -> NDArray[np.float32]:
     """``[S]``: the weight of a token of each span.
 
-    ``tokens[S]`` of each span count, ``owner[S]`` is its trajectory; ``groups[B]`` and ``copies[B]``,
-    how often a trajectory counts where siblings are missing, are the trajectories'.
+    ``tokens[S]`` of each span count, ``owner[S]`` is its trajectory; ``groups[B]`` and ``copies[B]`` are
+    the trajectories'. Where siblings are missing one counts ``copies`` times, above and below the
+    line: that is what padding its group with copies would come to (algorithms.md 3.3).
 
     - ``token_mean``: ``1 / sum T`` (DAPO);
     - ``sequence_mean``: ``1 / (B T_i)``, the mean over trajectories of their means (GRPO);
@@ -42,7 +43,7 @@ def span_weights(
         prompts, of = np.unique(groups, return_inverse=True)
         held = np.bincount(of, per_trajectory * copies, len(prompts))
         weight = 1 / (max(1, int((held > 0).sum())) * np.maximum(1, held))[of]
-    return weight[owner].astype(np.float32)
+    return (weight * copies)[owner].astype(np.float32)
 
 
 def block_weights(
@@ -51,4 +52,4 @@ def block_weights(
     """``[S]``: ``w_k / (B |T_k|)``, each block a mean over its own tokens (2602.10231; algorithms.md 2.1)."""
     has = np.bincount(owner, tokens, len(copies)) > 0
     batch = max(1.0, float(copies[has].sum()))
-    return np.where(tokens > 0, scale / (batch * np.maximum(1, tokens)), 0.0).astype(np.float32)
+    return np.where(tokens > 0, scale * copies[owner] / (batch * np.maximum(1, tokens)), 0.0).astype(np.float32)

@@ -81,10 +81,7 @@ class Batch:
 
     @property
     def copies(self) -> NDArray[np.float64]:
-        """How often each trajectory counts ``[B]``: ``group_size / n`` where only ``n`` siblings are valid.
-
-        That is the weight that their advantages have (algorithms.md 3.3).
-        """
+        """How often each trajectory counts ``[B]``: ``group_size / n`` where only ``n`` siblings are valid."""
         _, owner, sizes = np.unique(self.groups, return_inverse=True, return_counts=True)
         return np.asarray((self.group_size / sizes)[owner], np.float64)
 
@@ -209,13 +206,11 @@ def _block_spans(
     found = block_advantages(
         rewards, groups[owner], number, outcome, section.blocks, section.leave_one_out, section.shrinkage
     )
-    sizes = np.unique(groups, return_counts=True)[1]
-    copies = np.repeat(config.rollout.group_size / sizes, sizes)
     named = np.array(section.block_weights + (1.0,) * (int(number.max(initial=0)) + 1), np.float64)
     spans = np.union1d(cu_seqlens, np.concatenate((cu_seqlens[owner] + first, cu_seqlens[owner] + end)))
     at = np.searchsorted(spans, cu_seqlens[owner] + first)
     advantages, scale = np.zeros(len(spans) - 1, np.float32), np.zeros(len(spans) - 1)
-    advantages[at] = found * copies[owner]
+    advantages[at] = found
     scale[at] = named[number]
     return spans, advantages, scale
 

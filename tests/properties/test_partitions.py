@@ -5,6 +5,7 @@ against the same loss written out densely: one sequence at a time, all logits, t
 denominators of algorithms.md 0.3 counted by a loop.
 """
 
+import dataclasses
 import itertools
 import math
 
@@ -16,10 +17,11 @@ from broker.batch import Rule, Scores, accept_all, collate, reject
 from common.config import OptimSection, RolloutSection, RunConfig
 from common.objective import AdvantageSection, LossSection
 from common.wire import STARTS
+from learner.losses.policy import policy_loss
 from learner.model.decoder import Decoder
 from learner.optim import Optimizer
 from learner.step import StepSettings, train_step
-from tests.properties.made import SHAPE, delivered, trajectory
+from tests.properties.made import SHAPE, delivered, tokens_of, trajectory
 
 T = 0.9
 G, GROUPS = 3, 2
@@ -201,3 +203,28 @@ def test_groups_of_equal_rewards_have_exactly_no_gradient(model, optimizer, name
     batch = collate(0, members, config)
     loss, gradient = stepped(model, optimizer, batch, accept_all(batch), config, 1, 9)
     assert loss == 0.0 and not gradient.any()
+
+
+@pytest.mark.parametrize("aggregate", ["token_mean", "sequence_mean", "constant", "prompt_mean"])
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "reinforce_pp", "scalerl"])
+def test_a_group_that_misses_siblings_is_trained_as_if_padded_with_copies(kind, aggregate):
+    """T15: the same advantages and the same loss, penalties and the entropy's bonus included."""
+    config = RunConfig(
+        rollout=RolloutSection(group_size=4),
+        loss=LossSection(aggregate=aggregate),
+        advantage=AdvantageSection(kind=kind),
+    )
+    rng = np.random.default_rng(4)
+    valid = [trajectory(0, s, s, [0] + [1] * n, rng) for s, n in enumerate((3, 5))]
+    others = [trajectory(1, s, s % 3, [0] + [1] * n, rng) for s, n in enumerate((2, 7, 1, 4))]
+    copies = [dataclasses.replace(t, sibling=t.sibling + 2) for t in valid]
+    found = []
+    for members in (valid + others, valid + copies + others):
+        batch = collate(0, members, config)
+        (sent,) = delivered(batch, accept_all(batch), config)
+        tokens = tokens_of(sent)
+        tokens.log_reference, tokens.log_teacher = 1.1 * tokens.log_q, 0.7 * tokens.log_q
+        share, _ = policy_loss(1.2 * tokens.log_q, -tokens.log_q, tokens, LossSection(kl=0.3, entropy=0.1, distill=0.5))
+        found.append((batch.advantages[[0, 1, -4, -3, -2, -1]], share.loss.item()))
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-5)

@@ -44,7 +44,7 @@ def naive(groups, size, section):
     mean = sum(a * c for a, c in used) / weight if used else 0.0
     spread = math.sqrt(sum(c * (a - mean) ** 2 for a, c in used) / (weight - ddof)) if weight > ddof else 0.0
     out = []
-    for a, (_, g, c) in zip(centred, flat, strict=True):
+    for a, (_, g, _c) in zip(centred, flat, strict=True):
         n, scale = len(groups[g]), 1.0
         if section.kind == "grpo":
             mu = sum(groups[g]) / n
@@ -54,7 +54,7 @@ def naive(groups, size, section):
             scale = n / (n - 1)
         elif section.kind in ("reinforce_pp", "reinforce_pp_baseline", "scalerl"):
             scale = 1 / (spread + section.epsilon)
-        out.append(0.0 if a == 0 else a * scale * c)
+        out.append(0.0 if a == 0 else a * scale)
     return out
 
 
@@ -112,12 +112,12 @@ def test_shifts_change_nothing_and_scales_only_what_is_not_divided(rewards, shif
 
 
 def test_padding_a_group_with_copies_would_change_no_advantage():
-    """T15: weights of group_size / n are what copies of the valid siblings come to."""
+    """T15: taken over the valid siblings alone, they are what their copies would get."""
     for kind in KINDS:
         section = AdvantageSection(kind=kind)
         whole = group_advantages(np.array([1, 0, 1, 0, 0, 1, 1, 1], np.float32), np.array([4, 4]), 4, section)
         half = group_advantages(np.array([1, 0, 0, 1, 1, 1], np.float32), np.array([2, 4]), 4, section)
-        scale = 2.0 if kind != "rloo" else 2 * (2 / 1) / (4 / 3)  # a sample of two leaves out more
+        scale = 1.0 if kind != "rloo" else (2 / 1) / (4 / 3)  # a sample of two leaves out more
         np.testing.assert_allclose(half[:2], scale * whole[:2], rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(half[2:], whole[4:], rtol=1e-5, atol=1e-6)
 
@@ -253,7 +253,7 @@ def test_weights_are_those_of_a_loop(groups, aggregate):
                 sum(1 for g in groups if sum(g)) * max(1, (tokens * copies)[of == of[i]].sum())
             ),
         }[aggregate]()  # fmt: skip
-        assert found[i] == pytest.approx(wanted, rel=1e-5)
+        assert found[i] == pytest.approx(wanted * copies[i], rel=1e-5)
 
 
 def test_the_length_bias_of_the_page():

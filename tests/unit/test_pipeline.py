@@ -305,7 +305,10 @@ def test_more_than_half_of_a_group_is_trained_with_the_weight_of_the_whole():
     batch = pipeline.step(0).batch
     mine = batch.advantages[batch.groups == 0]
     assert batch.siblings[batch.groups == 0].tolist() == [0, 2]
-    assert mine.tolist() == pytest.approx([G / 2, -G / 2], rel=1e-4)  # (R - mean) / std over two, times G / n
+    assert mine.tolist() == pytest.approx([1, -1], rel=1e-4)  # (R - mean) / std over two
+    shard = pipeline.shard(0, 0, 1)
+    of_it, of_others = shard.weights[shard.groups == 0], shard.weights[shard.groups != 0]
+    np.testing.assert_allclose(of_it, of_others[0] * G / 2, rtol=1e-6)
     assert pipeline.step(0).receipt["groups_padded"] == 1
     assert pipeline.commit(0)["trajectories"] == len(batch.groups)
     assert_books_balance(pipeline)
