@@ -47,7 +47,7 @@ class Limits:
 
     wall_s: float = 10.0
     cpu_s: float = 5.0  # of all processes together
-    memory_mb: int = 256  # resident, of all processes together; also of each one's address space
+    memory_mb: int = 256  # resident, of all processes together, as watched; and of each one's address space, exactly
     processes: int = 32
     disk_mb: int = 8  # of WORK, and as much again of /tmp
     files: int = 2000  # and directories and links, in each of the two

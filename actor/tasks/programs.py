@@ -7,10 +7,9 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
-from typing import Any
 
-Arguments = list[Any]
-LETTERS = "abcdeABxyz"
+from actor.tasks.arguments import Arguments, intervals, matrix, nested, numbers, search, word
+
 CONSTANTS = range(2, 8)  # what ``$k`` may be
 
 
@@ -22,36 +21,6 @@ class Program:
     says: str  # what a caller may expect; $k as in the source
     source: str
     arguments: Callable[[Random], Arguments]
-
-
-def _numbers(rng: Random, least: int = 0, most: int = 8, top: int = 20) -> list[int]:
-    return [rng.randint(-top // 2, top) for _ in range(rng.randint(least, most))]
-
-
-def _word(rng: Random, least: int = 0, most: int = 10, letters: str = LETTERS) -> str:
-    return "".join(rng.choice(letters) for _ in range(rng.randint(least, most)))
-
-
-def _matrix(rng: Random) -> list[list[int]]:
-    width = rng.randint(1, 4)
-    return [[rng.randint(0, 9) for _ in range(width)] for _ in range(rng.randint(1, 4))]
-
-
-def _nested(rng: Random, depth: int = 0) -> list[Any]:
-    return [
-        _nested(rng, depth + 1) if depth < 3 and rng.random() < 0.4 else rng.randint(0, 9)
-        for _ in range(rng.randint(0, 3))
-    ]
-
-
-def _intervals(rng: Random) -> list[list[int]]:
-    starts = [rng.randint(0, 20) for _ in range(rng.randint(0, 5))]
-    return [[start, start + rng.randint(0, 6)] for start in starts]
-
-
-def _search(rng: Random) -> Arguments:
-    items = sorted({rng.randint(0, 30) for _ in range(rng.randint(0, 9))})
-    return [items, rng.choice(items) if items and rng.random() < 0.7 else rng.randint(0, 30)]
 
 
 PROGRAMS: list[Program] = []
@@ -72,7 +41,7 @@ _add(
                 count += 1
         return count
     """,
-    lambda rng: [_numbers(rng), rng.randint(-3, 8)],
+    lambda rng: [numbers(rng), rng.randint(-3, 8)],
 )
 _add(
     "returns for each place the largest of the numbers up to there",
@@ -86,7 +55,7 @@ _add(
                 result.append(number)
         return result
     """,
-    lambda rng: [_numbers(rng)],
+    lambda rng: [numbers(rng)],
 )
 _add(
     "returns the index of wanted in the sorted list items, or -1 if it is not there",
@@ -104,7 +73,7 @@ _add(
                 high = middle - 1
         return -1
     """,
-    _search,
+    search,
 )
 _add(
     "returns the greatest common divisor of a and b",
@@ -126,7 +95,7 @@ _add(
                 return False
         return True
     """,
-    lambda rng: [(half := _word(rng, 0, 4, "abAB")) + _word(rng, 0, 2, "ab") + half[::-1]],
+    lambda rng: [(half := word(rng, 0, 4, "abAB")) + word(rng, 0, 2, "ab") + half[::-1]],
 )
 _add(
     "returns the runs of equal characters as pairs [character, length]",
@@ -140,7 +109,7 @@ _add(
                 runs.append([character, 1])
         return runs
     """,
-    lambda rng: [_word(rng, 0, 12, "ab")],
+    lambda rng: [word(rng, 0, 12, "ab")],
 )
 _add(
     "merges two sorted lists into one",
@@ -158,7 +127,7 @@ _add(
                 j += 1
         return merged + first[i:] + second[j:]
     """,
-    lambda rng: [sorted(_numbers(rng, 0, 5)), sorted(_numbers(rng, 0, 5))],
+    lambda rng: [sorted(numbers(rng, 0, 5)), sorted(numbers(rng, 0, 5))],
 )
 _add(
     "moves each lower-case letter $k places on in the alphabet, from z back to a; leaves other characters alone",
@@ -173,7 +142,7 @@ _add(
                 result += character
         return result
     """,
-    lambda rng: [_word(rng, 1, 8, "abmxyz A!")],
+    lambda rng: [word(rng, 1, 8, "abmxyz A!")],
 )
 _add(
     "returns how deep lists are nested: 1 for a list without a list in it",
@@ -185,7 +154,7 @@ _add(
                 deepest = max(deepest, depth(item))
         return deepest + 1
     """,
-    lambda rng: [_nested(rng)],
+    lambda rng: [nested(rng)],
 )
 _add(
     "returns the first n numbers of the sequence that begins with 1 and $k and goes on with the sum of the last two",
@@ -230,7 +199,7 @@ _add(
             columns.append(column)
         return columns
     """,
-    lambda rng: [_matrix(rng)],
+    lambda rng: [matrix(rng)],
 )
 _add(
     "sorts numbers, the smallest first",
@@ -246,7 +215,7 @@ _add(
             result[j + 1] = value
         return result
     """,
-    lambda rng: [_numbers(rng)],
+    lambda rng: [numbers(rng)],
 )
 _add(
     "tells whether the brackets ( ) [ ] in text are closed in the right order",
@@ -262,7 +231,7 @@ _add(
                     return False
         return len(waiting) == 0
     """,
-    lambda rng: [rng.choice(["", "()", "[()]", "([])x", "(]", "(", "a)", "[](())", _word(rng, 1, 5, "()[]")])],
+    lambda rng: [rng.choice(["", "()", "[()]", "([])x", "(]", "(", "a)", "[](())", word(rng, 1, 5, "()[]")])],
 )
 _add(
     "counts how often each word of at least $k letters occurs in text",
@@ -274,7 +243,7 @@ _add(
                 counts[word] = counts.get(word, 0) + 1
         return counts
     """,
-    lambda rng: [" ".join(_word(rng, 1, 8, "a") for _ in range(rng.randint(0, 8)))],
+    lambda rng: [" ".join(word(rng, 1, 8, "a") for _ in range(rng.randint(0, 8)))],
 )
 _add(
     "returns the sum of the digits of n",
@@ -317,7 +286,7 @@ _add(
             longest = max(longest, current)
         return longest
     """,
-    lambda rng: [_numbers(rng)],
+    lambda rng: [numbers(rng)],
 )
 _add(
     "writes n in Roman numerals",
@@ -346,7 +315,7 @@ _add(
             sums.append(total)
         return sums
     """,
-    lambda rng: [_numbers(rng, 0, 12)],
+    lambda rng: [numbers(rng, 0, 12)],
 )
 _add(
     "returns how many characters must be inserted, deleted or replaced to turn a into b",
@@ -361,7 +330,7 @@ _add(
             before = current
         return before[len(b)]
     """,
-    lambda rng: [_word(rng, 0, 6, "abc"), _word(rng, 0, 6, "abc")],
+    lambda rng: [word(rng, 0, 6, "abc"), word(rng, 0, 6, "abc")],
 )
 _add(
     "returns the largest number but one, or None if there is none; equal numbers count once",
@@ -376,7 +345,7 @@ _add(
                 second = number
         return second
     """,
-    lambda rng: [_numbers(rng, 0, 6, 6)],
+    lambda rng: [numbers(rng, 0, 6, 6)],
 )
 _add(
     "returns the row n of Pascal's triangle; row 0 is [1]",
@@ -408,7 +377,7 @@ _add(
             parts.append(part)
         return parts
     """,
-    lambda rng: [_numbers(rng, 0, 14)],
+    lambda rng: [numbers(rng, 0, 14)],
 )
 _add(
     "writes n in the number system of the base",
@@ -436,7 +405,7 @@ _add(
                 merged.append([start, end])
         return merged
     """,
-    lambda rng: [_intervals(rng)],
+    lambda rng: [intervals(rng)],
 )
 _add(
     "moves the items $k places to the left; those in front come to the end",
@@ -447,7 +416,7 @@ _add(
         places = $k % len(items)
         return items[places:] + items[:places]
     """,
-    lambda rng: [_numbers(rng, 0, 9)],
+    lambda rng: [numbers(rng, 0, 9)],
 )
 _add(
     "returns the numbers that are in both lists, in the order of the first, each once",
@@ -459,5 +428,5 @@ _add(
                 found.append(number)
         return found
     """,
-    lambda rng: [_numbers(rng, 0, 8, 6), _numbers(rng, 0, 8, 6)],
+    lambda rng: [numbers(rng, 0, 8, 6), numbers(rng, 0, 8, 6)],
 )

@@ -26,13 +26,14 @@ from numpy.typing import NDArray
 from actor.sandbox.backends import find_backend, interpreter
 from actor.sandbox.box import Entry, Limits, Result
 from actor.sandbox.run import run
+from actor.tasks.arguments import Arguments
 from actor.tasks.base import PromptItem, Split, refuse_params
 from actor.tasks.chat import Chat
 from actor.tasks.drawn import draw
 from actor.tasks.latest import Latest
 from actor.tasks.mutations import as_json, mutant, outcomes
 from actor.tasks.params import read_names, read_number
-from actor.tasks.programs import CONSTANTS, PROGRAMS, Arguments, Program
+from actor.tasks.programs import CONSTANTS, PROGRAMS, Program
 from actor.tasks.reading import last_block
 from common.config import RolloutSection
 from common.errors import ConfigError, TaskError
@@ -148,11 +149,11 @@ class Repair:
             question = draw(self._seed, index, split, self._break, lambda sketch: sketch[1], self._test)
         except ValueError as error:
             raise TaskError(f"task.params.programs: {error}; name more of them") from error
-        text = ASK.format(
-            says=question.program.says, source=question.broken, name=question.program.name,
-            failure=f"For example, {_failure(question, 0, question.given[0])}.",
-        )  # fmt: skip
-        return PromptItem(self._chat.prompt(text), replace(question, key=f"{split} {index}"))
+        return PromptItem(self._chat.prompt(_ask(question)), replace(question, key=f"{split} {index}"))
+
+    def question_text(self, item: PromptItem) -> str:
+        """The broken function, what it should do, and a failing test."""
+        return _ask(item.reference)
 
     def _break(self, rng: Random) -> tuple[Program, str]:
         """A program with its constant in place, and its source with bugs."""
@@ -254,6 +255,14 @@ def _read(line: bytes, trouble: str) -> tuple[bool, str]:
         return True, as_json(told.get("value"))
     except (ValueError, RecursionError):
         return False, "tells nothing"
+
+
+def _ask(question: Question) -> str:
+    """All that the policy is told."""
+    return ASK.format(
+        says=question.program.says, source=question.broken, name=question.program.name,
+        failure=f"For example, {_failure(question, 0, question.given[0])}.",
+    )  # fmt: skip
 
 
 def _failure(question: Question, case: int, given: str) -> str:

@@ -40,7 +40,7 @@ from common.config import RolloutSection
 from common.errors import ConfigError, TaskError
 
 PARAMS = ("families", "difficulty", "wall_s", "cpu_s", "memory_mb")
-LIMITS = Limits(wall_s=10.0, cpu_s=2.0, memory_mb=128, disk_mb=2, files=500, output_kb=16)
+LIMITS = Limits(wall_s=10.0, cpu_s=2.0, memory_mb=128, processes=16, disk_mb=2, files=500, output_kb=16)
 KEPT_BYTES = 64 << 20  # of worlds between turns, all rollouts together
 ENTRY_BYTES = 300  # of a world's file beside its contents
 LISTED = 40  # files that a prompt names
@@ -120,6 +120,11 @@ class Terminal:
         except ValueError as error:
             raise TaskError(f"task.params.families: {error}; name more of them") from error
         return PromptItem(self._chat.prompt(_ask(goal)), Question(f"{split} {index}", goal))
+
+    def question_text(self, item: PromptItem) -> str:
+        """Goal, files and what is said about commands."""
+        question: Question = item.reference
+        return _ask(question.goal)
 
     def _make(self, rng: Random) -> Goal:
         return rng.choice(self._families)(rng, rng.randint(1, self._difficulty))

@@ -1,11 +1,14 @@
 """An engine without a model: completions are what a function of the request and the sibling says."""
 
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actor.engine.base import Completion, Failure, SampleRequest
+from actor.outbox import Finished
+from actor.play import Play
 from actor.tasks.sort6 import encode
 
 Script = Callable[[SampleRequest, int], str | None]  # None: the engine fails at it
@@ -46,3 +49,13 @@ class ScriptedEngine:
             np.zeros((n, k), np.int32), np.zeros((n, k), np.float32),
             np.zeros((len(request.prompt_ids) + n, 0), np.uint16), "stop",
         )  # fmt: skip
+
+
+def play_out(play: Play, engine: ScriptedEngine) -> list[Finished]:
+    """Everything that ``play`` has begun, to its end; verifiers in threads included."""
+    finished, deadline = [], time.monotonic() + 60
+    while len(play.rollouts):
+        finished += play.collect(engine.step())
+        assert time.monotonic() < deadline, "rollouts without end"
+        time.sleep(0.001)
+    return finished

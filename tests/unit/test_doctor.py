@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import common
+from actor.sandbox.backends import find_backend
 from tools.doctor import ROOT, check_checkout, check_package, check_run, main, pinned_versions, requirements
 
 
@@ -52,3 +53,18 @@ def test_it_starts_without_site_packages() -> None:
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert "missing  torch: not installed" in done.stdout
+
+
+def test_a_task_that_runs_programs_needs_a_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = str(ROOT / "configs" / "terminal.yaml"), [f"broker.address=ipc://{tmp_path}/broker"]
+    find_backend.cache_clear()
+    found = {finding.what: finding for finding in check_run(*given)}["sandbox"]
+    assert (found.state, found.detail) == ("ok", find_backend().name)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    find_backend.cache_clear()
+    found = {finding.what: finding for finding in check_run(*given)}["sandbox"]
+    assert found.state == "missing" and "bwrap: not installed, unshare: not installed" in found.detail
+    assert found.remedy.startswith("apt-get install bubblewrap")
+    quickstart = check_run(str(ROOT / "configs" / "quickstart.yaml"), given[1])
+    assert "sandbox" not in {finding.what for finding in quickstart}
+    find_backend.cache_clear()

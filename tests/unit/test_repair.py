@@ -17,7 +17,7 @@ from actor.tasks.repair import SHOWN, Question, Repair, read_source
 from common.config import ModelSection, RolloutSection, RunConfig, TaskSection
 from common.errors import ConfigError, SandboxError, TaskError
 from tests.chatml import make_tokenizer
-from tests.unit.scripted import ScriptedEngine
+from tests.unit.scripted import ScriptedEngine, play_out
 
 ROLLOUT = RolloutSection(max_turns=3, max_tokens=400, max_prompt_tokens=900, max_reply_tokens=300, group_size=2)
 END = "<|im_end|>"
@@ -115,6 +115,7 @@ def test_questions_repeat_and_the_splits_share_none(model: Path, task: Repair) -
 def test_the_prompt_shows_the_bug_and_one_failing_test(task: Repair) -> None:
     one = task.prompt(0, "heldout")
     text, question = task._chat.text(one.prompt_ids), one.reference
+    assert task.question_text(one) in text
     assert question.broken in text and question.program.says in text and question.program.source not in text
     assert repr(json.loads(question.expected[0])) in text and "should return" in text
 
@@ -268,9 +269,8 @@ def test_a_scripted_policy_is_played_and_paid(model: Path) -> None:
     play = Play(config, task, engine, Counter(), sent.append)
     for group in questions:
         play.start_group(group, group)
-    finished = []
-    while engine.busy:
-        finished += play.collect(engine.step())
+    finished = play_out(play, engine)
+    play.close()
     assert not sent and len(finished) == 6
     for one in finished:
         question = questions[one.group]

@@ -21,7 +21,7 @@ from actor.tasks.terminal import LIMITS, NO_COMMAND, Question, Terminal, read_co
 from common.config import ModelSection, RolloutSection, RunConfig, TaskSection
 from common.errors import ConfigError, SandboxError, TaskError
 from tests.chatml import make_tokenizer
-from tests.unit.scripted import ScriptedEngine
+from tests.unit.scripted import ScriptedEngine, play_out
 
 ROLLOUT = RolloutSection(max_turns=4, max_tokens=128, max_prompt_tokens=900, max_reply_tokens=160, group_size=2)
 END = "<|im_end|>"
@@ -113,6 +113,7 @@ def test_the_prompt_names_goal_and_files(task: Terminal) -> None:
     one = task.prompt(3, "train")
     text = task._chat.text(one.prompt_ids)
     goal = one.reference.goal
+    assert task.question_text(one) in text
     assert goal.text in text and all(path in text for path in goal.files) and goal.solution not in text
 
 
@@ -316,9 +317,7 @@ def test_a_scripted_policy_is_played_and_paid(model: Path, monkeypatch: pytest.M
     play = Play(config, task, engine, Counter(), sent.append)
     for group in goals:
         play.start_group(group, group)
-    finished = []
-    while engine.busy:
-        finished += play.collect(engine.step())
+    finished = play_out(play, engine)
     assert not sent and len(finished) == 6
     for one in finished:
         turns = len(one.turns)
@@ -333,7 +332,7 @@ def test_a_scripted_policy_is_played_and_paid(model: Path, monkeypatch: pytest.M
     monkeypatch.setenv("PATH", str(tmp_path))  # the sandbox breaks down: siblings are left out, not punished
     play.start_group(9, 1000)
     goals[9] = GOAL
-    while engine.busy:
-        assert all(one.sibling == 1 for one in play.collect(engine.step()))
+    assert [one.sibling for one in play_out(play, engine)] == [1]
+    play.close()
     assert [(message.group, message.sibling) for message in sent] == [(9, 0)]
     assert "SandboxError" in sent[0].reason
