@@ -61,9 +61,8 @@ def supported() -> bool:
     return platform.machine() in _AUDIT_ARCH
 
 
-def filter_program() -> bytes:
-    """The filter as ``struct sock_filter[]``. Raises KeyError on a machine that is not :func:`supported`."""
-    machine = platform.machine()
+def filter_program(machine: str) -> bytes:
+    """The filter as ``struct sock_filter[]``. Raises ValueError for a machine that is not :func:`supported`."""
     which = list(_AUDIT_ARCH).index(machine)
 
     def op(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
@@ -145,7 +144,7 @@ def go_first_without_memory() -> None:
 
 def filter_system_calls() -> None:
     """Refuse them for this process and all that it starts. Raises OSError."""
-    program = filter_program()
+    program = filter_program(platform.machine())
     buffer = ctypes.create_string_buffer(program, len(program))
     described = struct.pack("=H6xQ", len(program) // 8, ctypes.addressof(buffer))  # struct sock_fprog of 64 bits
     pointer = ctypes.create_string_buffer(described, len(described))

@@ -8,6 +8,7 @@ import pytest
 
 import common
 from actor.sandbox.backends import find_backend
+from tests.unit.sandboxed import require_sandbox
 from tools.doctor import ROOT, check_checkout, check_package, check_run, main, pinned_versions, requirements
 
 
@@ -56,6 +57,7 @@ def test_it_starts_without_site_packages() -> None:
 
 
 def test_a_task_that_runs_programs_needs_a_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_sandbox()
     given = str(ROOT / "configs" / "terminal.yaml"), [f"broker.address=ipc://{tmp_path}/broker"]
     find_backend.cache_clear()
     found = {finding.what: finding for finding in check_run(*given)}["sandbox"]

@@ -17,8 +17,10 @@ from actor.tasks.repair import SHOWN, Question, Repair, read_source
 from common.config import ModelSection, RolloutSection, RunConfig, TaskSection
 from common.errors import ConfigError, SandboxError, TaskError
 from tests.chatml import make_tokenizer
+from tests.unit.sandboxed import require_sandbox
 from tests.unit.scripted import ScriptedEngine, play_out
 
+require_sandbox()
 ROLLOUT = RolloutSection(max_turns=3, max_tokens=400, max_prompt_tokens=900, max_reply_tokens=300, group_size=2)
 END = "<|im_end|>"
 

@@ -21,8 +21,10 @@ from actor.tasks.terminal import LIMITS, NO_COMMAND, Question, Terminal, read_co
 from common.config import ModelSection, RolloutSection, RunConfig, TaskSection
 from common.errors import ConfigError, SandboxError, TaskError
 from tests.chatml import make_tokenizer
+from tests.unit.sandboxed import require_sandbox
 from tests.unit.scripted import ScriptedEngine, play_out
 
+require_sandbox()
 ROLLOUT = RolloutSection(max_turns=4, max_tokens=128, max_prompt_tokens=900, max_reply_tokens=160, group_size=2)
 END = "<|im_end|>"
 
