@@ -128,22 +128,31 @@ class Rollouts:
         self.door.outlet.do(lambda: self.files.metric("eval", line))
 
     def grant(self, version: int) -> None:
-        """Promise room to the actors that have ``version``, in equal shares; a model that stays as it is, has all."""
+        """Promise room to the actors that have ``version``, in equal shares; a model that stays as it is, has all.
+
+        One that evaluates gets what the others have no room for: its groups would wait behind held-out prompts.
+        """
         stays = self.config.joint.stays
         serving = [p for p in self.door.roster.role("actor") if stays or p.version >= version]
         if not serving:
             return
-        due = self.schedule.due(version)
+        busy = {p.name: self.pipeline.book.in_flight(p.name) for p in serving}
+        asked: dict[str, Evaluation] = {}
+        if self.schedule.due(version):
+            evaluator = min(serving, key=lambda p: busy[p.name]).name
+            asked[evaluator] = self.schedule.ask(evaluator, version)
         hold = not self.schedule.first_done  # the starting model is evaluated before it changes
         resets = self.pipeline.curriculum.resets
-        share = -(-self.pipeline.ledger.grantable(version) // len(serving))
-        for index, peer in enumerate(serving):
-            free = peer.hello.capacity - self.pipeline.book.in_flight(peer.name)
-            grant = None if hold else self.recorder.grant(peer.name, min(share, free), version)
-            if due and index == 0:
-                grant = self._with_evaluation(grant, self.schedule.ask(peer.name, version))
-            if grant is not None:
-                self.door.send(peer, grant)
+        evaluating = [p for p in serving if self.schedule.asked_of(p.name) is not None]
+        for peers in ([p for p in serving if p not in evaluating], evaluating):
+            share = -(-self.pipeline.ledger.grantable(version) // max(1, len(peers)))
+            for peer in peers:
+                wanted = min(share, peer.hello.capacity - busy[peer.name])
+                grant = None if hold else self.recorder.grant(peer.name, wanted, version)
+                if peer.name in asked:
+                    grant = self._with_evaluation(grant, asked[peer.name])
+                if grant is not None:
+                    self.door.send(peer, grant)
         if self.pipeline.curriculum.resets > resets:
             log.warning(
                 "every training question of a task was passed in at least advantage.skip_passed=%g of its attempts: "
