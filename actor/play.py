@@ -26,7 +26,7 @@ from actor.scoring.members import Members
 from actor.scoring.scorer import Outcome, Scorer
 from actor.tasks.agent import AgentTask
 from actor.tasks.base import AnsweringTask, BlockTask, HoldingTask, MultiTurnTask, PromptItem, Task, make_task
-from actor.tasks.mixed import MixedTask
+from actor.tasks.mixed import MixedTask, parts_of
 from common import wire
 from common.config import RunConfig
 from common.errors import ConfigError, EngineError, TaskError
@@ -98,8 +98,7 @@ class Play:
         self.rollouts = Rollouts(config.rollout, task)
         self._send = send
         self._labels = config.task.labels
-        channels = [part.channels for part in (task.parts if isinstance(task, MixedTask) else (task,))]
-        channels = [(*of_task, *config.reward.models) for of_task in channels]
+        channels = [(*part.channels, *config.reward.models) for part in parts_of(task)]
         self._evaluations = Evaluations(self._labels, channels, config.task.mixture, counters)
         self._members = Members(config, task, counters)
         self._scorer = Scorer(config, task, self._members.exemplars, counters)

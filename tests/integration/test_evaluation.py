@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from common import wire
-from common.config import EvaluationSection, LearnerSection, TaskEntry, TaskSection
+from common.config import EvaluationSection, LearnerSection, RolloutSection, TaskEntry, TaskSection
 from tests.integration.harness import STEPS, B, Peer, group, make_broker
 
 
@@ -166,3 +166,28 @@ def test_a_broker_that_restarts_remembers_what_was_best(make, tmp_path):
     finally:
         run.close()
         second.end()
+
+
+def test_groups_go_to_the_actors_that_do_not_evaluate_as_long_as_they_have_room(make):
+    rollout = RolloutSection(groups_per_step=4, group_size=2, max_prompt_tokens=2, max_tokens=2)
+    broker = make("r", evaluation=EvaluationSection(prompts=2, every=1), rollout=rollout)
+    actors = [Peer(broker, "actor", "a0", capacity=8), Peer(broker, "actor", "a1", capacity=3)]
+    learner = Peer(broker, "learner", "learner")
+    first = actors[0].expect(wire.Grant)
+    assert not len(first.groups)
+    actors[1].nothing(wire.Grant, 0.2)  # the starting model is evaluated before it changes
+    answer(actors[0], first, 0, 1, 1)
+    groups = [actor.expect(wire.Grant).groups.tolist() for actor in actors]
+    assert [len(g) for g in groups] == [2, 2]
+    for actor, mine in zip(actors, groups, strict=True):
+        for number in mine:
+            actor.link.send(group(actor.link.run_id, number, 0))
+    learner.link.send(wire.Fetch(0, 0, 1))
+    learner.expect(wire.Shard)
+    learner.link.send(wire.Commit(0, 1, {}))
+    learner.publish(1, actors)
+    taken = [actor.expect(wire.Grant) for actor in actors]
+    assert taken[0].evaluation >= 0 and taken[1].evaluation < 0
+    assert [len(grant.groups) for grant in taken] == [1, 3]  # a1 is full, the rest is a0's
+    for peer in (*actors, learner):
+        peer.link.close()
