@@ -75,6 +75,11 @@ class TaggedTask:
         """The inner task's."""
         return int(getattr(self._inner, "questions", 0))
 
+    @property
+    def held_out(self) -> int:
+        """The inner task's; AttributeError, so that this is no HoldingTask, where that holds out any number."""
+        return int(self._inner.held_out)  # type: ignore[attr-defined]
+
     def prompt(self, index: int, split: Split) -> PromptItem:
         """The inner task's question, with what is asked of the answer's form."""
         item = self._inner.prompt(index, split)

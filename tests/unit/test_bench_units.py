@@ -32,7 +32,7 @@ def test_contestants_take_turns_and_medians_are_compared() -> None:
         interleave({}, 0)
 
 
-@pytest.mark.parametrize("name", ["obrs", "codec"])
+@pytest.mark.parametrize("name", ["obrs", "codec", pytest.param("verifiers", marks=pytest.mark.slow)])
 def test_a_bench_prints_json_rows(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--json", "--reps", "1"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -165,6 +165,7 @@ def test_a_question_may_be_asked_by_another_task(model: str, tmp_path: Path) -> 
     assert "Ann has 500 apples and buys 500. How many?\n\nReason first" in load_tokenizer(model).decode(item.prompt_ids)
     found = task.reward(item, ids(model, "<answer>1000</answer> sure <confidence>0.9</confidence><|im_end|>"))
     assert (found["correct"], found["valid"], task.questions) == (1.0, 1.0, 2)
+    assert isinstance(task, HoldingTask) and task.held_out == 2
 
 
 def test_numbers_are_compared_exactly(model: str, tmp_path: Path) -> None:

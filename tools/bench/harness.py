@@ -41,6 +41,7 @@ REGISTRY = {  # name -> (module, what it measures, default repeats); imported wh
         5,
     ),
     "store": ("tools.bench.store", "LMDB and SQLite as the journal's store, beside append + fdatasync", 5),
+    "verifiers": ("tools.bench.verifiers", "math-verify, reasoning-gym, searches and the order of questions", 5),
     "codec": ("tools.bench.codec", "encode + decode of 2,048-token trajectories", 15),
 }
 
