@@ -10,7 +10,7 @@ A stream has a coordinator of its own, and versions are counted alike in both: v
 model is after training step v - 1. Grants look at what the actors have, scoring at what the
 replicas have; the run, and a learner that comes back, count a version as published once it is so
 in every stream. The starting model is version 0 everywhere. A rollout model that never changes *is*
-every version (docs/decisions/0017-two-models.md).
+every version (docs/decisions/0020-two-models.md).
 """
 
 from broker.publishing import PublishCoordinator, epochs_of

@@ -5,6 +5,7 @@
     python -m tools.export RUN_DIR                      the newest checkpoint, to RUN_DIR/export-STEP
     python -m tools.export RUN_DIR --best               the best evaluated one (evaluation.keep_best)
     python -m tools.export RUN_DIR --step 40 --out DIR --dtype bfloat16
+    python -m tools.export RUN_DIR --rollout            the rollout model that was trained beside it (joint.path)
 
 Reads one tensor at a time, whatever mesh wrote the checkpoint; the directory appears when it is whole.
 """
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from common.config import load
 from common.errors import CheckpointError, CroupierError
-from learner.checkpoint import CheckpointReader, latest
+from learner.checkpoint import BESIDE, CheckpointReader, latest
 from learner.hf import files_of, model_config, save_hf
 from learner.layout import places
 from learner.model.config import ModelConfig
@@ -39,12 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     which.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     which.add_argument("--best", action="store_true", help="the one with the best held-out reward")
     parser.add_argument("--out", type=Path, help="the directory to make (default: RUN_DIR/export-STEP)")
+    parser.add_argument("--rollout", action="store_true", help="the rollout model that was trained beside the policy")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     given = parser.parse_args(arguments)
     console = make_console()
     try:
         step = best_step(given.run_dir) if given.best else given.step
-        out = export(given.run_dir, step, given.out, getattr(torch, given.dtype))
+        out = export(given.run_dir, step, given.out, getattr(torch, given.dtype), rollout=given.rollout)
     except CroupierError as error:
         print_error(console, error)
         return 2
@@ -63,10 +65,11 @@ def best_step(run_dir: Path) -> int:
     return best.version
 
 
-def export(run_dir: Path, step: int | None, out: Path | None, dtype: torch.dtype) -> Path:
+def export(run_dir: Path, step: int | None, out: Path | None, dtype: torch.dtype, *, rollout: bool = False) -> Path:
     """Write the checkpoint of ``step`` (None: the newest) into ``out``; returns where it lies.
 
-    Raises :class:`CheckpointError` if there is none, or if ``out`` exists.
+    ``rollout``: not the policy but the rollout model that was trained beside it. Raises
+    :class:`CheckpointError` if there is none, or if ``out`` exists.
     """
     config = load(run_dir / "config.yaml")
     directory = run_dir / CHECKPOINTS
@@ -76,15 +79,18 @@ def export(run_dir: Path, step: int | None, out: Path | None, dtype: torch.dtype
         raise CheckpointError(
             f"{run_dir}: no checkpoint of {'any step' if step is None else f'step {step}'}; has: {have}"
         )
-    reader = CheckpointReader(path)
-    out = out or run_dir / f"export-{reader.state.step}"
+    reader = CheckpointReader(path, BESIDE if rollout else "")
+    if rollout and reader.state.rollout is None:
+        raise CheckpointError(f"{path}: holds the policy alone; no rollout model was trained beside it (joint.path)")
+    out = out or run_dir / f"export-{'rollout-' if rollout else ''}{reader.state.step}"
     if out.exists():
         raise CheckpointError(f"{out}: exists already; name another directory with --out")
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        shape = model_config(config)
-        save_hf(_tensors(reader, shape, Path(config.model.path), dtype), config.model.path, part, shape)
+        source = config.joint.path if rollout else config.model.path
+        shape = ModelConfig.from_hf_dir(source) if rollout else model_config(config)
+        save_hf(_tensors(reader, shape, Path(source), dtype), source, part, shape)
         part.rename(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -37,6 +37,8 @@ def plot_all(run_dir: Path, records: list[Record], budget: int) -> list[str]:
         figures.insert(2, ("acceptance.png", "Acceptance", lambda axes: _acceptance(axes, steps)))
     if any(step.get("kl_before") is not None for step in steps):
         figures.insert(3, ("kl.png", "Divergence from the learner", lambda axes: _kl(axes, steps)))
+    if any(step.get("joint_kl") is not None for step in steps):
+        figures.append(("joint.png", "Rollout model to policy", lambda axes: _joint(axes, steps)))
     figures += _of_evaluations(of_kind(records, "eval"))
     for name, title, draw in figures:
         figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
@@ -232,6 +234,19 @@ def _kl(axes: Axes, steps: Sequence[Record]) -> None:
             0.5, 0.5, "zero at every step: strictly on policy", transform=axes.transAxes, ha="center", color=MUTED
         )
     axes.set_ylabel("KL, nats a token", color=MUTED)
+
+
+def _joint(axes: Axes, steps: Sequence[Record]) -> None:
+    _noisy(axes, steps, "joint_kl", BLUE, "before the step")
+    after = [
+        {"step": step["step"], "after": step["joint_kl"] - step["joint_kl_drop"]}
+        for step in steps
+        if step.get("joint_kl") is not None
+    ]
+    _noisy(axes, after, "after", GREEN, "after it")
+    axes.set_yscale("log")
+    axes.set_ylabel("KL on what was sampled, nats a token", color=MUTED)
+    _legend(axes)
 
 
 def _throughput(axes: Axes, steps: Sequence[Record]) -> None:

@@ -110,6 +110,7 @@ def _report(run_dir: Path, config: RunConfig | None, summary: Record, records: l
     lines += evaluation_lines(of_kind(records, "eval"), read_status(run_dir).get("best"), curves)
     lines += _staleness(summary, steps, curves)
     lines += _rejection(config, summary, steps, curves)
+    lines += _two_models(config, steps, curves)
     lines += _receipt(summary)
     lines += _lengths(read_status(run_dir))
     if "throughput.png" in curves:
@@ -211,6 +212,36 @@ def _rejection(config: RunConfig | None, summary: Record, steps: list[Record], c
         if name in curves:
             lines += [f"![{name.removesuffix('.png')}]({name})", ""]
     return lines
+
+
+def _two_models(config: RunConfig | None, steps: list[Record], curves: list[str]) -> list[str]:
+    if config is None or not config.joint.path or not steps:
+        return []
+    lines = [
+        "## Two models",
+        "",
+        f"Actors ran `{config.joint.path}`: rewards above, of batches and of held-out prompts, are its own. "
+        "`python -m tools.evaluate` judges the policy.",
+        "",
+    ]
+    if not config.joint.train:
+        return [*lines, "It stayed as it was; its tokens are dated by their grants.", ""]
+
+    def ends(key: str, form: str) -> str:
+        found = [float(step[key]) for step in steps if step.get(key) is not None]
+        first, last = _mean(found[:END_STEPS]), _mean(found[-END_STEPS:])
+        return f"{_figure(first, form)} → {_figure(last, form)}"
+
+    first, second = ("policy", "rollout model") if config.joint.direction == "forward" else ("rollout model", "policy")
+    lines += _table([
+        (f"KL({first} ‖ {second}) on what was sampled, nats a token, first → last {END_STEPS} steps",
+         ends("joint_kl", ".3f")),
+        ("What a step's update takes from it", ends("joint_kl_drop", ".4f")),
+        ("Gradient norm", ends("joint_grad_norm", ".2f")),
+        ("Tokens whose gradient the clip took away", ends("joint_clip_fraction", ".3f")),
+        ("Seconds of a step, beside the policy's", ends("seconds_joint", ".2f")),
+    ])  # fmt: skip
+    return [*lines, "", *(["![joint](joint.png)", ""] if "joint.png" in curves else [])]
 
 
 def _receipt(summary: Record) -> list[str]:

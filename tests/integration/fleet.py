@@ -30,10 +30,10 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def make_model(path):
+def make_model(path, *overrides):
     """A barely warmed-up model: these tests prove plumbing, not learning."""
     subprocess.run(
-        [sys.executable, "-m", "tools.warmstart", "configs/smoke.yaml", f"model.path={path}", *BRIEF],
+        [sys.executable, "-m", "tools.warmstart", "configs/smoke.yaml", f"model.path={path}", *BRIEF, *overrides],
         cwd=ROOT, env=environment(), check=True, timeout=100, capture_output=True,
     )  # fmt: skip
     return path

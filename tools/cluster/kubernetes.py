@@ -79,11 +79,14 @@ def _check(plan: Plan, options: Kubernetes) -> None:
     name, shared = plan.config.run.name, plan.machine.shared
     if NAME.fullmatch(name) is None:
         raise ConfigError(f"run.name={name!r}: names Kubernetes objects; use a-z 0-9 -, a letter first, 40 at most")
-    claims = [path for _, path in options.mounts]
-    for key, value, roots, other in (
+    anywhere, claim = [shared, *(path for _, path in options.mounts)], ", or in a claim that --mount CLAIM=PATH names"
+    paths = [
         ("run.dir", plan.config.run.dir, [shared], ""),
-        ("model.path", plan.config.model.path, [shared, *claims], ", or in a claim that --mount CLAIM=PATH names"),
-    ):
+        ("model.path", plan.config.model.path, anywhere, claim),
+    ]
+    if plan.config.joint.path:
+        paths.append(("joint.path", plan.config.joint.path, anywhere, claim))
+    for key, value, roots, other in paths:
         path = plan.path(value)
         if ".." in path.parts or not any(path.is_relative_to(root) for root in roots):
             raise ConfigError(
