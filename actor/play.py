@@ -127,14 +127,17 @@ class Play:
         rollout = self.config.rollout
         try:
             item = self._prompt(prompt, "train")
-        except TaskError as error:
-            self._send(wire.GroupFailed(group, f"prompt {prompt}: {error}"))
+            members, question = self._members.of(prompt, item), self._members.question(prompt)
+        except Exception as error:  # noqa: BLE001  # a task is foreign code
+            self.counters["prompt_failures"] += 1
+            what = str(error) if isinstance(error, TaskError) else f"{type(error).__name__}: {error}"
+            log.warning("prompt %d: %s", prompt, what)
+            self._send(wire.GroupFailed(group, f"prompt {prompt}: {what}"[:REASON]))
             return
-        members = self._members.of(prompt, item)
         siblings = rollout.started_beside(len(members))
         started = self.rollouts.start(group, item, siblings + len(members), rollout.group_size)
         for one in started:
-            one.question = self._members.question(prompt)
+            one.question = question
         self._begin(started[:siblings])
         for one, (text, completion) in zip(started[siblings:], members, strict=True):
             one.exemplar, one.given = text, item.prompt_ids

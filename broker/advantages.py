@@ -40,6 +40,8 @@ def group_advantages(rewards: Floats, sizes: NDArray[np.int64], group_size: int,
         centred[silent] = 0.0
     else:
         centred = wide - (0.0 if kind == "none" else np.average(wide, weights=padding))
+        if kind != "none" and wide.max(initial=-np.inf) == wide.min(initial=np.inf):
+            centred[:] = 0.0
     scale = np.ones(len(wide))
     if kind == "grpo":
         squares = np.add.reduceat(np.square(centred), first)

@@ -47,6 +47,7 @@ class Batch:
     span_advantages: NDArray[np.float32]  # [S]
     span_scale: NDArray[np.float64] | None  # [S] of a block's loss, 0 for what is in none; None without blocks
     truncated: NDArray[np.bool_]  # [B]
+    muted: NDArray[np.bool_]  # [B] weigh nothing in the loss
     cu_seqlens: NDArray[np.int64]  # [B+1]
     segments: NDArray[np.int64]  # [S+1] the same with every trajectory cut where another segment of it starts
     token_ids: NDArray[np.int32]  # [N]
@@ -58,9 +59,11 @@ class Batch:
     sources: list[tuple[int, int]]  # [B] where the journal holds each trajectory
 
     def channel_means(self) -> dict[str, float]:
-        """Mean of each reward channel over the trajectories that have it."""
+        """Mean of each reward channel over the sampled trajectories that have it."""
         found: dict[str, list[float]] = {}
         for trajectory in self.members:
+            if not trajectory.sampled_tokens:
+                continue
             for name, value in trajectory.channels.items():
                 found.setdefault(name, []).append(value)
         return {name: float(np.mean(values)) for name, values in sorted(found.items())}
@@ -157,6 +160,7 @@ def collate(step: int, members: Sequence[Trajectory], config: RunConfig, scales:
         span_advantages=span_advantages,
         span_scale=span_scale,
         truncated=truncated,
+        muted=truncated & section.overlong_filter,
         cu_seqlens=cu_seqlens,
         segments=np.union1d(cu_seqlens, starts) if len(starts) else cu_seqlens,
         token_ids=np.concatenate([t.token_ids for t in ordered]),
@@ -179,7 +183,8 @@ def _trainable(
     """``[N]``: what is in the loss and its denominator.
 
     ``advantage.zero_signal=mask`` takes groups without signal out of both, ``advantage.overlong_filter``
-    truncated trajectories; neither takes everything that was sampled.
+    truncated trajectories; where that would be all of them they stay here, so that there is a batch, and
+    those that are truncated weigh nothing (:attr:`Batch.muted`).
     """
     trainable = np.concatenate([t.trainable for t in ordered])
     unwanted = np.zeros(len(ordered), np.bool_)
@@ -203,8 +208,17 @@ def _block_spans(
     table = np.concatenate([t.blocks for t in ordered]).astype(np.int64)
     rewards = np.concatenate([t.block_rewards for t in ordered]).astype(np.float64)
     number, outcome, first, end = table.T
+    sizes = np.unique(groups, return_counts=True)[1]
+    copies = np.repeat(config.rollout.group_size / sizes, sizes)
     found = block_advantages(
-        rewards, groups[owner], number, outcome, section.blocks, section.leave_one_out, section.shrinkage
+        rewards,
+        groups[owner],
+        number,
+        outcome,
+        section.blocks,
+        section.leave_one_out,
+        section.shrinkage,
+        copies[owner],
     )
     named = np.array(section.block_weights + (1.0,) * (int(number.max(initial=0)) + 1), np.float64)
     spans = np.union1d(cu_seqlens, np.concatenate((cu_seqlens[owner] + first, cu_seqlens[owner] + end)))
@@ -387,8 +401,10 @@ def weights_of(batch: Batch, decision: Decision, aggregate: Aggregate, longest: 
     tokens = running[batch.spans[1:]] - running[batch.spans[:-1]]
     owner = np.searchsorted(batch.cu_seqlens, batch.spans[:-1], side="right") - 1
     if batch.span_scale is not None:
-        return block_weights(tokens, owner, batch.copies, batch.span_scale)
-    return span_weights(aggregate, tokens, owner, batch.groups, batch.copies, longest)
+        weights = block_weights(tokens, owner, batch.copies, batch.span_scale)
+    else:
+        weights = span_weights(aggregate, tokens, owner, batch.groups, batch.copies, longest)
+    return np.where(batch.muted[owner], np.float32(0), weights)
 
 
 def make_shards(

@@ -10,14 +10,19 @@ Wide = NDArray[np.float64]
 FIRST = -1  # outcome of a block that nothing comes before
 
 
-def _means(values: Wide, stratum: Longs, leave_one_out: bool) -> tuple[Wide, Longs]:
-    """Mean of each value's stratum, without itself if so asked (NaN for one alone), and how many that is of."""
-    count = np.bincount(stratum)[stratum]
-    total = np.bincount(stratum, values)[stratum]
+def _means(values: Wide, stratum: Longs, leave_one_out: bool, copies: Wide | None = None) -> tuple[Wide, Wide]:
+    """Mean of each value's stratum, without itself if so asked (NaN for one alone), and how many that is of.
+
+    ``copies`` says how often each value counts.
+    """
+    weight = np.ones(len(values)) if copies is None else copies
+    count = np.bincount(stratum, weight)[stratum]
+    total = np.bincount(stratum, values * weight)[stratum]
     if not leave_one_out:
         return total / count, count
-    others = count - 1
-    return np.where(others > 0, (total - values) / np.maximum(1, others), np.nan), others
+    others: Wide = np.where(np.bincount(stratum)[stratum] > 1, count - weight, 0.0)
+    means: Wide = np.where(others > 0, (total - values * weight) / np.maximum(1e-30, others), np.nan)
+    return means, others
 
 
 def block_advantages(
@@ -28,6 +33,7 @@ def block_advantages(
     baseline: BlockBaseline,
     leave_one_out: bool,
     shrinkage: float = 0.0,
+    copies: Wide | None = None,
 ) -> NDArray[np.float32]:
     """Advantages of ``K`` blocks, all arrays ``[K]``: ``reward - b``, without a deviation.
 
@@ -35,7 +41,8 @@ def block_advantages(
     ``outcomes`` what came of the prefix before it (FIRST for a trajectory's first block). Blocks
     that a trajectory lacks are not in the arrays and so in no stratum.
 
-    - ``none``: ``b = 0``; ``batch``: the mean of that block over the batch; ``group``: over its group;
+    - ``none``: ``b = 0``; ``batch``: the mean of that block over the batch, where those of a group that
+      misses siblings count ``copies[K]`` times; ``group``: over its group;
     - ``ocb``: over those of its group whose prefix had the same outcome, moved towards the group's
       mean by ``shrinkage`` alpha: ``(n mean_o + alpha mean_G) / (n + alpha)``.
 
@@ -53,7 +60,7 @@ def block_advantages(
         return np.unique(packed, return_inverse=True)[1].reshape(-1)
 
     if baseline == "batch":
-        b, _ = _means(rewards, stratum(blocks), leave_one_out)
+        b, _ = _means(rewards, stratum(blocks), leave_one_out, copies)
     else:
         of_group, _ = _means(rewards, stratum(groups, blocks), leave_one_out)
         b = of_group

@@ -17,28 +17,29 @@ def receipt(batch: Batch, decision: Decision, threshold: float) -> dict[str, Any
     lengths = batch.sampled_tokens()[batch.sampled]
     sizes = np.unique(batch.groups, return_counts=True)[1]
     scored = decision.divergence is not None
+    own = batch.sampled  # the policy's, without exemplars
     low, high = wilson_interval(decision.accepted, decision.proposed)
     line: dict[str, Any] = {
         "step": batch.step,
         "trajectories": len(batch.groups),
-        "reward": float(batch.rewards.mean()),
-        "reward_std": float(batch.rewards.std()),
+        "reward": float(batch.rewards[own].mean()),
+        "reward_std": float(batch.rewards[own].std()),
         "reward_channels": batch.channel_means(),
-        "reward_mixed": float(batch.mixed.rewards.mean()),
-        "reward_mixed_std": float(batch.mixed.rewards.std()),
+        "reward_mixed": float(batch.mixed.rewards[own].mean()),
+        "reward_mixed_std": float(batch.mixed.rewards[own].std()),
         "channels_missing": batch.mixed.missing,
         "channels_gated": batch.mixed.shut,
         "exemplars": int((~batch.sampled).sum()),
         "groups_padded": int((sizes < batch.group_size).sum()),
         "groups_without_signal": int(without_signal(batch.mixed.rewards, sizes).sum()),
-        "advantage_positive": float((batch.advantages > 0).mean()),
-        "advantage_negative": float((batch.advantages < 0).mean()),
+        "advantage_positive": float((batch.advantages[own] > 0).mean()),
+        "advantage_negative": float((batch.advantages[own] < 0).mean()),
         "lag_mean": float(lags.mean()),
         "lag_max": int(lags.max()),
         "lag_histogram": {str(k): int(v) for k, v in enumerate(np.bincount(lags)) if v},
         "length_mean": float(lengths.mean()),
         "length_max": int(lengths.max()),
-        "truncated": float(batch.truncated.mean()),
+        "truncated": float(batch.truncated[own].mean()),
         "tokens": len(batch.token_ids),
         "tokens_proposed": decision.proposed,
         "tokens_accepted": decision.accepted,
@@ -71,14 +72,15 @@ def _by_task(batch: Batch) -> dict[str, dict[str, float]]:
     found = {}
     for number, label in enumerate(batch.labels):
         of = batch.tasks == number
-        if of.any():
+        own = of & batch.sampled
+        if own.any():
             found[label] = {
                 "trajectories": int(of.sum()),
                 "groups": len(np.unique(batch.groups[of])),
                 "groups_without_signal": len(np.unique(batch.groups[of & silent])),
-                "reward": float(batch.rewards[of].mean()),
-                "reward_std": float(batch.rewards[of].std()),
-                "length_mean": float(lengths[of & batch.sampled].mean()),
-                "truncated": float(batch.truncated[of].mean()),
+                "reward": float(batch.rewards[own].mean()),
+                "reward_std": float(batch.rewards[own].std()),
+                "length_mean": float(lengths[own].mean()),
+                "truncated": float(batch.truncated[own].mean()),
             }
     return found

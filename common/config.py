@@ -111,7 +111,7 @@ class TaskEntry:
     name: str = ""  # as task.name; "" takes the label
     ratio: float = 1.0  # of the prompts, beside those of the others
     params: dict[str, Any] = field(default_factory=dict)
-    reward_weights: dict[str, float] = field(default_factory=lambda: {"correct": 1.0})
+    reward_weights: dict[str, float] = field(default_factory=dict)  # of channels; none given: {correct: 1}
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class TaskSection:
 
     name: str = "sort6"  # "sort6" or "gym:<reasoning-gym data set>"
     params: dict[str, Any] = field(default_factory=dict)  # handed to the task
-    reward_weights: dict[str, float] = field(default_factory=lambda: {"correct": 1.0})
+    reward_weights: dict[str, float] = field(default_factory=dict)  # of channels; none given: {correct: 1}
     mix: dict[str, TaskEntry] = field(default_factory=dict)  # label -> task: several at once, instead of the above
 
     def __post_init__(self) -> None:
@@ -131,7 +131,7 @@ class TaskSection:
         for label in self.mix:
             plain = 0 < len(label) <= MAX_LABEL and label.isprintable()
             require(plain, "task.mix", label, f"a label needs at most {MAX_LABEL} printable characters")
-        unused = {"name": "sort6", "params": {}, "reward_weights": {"correct": 1.0}}
+        unused = {"name": "sort6", "params": {}, "reward_weights": {}}
         for key, default in unused.items():
             given = getattr(self, key)
             require(given == default, f"task.{key}", given, "each task of task.mix has its own; remove one of the two")
@@ -143,9 +143,10 @@ class TaskSection:
     @property
     def entries(self) -> dict[str, TaskEntry]:
         """label -> task, in the order in which they are numbered; one that is not mixed is its own label."""
-        if self.mix:
-            return {label: replace(entry, name=entry.name or label) for label, entry in self.mix.items()}
-        return {self.name: TaskEntry(self.name, 1.0, self.params, self.reward_weights)}
+        found = {label: replace(entry, name=entry.name or label) for label, entry in self.mix.items()}
+        found = found or {self.name: TaskEntry(self.name, 1.0, self.params, self.reward_weights)}
+        usual = {"correct": 1.0}
+        return {label: replace(e, reward_weights=e.reward_weights or usual) for label, e in found.items()}
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -271,6 +272,12 @@ class ObrsSection:
             "obrs.rethin_below",
             self.rethin_below,
             "needs rejection (obrs.mode) and its exact form (obrs.z_weight=none); set it to 0",
+        )
+        require(
+            not self.z_kappa or self.z_weight == "context",
+            "obrs.z_kappa",
+            self.z_kappa,
+            "debiases the Z of obrs.z_weight=context; set that, or false",
         )
         require(1 <= self.window <= 64, "obrs.window", self.window, "must lie in [1, 64] steps")
 
@@ -556,6 +563,7 @@ class RunConfig:
             value = attrgetter(key)(self)
             require(low <= value <= high, key, value, f"must lie in [{low:g}, {high:g}]")
         self._check_frozen()
+        self._check_blocks()
         self.check_room()
         for name in self.reward.models:
             require(
@@ -736,6 +744,22 @@ class RunConfig:
         direct = self.actor.engine == "sglang" and self.engine.device != "cpu" and self.weights.backend != "gloo"
         return "direct" if direct else "relay"
 
+    def _check_blocks(self) -> None:
+        """Raise :class:`ConfigError` for what shapes a whole trajectory's reward where blocks have their own."""
+        if self.advantage.blocks == "off":
+            return
+        weighed = {name for entry in self.task.entries.values() for name, w in entry.reward_weights.items() if w}
+        for key, on in (
+            ("reward.normalise", self.reward.mixes), ("reward.models", bool(weighed & set(self.reward.models))),
+        ):  # fmt: skip
+            require(
+                not on,
+                key,
+                getattr(self.reward, key.partition(".")[2]),
+                "goes into the whole trajectory's reward, and advantage.blocks trains on those of its blocks; leave "
+                "reward.normalise, .gate and weighed reward models out, or set advantage.blocks=off",
+            )
+
     def check_room(self, routed: int = 0) -> None:
         """Raise :class:`ConfigError` unless queue, journal and messages hold the largest step that rollout allows.
 
@@ -833,6 +857,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             raise ConfigError(f"override {override!r}: must read section.key=value")
     file = _read(Path(path))
     dotlist = OmegaConf.from_dotlist(list(overrides))
+    for key in (o.partition("=")[0] for o in overrides if o.partition("=")[2].lstrip().startswith("{")):
+        if key.endswith("reward_weights") and OmegaConf.select(file, key) is not None:
+            OmegaConf.update(file, key, {}, merge=False)  # weights that are given whole stand for those of the file
     for part, source in ((file, str(path)), (dotlist, "override")):
         _check_keys(OmegaConf.to_container(part), RunConfig, "", source)  # type: ignore[arg-type]
         _spell_off(part, RunConfig)

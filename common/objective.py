@@ -175,6 +175,22 @@ class LossSection:
             self.ratio_cap,
             f"is CISPO's absolute cap; loss.kind={self.kind} takes loss.clip_high",
         )
+        in_advantage = [f"loss.distill={self.distill}"] * (self.distill > 0) + ["loss.kl_estimator=k1"] * (
+            self.kl > 0 and self.kl_estimator == "k1"
+        )
+        require(
+            not in_advantage or (self.kind != "m2po" and self.opsm is None),
+            "loss.kind" if self.kind == "m2po" else "loss.opsm",
+            self.kind if self.kind == "m2po" else self.opsm,
+            f"decides by the sign of the advantage before {', '.join(in_advantage)} is in it; take one of them",
+        )
+        require(
+            self.target == "anchor" or self.correction in ("none", "icepop"),
+            "loss.correction",
+            self.correction,
+            "loss.target=policy goes all the way to the trained policy in one weight: a sequence's correction would be "
+            "a second one for the same gap (algorithms.md 9); set it to none",
+        )
         require(
             self.kind != "m2po" or self.weight_cap is None,
             "loss.weight_cap",
@@ -234,6 +250,24 @@ def check_stacking(
         "loss.kind",
         loss.kind,
         "decides for a whole sequence, and advantage.blocks for each of its blocks; take another",
+    )
+    require(
+        advantage.blocks == "off" or advantage.zero_signal == "keep",
+        "advantage.zero_signal",
+        advantage.zero_signal,
+        "looks at the whole trajectory's reward, and advantage.blocks trains on those of its blocks; set it to keep",
+    )
+    require(
+        advantage.blocks == "off" or not advantage.overlong_buffer,
+        "advantage.overlong_buffer",
+        advantage.overlong_buffer,
+        "is added to the whole trajectory's reward, and advantage.blocks trains on those of its blocks; set it to 0",
+    )
+    require(
+        z_weight == "none" or obrs_mode != "off",
+        "obrs.z_weight",
+        z_weight,
+        "is the acceptance that rejection has in a context, and obrs.mode=off rejects nothing; set it to none",
     )
     require(
         advantage.zero_signal == "keep" or advantage.kind in GROUP_BASELINES,

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
+import numpy as np
+
 from common.errors import ConfigError
 from common.objective import require
 
@@ -165,7 +167,9 @@ class RewardSection:
     def opens(self, channel: str, channels: Mapping[str, float]) -> bool:
         """Whether ``channel`` counts beside the values ``channels`` of the same rollout."""
         gate = self.gate.get(channel)
-        return gate is None or channels.get(gate.on, -math.inf) >= gate.at_least
+        if gate is None:  # float32, as channels travel: actor and broker agree at the bound
+            return True
+        return bool(np.float32(channels.get(gate.on, -math.inf)) >= np.float32(gate.at_least))
 
     def normalised(self, channel: str) -> Normalise:
         """How ``channel`` is."""

@@ -10,7 +10,7 @@ from actor.rollout import Ids
 from actor.scoring.exemplars import Exemplars
 from actor.scoring.texts import Texts
 from actor.tasks.agent import AgentTask
-from actor.tasks.base import FiniteTask, PromptItem, Task
+from actor.tasks.base import PromptItem, Task, count_questions
 from actor.tasks.mixed import parts_of
 from common.config import RunConfig
 from common.errors import ConfigError
@@ -56,7 +56,8 @@ class Members:
         """The number that the question of training prompt ``prompt`` has in its task."""
         number, own = self._config.task.mixture.place(prompt)
         part = self._parts[number]
-        return question_of(self._config.run.seed, own, part.questions) if isinstance(part, FiniteTask) else own
+        size = count_questions(part)
+        return question_of(self._config.run.seed, own, size) if size else own
 
     def of(self, prompt: int, item: PromptItem) -> list[tuple[str, Completion]]:
         """At most ``rollout.exemplars`` answers to the question of ``prompt``, in the file's order."""

@@ -327,6 +327,27 @@ def test_truncated_trajectories_leave_the_loss_and_keep_their_reward():
     assert weights_of(batch, accept_all(batch), "token_mean", 8)[0] == np.float32(1 / 4)
 
 
+def test_a_batch_of_truncated_trajectories_alone_has_no_loss():
+    config = RunConfig(rollout=RolloutSection(group_size=2), advantage=AdvantageSection(overlong_filter=True))
+    batch = collate(0, [member(0, s, float(s), 8, truncated=True) for s in range(2)], config)
+    assert not weights_of(batch, accept_all(batch), "token_mean", 8).any()
+
+
+def test_a_batch_of_equal_rewards_has_no_advantage_whatever_the_padding():
+    for kind in KINDS[:-1]:
+        rewards, sizes = np.full(21, 0.7, np.float32), np.array([8, 8, 5])
+        assert not group_advantages(rewards, sizes, 8, AdvantageSection(kind=kind, epsilon=0.0)).any()
+
+
+def test_blocks_of_a_short_group_count_for_its_missing_siblings_in_the_batch():
+    rewards, groups = np.array([1.0, 0.0, 0.0]), np.array([0, 1, 1])
+    zero, copies = np.zeros(3, np.int64), np.array([2.0, 1.0, 1.0])
+    found = block_advantages(rewards, groups, zero, zero - 1, "batch", False, copies=copies)
+    assert found.tolist() == [0.5, -0.5, -0.5]
+    alone = block_advantages(rewards, groups, zero, zero - 1, "batch", True, copies=copies)
+    assert alone.tolist() == [1.0, pytest.approx(-2 / 3), pytest.approx(-2 / 3)]
+
+
 def test_a_silent_group_is_masked_only_where_another_speaks():
     config = RunConfig(rollout=RolloutSection(group_size=2), advantage=AdvantageSection(zero_signal="mask"))
     silent = [member(0, 0, 1.0, 3), member(0, 1, 1.0, 3)]
