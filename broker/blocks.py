@@ -16,7 +16,7 @@ def _means(values: Wide, stratum: Longs, leave_one_out: bool, copies: Wide | Non
     ``copies`` says how often each value counts.
     """
     weight = np.ones(len(values)) if copies is None else copies
-    count: Wide = np.bincount(stratum, weight)[stratum]
+    count = np.asarray(np.bincount(stratum, weight)[stratum], np.float64)
     total = np.bincount(stratum, values * weight)[stratum]
     if not leave_one_out:
         return total / count, count
