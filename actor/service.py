@@ -119,7 +119,8 @@ class ActorService:
             self.receiver.close()
             self.link.close("stopped")
             self.play.close()
-            log.info("ends: %s", ", ".join(f"{name} {value:g}" for name, value in sorted(self.counters.items())))
+            ended = self.play.figures | dict(self.counters)
+            log.info("ends: %s", ", ".join(f"{name} {value:g}" for name, value in sorted(ended.items())))
             self.engine.close()
 
     def _turn(self) -> None:

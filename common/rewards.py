@@ -10,11 +10,12 @@ Actor and broker read the same section: the first makes the channels, the second
 
 import difflib
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -111,6 +112,16 @@ class RewardModelEntry:
             value = getattr(self, field_name)
             require(least <= value <= most, f"{key}.{field_name}", value, f"must lie in [{least:g}, {most:g}]")
 
+    def read_key(self, name: str) -> str:
+        """The API key, "" where none is wanted. Raises :class:`ConfigError` if its variable is not set."""
+        key = os.environ.get(self.api_key_env, "") if self.api_key_env else ""
+        if self.api_key_env and not key:
+            raise ConfigError(
+                f"reward.models.{name}.api_key_env={self.api_key_env}: this environment variable is not set; export it "
+                "where the actors start"
+            )
+        return key
+
     def read_rubric(self, name: str) -> str:
         """The rubric's text. Raises :class:`ConfigError` if it is in a file that cannot be read or is empty."""
         if not self.rubric.startswith("file:"):
@@ -128,7 +139,7 @@ class RewardModelEntry:
 class GateEntry:
     """A channel that counts only where another says so."""
 
-    on: str = "correct"
+    where: str = "correct"
     at_least: float = 0.5
 
 
@@ -138,7 +149,7 @@ class RewardSection:
 
     models: dict[str, RewardModelEntry] = field(default_factory=dict)  # channel -> who makes it
     normalise: Normalise = "none"  # z scores of a channel within a group, a step, or all steps so far; task by task
-    normalise_by: dict[str, Normalise] = field(default_factory=dict)  # channels that are treated otherwise
+    normalise_by: dict[str, str] = field(default_factory=dict)  # channels that are treated otherwise
     memory: float = 0.99  # task_running: what of its statistics is kept from one step to the next
     gate: dict[str, GateEntry] = field(default_factory=dict)  # channel -> where it counts
     deadline_s: float = 120.0  # of one verifier that is not run in the loop, and of one reward model's word
@@ -150,15 +161,19 @@ class RewardSection:
         require(len(self.models) <= MAX_MODELS, "reward.models", list(self.models), f"at most {MAX_MODELS} models")
         for name, entry in self.models.items():
             entry.check(name)
+        for channel, kind in self.normalise_by.items():
+            rule = f"must be one of {', '.join(get_args(Normalise))}"
+            require(kind in get_args(Normalise), f"reward.normalise_by.{channel}", kind, rule)
         require(0 < self.memory < 1, "reward.memory", self.memory, "must lie between 0 and 1")
         require(0.01 <= self.deadline_s <= 1e5, "reward.deadline_s", self.deadline_s, "must lie in [0.01, 1e5] seconds")
         require(1 <= self.threads <= 1024, "reward.threads", self.threads, "must lie in [1, 1024]")
         for channel, gate in self.gate.items():
-            require(gate.on != channel, f"reward.gate.{channel}.on", gate.on, "a channel cannot be its own gate")
+            key = f"reward.gate.{channel}.where"
+            require(gate.where != channel, key, gate.where, "a channel cannot be its own gate")
             require(
-                gate.on not in self.models,
-                f"reward.gate.{channel}.on",
-                gate.on,
+                gate.where not in self.models,
+                key,
+                gate.where,
                 "is a reward model's word; a gate is a rule's, name a channel of the task",
             )
             finite = math.isfinite(gate.at_least)
@@ -169,9 +184,9 @@ class RewardSection:
         gate = self.gate.get(channel)
         if gate is None:  # float32, as channels travel: actor and broker agree at the bound
             return True
-        return bool(np.float32(channels.get(gate.on, -math.inf)) >= np.float32(gate.at_least))
+        return bool(np.float32(channels.get(gate.where, -math.inf)) >= np.float32(gate.at_least))
 
-    def normalised(self, channel: str) -> Normalise:
+    def normalised(self, channel: str) -> str:
         """How ``channel`` is."""
         return self.normalise_by.get(channel, self.normalise)
 
@@ -194,8 +209,8 @@ class RewardSection:
         for name in self.normalise_by:
             require(name in known, f"reward.normalise_by.{name}", self.normalise_by[name], _no_such(name, known))
         for name, gate in self.gate.items():
-            require(name in known, f"reward.gate.{name}", gate.on, _no_such(name, known))
-            require(gate.on in own, f"reward.gate.{name}.on", gate.on, _no_such(gate.on, own))
+            require(name in known, f"reward.gate.{name}", gate.where, _no_such(name, known))
+            require(gate.where in own, f"reward.gate.{name}.where", gate.where, _no_such(gate.where, own))
 
 
 def _no_such(name: str, known: list[str]) -> str:

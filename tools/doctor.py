@@ -183,7 +183,15 @@ def check_run(config: str, overrides: list[str]) -> list[Finding]:
         from common.routing import read_routing
     except ImportError as error:
         return [Finding("run file", "missing", f"cannot be read yet: {error}", INSTALL)]
-    from tools.preflight import check_address, check_engine, check_frozen, check_meshes, check_models, check_sandbox
+    from tools.preflight import (
+        check_address,
+        check_engine,
+        check_frozen,
+        check_meshes,
+        check_models,
+        check_rewards,
+        check_sandbox,
+    )
     from tools.stamp import model_state, models_of, wants_warmstart
 
     try:
@@ -211,6 +219,12 @@ def check_run(config: str, overrides: list[str]) -> list[Finding]:
             findings.append(attempt(frozen.words, frozen.path, partial(check_frozen, frozen, run.model.path)))
     if any(entry.name in SANDBOXED for entry in run.task.entries.values()):
         findings.append(attempt("sandbox", "", lambda: check_sandbox(run)))
+    if run.reward.models or run.reward.exemplars:
+        warnings: list[str] = []
+        finding = attempt("rewards", "models answer", lambda: warnings.extend(check_rewards(run)))
+        if finding.state == "ok" and warnings:
+            finding = Finding("rewards", "note", "; ".join(warnings), "start its server before the run")
+        findings.append(finding)
     if wants_warmstart(run):
         states = "; ".join(f"{one.model.path}: {model_state(one)}" for one in models_of(run))
         return [*findings, Finding("model", "note", states, "tools.launch makes it (tools.warmstart)")]

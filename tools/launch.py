@@ -25,7 +25,15 @@ from common.config import RunConfig, load, to_yaml
 from common.errors import CroupierError
 from common.process import StopFlag
 from common.routing import read_routing
-from tools.preflight import check_address, check_engine, check_frozen, check_meshes, check_models, check_sandbox
+from tools.preflight import (
+    check_address,
+    check_engine,
+    check_frozen,
+    check_meshes,
+    check_models,
+    check_rewards,
+    check_sandbox,
+)
 from tools.processes import Process, processes_of, stop_all, wait_all
 from tools.progress import panel, plain_line, remaining_s
 from tools.run_files import CONFIG, STATUS, Record, last_lines, read_status, set_aside
@@ -88,6 +96,8 @@ class Run:
         check_address(self.config.broker.address)
         check_engine(self.config)
         check_sandbox(self.config)
+        for warning in check_rewards(self.config):
+            self.say(f"warning: {warning}", "yellow")
         policy = None if self.needs_warmstart() else self.config.model.path
         for model in self.config.frozen.values():
             if model.path != self.config.model.path:

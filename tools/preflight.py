@@ -1,10 +1,13 @@
 """What must hold before processes are started: a free address and a whole model directory."""
 
 import errno
+import http.client
 import json
 import re
 import shutil
 import socket
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 from common.config import RunConfig
@@ -12,7 +15,9 @@ from common.errors import ConfigError, ModelError
 from common.frozen import FrozenModel
 from common.identity import TOKENS, check_same_tokens, differing_identity, model_identity, other_tokens
 from common.process import free_port
+from common.rewards import RewardModelEntry
 
+ANSWER_S = 3.0  # for a reward model's server
 TCP = re.compile(r"tcp://(?P<host>\[[^\]]+\]|[^:]+):(?P<port>\d+)")
 
 
@@ -106,6 +111,42 @@ def check_engine(config: RunConfig) -> None:
             "`python -m tools.sglang_cpu install` and set engine.python=.sglang/bin/python; with one install sglang "
             "and name its interpreter"
         )
+
+
+def check_rewards(config: RunConfig) -> list[str]:
+    """What may go wrong with the reward models, in words: servers that do not answer now.
+
+    Raises :class:`ConfigError` or :class:`ModelError` for what must go wrong: no key, rubric, checkpoint or exemplars.
+    """
+    reward, warnings = config.reward, []
+    if reward.exemplars and not Path(reward.exemplars).is_file():
+        raise ConfigError(f"reward.exemplars={reward.exemplars!r}: no such file; correct the path")
+    for name, entry in reward.models.items():
+        key = entry.read_key(name)
+        if entry.kind == "grm":
+            entry.read_rubric(name)
+        if entry.path:
+            check_model(Path(entry.path), f"reward.models.{name}.path")
+        elif trouble := _reach(entry, key):
+            warnings.append(
+                f"reward.models.{name}.url={entry.url}: {trouble}; rollouts that it scores will wait or fail"
+            )
+    return warnings
+
+
+def _reach(entry: RewardModelEntry, key: str) -> str:
+    """Why the server of a reward model does not answer, "" if it does, whatever it says."""
+    url = f"{entry.url.rstrip('/')}/models" if entry.kind == "grm" else entry.url
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(request, timeout=ANSWER_S):
+            return ""
+    except urllib.error.HTTPError as error:
+        with error:
+            return f"it refuses the key (HTTP {error.code})" if error.code in (401, 403) else ""
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return f"it does not answer ({getattr(error, 'reason', error)!s})"
 
 
 def check_models(config: RunConfig) -> None:

@@ -73,6 +73,12 @@ def _lines(line: Record) -> list[tuple[str, str]]:
     ]
     if len(channels := line.get("reward_channels") or {}) > 1:
         rows.append(("reward channels", ", ".join(f"{name} {mean:.3f}" for name, mean in channels.items())))
+    if (mixed := line.get("reward_mixed")) is not None and (mixed, line["reward_mixed_std"]) != (
+        line["reward"], line["reward_std"]
+    ):  # fmt: skip
+        rows.append(("reward as mixed", f"{mixed:.3f} ± {line['reward_mixed_std']:.3f}" + _left_out(line)))
+    if line.get("exemplars"):
+        rows.append(("exemplars", f"{line['exemplars']} of the trajectories were written by people"))
     if rates := line.get("pass_rates"):
         words = ", ".join(f"{rate}: {groups}" for rate, groups in rates.items())
         retired = line.get("questions_retired")
@@ -128,6 +134,13 @@ def _se(line: Record) -> str:
     return (
         f" (± {line['kl_before_se']:.1e}, ± {line['kl_after_se']:.1e})" if line.get("kl_before_se") is not None else ""
     )
+
+
+def _left_out(line: Record) -> str:
+    """Which channels did not count for whom."""
+    words = [f"{n} without {name}" for name, n in (line.get("channels_missing") or {}).items() if n]
+    words += [f"{n} where the gate of {name} is shut" for name, n in (line.get("channels_gated") or {}).items() if n]
+    return f"; {', '.join(words)}" if words else ""
 
 
 def _rank(name: str, value: str) -> tuple[str, int, str]:

@@ -9,7 +9,6 @@ Scores are what they are in whatever order they come: a rollout is told of once,
 
 import asyncio
 import logging
-import os
 import queue
 import secrets
 import threading
@@ -23,7 +22,7 @@ import aiohttp
 from actor.scoring.endpoint import Endpoint
 from actor.scoring.remote import Classifier, Judge, RewardModel
 from actor.scoring.rubric import Judged
-from common.errors import ConfigError, TaskError
+from common.errors import TaskError
 from common.rewards import RewardModelEntry, RewardSection
 
 START_S = 900.0  # until the models are loaded
@@ -50,19 +49,6 @@ class _Seat:
         self.slots = asyncio.Semaphore(entry.concurrency if endpoint is not None else 2 * entry.batch)
         self.judged = self.failures = 0
         self.seconds = 0.0
-
-
-def api_key(name: str, entry: RewardModelEntry) -> str:
-    """The key of a model that wants one. Raises ConfigError if its environment variable is not set."""
-    if not entry.api_key_env:
-        return ""
-    key = os.environ.get(entry.api_key_env, "")
-    if not key:
-        raise ConfigError(
-            f"reward.models.{name}.api_key_env={entry.api_key_env}: this environment variable is not set; export it "
-            "where the actors start"
-        )
-    return key
 
 
 class Judges:
@@ -98,7 +84,7 @@ class Judges:
                 model: RewardModel = Checkpoint(name, entry)
             else:
                 url = entry.url.rstrip("/") + (CHAT if entry.kind == "grm" else "")
-                endpoint = Endpoint(name, url, entry, api_key(name, entry), self._session)
+                endpoint = Endpoint(name, url, entry, entry.read_key(name), self._session)
                 judge = entry.kind == "grm"
                 model = Judge(name, entry, endpoint, secret) if judge else Classifier(entry, endpoint)
             self._seats[name] = _Seat(entry, model, endpoint)

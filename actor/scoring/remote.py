@@ -5,7 +5,7 @@ protocol  posted                                   answered
 ========  =======================================  ====================================================
 sglang    ``{"text": [t]}`` or ``{"input_ids":     ``[{"embedding": [logits]}]``: its ``/classify``
           [[ids]]}``
-vllm      ``{"model": m, "input": [t or ids]}``    ``{"data": [{"probs": [p]}]}``: ``/classify``, or
+vllm      ``{"model": m, "input": t or ids}``      ``{"data": [{"probs": [p]}]}``: ``/classify``, or
                                                    ``{"data": [{"data": [r]}]}``: ``/pooling``
 scores    ``{"question": q, "answer": a}``         ``{"scores": [r]}``
 ========  =======================================  ====================================================
@@ -113,9 +113,9 @@ class Classifier:
             )
         if self._tokenizer is None:
             content: Any = plain(judged)
-            return {"text": [content]} if entry.protocol == "sglang" else {"model": entry.model, "input": [content]}
+            return {"text": [content]} if entry.protocol == "sglang" else {"model": entry.model, "input": content}
         ids = conversation_ids(self._tokenizer, judged)
-        return {"input_ids": [ids]} if entry.protocol == "sglang" else {"model": entry.model, "input": [ids]}
+        return {"input_ids": [ids]} if entry.protocol == "sglang" else {"model": entry.model, "input": ids}
 
 
 def plain(judged: Judged) -> str:

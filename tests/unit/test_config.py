@@ -32,6 +32,61 @@ def test_what_is_written_loads_as_what_was(path: Path, tmp_path: Path) -> None:
     assert load(copy) == config
 
 
+REWARDED = """
+task: {reward_weights: {correct: 1, style: 0.2, taste: 0.1}}
+reward:
+  models:
+    style: {kind: grm, url: "http://127.0.0.1:1/v1", model: m, rubric: Be kind., scale: [0, 5], on_failure: neutral}
+    taste: {path: /models/taste}
+  normalise: group
+  normalise_by: {style: task_running, taste: none}
+  gate: {style: {where: correct, at_least: 1}, taste: {}}
+"""
+
+
+def test_a_section_with_named_entries_loads_as_what_it_was(path: Path, tmp_path: Path) -> None:
+    path.write_text(REWARDED)
+    config = load(path, ["reward.models.style.retries=5"])
+    assert config.reward.models["style"].retries == 5 and config.reward.models["style"].scale == (0, 5)
+    assert config.reward.gate["taste"].where == "correct" and config.reward.normalised("taste") == "none"
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(to_yaml(config))
+    assert load(copy) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("reward.models.style.modle=x", r"unknown key reward\.models\.style\.modle; did you mean 'model'"),
+        ("reward.models.style=x", r"reward\.models\.style is a section and needs keys, not 'x'"),
+        ("reward.models.style.url=x", r"reward\.models\.style\.url='x': must read http"),
+        ("reward.models.style.url=http://u:p@h/v1", r"url='http://…@h': holds a password; set api_key_env"),
+        ("reward.models.style.api_key_env=sk-12345678", r"api_key_env='sk-1…': is the name of an environment variable"),
+        ("reward.models.style.scale=[5,5]", r"style\.scale=.*worst and the best"),
+        ("reward.models.style.samples=3", r"samples=3: greedy judgements are all alike"),
+        ("reward.models.style.rubric=", r"style\.rubric"),
+        ("reward.models.taste.url=http://h/classify", r"taste\.path='/models/taste': .* either a directory"),
+        ("reward.models.taste.retries=-1", r"taste\.retries=-1: must lie in"),
+        ("reward.models.style.on_failure=zero", r"style\.on_failure"),
+        ("reward.normalise=grup", r"reward\.normalise: .*grup"),
+        ("reward.normalise_by={style: grup}", r"reward\.normalise_by\.style='grup': must be one of none, group"),
+        ("reward.gate={style: {where: taste}}", r"gate\.style\.where='taste': is a reward model's word"),
+        ("reward.gate={style: {where: style}}", r"gate\.style\.where='style': .*own gate"),
+        ("reward.deadline_s=0", r"reward\.deadline_s=0"), ("reward.memory=1", r"reward\.memory=1"),
+        ("rollout.exemplars=1", r"name their JSONL file in reward\.exemplars"),
+        ("rollout.exemplars=8", r"rollout\.exemplars=8: must leave something to sample"),
+        ("task.reward_weights={correct: 1, style: 0.2, taste: 0.1, x: 0}", ""),
+    ],
+)  # fmt: skip
+def test_rewards_that_cannot_be_run_are_refused_by_name(path: Path, override: str, words: str) -> None:
+    path.write_text(REWARDED)
+    if not words:  # a weight of a channel is the task's to refuse
+        assert load(path, [override]).task.reward_weights["x"] == 0
+        return
+    with pytest.raises(ConfigError, match=words):
+        load(path, [override])
+
+
 def test_a_bare_off_is_a_word_and_not_false(path: Path) -> None:
     path.write_text("obrs:\n  mode: off\n")
     assert load(path).obrs.mode == load(path, ["obrs.mode=off"]).obrs.mode == "off"

@@ -5,11 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 
 import common
 from actor.sandbox.backends import find_backend
+from tests.unit.reward_server import RewardServer
 from tests.unit.sandboxed import require_sandbox
-from tools.doctor import ROOT, check_checkout, check_package, check_run, main, pinned_versions, requirements
+from tools.doctor import ROOT, Finding, check_checkout, check_package, check_run, main, pinned_versions, requirements
 
 
 def test_common_is_this_checkout_s() -> None:
@@ -70,3 +72,33 @@ def test_a_task_that_runs_programs_needs_a_sandbox(tmp_path: Path, monkeypatch: 
     quickstart = check_run(str(ROOT / "configs" / "quickstart.yaml"), given[1])
     assert "sandbox" not in {finding.what for finding in quickstart}
     find_backend.cache_clear()
+
+
+REWARDED = """
+task: {reward_weights: {correct: 1.0, style: 0.2}}
+reward: {models: {style: {kind: grm, url: "URL/v1", model: m, rubric: Be kind., api_key_env: JUDGE_KEY}}}
+"""
+
+
+def test_a_judge_that_is_away_is_said_and_a_key_that_is_not_set_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = RewardServer(lambda request, body: web.Response(status=404))
+    file = tmp_path / "run.yaml"
+    file.write_text(REWARDED.replace("URL", server.url))
+    free = [f"broker.address=ipc://{tmp_path}/broker"]
+
+    def rewards(*overrides: str) -> Finding:
+        return {f.what: f for f in check_run(str(file), [*free, *overrides])}["rewards"]
+
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    assert rewards().state == "missing" and "export it where the actors start" in rewards().remedy + rewards().detail
+    monkeypatch.setenv("JUDGE_KEY", "k")
+    assert rewards().state == "ok" and server.headers[-1]["Authorization"] == "Bearer k"
+    server.handler = lambda request, body: web.Response(status=401)
+    assert rewards().state == "note" and "refuses the key (HTTP 401)" in rewards().detail
+    server.stop()
+    assert rewards().state == "note" and "does not answer" in rewards().detail
+    assert rewards("reward.exemplars=/no/such.jsonl").state == "missing"
+    file.write_text("task: {reward_weights: {correct: 1, taste: 1}}\nreward: {models: {taste: {path: /no/model}}}\n")
+    assert "reward.models.taste.path='/no/model': no such directory" in rewards().detail

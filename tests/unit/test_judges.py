@@ -264,7 +264,7 @@ def test_who_is_dropped_is_not_told_of_and_closing_breaks_off_what_hangs(serve) 
     [
         ({"protocol": "sglang"}, {"text": ["How are you?\nFine."]}, [{"embedding": [0.5, -2.0], "meta_info": {}}], 0.5),
         ({"protocol": "sglang", "label": 1}, None, {"embedding": [0.5, -2.0]}, -2.0),
-        ({"protocol": "vllm", "model": "rm"}, {"model": "rm", "input": ["How are you?\nFine."]},
+        ({"protocol": "vllm", "model": "rm"}, {"model": "rm", "input": "How are you?\nFine."},
          {"object": "list", "data": [{"index": 0, "label": "LABEL_0", "probs": [0.25], "num_classes": 1}]}, 0.25),
         ({"protocol": "vllm", "model": "rm"}, None, {"data": [{"index": 0, "data": [[9.0], [3.5]]}]}, 3.5),
         ({"protocol": "scores"}, {"question": "How are you?", "answer": "Fine."}, {"scores": [0.0]}, 0.0),

@@ -250,7 +250,10 @@ def test_running_statistics_survive_a_restart(tmp_path) -> None:
     ("section", "words"),
     [
         ({"gate": {"stile": GateEntry()}}, r"reward\.gate\.stile='correct': no such channel; did you mean 'style'"),
-        ({"gate": {"style": GateEntry(on="corect")}}, r"reward\.gate\.style\.on='corect': .*did you mean 'correct'"),
+        (
+            {"gate": {"style": GateEntry(where="corect")}},
+            r"reward\.gate\.style\.where='corect': .*did you mean 'correct'",
+        ),
         ({"normalise_by": {"stlye": "group"}}, r"reward\.normalise_by\.stlye.*did you mean 'style'"),
         ({"models": {"correct": RewardModelEntry(path="/x")}}, "choose another"),
     ],
