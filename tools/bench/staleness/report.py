@@ -50,6 +50,8 @@ def write_report(results: Results, seeds: list[int], directory: Path) -> None:
 
 def _lines(results: Results, seeds: list[int], rewards: dict[tuple[str, str], Floats]) -> list[str]:
     differences = [_difference(pair, rewards) for pair in PAIRS]
+    marks = [[results.rate(a, r) != results.rate(b, r) for r in REGIMES] + [False] for a, b in PAIRS]
+    chosen = [results.rate(m, r) for m in METHODS for r in REGIMES]
     return [
         "# What staleness costs each method",
         "",
@@ -86,9 +88,19 @@ def _lines(results: Results, seeds: list[int], rewards: dict[tuple[str, str], Fl
         "",
         "| difference | " + " | ".join(r.title for r in REGIMES.values()) + " | all stale |",
         "|---|" + "---|" * (len(REGIMES) + 1),
-        *(f"| {name} | " + " | ".join(_bold(*cell) for cell in cells) + " |" for name, cells in differences),
+        *(
+            f"| {name} | " + " | ".join(_bold(*c) + " †" * m for c, m in zip(cells, mark, strict=True)) + " |"
+            for (name, cells), mark in zip(differences, marks, strict=True)
+        ),
+        "",
+        "† the two were given different rates: part of such a difference may be the choice, which one seed made.",
         "",
         "## What the figures support",
+        "",
+        f"One tiny model, one task, short runs; {sum(r == min(RATES) for r in chosen)} of {len(chosen)} choices lie at the "
+        f"lower edge of the grid of rates and {sum(r == max(RATES) for r in chosen)} at the upper. Intervals are of "
+        f"{len(seeds)} seeds, and {len(PAIRS) * (len(REGIMES) + 1)} of them are looked at: some would exclude 0 by "
+        "chance.",
         "",
         *_reading(differences, rewards),
     ]
