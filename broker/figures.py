@@ -85,7 +85,13 @@ class Figures:
             "queue_bytes": pipeline.queue_bytes,
             "in_flight_groups": pipeline.ledger.promised,
             "peers": [
-                {"peer": p.name, "role": p.role, "version": p.version, "silent_s": round(now - p.heard, 2)}
+                {
+                    "peer": p.name,
+                    "role": p.role,
+                    "serves": p.hello.serves,
+                    "version": p.version,
+                    "silent_s": round(now - p.heard, 2),
+                }
                 for p in roster.all()
             ],
             "trajectories_acked": counts["trajectories_acked"],

@@ -260,6 +260,8 @@ class BrokerService:
         self.door.welcome(peer)
         if peer.role == "actor":
             self.rollouts.joined(peer)
+        elif peer.role == "replica":
+            self.training.ask_again(peer)
 
     def _left(self, peer: Peer) -> str:
         self.training.left(peer)

@@ -66,10 +66,14 @@ class Training:
         for step in range(self.pipeline.committed_step + 1, version):
             self.commit(step, {})  # the broker ended before it heard of these
 
+    def ask_again(self, peer: Peer) -> None:
+        """What ``peer`` was asked: it is gone, or was welcomed, and has forgotten it then."""
+        self._sent = {number: sent for number, sent in self._sent.items() if sent[0] != peer.identity}
+
     def left(self, peer: Peer) -> None:
         """Nothing more is owed to it, or expected of it."""
         self._fetches.pop(peer.identity, None)
-        self._sent = {number: sent for number, sent in self._sent.items() if sent[0] != peer.identity}
+        self.ask_again(peer)
 
     # ---- scores ---------------------------------------------------------------------------------
 

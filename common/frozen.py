@@ -56,9 +56,14 @@ class FrozenModel:
         """For people."""
         return words_of(self.name)
 
+    @property
+    def role(self) -> str:
+        """What its processes are called, before their numbers."""
+        return self.name if self.name == REFERENCE else f"teacher-{self.name}"
+
     def process(self, index: int) -> str:
         """The name of its process ``index``, under which it speaks to the broker."""
-        return f"{self.name}-{index}" if self.name == REFERENCE else f"teacher-{self.name}-{index}"
+        return f"{self.role}-{index}"
 
 
 def words_of(scorer: str) -> str:

@@ -120,6 +120,7 @@ def _peers(peers: list[Record]) -> Table:
     for peer in peers:
         silent = peer.get("silent_s") or 0.0
         style = "yellow" if silent > SILENT_S else ""
-        cells = (str(peer.get("peer")), str(peer.get("role")), number(peer.get("version"), "d"), f"{silent:.1f} s ago")
+        version = "frozen" if peer.get("serves") else number(peer.get("version"), "d")
+        cells = (str(peer.get("peer")), str(peer.get("role")), version, f"{silent:.1f} s ago")
         table.add_row(*(Text(cell, style=style) for cell in cells))
     return table

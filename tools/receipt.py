@@ -94,6 +94,7 @@ def _lines(line: Record) -> list[tuple[str, str]]:
         rows.append(
             ("thinned again", f"by version {line['rethinned_by_version']}: {line['rethinned_tokens']:,} tokens fewer")
         )
+    rows += _frozen(line)
     if line.get("scored_by_version") is None:
         return [*rows, ("rejection", "off: every token was trained")]
     rows += [
@@ -121,6 +122,22 @@ def _lines(line: Record) -> list[tuple[str, str]]:
     rows.append(("dropped so far", drops or "nothing"))
     warnings = (line.get("audit") or {}).get("warnings", [])
     rows.append(("audit", "; ".join(warnings) or "no stratum stands out"))
+    return rows
+
+
+def _frozen(line: Record) -> list[tuple[str, str]]:
+    """What the reference and the teachers said, if there are any."""
+    rows = []
+    if line.get("kl_reference") is not None:
+        lost = f"; {line['reference_unscorable']} tokens without a score" if line["reference_unscorable"] else ""
+        rows.append(("KL to the reference", f"{line['kl_reference']:.3e} nats a token, of the behaviour" + lost))
+    for name, found in (line.get("teachers") or {}).items():
+        gap = "–" if found["gap"] is None else f"{found['gap']:+.4f} nats a token"
+        rows.append((
+            f"teacher {name}",
+            f"{gap} beside the behaviour, over {found['tokens']:,} tokens; {found['clipped']} cut "
+            f"(loss.distill_clip), {found['unscorable']} without a score",
+        ))  # fmt: skip
     return rows
 
 

@@ -42,11 +42,11 @@ def make_model(path, *overrides):
 class Fleet:
     """Processes of one configuration, by name."""
 
-    def __init__(self, directory, model, *overrides, places=None, extra=None):
+    def __init__(self, directory, model, *overrides, places=None, extra=None, base="configs/smoke.yaml"):
         """``places``: command words before a process's own, by name; ``extra``: of the environment."""
         self.directory = directory
-        base = [f"run.dir={directory}", f"model.path={model}", f"broker.address={free_address()}", *BRIEF]
-        config = load(ROOT / "configs/smoke.yaml", [*base, *overrides])
+        here = [f"run.dir={directory}", f"model.path={model}", f"broker.address={free_address()}", *BRIEF]
+        config = load(ROOT / base, [*here, *overrides])
         self.config, self.run = config, config.run.path
         self.file = directory / "run.yaml"
         self.file.write_text(to_yaml(config))
@@ -54,10 +54,13 @@ class Fleet:
         self.places, self.extra = places or {}, extra or {}
 
     def start(self, name, *overrides, ranks=0):
-        """``broker``, ``learner``, ``replica-N`` or ``actor-N``; ``ranks`` uses torchrun."""
-        module = {"replica": "learner.score"}.get(name.split("-")[0], name.split("-")[0])
+        """``learner``, ``replica-N``, ``reference-N``, ``teacher-X-N``, ``actor-N``; ``ranks``: torchrun."""
+        kind, *who = name.split("-")
+        module = "learner.score" if kind in ("replica", "reference", "teacher") else kind
         torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks else []
         named = ["--name", name] if "-" in name else []
+        if kind in ("reference", "teacher"):
+            named += ["--serves", kind if kind == "reference" else who[0]]
         if not ranks and not self.places:
             self.running[name] = Forked(module, [str(self.file), *named, *overrides], self.log(name))
             return self.running[name]

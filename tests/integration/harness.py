@@ -62,11 +62,11 @@ class Peer:
         questions=(),
         serves="",
     ):
-        hello = wire.Hello(
+        self.hello = wire.Hello(
             role, name, run_id, session, rank, world, version, capacity, "host", 1, serves=serves,
             questions=list(questions),
         )  # fmt: skip
-        self.link = connect(section or broker.config.broker, hello)
+        self.link = connect(section or broker.config.broker, self.hello)
         self.link.wait_welcome(5)
         self.stash = []  # what came while another kind was expected
 

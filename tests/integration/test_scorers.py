@@ -1,16 +1,39 @@
 """Frozen models beside the policy replica: over real sockets with hand-written peers, and as real processes."""
 
+import dataclasses
+import shutil
 import time
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from common import wire
 from common.config import ObrsSection
 from common.errors import ProtocolError
 from common.frozen import TeacherEntry
 from common.objective import LossSection
+from tests.integration.fleet import Fleet
 from tests.integration.harness import G, Peer, group, make_broker
+from tools import replay
+
+STEPS = 16
+MIXED = """
+run: {{name: mixed, steps: {steps}}}
+task:
+  mix:
+    one: {{name: sort6}}
+    two: {{name: sort6, reward_weights: {{prefix: 1.0}}}}
+teachers:
+  same: {{path: {same}, tasks: [one]}}
+  sharp: {{path: {other}, tasks: [two]}}
+loss: {{kl: 0.05, distill: 1.0}}
+rollout: {{groups_per_step: 8, group_size: 4}}
+obrs: {{rethin_below: 1.0}}
+evaluation: {{prompts: 0}}
+broker: {{heartbeat_s: 0.3, peer_timeout_s: 4}}
+weights: {{deadline_s: 4}}
+"""  # configs/smoke.yaml names one task, and a mixture has its own
 
 
 @pytest.fixture
@@ -95,6 +118,9 @@ def test_without_rejection_a_step_waits_for_the_frozen_models_alone(make, tmp_pa
     first.expect(wire.ScoreRequest)
     first.link.close(None)  # as if killed while it scores
     second = Peer(broker, "replica", "reference-0", session="again", serves="reference")
+    second.expect(wire.ScoreRequest)
+    second.link.send(dataclasses.replace(second.hello))  # one of several, while the broker was away: it forgets then
+    second.expect(wire.Welcome)
     reply(second, second.expect(wire.ScoreRequest), -0.5)
     shard = learner.expect(wire.Shard)
     assert (shard.accept == (shard.trainable == 1)).all()
@@ -102,3 +128,57 @@ def test_without_rejection_a_step_waits_for_the_frozen_models_alone(make, tmp_pa
     assert not len(shard.log_teacher)
     for peer in (learner, actor, second):
         peer.link.close()
+
+
+def sharper(model, path):
+    """A model that is surer of everything than ``model``, copied to ``path``."""
+    shutil.copytree(model, path)
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * np.float32(1.5)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+@pytest.mark.slow
+def test_a_real_run_is_held_to_its_starting_model_without_any_replica(tmp_path, model):
+    parts = ("broker", "learner", "reference-0", "actor-0")
+    with Fleet(tmp_path, model, "run.steps=4", "evaluation.prompts=0", "loss.kl=0.1", "obrs.mode=off") as fleet:
+        for part in parts:
+            fleet.start(part)
+        assert [fleet.wait(part) for part in parts] == [0] * len(parts), fleet.words()
+        steps = fleet.steps()
+        assert [s["step"] for s in steps] == [0, 1, 2, 3]
+        assert steps[0]["kl_reference"] == pytest.approx(0, abs=1e-6)  # nothing was learnt yet
+        assert steps[0]["kl_to_reference"] == pytest.approx(0, abs=1e-6)
+        assert steps[3]["kl_to_reference"] > 1e-5
+        assert all(s["reference_unscorable"] == 0 and "teachers" not in s for s in steps)
+        assert "reference-0" not in str(fleet.status()["receivers_late"])
+
+
+@pytest.mark.slow
+def test_two_teachers_of_two_tasks_a_broker_and_a_teacher_killed_and_every_decision_again(tmp_path, model):
+    other = sharper(model, tmp_path / "other")
+    parts = ("broker", "learner", "replica-0", "reference-0", "teacher-same-0", "teacher-sharp-0", "actor-0")
+    (tmp_path / "base.yaml").write_text(MIXED.format(steps=STEPS, same=model, other=other))
+    with Fleet(tmp_path, model, base=tmp_path / "base.yaml") as fleet:
+        for part in parts:
+            fleet.start(part)
+        fleet.wait_for_step(2)
+        for victim in ("broker", "teacher-sharp-0"):
+            fleet.kill(victim)
+            fleet.start(victim)
+        assert [fleet.wait(part) for part in parts] == [0] * len(parts), fleet.words()
+        steps = fleet.steps()
+        assert [s["step"] for s in steps] == list(range(STEPS))
+        said = [(s["step"], name, found) for s in steps for name, found in s["teachers"].items()]
+        assert {name for _, name, _ in said} == {"same", "sharp"}
+        assert all(found["tokens"] > 0 and found["unscorable"] == 0 for _, _, found in said)
+        assert all(abs(found["gap"]) < 1e-5 for step, name, found in said if name == "same" and step == 0)
+        assert all(abs(found["gap"]) > 1e-5 for _, name, found in said if name == "sharp")
+        told = [s for s in steps if "loss" in s]  # a commit that was on its way to the killed broker has no metrics
+        assert len(told) >= STEPS - 2
+        assert all(np.isfinite(s["teacher_gap"]) and s["kl_to_reference"] > -1e-6 for s in told)
+        assert any("rethinned_by_version" in s for s in steps)
+        assert fleet.status()["versions_published"] == list(range(1, STEPS + 1))
+        fleet.run.joinpath("config.yaml").write_text(fleet.file.read_text())
+        assert replay.main([str(fleet.run)]) == 0

@@ -143,6 +143,32 @@ def test_no_pod_is_told_of_an_address_that_only_it_can_reach(tmp_path):
     assert '"weights.host=$POD_IP"' in pod(found["Job", "learner"])["containers"][0]["command"][2]
 
 
+FROZEN = (
+    "loss.kl=0.1", "loss.distill=1.0", "teachers.math={path: /models/math, count: 2}",
+)  # fmt: skip
+
+
+def test_frozen_models_are_roles_of_their_own_with_keys_and_volumes():
+    planned, files = kubernetes(*FROZEN)
+    assert planned.names[1:5] == ["replica-0", "reference-0", "teacher-math-0", "teacher-math-1"]
+    found = documents(files)
+    for document in found.values():
+        kubernetes_validate.validate(document, VERSIONS[-1], strict=True)
+    for name, count, serves in (("reference", 1, "reference"), ("teacher-math", 2, "math")):
+        job = found["Job", name]
+        assert job["spec"]["completions"] == count
+        assert pod(job)["containers"][0]["command"][-4:] == ["--name", f"{name}-$(INDEX)", "--serves", serves]
+        assert pod(job)["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 2
+    text = found["ConfigMap", "config"]["data"]["run.yaml"]
+    assert yaml.safe_load(text)["teachers"]["math"]["path"] == "/models/math"
+    for words, told in (
+        (("loss.distill=1.0", "teachers.m={path: /elsewhere}"), "teachers.m.path='/elsewhere': no pod would find it"),
+        (("loss.distill=1.0", "teachers.Math_1={path: /models/m}"), "teachers.Math_1: names a Kubernetes object"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(told)):
+            kubernetes(*words)
+
+
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
 def test_kustomize_reads_all_of_it(tmp_path):
     for name, text in kubernetes()[1].items():
@@ -159,6 +185,7 @@ def test_scripts_pass_bash_and_shellcheck(tmp_path):
     variants = (
         [],
         ["--gpus-per-node", "0", "obrs.mode=off", "engine.device=cpu", "--interface", "ib0", "--shared", "/a path"],
+        FROZEN,
     )
     scripts = []
     for number, words in enumerate(variants):
@@ -191,6 +218,16 @@ def test_groups_have_the_run_s_numbers():
     assert "--nnodes 2 --nproc-per-node 8" in files["role.sh"]
     without = slurm("--gpus-per-node", "0", "engine.device=cpu")[1]["job.sbatch"].splitlines()
     assert not [line for line in without if "--gpus" in line and "tools.cluster" not in line]
+
+
+def test_a_frozen_model_is_a_group_of_its_own():
+    files = slurm(*FROZEN)[1]
+    assert len(files["job.sbatch"].split("#SBATCH hetjob")) == 6
+    assert "start teacher-math 4 --ntasks=2" in files["job.sbatch"]
+    assert "start actor 5 " in files["job.sbatch"]
+    assert "teacher-math)\n" in files["role.sh"]
+    assert 'learner.score "$yaml" "$address" --name "teacher-math-$SLURM_PROCID" --serves math\n' in files["role.sh"]
+    assert 'learner.score "$yaml" "$address" --name "replica-$SLURM_PROCID"\n' in files["role.sh"]
 
 
 def fake(directory, name, text):

@@ -49,3 +49,18 @@ def test_pass_rates_and_retired_questions_are_shown():
     assert rows["passed of a group"] == "0: 3, 0.5: 2 groups, before any filter; 7 questions retired, 9 skipped"
     del line["questions_retired"]
     assert dict(receipt._lines(line))["passed of a group"] == "0: 3, 0.5: 2 groups, before any filter"
+
+
+def test_what_frozen_models_said_is_shown():
+    line = {
+        "step": 3, "trajectories": 8, "tokens": 80, "tokens_proposed": 40, "reward": 0.5, "reward_std": 0.1,
+        "groups_without_signal": 1, "lag_mean": 0.0, "lag_max": 0, "lag_histogram": {"0": 40}, "length_mean": 5.0,
+        "length_max": 6, "truncated": 0.0, "kl_reference": 0.25, "reference_unscorable": 2, "teachers": {
+            "one": {"gap": -0.5, "tokens": 1200, "clipped": 3, "unscorable": 0},
+            "two": {"gap": None, "tokens": 0, "clipped": 0, "unscorable": 9},
+        },
+    }  # fmt: skip
+    rows = dict(receipt._lines(line))
+    assert rows["KL to the reference"] == "2.500e-01 nats a token, of the behaviour; 2 tokens without a score"
+    assert rows["teacher one"].startswith("-0.5000 nats a token beside the behaviour, over 1,200 tokens; 3 cut")
+    assert rows["teacher two"].startswith("–") and rows["teacher two"].endswith("9 without a score")

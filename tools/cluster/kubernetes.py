@@ -6,6 +6,7 @@
     broker.yaml    Service, volume claim, Job
     learner.yaml   headless Service, indexed Job: torchrun in each pod, rendezvous (c10d) in pod 0
     replica.yaml   indexed Job                 (none with rejection off)
+    reference.yaml, teacher-NAME.yaml          the same, of frozen models
     actor.yaml     indexed Job, its SGLang servers started by itself
     network.yaml   NetworkPolicies: who may speak to whom
 
@@ -49,11 +50,10 @@ def render(plan: Plan, options: Kubernetes, command: str) -> dict[str, str]:
         "config.yaml": [_config(plan)],
         "broker.yaml": _broker(plan, options),
         "learner.yaml": _learner(plan, options),
-        "replica.yaml": [_replica(plan, options, plan.replica)] if plan.replica is not None else [],
+        **{f"{role.name}.yaml": [_scorer(plan, options, role)] for role in plan.scorers},
         "actor.yaml": [_actor(plan, options)],
         "network.yaml": _network(plan),
     }
-    files = {name: documents for name, documents in files.items() if documents}
     list_of_files = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "resources": [*files]}
     return {
         name: f"# Rendered by {command}\n" + "---\n".join(_dump(document) for document in documents)
@@ -79,6 +79,9 @@ def _check(plan: Plan, options: Kubernetes) -> None:
     name, shared = plan.config.run.name, plan.machine.shared
     if NAME.fullmatch(name) is None:
         raise ConfigError(f"run.name={name!r}: names Kubernetes objects; use a-z 0-9 -, a letter first, 40 at most")
+    for role in plan.scorers:
+        if NAME.fullmatch(role.name) is None:
+            raise ConfigError(f"teachers.{role.serves}: names a Kubernetes object; use a-z 0-9 -, 30 at most")
     anywhere, claim = [shared, *(path for _, path in options.mounts)], ", or in a claim that --mount CLAIM=PATH names"
     paths = [
         ("run.dir", plan.config.run.dir, [shared], ""),
@@ -86,6 +89,7 @@ def _check(plan: Plan, options: Kubernetes) -> None:
     ]
     if plan.config.joint.path:
         paths.append(("joint.path", plan.config.joint.path, anywhere, claim))
+    paths += [(model.key, model.path, anywhere, claim) for model in plan.config.frozen.values()]
     for key, value, roots, other in paths:
         path = plan.path(value)
         if ".." in path.parts or not any(path.is_relative_to(root) for root in roots):
@@ -100,6 +104,8 @@ def _config(plan: Plan) -> Manifest:
         config,
         run=replace(config.run, dir=str(plan.path(config.run.dir))),
         model=replace(config.model, path=str(plan.path(config.model.path))),
+        reference=replace(config.reference, path=config.reference.path and str(plan.path(config.reference.path))),
+        teachers={n: replace(t, path=str(plan.path(t.path))) for n, t in config.teachers.items()},
         joint=replace(config.joint, path=str(plan.path(config.joint.path)) if config.joint.path else ""),
         broker=replace(config.broker, address=f"tcp://{name}-broker:{plan.port}", keys=KEYS),
         learner=replace(config.learner, resume=True),
@@ -163,10 +169,11 @@ def _learner(plan: Plan, options: Kubernetes) -> list[Manifest]:
     ]
 
 
-def _replica(plan: Plan, options: Kubernetes, role: Role) -> Manifest:
+def _scorer(plan: Plan, options: Kubernetes, role: Role) -> Manifest:
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(role.processes)]
     start = ["python", *(several if role.processes > 1 else []), "-m", "learner.score"]
-    return job(plan, options, role, [*start, f"{CONFIG}/run.yaml", "--name", "replica-$(INDEX)"])
+    serves = ["--serves", role.serves] if role.serves else []
+    return job(plan, options, role, [*start, f"{CONFIG}/run.yaml", "--name", f"{role.name}-$(INDEX)", *serves])
 
 
 def _actor(plan: Plan, options: Kubernetes) -> Manifest:

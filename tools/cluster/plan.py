@@ -2,7 +2,7 @@
 
 ::
 
-    RunConfig + Machine -> plan() -> Plan(broker, learner, replica, actor) -> slurm.render | kubernetes.render
+    RunConfig + Machine -> plan() -> Plan(broker, learner, scorers, actor) -> slurm.render | kubernetes.render
 
 Every number comes from the configuration or is checked against it, so that files and YAML cannot
 disagree. Errors name the key, its value and the remedy.
@@ -10,14 +10,13 @@ disagree. Errors name the key, its value and the remedy.
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
-from typing import Literal
 
 from common.config import RunConfig
 from common.errors import ConfigError
+from common.frozen import POLICY
 
-RoleName = Literal["broker", "learner", "replica", "actor"]
 ADDRESS = re.compile(r"tcp://(?:\[[^\]]+\]|[^:]+):(?P<port>\d+)")
 MEGABYTES_PER_GB = 1024
 BROKER_CPUS = 4  # the loop, the journal's writer, ZeroMQ and CURVE
@@ -41,38 +40,37 @@ class Machine:
 class Role:
     """``count`` tasks or pods of ``processes`` processes each; ``gpus``, ``cpus``, ``memory_gb`` are of one task."""
 
-    name: RoleName
+    name: str  # broker, learner, actor; of a scorer replica, reference or teacher-NAME
     count: int
     processes: int
     gpus: int
     cpus: int
     memory_gb: int
     threads: int
+    serves: str = POLICY  # of a scorer: the frozen model
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All roles of a run; ``replica`` is None with rejection off."""
+    """All roles of a run; scorers are the policy replicas, unless rejection is off, and the frozen models."""
 
     config: RunConfig
     machine: Machine
     port: int  # the broker's
     broker: Role
     learner: Role
-    replica: Role | None
+    scorers: tuple[Role, ...]
     actor: Role
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """Those that there are, the broker first."""
-        found = (self.broker, self.learner, self.replica, self.actor)
-        return tuple(role for role in found if role is not None)
+        """The broker first."""
+        return (self.broker, self.learner, *self.scorers, self.actor)
 
     @property
     def names(self) -> list[str]:
         """Under which peers speak to the broker; each needs a key."""
-        replicas = [f"replica-{i}" for i in range(self.replica.count)] if self.replica is not None else []
-        return ["learner", *replicas, *(f"actor-{i}" for i in range(self.actor.count))]
+        return ["learner", *(f"{role.name}-{i}" for role in (*self.scorers, self.actor) for i in range(role.count))]
 
     def path(self, path: str) -> PurePosixPath:
         """``path`` as every node sees it."""
@@ -105,7 +103,7 @@ def plan(config: RunConfig, machine: Machine) -> Plan:
         port,
         Role("broker", 1, 1, 0, BROKER_CPUS, broker_gb, 1),
         _learner(config, machine),
-        _replica(config, machine) if config.obrs.mode != "off" else None,
+        _scorers(config, machine),
         _actor(config, machine),
     )
 
@@ -149,7 +147,7 @@ def _check_restart(config: RunConfig) -> None:
     )
 
 
-def _role(name: RoleName, count: int, processes: int, machine: Machine, threads: int, on_gpus: bool = True) -> Role:
+def _role(name: str, count: int, processes: int, machine: Machine, threads: int, on_gpus: bool = True) -> Role:
     gpus = processes if on_gpus and machine.gpus_per_node else 0
     cpus = processes * max(machine.cpus, threads)
     return Role(name, count, processes, gpus, cpus, processes * machine.memory_gb, threads)
@@ -186,7 +184,7 @@ def _learner(config: RunConfig, machine: Machine) -> Role:
     return _role("learner", nodes, each, machine, learner.threads)
 
 
-def _replica(config: RunConfig, machine: Machine) -> Role:
+def _scorers(config: RunConfig, machine: Machine) -> tuple[Role, ...]:
     replica, gpus = config.replica, machine.gpus_per_node
     ranks = replica.ep * replica.tp
     _require(
@@ -195,7 +193,11 @@ def _replica(config: RunConfig, machine: Machine) -> Role:
         f"{replica.ep} × {replica.tp}",
         f"a replica runs on one node, which has {gpus} GPUs (--gpus-per-node); lower them",
     )
-    return _role("replica", replica.count, ranks, machine, replica.threads)
+    wanted = [("replica", replica.count, POLICY)] if POLICY in config.scorers else []
+    wanted += [(model.role, model.count, model.name) for model in config.frozen.values()]
+    return tuple(
+        replace(_role(name, count, ranks, machine, replica.threads), serves=serves) for name, count, serves in wanted
+    )
 
 
 def _actor(config: RunConfig, machine: Machine) -> Role:

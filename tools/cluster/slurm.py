@@ -5,7 +5,8 @@
     group 0  broker    1 task
     group 1  learner   torchrun on each node, rendezvous (c10d) on the first
     group 2  replicas  a task each          (none with rejection off)
-    group 3  actors    a task each, its SGLang servers started by itself
+    ...      a group for each frozen model  (reference, teachers)
+    last     actors    a task each, its SGLang servers started by itself
 
 Groups have nodes of their own, tasks of a group share them. Addresses come from the nodes' names
 when the job starts.
@@ -121,11 +122,6 @@ def _size(role: Role) -> str:
 def _role(plan: Plan, slurm: Slurm) -> str:
     python = slurm.python or str(plan.path("croupier/.venv/bin/python"))
     names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if slurm.interface else ()
-    replica = ""
-    if plan.replica is not None:
-        several = f"-m torch.distributed.run --standalone --nproc-per-node {plan.replica.processes} -m"
-        start = several if plan.replica.processes > 1 else "-m"
-        replica = _fill("replica.sh", {"THREADS": str(plan.replica.threads), "START": start})
     return _fill(
         "role.sh",
         {
@@ -134,7 +130,7 @@ def _role(plan: Plan, slurm: Slurm) -> str:
             "SHARED": shlex.quote(plan.machine.shared),
             "INTERFACE": "\n".join(f"export {name}={shlex.quote(slurm.interface)}" for name in names),
             "PORT": str(plan.port),
-            "REPLICA": replica,
+            "SCORERS": "".join(map(_scorer, plan.scorers)),
             "MAX_RESTARTS": str(MAX_RESTARTS),
             "BROKER_THREADS": str(plan.broker.threads),
             "LEARNER_NODES": str(plan.learner.count),
@@ -143,6 +139,13 @@ def _role(plan: Plan, slurm: Slurm) -> str:
             "ACTOR_THREADS": str(plan.actor.threads),
         },
     )
+
+
+def _scorer(role: Role) -> str:
+    several = f"-m torch.distributed.run --standalone --nproc-per-node {role.processes} -m"
+    start = several if role.processes > 1 else "-m"
+    serves = f" --serves {role.serves}" if role.serves else ""
+    return _fill("replica.sh", {"ROLE": role.name, "THREADS": str(role.threads), "START": start, "SERVES": serves})
 
 
 def next_steps(plan: Plan, out: Path) -> list[str]:

@@ -1,4 +1,4 @@
-replica)
+@ROLE@)
   export OMP_NUM_THREADS=@THREADS@
-  again "$python" @START@ learner.score "$yaml" "$address" --name "replica-$SLURM_PROCID"
+  again "$python" @START@ learner.score "$yaml" "$address" --name "@ROLE@-$SLURM_PROCID"@SERVES@
   ;;

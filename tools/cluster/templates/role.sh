@@ -48,7 +48,7 @@ learner) # each node names itself: rank 0 tells the receivers where the weights 
     --local-addr "$SLURMD_NODENAME" --max-restarts @MAX_RESTARTS@ \
     -m learner "$yaml" "$address" "weights.host=$SLURMD_NODENAME" learner.resume=true
   ;;
-@REPLICA@
+@SCORERS@
 actor)
   export OMP_NUM_THREADS=@ACTOR_THREADS@
   again "$python" -m actor "$yaml" "$address" --name "actor-$SLURM_PROCID"
