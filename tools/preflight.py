@@ -160,7 +160,9 @@ def check_models(config: RunConfig) -> None:
 def check_model(path: Path, key: str = "model.path") -> None:
     """Raise :class:`ModelError` unless ``path``, named by ``key``, holds a configuration and all weight files."""
     if not path.is_dir():
-        raise ModelError(f"{key}={str(path)!r}: no such directory; download the model there or correct the path")
+        raise ModelError(
+            f"{key}={str(path)!r}: no such directory; download the model there, train it first, or correct the path"
+        )
     index = path / "model.safetensors.index.json"
     if index.is_file():
         try:
