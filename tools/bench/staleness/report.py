@@ -97,9 +97,9 @@ def _lines(results: Results, seeds: list[int], rewards: dict[tuple[str, str], Fl
         "",
         "## What the figures support",
         "",
-        f"One tiny model, one task, short runs; {sum(r == min(RATES) for r in chosen)} of {len(chosen)} choices lie at the "
-        f"lower edge of the grid of rates and {sum(r == max(RATES) for r in chosen)} at the upper. Intervals are of "
-        f"{len(seeds)} seeds, and {len(PAIRS) * (len(REGIMES) + 1)} of them are looked at: some would exclude 0 by "
+        f"One tiny model, one task, short runs; {sum(r == min(RATES) for r in chosen)} of {len(chosen)} choices lie at "
+        f"the lower edge of the grid of rates and {sum(r == max(RATES) for r in chosen)} at the upper. Intervals are "
+        f"of {len(seeds)} seeds, and {len(PAIRS) * (len(REGIMES) + 1)} of them are looked at: some would exclude 0 by "
         "chance.",
         "",
         *_reading(differences, rewards),
