@@ -231,7 +231,7 @@ def test_too_few_servers_end_the_actor_with_their_reasons(fakes, engine_on):
         ({}, {"version": "0.5.20"}, r"engine\.update=retract kills; set engine\.update=abort"),
         ({}, {"dp_size": 2}, r"dp_size=2 replicas, which SGLang cannot update .*engine\.launch"),
         ({}, {"preferred_sampling_params": '{"top_p": 0.9}'}, "--preferred-sampling-params"),
-        ({"/model_info": lambda f, a: {**a, "architectures": ["Y"]}}, {}, r"serves Y, model\.path=.* is X"),
+        ({"/model_info": lambda f, a: {**a, "architectures": ["Y"]}}, {}, r"serves Y, its actor has .*, which is X"),
         ({"/update_weights_from_disk": lambda f, a: web.Response(status=400, text="no")}, {}, "cannot load model"),
         ({"/generate": lambda f, a: [_skewed(r) for r in a]}, {}, r"does not sample from the log-probabilities"),
         ({"/generate": lambda f, a: [_certain(r) for r in a]}, {}, r"(no probability|does not sample)"),
