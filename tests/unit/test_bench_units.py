@@ -45,7 +45,19 @@ def test_unknown_names_and_repeats_are_refused(capsys: pytest.CaptureFixture[str
         with pytest.raises(SystemExit) as stopped:
             main(arguments)
         assert stopped.value.code == 2
-    assert set(REGISTRY) == {"loop", "algorithms", "staleness", "verifiers", "learner", "learner_gpu", "obrs", "codec", "broker", "store", "fleet"}
+    assert set(REGISTRY) == {
+        "loop",
+        "algorithms",
+        "staleness",
+        "verifiers",
+        "learner",
+        "learner_gpu",
+        "obrs",
+        "codec",
+        "broker",
+        "store",
+        "fleet",
+    }
 
 
 def test_the_loop_bench_asks_for_the_bar_s_shape(tmp_path: Path) -> None:
