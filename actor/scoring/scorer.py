@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from actor.rewards import combine
 from actor.rollout import Ids, Rollout
 from actor.scoring.exemplars import Exemplars
@@ -116,7 +118,10 @@ class Scorer:
     def poll(self) -> list[Outcome]:
         """What has come since. Raises TaskError if verifiers hang and cannot be stopped."""
         for done in self._pool.poll():
-            self._threads.pop((done.owner.request_id, done.owner.sibling), None)
+            key = (done.owner.request_id, done.owner.sibling)
+            if self._threads.get(key) is not done.owner:
+                continue  # dropped as it ended
+            del self._threads[key]
             if done.error is not None:
                 self._fail(done.owner, done.error)
                 continue
@@ -130,11 +135,13 @@ class Scorer:
         return found
 
     def _said(self, rollout: Rollout, word: Ids | dict[str, float]) -> None:
-        """The task's word."""
+        """The task's word. Raises TaskError if it is neither a reply nor channels."""
         if isinstance(word, dict):
             self.judge(rollout, word)
-        else:
+        elif isinstance(word, np.ndarray):
             self._ready.append(Outcome(rollout, reply=word))
+        else:
+            raise TaskError(f"returned {word!r:.60}: a reward is a dictionary of channels, a reply an array of ids")
 
     def _judged(self, verdict: "Verdict") -> None:
         rollout, channels = self._asked.pop((verdict.owner.request_id, verdict.owner.sibling))

@@ -9,9 +9,12 @@ from aiohttp import web
 
 import common
 from actor.sandbox.backends import find_backend
+from common.config import load
+from common.errors import ConfigError, ModelError
 from tests.unit.reward_server import RewardServer
 from tests.unit.sandboxed import require_sandbox
-from tools.doctor import ROOT, Finding, check_checkout, check_package, check_run, main, pinned_versions, requirements
+from tools.doctor import ROOT, check_checkout, check_package, check_run, main, pinned_versions, requirements
+from tools.preflight import check_rewards
 
 
 def test_common_is_this_checkout_s() -> None:
@@ -86,19 +89,19 @@ def test_a_judge_that_is_away_is_said_and_a_key_that_is_not_set_is_refused(
     server = RewardServer(lambda request, body: web.Response(status=404))
     file = tmp_path / "run.yaml"
     file.write_text(REWARDED.replace("URL", server.url))
-    free = [f"broker.address=ipc://{tmp_path}/broker"]
-
-    def rewards(*overrides: str) -> Finding:
-        return {f.what: f for f in check_run(str(file), [*free, *overrides])}["rewards"]
-
     monkeypatch.delenv("JUDGE_KEY", raising=False)
-    assert rewards().state == "missing" and "export it where the actors start" in rewards().remedy + rewards().detail
+    found = {f.what: f for f in check_run(str(file), [f"broker.address=ipc://{tmp_path}/broker"])}["rewards"]
+    assert found.state == "missing" and "export it where the actors start" in found.remedy + found.detail
     monkeypatch.setenv("JUDGE_KEY", "k")
-    assert rewards().state == "ok" and server.headers[-1]["Authorization"] == "Bearer k"
+    assert check_rewards(load(file)) == [] and server.headers[-1]["Authorization"] == "Bearer k"
     server.handler = lambda request, body: web.Response(status=401)
-    assert rewards().state == "note" and "refuses the key (HTTP 401)" in rewards().detail
+    assert "refuses the key (HTTP 401)" in check_rewards(load(file))[0]
     server.stop()
-    assert rewards().state == "note" and "does not answer" in rewards().detail
-    assert rewards("reward.exemplars=/no/such.jsonl").state == "missing"
+    assert "does not answer" in check_rewards(load(file))[0]
+    found = {f.what: f for f in check_run(str(file), [f"broker.address=ipc://{tmp_path}/broker"])}["rewards"]
+    assert found.state == "note" and "does not answer" in found.detail
+    with pytest.raises(ConfigError, match="no such file; correct the path"):
+        check_rewards(load(file, ["reward.exemplars=/no/such.jsonl"]))
     file.write_text("task: {reward_weights: {correct: 1, taste: 1}}\nreward: {models: {taste: {path: /no/model}}}\n")
-    assert "reward.models.taste.path='/no/model': no such directory" in rewards().detail
+    with pytest.raises(ModelError, match=r"reward\.models\.taste\.path='/no/model': no such directory"):
+        check_rewards(load(file))

@@ -4,7 +4,7 @@ import contextlib
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actor.scoring.rubric import Judged, last_message, messages, read_score, reminded
@@ -42,12 +42,14 @@ def test_anything_else_is_no_score(text: str) -> None:
         read_score(text, SCALE)
 
 
+@settings(max_examples=30)
 @given(score=st.integers(1, 10), before=st.text(max_size=80))
 def test_what_stands_before_the_last_line_changes_nothing(score: int, before: str) -> None:
     for ending in (f"Score: {score}", json.dumps({"score": score, "why": before})):
         assert read_score(f"{before}\n{ending}", SCALE) == pytest.approx((score - 1) / 9)
 
 
+@settings(max_examples=40)
 @given(text=st.text(max_size=200))
 def test_no_text_is_a_surprise(text: str) -> None:
     with contextlib.suppress(TaskError):

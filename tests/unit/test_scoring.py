@@ -144,6 +144,36 @@ def test_a_verifier_that_raises_or_is_late_costs_its_sibling(model_dir: str) -> 
         stuck.set()
 
 
+@pytest.mark.parametrize("word", [None, 1.0, ["correct"], {"correct": float("nan"), "prefix": 0.0}, {"prefix": 1.0}])
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_verifier_that_returns_no_channels_is_a_failure_and_not_a_zero(model_dir: str, word: Any, slow: bool) -> None:
+    class Odd(Sort6):
+        def reward(self, item: Any, completion_ids: Any) -> Any:
+            return word
+
+    task = Odd(0, {})
+    task.slow = slow  # type: ignore[attr-defined]
+    with Table(config(model_dir), answer_of, task) as table:
+        table.play.start_group(0, 0)
+        assert table.until_idle() == [] and len(table.sent) == 3
+        assert table.counters["reward_failures"] == 3 and "TaskError" in table.sent[0].reason
+
+
+def test_what_ends_as_it_is_dropped_goes_no_further(model_dir: str) -> None:
+    """Four of two wanted, all in threads: the word of those that are dropped may be in the queue already."""
+    with Table(config(model_dir, group_size=2, oversample=2.0), lambda r, s: f"{s}$", Slow()) as table:
+        for group in range(30):
+            table.play.start_group(group, group)
+        finished = table.until_idle()
+        assert len(finished) == 60 and sorted((f.group, f.sibling) for f in finished) == [
+            (g, s) for g in range(30) for s in range(2)
+        ]
+        for _ in range(20):
+            table.turn()
+            time.sleep(0.001)
+        assert len(table.finished) == 60 and table.play.figures["scoring"] == 0
+
+
 def test_spare_siblings_being_scored_are_dropped(model_dir: str) -> None:
     """Of four started two are wanted: what is still in a thread when two have ended is nobody's any more."""
     go = threading.Event()
