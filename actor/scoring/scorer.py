@@ -118,17 +118,18 @@ class Scorer:
     def poll(self) -> list[Outcome]:
         """What has come since. Raises TaskError if verifiers hang and cannot be stopped."""
         for done in self._pool.poll():
-            key = (done.owner.request_id, done.owner.sibling)
-            if self._threads.get(key) is not done.owner:
+            rollout: Rollout = done.owner
+            key = (rollout.request_id, rollout.sibling)
+            if self._threads.get(key) is not rollout:
                 continue  # dropped as it ended
             del self._threads[key]
             if done.error is not None:
-                self._fail(done.owner, done.error)
+                self._fail(rollout, done.error)
                 continue
             try:
-                self._said(done.owner, done.result)
+                self._said(rollout, done.result)
             except Exception as error:  # noqa: BLE001  # a task is foreign code
-                self._fail(done.owner, error)
+                self._fail(rollout, error)
         for verdict in self._judges.poll() if self._judges is not None else ():
             self._judged(verdict)
         found, self._ready = list(self._ready), deque()
