@@ -11,7 +11,7 @@ is slow to reply or to score does so beside the sampling (:mod:`actor.scoring`);
 """
 
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from actor.gateway.driver import Driver, Ended
 
 REASON = 500  # characters of a failure that travel
+HELD_OUT_SHARE = 4  # one in so many sequences of an actor is for evaluation, however busy training keeps it
 
 log = logging.getLogger("actor")
 
@@ -100,6 +101,8 @@ class Play:
         self._labels = config.task.labels
         channels = [(*part.channels, *config.reward.models) for part in parts_of(task)]
         self._evaluations = Evaluations(self._labels, channels, config.task.mixture, counters)
+        self._held_out: deque[tuple[int, PromptItem, int]] = deque()  # (request id, question, samples) to begin
+        self._evaluating = 0  # held-out completions under way
         self._members = Members(config, task, counters)
         self._scorer = Scorer(config, task, self._members.exemplars, counters)
         self._driver = _make_driver(config, task, engine)
@@ -148,10 +151,27 @@ class Play:
     def start_evaluation(self, number: int, prompts: int, samples: int = 1) -> None:
         """Held-out questions ``[0, prompts)``, each completed ``samples`` times."""
         asked, finished = self._evaluations.start(number, prompts, samples, lambda n: self._prompt(n, "heldout"))
-        for request_id, item in asked:
-            self._begin(self.rollouts.start(request_id, item, samples, samples))
+        self._held_out.extend((request_id, item, samples) for request_id, item in asked)
+        self._ask_held_out()
         if finished is not None:
             self._send(finished)
+
+    def _ask_held_out(self) -> None:
+        """Begin held-out questions while there is room beside training, or else in their own share of it.
+
+        An engine takes its turns in order: all of them at once would make every later turn of a group wait.
+        """
+        room = self.config.actor.max_sequences
+        if isinstance(self.task, AgentTask):
+            room = min(room, self.task.workers)
+        while self._held_out:
+            request_id, item, samples = self._held_out[0]
+            own = self._evaluating + samples <= max(samples, room // HELD_OUT_SHARE)
+            if not own and len(self.rollouts) + samples > room:
+                return
+            self._held_out.popleft()
+            self._evaluating += samples
+            self._begin(self.rollouts.start(request_id, item, samples, samples))
 
     def _prompt(self, index: int, split: Any) -> PromptItem:
         """Raises TaskError if the task has none or it is too long, and whatever else the task raises."""
@@ -270,6 +290,7 @@ class Play:
                 self._go_on(rollout, outcome.reply)
             else:
                 finished.append(self._whole(rollout, outcome))
+        self._ask_held_out()
         return [one for one in finished if one is not None]
 
     def _go_on(self, rollout: Rollout, reply: Ids) -> None:
@@ -323,6 +344,7 @@ class Play:
             return NO_ANSWER
 
     def _evaluated(self, rollout: Rollout, scored: Scored) -> None:
+        self._evaluating -= 1
         finished = self._evaluations.take(rollout, scored)
         if finished is not None:
             self._send(finished)

@@ -191,7 +191,7 @@ class Stop(_Unchecked):
 class Grant:
     """Credits: start these groups, with weights no older than ``min_version``; run this evaluation.
 
-    Everything in one grant is started together, evaluation first.
+    Everything in one grant is started together, held-out prompts first, as many as there is room for.
     """
 
     TAG: ClassVar[str] = "grant"

@@ -12,7 +12,7 @@ from actor.play import Play, open_task
 from actor.tasks.mixed import MixedTask
 from actor.tasks.sort6 import decode
 from common import wire
-from common.config import EvaluationSection, RolloutSection, RunConfig, TaskEntry, TaskSection
+from common.config import ActorSection, EvaluationSection, RolloutSection, RunConfig, TaskEntry, TaskSection
 from common.errors import ConfigError, TaskError
 from tests.unit.scripted import Script, ScriptedEngine
 
@@ -24,9 +24,10 @@ MIX = TaskSection(
 )
 
 
-def config(task: TaskSection = MIX, samples: int = 1, **rollout: Any) -> RunConfig:
+def config(task: TaskSection = MIX, samples: int = 1, max_sequences: int = 256, **rollout: Any) -> RunConfig:
     limits = {"group_size": 2, "max_turns": 3, "max_reply_tokens": 2, **rollout}
-    return RunConfig(task=task, rollout=RolloutSection(**limits), evaluation=EvaluationSection(samples=samples))
+    evaluation, actor = EvaluationSection(samples=samples), ActorSection(max_sequences=max_sequences)
+    return RunConfig(task=task, rollout=RolloutSection(**limits), evaluation=evaluation, actor=actor)
 
 
 class Table:
@@ -189,3 +190,53 @@ def test_a_task_whose_answers_cannot_be_read_still_counts() -> None:
     table.play_on()
     assert table.sent[0].rewards.tolist() == [1.0] and table.sent[0].answers.tolist() == [NO_ANSWER]
     assert table.counters["answer_failures"] == 1
+
+
+class Rows(ScriptedEngine):
+    """One with so many rows: requests wait in order, and each sibling takes a step."""
+
+    def __init__(self, script: Script, rows: int) -> None:
+        super().__init__(script)
+        self.rows, self.steps, self.most = rows, 0, 0
+
+    def step(self, wait_s: float = 0.0) -> Any:
+        self.steps += 1
+        self.most = max(self.most, sum(r.samples for r in self._waiting))
+        taken: list[Any] = []
+        while self._waiting and sum(r.samples for r in [*taken, self._waiting[0]]) <= self.rows:
+            taken.append(self._waiting.pop(0))
+        waiting, self._waiting = self._waiting, taken
+        ended = super().step(wait_s)
+        self._waiting = waiting + self._waiting
+        return ended
+
+
+def test_an_evaluation_leaves_room_for_the_later_turns_of_groups() -> None:
+    """All of its prompts at once would make a group's second turn wait for every one of them."""
+    rows, samples = 8, 2
+    table = Table(config(TaskSection(name="guess"), samples=samples, max_sequences=rows), answer_of)
+    table.play.engine = table.engine = Rows(answer_of, rows)
+    table.play.start_evaluation(0, 40, samples)
+    for group in range(3):
+        table.play.start_group(group, group)
+    whole: dict[int, int] = {}
+    while table.engine.busy:
+        for one in table.play.collect(table.engine.step()):
+            whole.setdefault(one.group, table.engine.steps)
+    assert set(whole) == {0, 1, 2} and max(whole.values()) <= 8 < table.engine.steps
+    assert table.engine.most <= rows + 6  # never more in the queue than its share, beside the groups
+    (result,) = table.sent
+    assert len(result.rewards) == 80
+
+
+def test_an_evaluation_goes_on_however_busy_training_keeps_the_actor() -> None:
+    table = Table(config(TaskSection(), samples=1, max_turns=1, max_sequences=8), answer_of)
+    table.play.engine = table.engine = Rows(answer_of, 8)
+    table.play.start_evaluation(0, 20, 1)
+    group = 0
+    for _ in range(40):
+        while len(table.play.rollouts) < 16:  # twice what there is room for
+            table.play.start_group(group, group)
+            group += 1
+        table.play.collect(table.engine.step())
+    assert len(table.sent) == 1 and len(table.sent[0].rewards) == 20
