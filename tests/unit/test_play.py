@@ -106,7 +106,7 @@ def test_what_cannot_be_mixed_is_refused_by_name(task: Any, error: type[Exceptio
 
 def test_agents_are_not_mixed(tmp_path: Any) -> None:
     (tmp_path / "q.jsonl").write_text("{}\n{}\n")
-    params = {"questions": str(tmp_path / "q.jsonl"), "agent": "tools.examples.guess_agent:play"}
+    params = {"questions": str(tmp_path / "q.jsonl"), "command": ["true"]}
     mixed = TaskSection(mix={"sort6": TaskEntry(), "helper": TaskEntry("agent", params=params)})
     with pytest.raises(ConfigError, match=r"task\.mix\.helper: agents hold conversations of their own.*alone"):
         open_task(config(mixed))
