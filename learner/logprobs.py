@@ -97,7 +97,7 @@ def target_positions(cu_seqlens: NDArray[np.int32], wanted: NDArray[np.uint8]) -
 # ---- one chunk ----------------------------------------------------------------------------------
 
 
-class _Product:
+class Product:
     """``hidden -> logits`` in base 2 and float32, chunk by chunk, and the way back."""
 
     def __init__(self, hidden: Tensor, head: Head) -> None:
@@ -247,7 +247,7 @@ class _LossThroughHead(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, head: Head, per_token: PerToken
     ) -> tuple[Tensor, Tensor, Tensor]:
-        product = _Product(hidden, head)
+        product = Product(hidden, head)
         logp = torch.empty(len(targets), device=hidden.device)
         entropy = torch.empty_like(logp)
         loss = torch.zeros((), device=hidden.device)
@@ -305,7 +305,7 @@ def loss_through_head(
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-        product = _Product(hidden, head)
+        product = Product(hidden, head)
         logp = torch.empty(len(targets), device=hidden.device)
         entropy = torch.empty_like(logp)
         for part in head.chunks(len(targets)):
@@ -321,7 +321,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden, weight, targets = ctx.saved_tensors
         head: Head = ctx.head
-        product = _Product(hidden, head)
+        product = Product(hidden, head)
         grad_hidden = torch.empty_like(hidden)
         grad_head = torch.zeros(weight.shape, device=weight.device)
         for part in head.chunks(len(targets)):
@@ -356,7 +356,7 @@ class Scores:
 @torch.no_grad()
 def score_tokens(hidden: Tensor, head: Head, targets: Tensor, ids: Tensor, top: int = 0) -> Scores:
     """Everything the broker asks about ``targets[N]``, ``ids[N, k]`` and the ``top`` likeliest, in one pass."""
-    product = _Product(hidden, head)
+    product = Product(hidden, head)
     asked = torch.cat((targets[:, None], ids), dim=1)
     parts = [score_logits(product.logits(part), asked[part], top, head) for part in head.chunks(len(targets))]
     if not parts:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from common.joint import Direction
-from learner.logprobs import LN_2, Head, _Product
+from learner.logprobs import LN_2, Head, Product
 
 SMALLEST = 1e-37  # a mass whose logarithm is finite
 
@@ -106,7 +106,7 @@ class _Distill(torch.autograd.Function):
         per_token: PerToken,
         how: Divergence,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        student, taught = _Product(hidden, head), _Product(*teacher)
+        student, taught = Product(hidden, head), Product(*teacher)
         logp, divergence = torch.empty(len(targets), device=hidden.device), torch.empty_like(pull)
         loss = torch.zeros((), device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
@@ -156,7 +156,7 @@ def distill_through_heads(
 @torch.no_grad()
 def divergence_of(hidden: Tensor, head: Head, teacher: tuple[Tensor, Head], how: Divergence) -> Tensor:
     """The divergence ``[N]`` alone."""
-    student, taught = _Product(hidden, head), _Product(*teacher)
+    student, taught = Product(hidden, head), Product(*teacher)
     parts = [
         diverge(_log_softmax(student.logits(part)), _log_softmax(taught.logits(part)), how)[0]
         for part in head.chunks(len(hidden))
