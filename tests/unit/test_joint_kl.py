@@ -9,7 +9,7 @@ from learner.joint.kl import Divergence, distill_through_heads, diverge, diverge
 from learner.logprobs import Head
 
 N, C, C_T, V = 37, 12, 20, 53
-EVERY = [Divergence(direction, k) for direction in ("forward", "reverse") for k in (0, 1, 7, V - 1, V, 10 * V)]
+EVERY = [Divergence(direction, k) for direction in ("forward", "reverse") for k in (0, 1, 7, V - 1, V)]
 
 
 def name_of(how):
@@ -44,7 +44,7 @@ def no_loss(logp, part):
     return torch.zeros(()), torch.zeros_like(logp)
 
 
-@pytest.mark.parametrize("chunk", [1, 8, 1000])
+@pytest.mark.parametrize("chunk", [5, 1000])
 @pytest.mark.parametrize("how", EVERY, ids=name_of)
 def test_divergence_and_gradients_are_those_of_dense_distributions(how, chunk):
     hidden, weight, teacher, targets = inputs()
@@ -89,16 +89,14 @@ def test_gradients_of_logits_are_finite_differences(how):
     z, t = torch.randn(2, 3, V, generator=g, dtype=torch.float64)
     log_t = torch.log_softmax(2 * t, dim=1)
 
-    def value(logits):
-        return diverge(torch.log_softmax(logits, dim=1), log_t.clone(), how)[0]
-
     _, grad = diverge(torch.log_softmax(z, dim=1), log_t.clone(), how)
-    step = 1e-5
-    for j in range(V):
-        moved = torch.zeros(V, dtype=torch.float64)
-        moved[j] = step
-        slope = (value(z + moved) - value(z - moved)) / (2 * step)
-        assert torch.allclose(grad[:, j], slope, atol=1e-8), j
+    step = 1e-5 * torch.eye(V, dtype=torch.float64)
+    for row in range(3):
+
+        def value(moved, row=row):  # [V], a logit moved in each
+            return diverge(torch.log_softmax(z[row] + moved, dim=1), log_t[row].expand(V, V).clone(), how)[0]
+
+        assert torch.allclose(grad[row], (value(step) - value(-step)) / 2e-5, atol=1e-8)
 
 
 def test_divergences_are_ordered_and_vanish_where_both_agree():
