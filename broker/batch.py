@@ -77,16 +77,15 @@ class Batch:
         """Sampled tokens in the loss, of each trajectory ``[B]``."""
         return np.add.reduceat((self.trainable == 1).astype(np.int64), self.cu_seqlens[:-1])
 
-    @property
+    @cached_property
     def sampled(self) -> NDArray[np.bool_]:
         """``[B]``: the policy sampled something in it; false of a human exemplar."""
         return np.array([t.sampled_tokens > 0 for t in self.members], np.bool_)
 
-    @property
+    @cached_property
     def copies(self) -> NDArray[np.float64]:
-        """How often each trajectory counts ``[B]``: ``group_size / n`` where only ``n`` siblings are valid."""
-        _, owner, sizes = np.unique(self.groups, return_inverse=True, return_counts=True)
-        return np.asarray((self.group_size / sizes)[owner], np.float64)
+        """See :func:`copies_of`."""
+        return copies_of(self.groups, self.group_size)
 
     @property
     def owner(self) -> NDArray[np.int64]:
@@ -121,6 +120,12 @@ class Batch:
         if routed and len(members):
             return np.concatenate([self.members[i].experts for i in members])
         return np.zeros((int(np.diff(self.cu_seqlens)[members].sum()), routed), np.uint16)
+
+
+def copies_of(groups: NDArray[np.int64], group_size: int) -> NDArray[np.float64]:
+    """How often each trajectory of ``groups[B]`` counts ``[B]``: ``group_size / n`` where only ``n`` are valid."""
+    _, owner, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    return np.asarray((group_size / sizes)[owner], np.float64)
 
 
 def collate(step: int, members: Sequence[Trajectory], config: RunConfig, scales: Scales | None = None) -> Batch:
@@ -208,8 +213,6 @@ def _block_spans(
     table = np.concatenate([t.blocks for t in ordered]).astype(np.int64)
     rewards = np.concatenate([t.block_rewards for t in ordered]).astype(np.float64)
     number, outcome, first, end = table.T
-    sizes = np.unique(groups, return_counts=True)[1]
-    copies = np.repeat(config.rollout.group_size / sizes, sizes)
     found = block_advantages(
         rewards,
         groups[owner],
@@ -218,7 +221,7 @@ def _block_spans(
         section.blocks,
         section.leave_one_out,
         section.shrinkage,
-        copies[owner],
+        copies_of(groups, config.rollout.group_size)[owner],
     )
     named = np.array(section.block_weights + (1.0,) * (int(number.max(initial=0)) + 1), np.float64)
     spans = np.union1d(cu_seqlens, np.concatenate((cu_seqlens[owner] + first, cu_seqlens[owner] + end)))

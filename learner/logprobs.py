@@ -302,42 +302,6 @@ def loss_through_head(
     return result
 
 
-class _TokenLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-        product = Product(hidden, head)
-        logp = torch.empty(len(targets), device=hidden.device)
-        entropy = torch.empty_like(logp)
-        for part in head.chunks(len(targets)):
-            logits = product.logits(part)
-            normal = _normalise(logits, targets[part, None], head, keep=False)
-            logp[part], entropy[part] = normal.asked[:, 0], normal.entropy
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.head = head
-        ctx.mark_non_differentiable(entropy)
-        return logp, entropy
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        hidden, weight, targets = ctx.saved_tensors
-        head: Head = ctx.head
-        product = Product(hidden, head)
-        grad_hidden = torch.empty_like(hidden)
-        grad_head = torch.zeros(weight.shape, device=weight.device)
-        for part in head.chunks(len(targets)):
-            logits = product.logits(part)
-            normal = _normalise(logits, targets[part, None], head, keep=True)
-            _grad_logits(logits, normal, targets[part], grads[0][part] / head.temperature, head)
-            product.back(logits, part, grad_hidden, grad_head)
-        return grad_hidden, grad_head.to(weight.dtype), None, None
-
-
-def token_logprobs(hidden: Tensor, head: Head, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """``(log p[N] with gradient, entropy[N] without)``; the backward pass computes the logits again."""
-    result: tuple[Tensor, Tensor] = _TokenLogprobs.apply(hidden, head.weight, targets, head)  # type: ignore[no-untyped-call]
-    return result
-
-
 # ---- scoring ------------------------------------------------------------------------------------
 
 

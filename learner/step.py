@@ -107,7 +107,7 @@ def train_step(
     metrics |= {"grad_norm": grad_norm, "lr": lr, "skipped_updates": float(optimizer.skipped)}
     if optimizer.config.reset_every:
         metrics["moments_age"] = float(age)
-    return metrics, _fractions(counts, expert_fraction)
+    return metrics, expert_fractions(counts, expert_fraction)
 
 
 class _Work:
@@ -246,7 +246,8 @@ def _equal_count(mesh: Mesh, ranges: list[tuple[int, int]]) -> list[tuple[int, i
     return ranges + [(end, end)] * (mesh.max_int(len(ranges)) - len(ranges))
 
 
-def _fractions(counts: Tensor, previous: Tensor) -> Tensor:
+def expert_fractions(counts: Tensor, previous: Tensor) -> Tensor:
+    """Each expert's share of a step's assignments ``[L, E]``; what it was where a layer had none."""
     totals = counts.sum(dim=1, keepdim=True)
     return torch.where(totals > 0, counts / totals.clamp_min(1), previous)
 

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 from actor.tasks.base import PromptItem, Split, refuse_params
+from actor.tasks.finite import Questions
 from common.errors import TaskError
-from common.questions import question_of
 
 PARAMS = (
     "agent", "command", "questions", "heldout", "channels", "deadline_s", "workers", "port", "chat_template"
@@ -53,19 +53,17 @@ class AgentTask:
 
     def __init__(self, seed: int, params: dict[str, Any]) -> None:
         refuse_params("agent", params, PARAMS)
-        self._seed = seed
         self.channels = _names(params.get("channels", ["correct"]))
         self.deadline_s = _number(params, "deadline_s", DEFAULT_DEADLINE_S, 0.1)
         self.workers = int(_number(params, "workers", DEFAULT_WORKERS, 1))
         self.port = int(_number(params, "port", 0, 0))
         self.chat_template = str(params.get("chat_template", ""))
-        self._questions = _read_questions(str(params.get("questions", "")))
+        lines = _read_questions(str(params.get("questions", "")))
         self.held_out = int(_number(params, "heldout", 0, 0))
-        self._trained = len(self._questions) - self.held_out
-        if self._trained < 1:
-            raise TaskError(
-                f"task.params.heldout={self.held_out} of {len(self._questions)} questions leaves none to train on"
-            )
+        trained = len(lines) - self.held_out
+        if trained < 1:
+            raise TaskError(f"task.params.heldout={self.held_out} of {len(lines)} questions leaves none to train on")
+        self._questions = Questions(seed, lines[:trained], lines[trained:])
         self._command = params.get("command")
         if (self._command is None) == ("agent" not in params):
             raise TaskError("task agent needs task.params.agent=package.module:function or task.params.command")
@@ -78,17 +76,11 @@ class AgentTask:
     @property
     def questions(self) -> int:
         """Those to train on."""
-        return self._trained
+        return len(self._questions.train)
 
     def prompt(self, index: int, split: Split) -> PromptItem:
         """Question ``index``, its prompt unwritten; training goes through the file in another order each time."""
-        if split == "train":
-            line = question_of(self._seed, index, self._trained)
-        elif index < self.held_out:
-            line = self._trained + index
-        else:
-            raise TaskError(f"held-out question {index}: task.params.heldout={self.held_out} are held out")
-        return PromptItem(np.zeros(0, np.int32), self._questions[line])
+        return PromptItem(np.zeros(0, np.int32), self._questions.at(index, split))
 
     def reward(self, item: PromptItem, completion_ids: Any) -> dict[str, float]:
         """Never asked: agents bring their own rewards."""

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actor.tasks.tokenizer import load_tokenizer
-from common.errors import TaskError
+from common.config import RolloutSection
+from common.errors import ConfigError, TaskError
 
 Ids = NDArray[np.int32]
 ANSWERED, SAID = "\x02answered\x02", "\x02said\x02"  # places in a rendered template
@@ -70,6 +71,19 @@ class Chat:
     def least_reply(self) -> int:
         """Tokens of a reply that says nothing."""
         return len(self._reply("", False))
+
+    def room(self, rollout: RolloutSection, shortest: str, *, needs: str, times: int, remedy: str = "") -> int:
+        """Tokens that a reply may have, ``rollout.max_reply_tokens``.
+
+        ``needs`` and ``remedy`` are words of the ConfigError that is raised, ``times`` the advice, where that
+        has no room for ``shortest``; "{}" in ``needs`` stands for the tokens that this takes.
+        """
+        least, given = self.least_reply() + len(self.prompt(shortest)), rollout.max_reply_tokens
+        if rollout.max_turns > 1 and given < least:
+            raise ConfigError(
+                f"rollout.max_reply_tokens={given}: {needs.format(least)}; set it to {times * least}, say{remedy}"
+            )
+        return given
 
     def reply(self, said: str, completion: Ids, room: int) -> Ids:
         """Ids ``[n]``, n <= ``room``, that follow ``completion[T]``; too long a text is cut in the middle, with a mark.

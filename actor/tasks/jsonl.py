@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from actor.tasks.answers import last_boxed, marked, normalised, read_number
 from actor.tasks.base import PromptItem, Split, refuse_params
 from actor.tasks.chat import Chat
+from actor.tasks.finite import Questions
 from actor.tasks.grading import Overdue, graders
 from actor.tasks.params import read_number as read_limit
 from actor.tasks.questionfile import Line, read_split, read_text
 from common.errors import TaskError
-from common.questions import question_of
 
 PARAMS = (
     "file", "files", "heldout", "question", "answer", "system", "suffix", "grader", "deadline_s", "workers"
@@ -57,7 +57,6 @@ class JsonlTask:
 
     def __init__(self, model_dir: str, seed: int, params: dict[str, Any]) -> None:
         refuse_params("jsonl", params, PARAMS)
-        self._seed = seed
         grader = _choice(params, "grader", tuple(SUFFIXES), "math")
         self.slow = grader == "math"
         self.channels: tuple[str, ...] = ("correct", "format", *(["overdue"] if grader == "math" else []))
@@ -66,7 +65,7 @@ class JsonlTask:
         }[grader]  # fmt: skip
         self._suffix = read_text(params, "suffix", SUFFIXES[grader])
         self._system = read_text(params, "system", "")
-        self._train, self._heldout = read_split(params, ("file", "files"))
+        self._questions = Questions(seed, *read_split(params, ("file", "files")))
         self._chat = Chat(model_dir)
         if grader == "math":
             deadline_s = read_limit(params, "deadline_s", DEFAULT_DEADLINE_S, 0.1, 600)
@@ -75,21 +74,16 @@ class JsonlTask:
     @property
     def questions(self) -> int:
         """Those to train on."""
-        return len(self._train)
+        return len(self._questions.train)
 
     @property
     def held_out(self) -> int:
         """Those for evaluation alone."""
-        return len(self._heldout)
+        return len(self._questions.heldout)
 
     def prompt(self, index: int, split: Split) -> PromptItem:
         """Question ``index``; training goes through the files in another order each time."""
-        if split == "train":
-            line = self._train[question_of(self._seed, index, len(self._train))]
-        elif index < len(self._heldout):
-            line = self._heldout[index]
-        else:
-            raise TaskError(f"held-out question {index}: task.params.heldout={len(self._heldout)} are held out")
+        line = self._questions.at(index, split)
         return PromptItem(self._chat.prompt(line.question + self._suffix, self._system), line)
 
     def question_text(self, item: PromptItem) -> str:

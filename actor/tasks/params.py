@@ -2,8 +2,10 @@
 
 import difflib
 import math
+from dataclasses import replace
 from typing import Any
 
+from actor.sandbox.box import Limits
 from common.errors import TaskError
 
 
@@ -14,6 +16,16 @@ def read_number(params: dict[str, Any], name: str, default: float, least: float,
     if not number or not least <= value <= most:
         raise TaskError(f"task.params.{name}={value!r}: must be a number in [{least:g}, {most:g}]")
     return value  # type: ignore[no-any-return]
+
+
+def read_limits(params: dict[str, Any], usual: Limits) -> Limits:
+    """``usual`` with ``task.params.wall_s``, ``.cpu_s`` and ``.memory_mb`` of one run in the sandbox."""
+    return replace(
+        usual,
+        wall_s=read_number(params, "wall_s", usual.wall_s, 0.1, 600),
+        cpu_s=read_number(params, "cpu_s", usual.cpu_s, 0.1, 600),
+        memory_mb=int(read_number(params, "memory_mb", usual.memory_mb, 32, 1 << 16)),
+    )
 
 
 def read_names(params: dict[str, Any], name: str, known: tuple[str, ...]) -> list[str]:

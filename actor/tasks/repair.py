@@ -32,11 +32,11 @@ from actor.tasks.chat import Chat
 from actor.tasks.drawn import draw
 from actor.tasks.latest import Latest
 from actor.tasks.mutations import as_json, mutant, outcomes
-from actor.tasks.params import read_names, read_number
+from actor.tasks.params import read_limits, read_names, read_number
 from actor.tasks.programs import CONSTANTS, PROGRAMS, Program
 from actor.tasks.reading import last_block
 from common.config import RolloutSection
-from common.errors import ConfigError, TaskError
+from common.errors import TaskError
 
 PARAMS = ("bugs", "programs", "tests", "wall_s", "cpu_s", "memory_mb")
 LIMITS = Limits(wall_s=10.0, cpu_s=2.0, memory_mb=128, processes=4, disk_mb=1, files=50, output_kb=4)
@@ -120,12 +120,7 @@ class Repair:
         self._programs = [by_name[name] for name in read_names(params, "programs", tuple(by_name))]
         self._bugs = int(read_number(params, "bugs", 1, 1, 3))
         self._tests = int(read_number(params, "tests", 10, SHOWN + 1, 100))
-        self._limits = replace(
-            LIMITS,
-            wall_s=read_number(params, "wall_s", LIMITS.wall_s, 0.1, 600),
-            cpu_s=read_number(params, "cpu_s", LIMITS.cpu_s, 0.1, 600),
-            memory_mb=int(read_number(params, "memory_mb", LIMITS.memory_mb, 32, 1 << 16)),
-        )
+        self._limits = read_limits(params, LIMITS)
         self._chat = Chat(model_dir)
         self._backend = find_backend()
         self._verdicts: Latest[Verdict] = Latest(KEPT_BYTES)
@@ -133,13 +128,10 @@ class Repair:
 
     def fit(self, rollout: RolloutSection) -> None:
         """Keep replies within ``rollout.max_reply_tokens``. Raises ConfigError if that has no room for any."""
-        least = self._chat.least_reply() + len(self._chat.prompt(NO_CODE))
-        if rollout.max_turns > 1 and rollout.max_reply_tokens < least:
-            raise ConfigError(
-                f"rollout.max_reply_tokens={rollout.max_reply_tokens}: repair needs {least} for its shortest replies; "
-                f"set it to {4 * least}, say, or rollout.max_turns to 1"
-            )
-        self._room = rollout.max_reply_tokens
+        self._room = self._chat.room(
+            rollout, NO_CODE, needs="repair needs {} for its shortest replies", times=4,
+            remedy=", or rollout.max_turns to 1",
+        )  # fmt: skip
 
     # ---- questions ----------------------------------------------------------------------------------
 

@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from actor.tasks.answers import normalised
 from actor.tasks.base import PromptItem, Split, refuse_params
 from actor.tasks.chat import Chat
+from actor.tasks.finite import Questions
 from actor.tasks.params import read_number
 from actor.tasks.passages import Index, Passage, index_of, open_index
 from actor.tasks.questionfile import Line, read_split, read_text
 from actor.tasks.world import FEWEST_HOPS, MOST_HOPS, make_questions, make_world
 from common.config import RolloutSection
-from common.errors import ConfigError, TaskError
-from common.questions import question_of
+from common.errors import TaskError
 
 PARAMS = (
     "corpus", "questions", "heldout", "question", "answer", "system", "top_k", "people", "hops", "count"
@@ -68,17 +68,17 @@ class SearchTask:
 
     def __init__(self, model_dir: str, seed: int, params: dict[str, Any]) -> None:
         refuse_params("search", params, PARAMS)
-        self._seed = seed
         self._system = read_text(params, "system", "")
         self._top_k = int(read_number(params, "top_k", DEFAULT_TOP_K, 1, 100))
         self._index: Index
         if "corpus" in params:
             self._refuse(params, OF_WORLD, "belongs to a world that is made up; remove it, or task.params.corpus")
             self._index = open_index(Path(read_text(params, "corpus", "")))
-            self._train, self._heldout = read_split(params, ("questions",))
+            train, heldout = read_split(params, ("questions",))
         else:
             self._refuse(params, OF_FILES, "needs task.params.corpus, a JSONL file of passages")
-            self._index, self._train, self._heldout = _make_up(seed, params)
+            self._index, train, heldout = _make_up(seed, params)
+        self._questions = Questions(seed, train, heldout)
         self._chat = Chat(model_dir)
         self._room = 0  # tokens of a reply
 
@@ -90,31 +90,21 @@ class SearchTask:
     @property
     def questions(self) -> int:
         """Those to train on."""
-        return len(self._train)
+        return len(self._questions.train)
 
     @property
     def held_out(self) -> int:
         """Those for evaluation alone."""
-        return len(self._heldout)
+        return len(self._questions.heldout)
 
     def fit(self, rollout: RolloutSection) -> None:
         """Keep replies within ``rollout.max_reply_tokens``. Raises ConfigError if that has no room for any."""
-        least = self._chat.least_reply() + len(self._chat.prompt(NEITHER))
-        if rollout.max_turns > 1 and rollout.max_reply_tokens < least:
-            raise ConfigError(
-                f"rollout.max_reply_tokens={rollout.max_reply_tokens}: search needs {least} for its shortest replies "
-                f"and more for passages; set it to {4 * least * self._top_k}, say"
-            )
-        self._room = rollout.max_reply_tokens
+        needs = "search needs {} for its shortest replies and more for passages"
+        self._room = self._chat.room(rollout, NEITHER, needs=needs, times=4 * self._top_k)
 
     def prompt(self, index: int, split: Split) -> PromptItem:
         """Question ``index``; training goes through all of them in another order each time."""
-        if split == "train":
-            line = self._train[question_of(self._seed, index, len(self._train))]
-        elif index < len(self._heldout):
-            line = self._heldout[index]
-        else:
-            raise TaskError(f"held-out question {index}: task.params.heldout={len(self._heldout)} are held out")
+        line = self._questions.at(index, split)
         return PromptItem(self._chat.prompt(ASK.format(question=line.question), self._system), line)
 
     def question_text(self, item: PromptItem) -> str:

@@ -36,6 +36,30 @@ def read_penalty(task: str, params: dict[str, Any]) -> float:
     return float(value)
 
 
+def score_confidence(correct: float, sure: float | None) -> dict[str, float]:
+    """The channels of an answer that is right or not and how sure of it one was, None where that is unreadable."""
+    if sure is None:
+        return {"correct": correct, "confidence": 0.0, "valid": 0.0, "brier": -1.0, "bce": float(np.log(LEAST)),
+                "rlcr": correct - 1.0}  # fmt: skip
+    brier = -((sure - correct) ** 2)
+    likelihood = min(max(sure if correct else 1 - sure, LEAST), 1.0)
+    return {"correct": correct, "confidence": sure, "valid": 1.0, "brier": brier, "bce": float(np.log(likelihood)),
+            "rlcr": correct + brier}  # fmt: skip
+
+
+def read_score(params: dict[str, Any]) -> str:
+    """``params.score``: the channel that rewards a confidence. Raises TaskError for any other."""
+    score = str(params.get("score", "brier"))
+    if score not in ("brier", "bce"):
+        raise TaskError(f"task.params.score={score!r}: must be brier or bce")
+    return score
+
+
+def reward_second(channels: dict[str, float]) -> float:
+    """Of a second attempt: 1 if it is right, CHANGED if it is another wrong one, else 0 (algorithms.md 2.1)."""
+    return channels["second"] or CHANGED * channels["changed"]
+
+
 class SortConfidence(Sort6):
     """``correct``, ``confidence`` (0 where unreadable), ``valid``, ``brier``, ``bce`` and ``rlcr``.
 
@@ -50,22 +74,13 @@ class SortConfidence(Sort6):
         refuse_params("sort6_confidence", params, ("penalty", "score"))
         super().__init__(seed, {})
         self.penalty = read_penalty("sort6_confidence", params)
-        self.score = params.get("score", "brier")
-        if self.score not in ("brier", "bce"):
-            raise TaskError(f"task.params.score={self.score!r}: must be brier or bce")
+        self.score = read_score(params)
 
     def reward(self, item: PromptItem, completion_ids: Ids) -> dict[str, float]:
         """See the class."""
         mark = read_confidence(completion_ids)
         correct = float(decode(_answer(completion_ids, mark)) + "$" == item.reference)
-        if mark is None:
-            return {"correct": correct, "confidence": 0.0, "valid": 0.0, "brier": -1.0, "bce": float(np.log(LEAST)),
-                    "rlcr": correct - 1.0}  # fmt: skip
-        sure = float(completion_ids[mark + 1]) / SUREST
-        brier = -((sure - correct) ** 2)
-        likelihood = min(max(sure if correct else 1 - sure, LEAST), 1.0)
-        return {"correct": correct, "confidence": sure, "valid": 1.0, "brier": brier,
-                "bce": float(np.log(likelihood)), "rlcr": correct + brier}  # fmt: skip
+        return score_confidence(correct, None if mark is None else float(completion_ids[mark + 1]) / SUREST)
 
     def blocks(self, item: PromptItem, completions: Sequence[Ids], channels: dict[str, float]) -> list[Block]:
         """The answer, and the confidence given whether it was right."""
@@ -89,8 +104,7 @@ class SortConfidence(Sort6):
 class SortTwice(Sort6):
     """``correct`` (the last attempt), ``first`` and ``second``, ``changed``, ``valid``.
 
-    The first block's reward is its correctness; the second's 1 if it is right, CHANGED if it is
-    another wrong one, else 0 (algorithms.md 2.1).
+    The first block's reward is its correctness, the second's :func:`reward_second`.
     """
 
     channels = ("correct", "first", "second", "changed", "valid")
@@ -117,8 +131,7 @@ class SortTwice(Sort6):
         if not channels["valid"]:
             return [Block(0, 0, len(ids), channels["first"] - self.penalty)]
         mark = int(np.flatnonzero(ids == AGAIN)[0])
-        second = channels["second"] or CHANGED * channels["changed"]
-        found = [Block(1, mark, len(ids), second, int(channels["first"]))]
+        found = [Block(1, mark, len(ids), reward_second(channels), int(channels["first"]))]
         return [Block(0, 0, mark, channels["first"]), *found] if mark else found
 
     def answer(self, item: PromptItem, completion_ids: Ids) -> str | None:

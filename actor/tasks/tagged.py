@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from actor.tasks.base import AskingTask, Block, PromptItem, Split, make_task, refuse_params
 from actor.tasks.chat import Chat
-from actor.tasks.sort6blocks import CHANGED, LEAST, read_penalty
+from actor.tasks.sort6blocks import read_penalty, read_score, reward_second, score_confidence
 from actor.tasks.tokenizer import load_tokenizer
 from common.errors import TaskError
 
@@ -49,11 +49,9 @@ class TaggedTask:
 
     def __init__(self, model_dir: str, seed: int, params: dict[str, Any]) -> None:
         refuse_params("tagged", params, PARAMS)
-        self.style, self.score = str(params.get("style", "confidence")), str(params.get("score", "brier"))
+        self.style, self.score = str(params.get("style", "confidence")), read_score(params)
         if self.style not in SUFFIXES:
             raise TaskError(f"task.params.style={self.style!r}: must be one of {', '.join(SUFFIXES)}")
-        if self.score not in ("brier", "bce"):
-            raise TaskError(f"task.params.score={self.score!r}: must be brier or bce")
         if "inner" not in params:
             raise TaskError("task tagged needs task.params.inner, the name of the task that is asked")
         self.penalty = read_penalty("tagged", params)
@@ -96,15 +94,10 @@ class TaggedTask:
     def _confidence(self, item: PromptItem, ids: Ids, text: str, cut: int | None) -> dict[str, float]:
         correct = self._correct(item, ids if cut is None else ids[:cut])
         said = CONFIDENCE.search(text[text.find(ENDS) :]) if cut is not None else None
-        if said is None:
-            return {"correct": correct, "valid": 0.0, "confidence": 0.0, "brier": -1.0, "bce": float(np.log(LEAST)),
-                    "rlcr": correct - 1.0, "clipped": 0.0}  # fmt: skip
-        value = float(said[1]) / (100.0 if said[2] else 1.0)
-        sure = min(max(value, 0.0), 1.0)
-        brier = -((sure - correct) ** 2)
-        likelihood = min(max(sure if correct else 1 - sure, LEAST), 1.0)
-        return {"correct": correct, "valid": 1.0, "confidence": sure, "brier": brier, "bce": float(np.log(likelihood)),
-                "rlcr": correct + brier, "clipped": float(sure != value)}  # fmt: skip
+        value = None if said is None else float(said[1]) / (100.0 if said[2] else 1.0)
+        sure = None if value is None else min(max(value, 0.0), 1.0)
+        found = score_confidence(correct, sure) | {"clipped": float(sure != value)}
+        return {name: found[name] for name in self.channels}
 
     def _attempts(self, item: PromptItem, ids: Ids, text: str, cut: int | None) -> dict[str, float]:
         answers = ANSWER.findall(text)
@@ -125,9 +118,7 @@ class TaggedTask:
         cut = self._cut(ids, self._text(ids))
         if not channels["valid"] or cut is None or cut >= len(ids):
             return [Block(0, 0, len(ids), first - self.penalty)]
-        second = channels[self.score] if self.style == "confidence" else (
-            channels["second"] or CHANGED * channels["changed"]
-        )  # fmt: skip
+        second = channels[self.score] if self.style == "confidence" else reward_second(channels)
         return [Block(0, 0, cut, first), Block(1, cut, len(ids), second, int(first))]
 
     def answer(self, item: PromptItem, completion_ids: Ids) -> str | None:

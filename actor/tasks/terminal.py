@@ -34,10 +34,10 @@ from actor.tasks.chat import Chat
 from actor.tasks.drawn import draw
 from actor.tasks.goals import FAMILIES, MOST_DIFFICULT, Goal, check
 from actor.tasks.latest import Latest
-from actor.tasks.params import read_names, read_number
+from actor.tasks.params import read_limits, read_names, read_number
 from actor.tasks.reading import first_block
 from common.config import RolloutSection
-from common.errors import ConfigError, TaskError
+from common.errors import TaskError
 
 PARAMS = ("families", "difficulty", "wall_s", "cpu_s", "memory_mb")
 LIMITS = Limits(wall_s=10.0, cpu_s=2.0, memory_mb=128, processes=16, disk_mb=2, files=500, output_kb=16)
@@ -92,12 +92,7 @@ class Terminal:
         self._seed = seed
         self._families = [FAMILIES[name] for name in read_names(params, "families", tuple(FAMILIES))]
         self._difficulty = int(read_number(params, "difficulty", 2, 1, MOST_DIFFICULT))
-        self._limits = replace(
-            LIMITS,
-            wall_s=read_number(params, "wall_s", LIMITS.wall_s, 0.1, 600),
-            cpu_s=read_number(params, "cpu_s", LIMITS.cpu_s, 0.1, 600),
-            memory_mb=int(read_number(params, "memory_mb", LIMITS.memory_mb, 32, 1 << 16)),
-        )
+        self._limits = read_limits(params, LIMITS)
         self._chat = Chat(model_dir)
         self._backend = find_backend()
         self._worlds: Latest[World] = Latest(KEPT_BYTES)
@@ -105,13 +100,8 @@ class Terminal:
 
     def fit(self, rollout: RolloutSection) -> None:
         """Keep replies within ``rollout.max_reply_tokens``. Raises ConfigError if that has no room for any."""
-        least = self._chat.least_reply() + len(self._chat.prompt(NO_COMMAND))
-        if rollout.max_turns > 1 and rollout.max_reply_tokens < least:
-            raise ConfigError(
-                f"rollout.max_reply_tokens={rollout.max_reply_tokens}: the terminal needs {least} for its shortest "
-                f"replies and more for what commands print; set it to {8 * least}, say"
-            )
-        self._room = rollout.max_reply_tokens
+        needs = "the terminal needs {} for its shortest replies and more for what commands print"
+        self._room = self._chat.room(rollout, NO_COMMAND, needs=needs, times=8)
 
     def prompt(self, index: int, split: Split) -> PromptItem:
         """Question ``index``: a goal of one of the families. Raises TaskError if they have too few."""

@@ -30,9 +30,7 @@ import torch
 from torch import Tensor
 
 from common.joint import Direction
-from learner.logprobs import LN_2, Head, Product
-
-SMALLEST = 1e-37  # a mass whose logarithm is finite
+from learner.logprobs import LN_2, SMALLEST, Head, Product
 
 PerToken = Callable[[Tensor, slice], tuple[Tensor, Tensor]]  # (log s of some tokens, which) -> their loss, its slope
 

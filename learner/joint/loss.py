@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MAX_LOG_RATIO = 20.0  # clamp before exp (algorithms.md 0.4)
+from learner.losses.families import ppo
+from learner.losses.tokens import exp_ratio
 
 
 @dataclass
@@ -29,17 +30,14 @@ def rollout_loss(
     what the engine reported, so there is one gap and one ratio. ``weights`` W hold the denominator.
     """
     on = log_q.isfinite() & logp.isfinite()
-    ratio = torch.where(on, logp - log_q, 0.0).clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp_()
-    gain = ratio * advantages
-    clipped_gain = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages
-    clipped = clipped_gain < gain
+    ratio = exp_ratio(torch.where(on, logp - log_q, 0.0))
+    gain, slope, clipped = ppo(ratio, advantages, clip_low, clip_high)
     used = weights * on
-    slope = torch.where(clipped, 0.0, -used * gain)
     stats = RolloutStats(
-        policy=-torch.dot(used, torch.minimum(gain, clipped_gain)),
+        policy=-torch.dot(used, gain),
         sampled=on.sum(),
         faulty=(~on).sum(),
         clipped=(clipped & on).sum(),
         ratio=(ratio * on).sum(),
     )
-    return slope, stats
+    return -used * slope, stats

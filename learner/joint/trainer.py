@@ -30,7 +30,7 @@ from learner.losses.router import balance_loss, router_z_loss
 from learner.mesh import Mesh
 from learner.model.decoder import Decoder
 from learner.optim import Optimizer
-from learner.step import StepBatch, micro_batches
+from learner.step import StepBatch, expert_fractions, micro_batches
 
 SUMMED = ("policy", "balance", "router_z", "sampled", "faulty", "clipped", "ratio", "kl", "probed", "before", "after")
 HEADS = 4  # chunks of logits that live at once where a plain loss has one
@@ -79,9 +79,7 @@ class RolloutTrainer:
         lr, grad_norm = self.optimizer.lr, self.optimizer.step()
         if probe is not None:
             sums += self._probe(policy, *probe)
-        self.mesh.sum(counts)
-        assigned = counts.sum(dim=1, keepdim=True)
-        self.expert_fraction = torch.where(assigned > 0, counts / assigned.clamp_min(1), self.expert_fraction)
+        self.expert_fraction = expert_fractions(self.mesh.sum(counts), self.expert_fraction)
         return self._metrics(dict(zip(SUMMED, self.mesh.sum(sums).tolist(), strict=True))) | {
             "joint_grad_norm": grad_norm, "joint_lr": lr, "joint_skipped_updates": float(self.optimizer.skipped),
             "seconds_joint": time.perf_counter() - began,

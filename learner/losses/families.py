@@ -13,7 +13,7 @@ from torch import Tensor
 Terms = tuple[Tensor, Tensor, Tensor | None]
 
 
-def ppo(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Terms:
+def ppo(ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
     """``min(rho A, clip(rho, 1 - low, 1 + high) A)``; bounds apart are DAPO's (2503.14476)."""
     gain = ratio * advantages
     clipped = ratio.clamp(1 - low, 1 + high).mul_(advantages)

@@ -54,17 +54,16 @@ def policy_loss(log_p: Tensor, entropy: Tensor, tokens: Tokens, section: LossSec
 
 def _policy_loss(log_p: Tensor, entropy: Tensor, tokens: Tokens, section: LossSection) -> tuple[Share, LossStats]:
     about = _Densities.of(log_p, tokens, section)
-    on, own, log_q = about.on, about.own, about.log_q
+    own, log_q, mask = about.own, about.log_q, about.mask
     advantages = _advantages(own, tokens, section)
     weight = _weight(about, section)
     ratio = torch.ones_like(own) if about.anchor is own else exp_ratio(own - about.anchor)
     gain, slope, stopped = _family(about, ratio, advantages, tokens, section)
-    mask = on.to(own.dtype)
     factor = tokens.factor
     if section.correction == "icepop":
         near = icepop(about.anchor - log_q, section.correction_low, section.correction_high).to(own.dtype)
         factor = near if factor is None else factor * near
-    stats = _stats(about, weight, ratio, stopped, factor, advantages, mask)
+    stats = _stats(about, weight, ratio, stopped, factor, advantages)
     weight *= mask
     weight *= tokens.weights
     used = weight if factor is None else weight * factor
@@ -83,6 +82,7 @@ class _Densities:
     """Log-densities of every token, numbers also where nothing is to be looked at."""
 
     on: Tensor  # [n] bool: accepted, and its densities are finite
+    mask: Tensor  # [n] the same as 0 and 1
     faulty: Tensor  # [] accepted ones that are not
     own: Tensor  # trained policy
     log_q: Tensor
@@ -103,7 +103,7 @@ class _Densities:
             given = [torch.where(on, x, 0.0) for x in given]
         own, log_q, log_m = given[:3]
         anchor = {"behaviour": log_q, "broker": given[-1], "proximal": own, "none": own}[section.anchor]
-        return cls(on, faulty, own, log_q, log_m, anchor)
+        return cls(on, on.to(log_p.dtype), faulty, own, log_q, log_m, anchor)
 
 
 def _advantages(own: Tensor, tokens: Tokens, section: LossSection) -> Tensor:
@@ -173,9 +173,8 @@ def _stats(
     stopped: Tensor | None,
     factor: Tensor | None,
     advantages: Tensor,
-    mask: Tensor,
 ) -> LossStats:
-    zero = torch.zeros((), device=mask.device)
+    mask, zero = about.mask, torch.zeros((), device=about.mask.device)
     count, full = mask.sum(), (weight * ratio).mul_(mask)
     to_policy = about.own - about.log_q
     if about.anchor is about.log_q:
@@ -225,7 +224,7 @@ def _penalties(
         away = _away(own, tokens.log_reference)
         raised = torch.expm1(away)
         terms = raised - away  # k3
-        stats.kl_reference = torch.dot(terms, about.on.to(own.dtype))
+        stats.kl_reference = torch.dot(terms, about.mask)
         if section.kl > 0 and section.kl_estimator != "k1":
             if section.kl_estimator == "k2":
                 terms, change = 0.5 * away.square(), -away

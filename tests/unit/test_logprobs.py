@@ -7,11 +7,11 @@ import torch
 from common.errors import DataError
 from learner.logprobs import (
     Head,
+    Share,
     by_autograd,
     loss_through_head,
     score_tokens,
     target_positions,
-    token_logprobs,
     top_of_rows,
 )
 
@@ -39,14 +39,24 @@ def whole_softmax(hidden, weight, targets, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_values_entropy_and_gradients_are_those_of_a_whole_softmax(chunk, temperature):
     hidden, weight, targets = inputs()
-    logp, entropy = token_logprobs(hidden, head_of(weight, temperature, chunk), targets)
     expected, expected_entropy = whole_softmax(hidden, weight, targets, temperature)
-    assert torch.allclose(logp, expected, atol=1e-5)
-    assert torch.allclose(entropy, expected_entropy, atol=1e-5)
     weights = torch.randn(N, generator=torch.Generator().manual_seed(1))
-    grads = torch.autograd.grad((logp * weights).sum(), (hidden, weight))
-    for ours, theirs in zip(grads, torch.autograd.grad((expected * weights).sum(), (hidden, weight)), strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-5)
+    of_entropy = torch.randn(N, generator=torch.Generator().manual_seed(2))
+    for bonus in (None, of_entropy):  # a loss of log p alone, and one with the entropy in it
+
+        def per_token(logp, entropy, part, bonus=bonus):
+            loss = (logp * weights[part]).sum()
+            more = 0.0 if bonus is None else (entropy * bonus[part]).sum()
+            return Share(loss + more, weights[part], None if bonus is None else bonus[part])
+
+        loss, logp, entropy = loss_through_head(hidden, head_of(weight, temperature, chunk), targets, per_token)
+        assert torch.allclose(logp, expected, atol=1e-5)
+        assert torch.allclose(entropy, expected_entropy, atol=1e-5)
+        reference = (expected * weights).sum() + (0.0 if bonus is None else (expected_entropy * bonus).sum())
+        grads = torch.autograd.grad(loss, (hidden, weight))
+        wanted = torch.autograd.grad(reference, (hidden, weight), retain_graph=True)
+        for ours, theirs in zip(grads, wanted, strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [1, 8, 1000])
@@ -71,9 +81,8 @@ def test_a_loss_through_the_head_is_the_loss_of_the_log_probabilities(chunk):
 def test_no_tokens_give_no_gradient():
     hidden, weight, _ = inputs()
     nothing = torch.zeros(0, dtype=torch.int64)
-    logp, _ = token_logprobs(hidden[:0], head_of(weight, 1.0, 8), nothing)
     loss, _, _ = loss_through_head(hidden[:0], head_of(weight, 1.0, 8), nothing, TOTAL)
-    (logp.sum() + loss).backward()
+    loss.backward()
     assert not weight.grad.any()
 
 
@@ -97,7 +106,7 @@ def test_logits_far_from_zero_are_shifted_and_their_sums_are_the_same():
     weight = torch.cat((weight, torch.ones(V, 1)), dim=1).detach()
     for offset in (-400.0, 0.0, 400.0):
         moved = torch.cat((hidden, torch.full((N, 1), offset)), dim=1).detach()
-        logp, entropy = token_logprobs(moved, Head(weight), targets)
+        _, logp, entropy = loss_through_head(moved, Head(weight), targets, TOTAL)
         expected, expected_entropy = whole_softmax(hidden, weight[:, :-1], targets, 1.0)
         assert torch.allclose(logp, expected, atol=2e-4)
         assert torch.allclose(entropy, expected_entropy, atol=2e-3)
