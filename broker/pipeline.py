@@ -46,7 +46,7 @@ class Pipeline:
         assert (routing is not None) == rollout.routing_replay
         self.expert_count, self.routed = (routing.experts, routing.width) if routing else (0, 0)
         config.check_room(self.routed)
-        self.ledger = StalenessLedger(config.staleness.budget, rollout.groups_per_step, config.run.steps)
+        self.ledger = StalenessLedger(config.staleness.first, rollout.groups_per_step, config.run.steps)
         self.book = GroupBook(rollout.group_size)
         self.counts: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()

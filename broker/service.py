@@ -271,7 +271,8 @@ class BrokerService:
 
     def _on_heartbeat(self, peer: Peer, message: wire.Heartbeat) -> None:
         peer.version = max(peer.version, message.version)
-        peer.counters = message.counters
+        peer.counters, peer.seconds = message.counters, message.seconds
+        peer.beat = (message.sent_ns, time.monotonic_ns())
 
     # ---- figures --------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ import numpy as np
 
 from common.errors import WireError
 
-WIRE_VERSION = 4
+WIRE_VERSION = 5
 JOIN_BELOW_BYTES = 64 * 1024  # arrays of smaller messages share one frame
 ALIGNMENT = 8
 MAX_HEADER_BYTES = 4 << 20  # the largest is a Publish: 70 bytes a tensor, 18,000 tensors for Qwen3-30B-A3B

@@ -28,6 +28,7 @@ from common.joint import JointSection as JointSection
 from common.joint import WarmstartSection as WarmstartSection
 from common.mixture import Mixture, mixture
 from common.objective import ALGORITHMS, AdvantageSection, LossSection, check_stacking, require
+from common.observe import AlertSection, MetricsSection, TraceSection
 from common.rewards import RewardSection
 
 
@@ -52,6 +53,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "optim.beta1": (0, 0.999999), "optim.beta2": (0, 0.999999), "optim.eps": (0, 1), "optim.weight_decay": (0, 10),
     "broker.journal_mb": (0, 1e9), "broker.retain_mb": (0, 1e9), "broker.queue_mb": (0, 1e9),
     "broker.score_timeout_s": (0.1, 1e6), "broker.peer_timeout_s": (0.1, 1e6), "broker.verify_rate": (0, 1),
+    "actor.slowdown": (1, 1000), "learner.slowdown": (1, 1000),
     "actor.threads": (1, 4096), "actor.unacked_mb": (0.01, 1e9), "actor.wait_s": (0, 1e6),
     "rollout.oversample": (1, 4), "rollout.max_turns": (1, 1000), "rollout.max_reply_tokens": (0, 1e6),
     "engine.tp": (1, 4096), "engine.concurrency": (0, 1e6), "engine.restarts": (0, 1e6),
@@ -240,13 +242,43 @@ class RolloutSection:
 
 @dataclass(frozen=True)
 class StalenessSection:
-    """The staleness budget: no trained token has a lag above it, in policy versions."""
+    """The staleness budget: no trained token has a lag above it, in policy versions.
 
-    budget: int = 2
+    ``auto`` moves the budget while the run goes (broker.governor): up while somebody idles for want of it
+    and the targets hold, down where it costs more than it buys.
+    """
+
+    budget: int | str = 2  # versions, or auto
+    start: int = 1  # auto: where it begins
+    most: int = 16  # auto: what it never exceeds
+    every: int = 8  # auto: steps between two moves
+    kl_target: float = 0.05  # auto: nats a token after rejection that a move up must stay below
+    ess_target: float = 0.5  # auto: normalised ESS of the learner's weights that a move up must stay above
 
     def __post_init__(self) -> None:
         """Validate."""
-        require(self.budget >= 0, "staleness.budget", self.budget, "must be 0 (synchronous) or more")
+        sound = self.budget == "auto" if isinstance(self.budget, str) else self.budget >= 0
+        require(sound, "staleness.budget", self.budget, "must be 0 (synchronous) or more, or auto")
+        require(0 <= self.start <= self.most, "staleness.start", self.start, f"must lie in [0, most={self.most}]")
+        require(1 <= self.most <= 1024, "staleness.most", self.most, "must lie in [1, 1024] versions")
+        require(self.every >= 2, "staleness.every", self.every, "must be at least 2 steps")
+        require(self.kl_target > 0, "staleness.kl_target", self.kl_target, "must be positive")
+        require(0 <= self.ess_target < 1, "staleness.ess_target", self.ess_target, "must lie in [0, 1)")
+
+    @property
+    def auto(self) -> bool:
+        """Whether the broker moves the budget."""
+        return self.budget == "auto"
+
+    @property
+    def limit(self) -> int:
+        """What the budget never exceeds."""
+        return self.budget if isinstance(self.budget, int) else self.most
+
+    @property
+    def first(self) -> int:
+        """The budget at the beginning."""
+        return self.budget if isinstance(self.budget, int) else self.start
 
 
 @dataclass(frozen=True)
@@ -362,6 +394,7 @@ class ActorSection:
     count: int = 2
     engine: Literal["local", "sglang"] = "local"
     max_sequences: int = 256  # decoded together
+    slowdown: float = 1.0  # sleeps, so that decoding takes so many times as long: to study other actor:learner ratios
     threads: int = 1
     unacked_mb: float = 64.0  # trajectories sent and not yet acknowledged; above it the actor starts none
     wait_s: float = 120.0  # how long to wait for a broker
@@ -435,6 +468,7 @@ class LearnerSection:
     head_float32: bool = False  # multiply by the head in float32 also where dtype is bfloat16
     recompute: bool = False  # activation checkpointing: keep each layer's input, compute the rest twice
     compile: bool = False  # torch.compile between the large products; needs a C++ compiler on CPUs
+    slowdown: float = 1.0  # sleeps, so that a step takes so many times as long: to study other actor:learner ratios
     threads: int = 1
     checkpoint_every: int = 0  # steps; 0 writes only the final one
     checkpoint_keep: int = 2
@@ -556,6 +590,9 @@ class RunConfig:
     weights: WeightsSection = field(default_factory=WeightsSection)
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     warmstart: WarmstartSection = field(default_factory=WarmstartSection)
+    trace: TraceSection = field(default_factory=TraceSection)
+    metrics: MetricsSection = field(default_factory=MetricsSection)
+    alerts: AlertSection = field(default_factory=AlertSection)
 
     def __post_init__(self) -> None:
         """Validate ranges and what spans sections."""
@@ -773,13 +810,13 @@ class RunConfig:
             self.broker.queue_mb,
             f"must hold the largest step that rollout allows, {step_mb:.3g} MB{beside}",
         )
-        journal_mb = self.bytes_journaled * (self.staleness.budget + 2) * step_mb
+        journal_mb = self.bytes_journaled * (self.staleness.limit + 2) * step_mb
         require(
             self.broker.journal_mb == 0 or self.broker.journal_mb >= journal_mb,
             "broker.journal_mb",
             self.broker.journal_mb,
-            f"must hold staleness.budget + 2 of the largest steps that rollout allows, {journal_mb:.3g} MB{beside}, "
-            "or be 0",
+            f"must hold staleness.budget + 2 (auto: most + 2) of the largest steps that rollout allows, "
+            f"{journal_mb:.3g} MB{beside}, or be 0",
         )
         tokens = self.rollout.groups_per_step * self.rollout.group_size * self.rollout.max_length
         served = BYTES_SERVED + BYTES_FROZEN * self.scores_per_token

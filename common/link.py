@@ -30,6 +30,7 @@ from common.frames import (
     send_frames,
 )
 from common.keys import ClientKeys, client_keys, fingerprint, require_keys
+from common.trace import Tracer, silent
 from common.wire import FROM_BROKER, Bye, Heartbeat, Hello, Pong, Refused, Welcome, WhoAreYou
 
 POLL_S = 0.2
@@ -54,7 +55,13 @@ class BrokerLink:
     """
 
     def __init__(
-        self, address: str, hello: Hello, *, keys: ClientKeys | None = None, max_message_bytes: int | None = None
+        self,
+        address: str,
+        hello: Hello,
+        *,
+        keys: ClientKeys | None = None,
+        max_message_bytes: int | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         require_keys(address, keys is not None)
         self.address = address
@@ -65,6 +72,7 @@ class BrokerLink:
         self._patience_s = math.inf  # for a broker that was there before
         self.log = logging.getLogger(f"{hello.role}.link")
         self.counters: dict[str, float] = {}
+        self.tracer = tracer or silent(hello.name, hello.role)
         self._hello = hello
         self._inbox: queue.Queue[Any] = queue.Queue()
         self._outbox: deque[list[Any]] = deque()
@@ -186,8 +194,7 @@ class BrokerLink:
             if now >= next_beat:
                 if self._silent_s > SILENT_BROKER_S:
                     self._welcomed.clear()
-                beat = Heartbeat(self._hello.version, dict(self.counters)) if self.welcomed else self._hello
-                self._push(socket, encode(beat))
+                self._push(socket, encode(self._heartbeat() if self.welcomed else self._hello))
                 next_beat = now + self._heartbeat_s
             ready = dict(poller.poll(int(POLL_S * 1000)))
             if self._wake_receive in ready:
@@ -206,6 +213,9 @@ class BrokerLink:
         socket.disable_monitor()
         monitor.close()
         socket.close(linger=LINGER_MS)
+
+    def _heartbeat(self) -> Heartbeat:
+        return Heartbeat(self._hello.version, dict(self.counters), self.tracer.seconds(), time.monotonic_ns())
 
     def _note_handshakes(self, monitor: "zmq.Socket[bytes]") -> None:
         while monitor.poll(0):
@@ -250,7 +260,10 @@ class BrokerLink:
                 self._heartbeat_s = message.heartbeat_s
                 self._welcomed.set()
                 self._inbox.put(message)
-            elif not isinstance(message, Pong):
+            elif isinstance(message, Pong):
+                back = time.monotonic_ns()
+                self.tracer.offset.observe(message.echo_ns, message.received_ns, message.sent_ns, back)
+            else:
                 self._inbox.put(message)
 
     def _drain(self, socket: "zmq.Socket[bytes]") -> None:
@@ -267,7 +280,7 @@ class BrokerLink:
         return True
 
 
-def connect(section: BrokerSection, hello: Hello) -> BrokerLink:
+def connect(section: BrokerSection, hello: Hello, tracer: Tracer | None = None) -> BrokerLink:
     """A peer's link as ``section`` configures it; its key is named as the peer is, without a rank."""
     keys = client_keys(section, re.sub(r"\.[0-9]+$", "", hello.name))
-    return BrokerLink(section.address, hello, keys=keys, max_message_bytes=section.max_message_bytes)
+    return BrokerLink(section.address, hello, keys=keys, max_message_bytes=section.max_message_bytes, tracer=tracer)

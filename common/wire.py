@@ -153,19 +153,25 @@ class Heartbeat:
     TAG: ClassVar[str] = "heartbeat"
     version: int
     counters: dict[str, float]
+    seconds: dict[str, float] = field(default_factory=dict)  # in each state of common.trace.STATES since its start
+    sent_ns: int = 0  # by the sender's clock
 
     def check(self) -> None:
         """Counters are kept as long as the peer is."""
-        if len(self.counters) > MAX_COUNTERS or any(len(name) > MAX_TEXT for name in self.counters):
-            raise DataError(f"heartbeat: at most {MAX_COUNTERS} counters with names of {MAX_TEXT} characters")
+        for kept in (self.counters, self.seconds):
+            if len(kept) > MAX_COUNTERS or any(len(name) > MAX_TEXT for name in kept):
+                raise DataError(f"heartbeat: at most {MAX_COUNTERS} counters with names of {MAX_TEXT} characters")
 
 
 @dataclass
 class Pong(_Unchecked):
-    """The broker lives."""
+    """The broker lives; its clock, beside that of the peer's last heartbeat (:class:`common.trace.ClockOffset`)."""
 
     TAG: ClassVar[str] = "pong"
     version: int
+    echo_ns: int = 0  # ``sent_ns`` of the heartbeat, by the peer's clock; 0 before the first
+    received_ns: int = 0  # when it came, by the broker's clock
+    sent_ns: int = 0  # by the broker's clock
 
 
 @dataclass

@@ -62,7 +62,7 @@ def summarize(config: RunConfig | None, last: Record, records: list[Record], sta
         "acceptance": accepted / proposed if proposed else None,
         "lag_mean": _mean_lag(steps),
         "lag_max": max((step["lag_max"] for step in steps), default=None),
-        "staleness_budget": config.staleness.budget if config else None,
+        "staleness_budget": config.staleness.limit if config else None,
         "trajectories_acked": int(last.get("trajectories_acked") or 0),
         "trajectories_trained": int(last.get("trajectories_trained") or 0),
         "trajectories_dropped": dict(sorted((last.get("trajectories_dropped") or {}).items())),

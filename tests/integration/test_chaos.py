@@ -33,7 +33,7 @@ def assert_nothing_lost_nothing_twice(fleet):
     """The invariants of every run, read from what it left behind."""
     status, steps = fleet.status(), fleet.steps()
     assert [s["step"] for s in steps] == list(range(fleet.config.run.steps)), fleet.words()
-    assert max(s["lag_max"] for s in steps) <= fleet.config.staleness.budget
+    assert max(s["lag_max"] for s in steps) <= fleet.config.staleness.limit
     assert sum(s["trajectories"] for s in steps) == status["trajectories_trained"]
     dropped = sum(status["trajectories_dropped"].values())
     assert status["trajectories_acked"] == status["trajectories_trained"] + dropped + status["trajectories_queued"]

@@ -1,0 +1,334 @@
+"""Where a process's time goes: one timeline a process, written beside the run, read by tools.trace and tools.profile.
+
+::
+
+    tracer.state("sample") ... tracer.state("idle.credits") ...      what the main thread does, without gaps
+    tracer.span("rollouts", "rollout", began, ended, group=7)        something with a beginning and an end of its own
+    tracer.tally("decode", rows, wall, cpu, amount)                  sums by a key: what a cost is a function of
+         |
+         +-> RUN_DIR/trace/<process>.trace, msgpack arrays one after the other, about one write a second
+
+Times are ``time.monotonic_ns``; the broker's clock is the run's, and the link measures how far ours is from
+it (:class:`ClockOffset`). A file is appended to by every life of its process and each life begins with a
+header, so a file cut short anywhere is readable up to there. States that last less than ``resolution_ns``
+are counted in the totals and drawn as part of their neighbour.
+
+Records, by their first element::
+
+    ["h", {...}]                             a life begins: see HEADER
+    ["s", state, start, end, step]           the main thread was in ``state``; step -1 for none
+    ["x", track, name, start, end, {args}]   a span
+    ["i", name, at, {args}]                  an instant
+    ["n", at, {name: value}]                 levels, drawn as curves
+    ["t", at, {state: [wall, cpu, times]}]   totals since the life began, nanoseconds
+    ["y", at, {tally: {key: [times, wall, cpu, amount]}}]   tallies since the life began, nanoseconds
+    ["c", at, offset, delay]                 the broker's clock is ours + offset, known to within delay / 2
+    ["e", at, reason]                        an orderly end, or that the file is full
+"""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import msgpack
+
+from common.codec import WIRE_VERSION
+
+TRACE = "trace"  # within the run directory
+SUFFIX = ".trace"
+FORMAT = 1  # of these records
+RESOLUTION_NS = 200_000
+WRITE_EVERY_NS = 1_000_000_000
+MAX_HELD = 20_000  # records between two writes; more are dropped and counted
+IDLE = "idle."  # how the states begin in which a process waits; what follows is what for
+
+# What main threads do. Idle states name their cause.
+STATES: dict[str, dict[str, str]] = {
+    "actor": {
+        "sample": "the engine decodes",
+        "play": "tasks, scoring and bookkeeping of rollouts",
+        "send": "trajectories are packed and sent",
+        "swap": "a new version is taken into use",
+        "idle.credits": "the broker has granted nothing to sample: the staleness budget is spent",
+        "idle.weights": "what is granted wants a newer version than there is here",
+        "idle.server": "everything is under way on the servers, nothing has come back",
+        "idle.scoring": "everything is sampled and is being scored",
+        "idle.agents": "agents are at work and ask for nothing",
+        "idle.broker": "trajectories sent wait to be acknowledged (actor.unacked_mb)",
+        "idle.start": "before the broker's welcome",
+    },
+    "broker": {
+        "receive": "messages are decoded and handled",
+        "admit": "trajectories are admitted and grouped",
+        "collate": "a step is assembled",
+        "thin": "coins are tossed, receipts written",
+        "pack": "shards are made and sent",
+        "grant": "credits are given out",
+        "journal": "waiting for the journal's thread or writing to it",
+        "status": "figures are written",
+        "idle.messages": "nobody has sent anything",
+    },
+    "replica": {
+        "score": "a batch is scored",
+        "swap": "a new version is taken into use",
+        "receive": "messages are handled",
+        "idle.requests": "the broker has asked nothing",
+        "idle.weights": "what is asked wants a newer version than there is here",
+        "idle.start": "before the broker's welcome",
+    },
+    "learner": {
+        "load": "shards become tensors",
+        "forward": "forward passes",
+        "backward": "backward passes",
+        "reduce": "gradients are added up over the mesh",
+        "optimizer": "the update",
+        "joint": "the rollout model's own update",
+        "gather": "weights are gathered from the mesh",
+        "send": "a version is broadcast",
+        "checkpoint": "a checkpoint is begun",
+        "export": "the final model is written",
+        "idle.shard": "the broker has no shard yet; tools.profile says why, from the broker's own marks",
+        "idle.receivers": "receivers are not ready for a version",
+        "idle.ranks": "other ranks are not there yet",
+        "idle.start": "before the broker's welcome",
+        "idle.end": "everything is trained",
+    },
+}
+
+# The instant "step" of the broker, ``{"step": s, "what": one of these}``: where a step's data were when.
+MILESTONES = (
+    "asked",  # the learner wants its shard
+    "ready",  # enough groups are complete
+    "assembled",  # and the version that scores it is out; "groups": those that are followed
+    "scored",  # every scorer has answered
+    "decided",  # coins are tossed
+    "served",  # the first shard has left
+    "committed",  # it is trained
+)
+
+
+@dataclass
+class ClockOffset:
+    """How far the broker's clock is from ours, from heartbeats and their echoes, as NTP does (RFC 5905, section 8).
+
+    The exchange with the least delay of the last ``keep`` is believed: its error is at most half that delay.
+    """
+
+    keep: int = 64
+    _seen: list[tuple[int, int]] = field(default_factory=list)  # (delay, offset), oldest first
+
+    def observe(self, sent: int, received: int, answered: int, back: int) -> None:
+        """``sent`` and ``back`` by our clock, ``received`` and ``answered`` by the broker's, nanoseconds."""
+        delay = (back - sent) - (answered - received)
+        if sent <= 0 or delay < 0:
+            return
+        self._seen.append((delay, ((received - sent) + (answered - back)) // 2))
+        del self._seen[: -self.keep]
+
+    @property
+    def best(self) -> tuple[int, int] | None:
+        """(offset, delay) of the most reliable exchange; None before the first."""
+        if not self._seen:
+            return None
+        delay, offset = min(self._seen)
+        return offset, delay
+
+
+def trace_path(run_dir: Path, process: str) -> Path:
+    """The file of ``process``: a name like actor-0, or learner.3 for a rank."""
+    return run_dir / TRACE / f"{process}{SUFFIX}"
+
+
+class Tracer:
+    """One process's timeline. The owner's main thread calls :meth:`state`; the rest is free of threads."""
+
+    def __init__(
+        self,
+        path: Path | None,
+        process: str,
+        role: str,
+        rank: int = 0,
+        limit_bytes: int = 256 << 20,
+        follow_every: int = 8,
+        clock: Callable[[], int] = time.monotonic_ns,
+        cpu_clock: Callable[[], int] = time.thread_time_ns,
+    ) -> None:
+        """``path`` None records nothing but totals. ``follow_every``: see :meth:`follows`."""
+        self.process, self.role, self.rank = process, role, rank
+        self.totals: dict[str, list[int]] = {}  # state -> wall, cpu, times
+        self.tallies: dict[str, dict[int, list[float]]] = {}
+        self.dropped = 0  # records that came faster than they could be written
+        self.offset = ClockOffset()
+        self._follow_every = follow_every
+        self._clock, self._cpu = clock, cpu_clock
+        self._held: list[list[Any]] = []
+        self._lock = threading.Lock()
+        self._limit, self._full = limit_bytes, False
+        self._told: tuple[int, int] | None = None
+        now = clock()
+        self._state, self._step, self._since, self._cpu_since = "idle.start", -1, now, cpu_clock()
+        self._slice: list[Any] | None = None  # the slice that goes on while only short states come between
+        self._next_write = now + WRITE_EVERY_NS
+        self._file = None
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab")
+            self._held.append(["h", self._header(now)])
+            self.write()
+
+    def _header(self, now: int) -> dict[str, Any]:
+        return {
+            "format": FORMAT, "wire": WIRE_VERSION, "process": self.process, "role": self.role, "rank": self.rank,
+            "host": socket.gethostname(), "pid": os.getpid(), "clock_ns": now,
+            "unix_ns": time.time_ns(),
+            "resolution_ns": RESOLUTION_NS, "follow_every": self._follow_every,
+        }  # fmt: skip
+
+    @property
+    def on(self) -> bool:
+        """Whether more than totals is kept."""
+        return self._file is not None and not self._full
+
+    def follows(self, group: int) -> bool:
+        """Whether ``group`` is one that every process follows through the run."""
+        return self.on and group % self._follow_every == 0
+
+    # ---- what is recorded -----------------------------------------------------------------------
+
+    def state(self, name: str, step: int = -1) -> None:
+        """From now on the main thread does ``name``, of training step ``step``."""
+        if name == self._state and step == self._step:
+            return
+        now, cpu = self._clock(), self._cpu()
+        total = self.totals.get(self._state)
+        if total is None:
+            total = self.totals[self._state] = [0, 0, 0]
+        total[0] += now - self._since
+        total[1] += cpu - self._cpu_since
+        total[2] += 1
+        if self._file is not None:
+            self._draw(self._state, self._since, now, self._step)
+        self._state, self._step, self._since, self._cpu_since = name, step, now, cpu
+        if now >= self._next_write:
+            self.write()
+
+    def _draw(self, state: str, start: int, end: int, step: int) -> None:
+        """Make a slice of it, or let it be part of the one before."""
+        last = self._slice
+        if last is not None and (end - start < RESOLUTION_NS or (last[1] == state and last[4] == step)):
+            last[3] = end
+            return
+        if last is not None and last[3] - last[2] < RESOLUTION_NS:
+            start = last[2]  # the very first one was short
+        elif last is not None:
+            self._hold(last)
+        self._slice = ["s", state, start, end, step]
+
+    def _hold(self, record: list[Any]) -> None:
+        if self._file is None or self._full:
+            return
+        if len(self._held) >= MAX_HELD:
+            self.dropped += 1
+            return
+        self._held.append(record)
+
+    def span(self, track: str, name: str, start: int, end: int, **args: Any) -> None:
+        """``name`` lasted from ``start`` to ``end`` (:meth:`now`) on a track of its own."""
+        self._hold(["x", track, name, start, end, args])
+
+    def instant(self, name: str, **args: Any) -> None:
+        """``name`` happened now."""
+        self._hold(["i", name, self._clock(), args])
+
+    def levels(self, **values: float) -> None:
+        """How much there is of something now."""
+        self._hold(["n", self._clock(), values])
+
+    def tally(self, name: str, key: int, wall_ns: int, cpu_ns: int, amount: float = 1) -> None:
+        """Once more ``name`` at ``key`` (rows, tokens): took so long and did so much."""
+        by_key = self.tallies.setdefault(name, {})
+        found = by_key.get(key)
+        if found is None:
+            found = by_key[key] = [0, 0, 0, 0]
+        found[0] += 1
+        found[1] += wall_ns
+        found[2] += cpu_ns
+        found[3] += amount
+
+    def now(self) -> int:
+        """The clock of all records."""
+        return self._clock()
+
+    def cpu(self) -> int:
+        """CPU time of the calling thread, nanoseconds."""
+        return self._cpu()
+
+    def seconds(self) -> dict[str, float]:
+        """Wall-clock seconds by state since the start, the present state's included: for heartbeats and exporters."""
+        found = {state: total[0] / 1e9 for state, total in list(self.totals.items())}
+        found[self._state] = found.get(self._state, 0.0) + max(0, self._clock() - self._since) / 1e9
+        return found
+
+    # ---- the file -------------------------------------------------------------------------------
+
+    def write(self) -> None:
+        """Write what is held, with the totals."""
+        if self._file is None:
+            return
+        with self._lock:
+            now = self._clock()
+            self._next_write = now + WRITE_EVERY_NS
+            held, self._held = self._held, []
+            if self.totals:
+                held.append(["t", now, self.totals])
+            if self.tallies:
+                held.append(["y", now, self.tallies])
+            best = self.offset.best
+            if best is not None and best != self._told:
+                self._told = best
+                held.append(["c", now, *best])
+            try:
+                self._file.write(b"".join(map(msgpack.packb, held)))
+                self._file.flush()
+            except OSError as error:  # a full disk costs the timeline, not the run
+                self._end(f"cannot be written: {error}")
+                return
+            if not self._full and self._file.tell() > self._limit:
+                self._full = True
+                self._file.write(msgpack.packb(["e", now, f"full: trace.limit_mb={self._limit / (1 << 20):g}"]))
+
+    def _end(self, reason: str) -> None:
+        if self._file is not None:
+            file, self._file = self._file, None
+            try:
+                file.write(msgpack.packb(["e", self._clock(), reason]))
+                file.close()
+            except OSError:
+                pass
+
+    def close(self, reason: str = "closed") -> None:
+        """Write the rest."""
+        self.state("idle.end")
+        if self._slice is not None:
+            self._hold(self._slice)
+            self._slice = None
+        self.write()
+        with self._lock:
+            self._end(reason)
+
+    def __enter__(self) -> "Tracer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close(f"{kind.__name__}: {error}" if kind is not None else "closed")
+
+
+def silent(process: str = "", role: str = "") -> Tracer:
+    """A tracer that writes no file."""
+    return Tracer(None, process, role)

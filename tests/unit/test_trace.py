@@ -1,0 +1,111 @@
+"""Timelines: complete, cheap to draw, readable wherever they are cut."""
+
+import itertools
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.trace import RESOLUTION_NS, ClockOffset, Tracer, trace_path
+from tools.timelines import read_timelines
+
+STATES = ("sample", "play", "idle.credits")
+
+
+class Clock:
+    def __init__(self):
+        self.now = 10
+
+    def __call__(self):
+        return self.now
+
+
+def traced(tmp_path, moves, **options):
+    clock = Clock()
+    tracer = Tracer(trace_path(tmp_path, "actor-0"), "actor-0", "actor", clock=clock, cpu_clock=clock, **options)
+    for state, lasts in moves:
+        tracer.state(state)
+        clock.now += lasts
+    return tracer
+
+
+@given(st.lists(st.tuples(st.sampled_from(STATES), st.integers(1, 3 * RESOLUTION_NS)), min_size=1, max_size=60))
+def test_totals_partition_the_time_and_slices_leave_no_gap(tmp_path_factory, moves):
+    tmp_path = tmp_path_factory.mktemp("run")
+    tracer = traced(tmp_path, moves)
+    tracer.close()
+    (life,) = read_timelines(tmp_path).lives
+    spent = {state: sum(lasts for s, lasts in moves if s == state) for state in {s for s, _ in moves}}
+    total = life.totals[-1][1]
+    assert {state: total[state][0] for state in spent} == spent
+    assert all(wall == cpu for wall, cpu, _ in total.values())
+    assert life.slices[0].start == 10 and life.slices[-1].end == 10 + sum(lasts for _, lasts in moves)
+    for one, other in itertools.pairwise(life.slices):
+        assert one.end == other.start
+        assert other.end - other.start >= RESOLUTION_NS  # shorter ones are part of the one before
+        assert (one.state, one.step) != (other.state, other.step)
+
+
+def test_every_cut_of_a_file_is_readable(tmp_path):
+    tracer = traced(tmp_path, [("sample", RESOLUTION_NS), ("play", RESOLUTION_NS)] * 4)
+    tracer.span("rollouts", "rollout", 10, 20, group=8)
+    tracer.levels(rows=3)
+    tracer.tally("decode", 4, 100, 90, 4)
+    tracer.close()
+    path = trace_path(tmp_path, "actor-0")
+    whole = path.read_bytes()
+    counts = []
+    for size in range(len(whole) + 1):
+        path.write_bytes(whole[:size])
+        found = read_timelines(tmp_path)
+        counts.append(sum(len(life.slices) + len(life.spans) for life in found.lives))
+    assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == 9
+
+
+def test_what_is_no_timeline_is_named_and_the_others_are_read(tmp_path):
+    traced(tmp_path, [("sample", RESOLUTION_NS)]).close()
+    (tmp_path / "trace" / "broker.trace").write_bytes(b"\x93\x01\x02\x03 not a timeline")
+    found = read_timelines(tmp_path)
+    assert [life.process for life in found.lives] == ["actor-0"]
+    assert len(found.notes) == 1 and found.notes[0].startswith("broker.trace: damaged")
+    assert "no timelines" in read_timelines(tmp_path / "nowhere").notes[0]
+
+
+def test_lives_of_a_process_follow_each_other_in_one_file(tmp_path):
+    for _ in range(2):
+        traced(tmp_path, [("sample", RESOLUTION_NS)]).close()
+    assert [life.ended for life in read_timelines(tmp_path).lives] == ["closed", "closed"]
+
+
+def test_a_full_file_ends_with_a_word_and_totals_go_on(tmp_path):
+    tracer = traced(tmp_path, [("sample", RESOLUTION_NS), ("play", RESOLUTION_NS)] * 100, limit_bytes=200)
+    tracer.write()
+    tracer.write()
+    size = trace_path(tmp_path, "actor-0").stat().st_size
+    for _ in range(1000):
+        tracer.span("rollouts", "rollout", 1, 2)
+    tracer.write()
+    (life,) = read_timelines(tmp_path).lives
+    assert "full: trace.limit_mb" in life.ended
+    assert trace_path(tmp_path, "actor-0").stat().st_size < size + 500
+    tracer.close()
+    assert tracer.seconds()["sample"] > 0
+
+
+@given(
+    st.integers(-(10**12), 10**12),
+    st.lists(st.tuples(st.integers(1, 10**6), st.integers(1, 10**6)), min_size=1, max_size=80),
+)
+def test_offset_is_within_half_the_least_delay(true, trips):
+    offset = ClockOffset()
+    for number, (there, back) in enumerate(trips):
+        sent = 10**13 + number * 10**9
+        offset.observe(sent, sent + there + true, sent + there + true + 500, sent + there + 500 + back)
+    found, delay = offset.best
+    assert delay == min(sum(trip) for trip in trips[-64:])
+    assert abs(found - true) <= delay // 2 + 1
+
+
+def test_offset_ignores_what_was_never_echoed():
+    offset = ClockOffset()
+    offset.observe(0, 5, 6, 7)
+    assert offset.best is None

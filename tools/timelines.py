@@ -1,0 +1,193 @@
+"""The timelines that a run's processes wrote (common.trace), read and put on one clock.
+
+::
+
+    RUN_DIR/trace/*.trace -> read_timelines() -> Timelines: a Life for every start of every process
+
+Whatever can be read is: a file cut short by a kill, one that is still written, one of another version
+beside sound ones. What could not be is said in ``Timelines.notes``.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgpack
+
+from common.trace import FORMAT, IDLE, SUFFIX, TRACE
+from tools.run_files import Record
+
+MAX_RECORD = 64 << 20  # bytes
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The main thread was in ``state``; times in nanoseconds of the broker's clock, as everywhere here."""
+
+    state: str
+    start: int
+    end: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Span:
+    """Something with a track of its own."""
+
+    track: str
+    name: str
+    start: int
+    end: int
+    args: Record
+
+
+@dataclass(frozen=True)
+class Instant:
+    """A moment."""
+
+    name: str
+    at: int
+    args: Record
+
+
+@dataclass
+class Life:
+    """One start of one process."""
+
+    header: Record
+    slices: list[Slice] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    instants: list[Instant] = field(default_factory=list)
+    levels: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    totals: list[tuple[int, dict[str, list[int]]]] = field(default_factory=list)  # about one a second, cumulative
+    tallies: dict[str, dict[int, list[float]]] = field(default_factory=dict)  # the last
+    offset_ns: int = 0  # the broker's clock is the process's + this
+    delay_ns: int | None = None  # of the exchange that the offset is from; None: not measured, taken as 0
+    ended: str = ""  # why; "" for a process that was killed or goes on
+
+    @property
+    def process(self) -> str:
+        """Its name in the run."""
+        return str(self.header["process"])
+
+    @property
+    def role(self) -> str:
+        """actor, broker, learner or replica."""
+        return str(self.header["role"])
+
+    @property
+    def start(self) -> int:
+        """When it began."""
+        return int(self.header["clock_ns"]) + self.offset_ns
+
+    @property
+    def end(self) -> int:
+        """The newest moment that it tells of."""
+        found = [s.end for s in self.slices[-1:]] + [at for at, _ in self.totals[-1:]] + [s.end for s in self.spans]
+        return max(found, default=self.start)
+
+    def seconds(self, since: int | None = None, until: int | None = None) -> dict[str, tuple[float, float]]:
+        """``state -> (wall, cpu)`` seconds between two moments, to the nearest record of totals; all by default."""
+        if not self.totals:
+            return {}
+        before = [t for at, t in self.totals if since is not None and at <= since]
+        after = [t for at, t in self.totals if until is None or at <= until]
+        if not after:
+            return {}
+        first: dict[str, list[int]] = before[-1] if before else {}
+        return {
+            state: ((total[0] - first.get(state, [0, 0])[0]) / 1e9, (total[1] - first.get(state, [0, 0])[1]) / 1e9)
+            for state, total in after[-1].items()
+        }
+
+
+@dataclass
+class Timelines:
+    """All lives of a run, oldest first, and what could not be read."""
+
+    lives: list[Life] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def of(self, role: str) -> list[Life]:
+        """Lives of a role."""
+        return [life for life in self.lives if life.role == role]
+
+
+def is_idle(state: str) -> bool:
+    """Whether a process waits in ``state``."""
+    return state.startswith(IDLE)
+
+
+def read_timelines(run_dir: Path) -> Timelines:
+    """Every timeline below ``run_dir``; raises nothing for what is missing, torn or foreign."""
+    found = Timelines()
+    files = sorted((run_dir / TRACE).glob(f"*{SUFFIX}"))
+    if not files:
+        found.notes.append(f"{run_dir / TRACE}: no timelines there; was the run made with trace.spans=false?")
+    for path in files:
+        lives, note = _read(path)
+        found.lives += lives
+        if note:
+            found.notes.append(f"{path.name}: {note}")
+    found.lives.sort(key=lambda life: life.start)
+    return found
+
+
+def _records(path: Path) -> Iterator[Any]:
+    with path.open("rb") as file:
+        yield from msgpack.Unpacker(file, max_buffer_size=MAX_RECORD, strict_map_key=False, raw=False)
+
+
+def _read(path: Path) -> tuple[list[Life], str]:
+    """The lives of one file, and what is wrong with it."""
+    groups: list[list[Any]] = []
+    note = ""
+    try:
+        for record in _records(path):
+            if not isinstance(record, list) or not record or not isinstance(record[0], str):
+                raise ValueError("a record that is none")
+            if record[0] == "h":
+                groups.append([])
+            if not groups:
+                raise ValueError("it does not begin with a header")
+            groups[-1].append(record)
+    except (ValueError, TypeError, OSError, msgpack.UnpackException) as error:
+        note = (
+            f"damaged after {sum(map(len, groups)):,} records ({type(error).__name__}: {error}); the rest is left out"
+        )
+    lives = []
+    for records in groups:
+        try:
+            lives.append(_life(records))
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            note = note or f"a life of it cannot be read ({type(error).__name__}: {error})"
+    return lives, note
+
+
+def _life(records: list[Any]) -> Life:
+    header = records[0][1]
+    if header["format"] != FORMAT:
+        raise ValueError(f"format {header['format']}, this croupier reads {FORMAT}")
+    life = Life(header)
+    clocks = [(record[3], record[2]) for record in records if record[0] == "c"]
+    if clocks:
+        life.delay_ns, life.offset_ns = min(clocks)
+    shift = life.offset_ns
+    for record in records[1:]:
+        match record:
+            case ["s", state, start, end, step]:
+                life.slices.append(Slice(state, start + shift, end + shift, step))
+            case ["x", track, name, start, end, args]:
+                life.spans.append(Span(track, name, start + shift, end + shift, args))
+            case ["i", name, at, args]:
+                life.instants.append(Instant(name, at + shift, args))
+            case ["n", at, values]:
+                life.levels.append((at + shift, values))
+            case ["t", at, totals]:
+                life.totals.append((at + shift, totals))
+            case ["y", _, tallies]:
+                life.tallies = tallies
+            case ["e", _, reason]:
+                life.ended = reason
+    return life
