@@ -13,11 +13,10 @@ from actor.rollout import Rollout
 from actor.tasks.base import PromptItem
 from common.config import MAX_HELD_OUT
 from common.mixture import Mixture
-from common.wire import EvaluationResult
+from common.wire import NO_ANSWER, EvaluationResult
 
 EVALUATION_ID = 1 << 62  # request ids of evaluations; groups count from 0
 EVALUATION_STRIDE = MAX_HELD_OUT  # request ids of one evaluation
-NO_ANSWER = 0
 
 log = logging.getLogger("actor")
 

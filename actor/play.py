@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actor.engine.base import Completion, Engine, Failure, SampleRequest
-from actor.evaluation import EVALUATION_ID, NO_ANSWER, Evaluations, Scored, answer_key
+from actor.evaluation import EVALUATION_ID, Evaluations, Scored, answer_key
 from actor.outbox import Finished
 from actor.rewards import combine
 from actor.rollout import Ids, Rollout, Rollouts
@@ -335,13 +335,13 @@ class Play:
     def _answer(self, rollout: Rollout) -> int:
         """What the completion's votes are counted by."""
         if not isinstance(self.task, AnsweringTask):
-            return NO_ANSWER
+            return wire.NO_ANSWER
         try:
             return answer_key(self.task.answer(rollout.item, rollout.turns[-1].completion.token_ids))
         except Exception as error:  # noqa: BLE001  # a task is foreign code
             self.counters["answer_failures"] += 1
             log.warning("%s: no answer read: %s: %s", self._labels[rollout.item.task], type(error).__name__, error)
-            return NO_ANSWER
+            return wire.NO_ANSWER
 
     def _evaluated(self, rollout: Rollout, scored: Scored) -> None:
         self._evaluating -= 1

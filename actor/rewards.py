@@ -1,10 +1,10 @@
 """Named reward channels into one number."""
 
-import difflib
 import math
 from collections.abc import Collection, Mapping
 
 from common.errors import TaskError
+from common.near import suggest
 from common.rewards import RewardSection
 
 NOTHING = RewardSection()
@@ -34,8 +34,7 @@ def combine(
         if name in lacking:
             continue
         if name not in channels:
-            near = difflib.get_close_matches(name, list(channels), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"channels: {', '.join(sorted(channels))}"
+            hint = suggest(name, sorted(channels), "channels")
             raise TaskError(f"task.reward_weights.{name}: the task has no such channel; {hint}")
         if section.opens(name, channels):
             total += weight * channels[name]

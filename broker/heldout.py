@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 from broker.calibration import calibrate
 from common.mixture import Mixture
 from common.obrs import wilson_interval
-from common.wire import EvaluationResult
+from common.wire import NO_ANSWER, EvaluationResult
 
 RIGHT_FROM = 0.5
 Z_95 = 1.96
-NO_ANSWER = 0
 TIE = 1e-9  # relative: sums of confidences that differ by less are equal
 
 Wide = NDArray[np.float64]

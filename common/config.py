@@ -9,7 +9,6 @@ sections are errors that suggest the near name; values are validated here, once,
 behind sees only what can be run. There is no interpolation and no default outside this file.
 """
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -27,6 +26,7 @@ from common.frozen import POLICY, REFERENCE, FrozenModel, ReferenceSection, Teac
 from common.joint import JointSection as JointSection
 from common.joint import WarmstartSection as WarmstartSection
 from common.mixture import Mixture, mixture
+from common.near import suggest
 from common.objective import ALGORITHMS, AdvantageSection, LossSection, check_stacking, require
 from common.observe import AlertSection, MetricsSection, TraceSection
 from common.rewards import RewardSection
@@ -829,17 +829,12 @@ class RunConfig:
         )
 
 
-def _suggest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
-
-
 def _check_keys(given: Mapping[Any, Any], schema: Any, prefix: str, source: str) -> None:
     known = {f.name: f for f in fields(schema)}
     for key, value in given.items():
         if key not in known:
             kind = "section" if not prefix else "key"
-            raise ConfigError(f"{source}: unknown {kind} {prefix}{key!s}; {_suggest(str(key), list(known))}")
+            raise ConfigError(f"{source}: unknown {kind} {prefix}{key!s}; {suggest(str(key), sorted(known))}")
         child, name = known[key].type, f"{prefix}{key}"
         if is_dataclass(child):
             _check_section(value, child, name, source)
@@ -880,7 +875,7 @@ def _recipe(name: Any) -> dict[str, Any]:
     if not name:
         return {}
     if name not in ALGORITHMS:
-        raise ConfigError(f"algorithm={name!r}: no such recipe; {_suggest(str(name), list(ALGORITHMS))}")
+        raise ConfigError(f"algorithm={name!r}: no such recipe; {suggest(str(name), sorted(ALGORITHMS))}")
     return ALGORITHMS[name]
 
 

@@ -8,7 +8,6 @@
 Actor and broker read the same section: the first makes the channels, the second mixes them.
 """
 
-import difflib
 import math
 import os
 import re
@@ -21,6 +20,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from common.errors import ConfigError
+from common.near import suggest
 from common.objective import require
 
 Normalise = Literal["none", "group", "task_batch", "task_running"]
@@ -214,6 +214,4 @@ class RewardSection:
 
 
 def _no_such(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"channels: {', '.join(sorted(known))}"
-    return f"no such channel; {hint}"
+    return f"no such channel; {suggest(name, sorted(known), 'channels')}"

@@ -40,6 +40,7 @@ UNROUTED = (1 << 16) - 1  # in the whole row of a token whose experts nobody rec
 MAX_TEXT = 256  # characters of a peer's name, host and the like
 MAX_FACTS, MAX_FACT = 8, 512  # of a peer's model
 MAX_RANKS = 4096  # of one receiver
+NO_ANSWER = 0  # of an evaluation's answers: none could be read
 MAX_COUNTERS = 256  # of a heartbeat
 MAX_BLOCKS = 256  # blocks of one trajectory
 
@@ -424,7 +425,7 @@ class EvaluationResult:
     samples: int = 1  # completions of each prompt
     channel_names: list[str] = field(default_factory=list)  # C names; of mixed tasks all that any of them has
     channels: Any = array("f4", 2, None)  # [n, C] NaN where the prompt's task has no such channel
-    answers: Any = array("i8", 1, None)  # [n] equal for equal answers to one prompt, 0 where none could be read
+    answers: Any = array("i8", 1, None)  # [n] equal for equal answers to one prompt, NO_ANSWER for none
 
     def __post_init__(self) -> None:
         """Fill in the records that were not given: they are empty."""

@@ -65,12 +65,6 @@ class Result:
     cut_bytes: int  # left out there
     killed_by: str  # "", the limit ("time", "cpu", "memory", "processes", "files", "output"), or "lost": no report came
     files: Tree | None  # below WORK in the end; None if they are more than the limits, or cannot be read
-    wall_s: float
-
-    @property
-    def timed_out(self) -> bool:
-        """Whether it was killed for its time on the clock or the CPU."""
-        return self.killed_by in ("time", "cpu")
 
 
 def pack(header: dict[str, Any], *blobs: bytes) -> bytes:

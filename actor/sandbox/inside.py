@@ -175,7 +175,6 @@ def run(argv: list[str], environment: dict[str, str], limits: Limits) -> bytes:
     output = Output(limits.output_kb << 10)
     reaped = Reaped(child)
     killed_by = watch(reader, output, reaped, limits, started)
-    wall_s = time.monotonic() - started
     reaped.kill_all()
     while _drain(reader, output):
         pass
@@ -183,7 +182,7 @@ def run(argv: list[str], environment: dict[str, str], limits: Limits) -> bytes:
     tree = collect(limits)
     rows, contents = pack_tree(tree or {})
     header: dict[str, Any] = {
-        "exit_code": reaped.exit_code, "killed_by": killed_by, "wall_s": wall_s, "output": len(kept),
+        "exit_code": reaped.exit_code, "killed_by": killed_by, "output": len(kept),
         "cut_at": cut_at, "cut_bytes": cut_bytes, "collected": tree is not None, "files": rows,
     }  # fmt: skip
     return pack(header, kept, contents)

@@ -127,7 +127,7 @@ def _read(report: bytes) -> Result:
         files = unpack_tree(header["files"], rest[size:])
         return Result(
             int(header["exit_code"]), bytes(rest[:size]), int(header["cut_at"]), int(header["cut_bytes"]),
-            str(header["killed_by"]), files if header["collected"] else None, float(header["wall_s"]),
+            str(header["killed_by"]), files if header["collected"] else None,
         )  # fmt: skip
     except (ValueError, KeyError, TypeError, RecursionError):
-        return Result(137, b"", -1, 0, "lost", None, 0.0)
+        return Result(137, b"", -1, 0, "lost", None)

@@ -6,7 +6,6 @@ and ``repair`` (in a sandbox), ``fixed`` (throughput measurements) and ``gym:<na
 reasoning-gym data set. :mod:`actor.tasks.mixed` makes several of them one.
 """
 
-import difflib
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from common.config import RolloutSection
 from common.errors import TaskError
+from common.near import suggest
 
 Split = Literal["train", "heldout"]
 BUILT_IN: dict[str, tuple[str, bool]] = {  # name -> (module:class, whether it takes the model directory first)
@@ -158,9 +158,8 @@ def make_task(name: str, model_dir: str, seed: int, params: dict[str, Any]) -> T
 
         return GymTask(name.removeprefix(GYM_PREFIX), model_dir, seed, params)
     if name not in BUILT_IN:
-        near = difflib.get_close_matches(name, BUILT_IN, n=1)
         known = f"known: {', '.join(BUILT_IN)} and gym:<reasoning-gym data set>"
-        raise TaskError(f"task.name={name!r}: no such task; {f'did you mean {near[0]!r}?' if near else known}")
+        raise TaskError(f"task.name={name!r}: no such task; {suggest(name, BUILT_IN, else_say=known)}")
     where, with_model = BUILT_IN[name]
     module, _, cls = where.partition(":")
     make = getattr(importlib.import_module(module), cls)
@@ -172,6 +171,4 @@ def refuse_params(task: str, params: dict[str, Any], known: tuple[str, ...]) -> 
     """Raise :class:`TaskError` for a parameter that the task does not have."""
     for key in params:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
-            raise TaskError(f"task.params.{key}: {task} has no such parameter; {hint}")
+            raise TaskError(f"task.params.{key}: {task} has no such parameter; {suggest(key, known)}")

@@ -1,12 +1,12 @@
 """A task's own parameters, read and refused with the remedy."""
 
-import difflib
 import math
 from dataclasses import replace
 from typing import Any
 
 from actor.sandbox.box import Limits
 from common.errors import TaskError
+from common.near import suggest
 
 
 def read_number(params: dict[str, Any], name: str, default: float, least: float, most: float) -> float:
@@ -35,7 +35,5 @@ def read_names(params: dict[str, Any], name: str, known: tuple[str, ...]) -> lis
         raise TaskError(f"task.params.{name}={given!r}: must be a list of names; known: {', '.join(known)}")
     for one in given:
         if one not in known:
-            near = difflib.get_close_matches(str(one), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            raise TaskError(f"task.params.{name}: there is no {one!r}; {hint}")
+            raise TaskError(f"task.params.{name}: there is no {one!r}; {suggest(str(one), known)}")
     return given

@@ -100,7 +100,6 @@ class Question:
 
     text: str
     answers: tuple[str, ...]
-    hops: int
     path: tuple[str, ...]  # names on the way, from the first to the answer
 
 
@@ -203,4 +202,4 @@ def _ask(world: World, draws: Draws, hops: int) -> Question | None:
             return None
         path.append(name)
     asks = "Who is" if world.kinds.get(name) == "person" else "What is"
-    return Question(f"{asks} {phrase}?", (name,), hops, tuple(path))
+    return Question(f"{asks} {phrase}?", (name,), tuple(path))

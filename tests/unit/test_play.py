@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actor.evaluation import NO_ANSWER, answer_key
+from actor.evaluation import answer_key
 from actor.outbox import by_channels, pack
 from actor.play import Play, open_task
 from actor.tasks.mixed import MixedTask
@@ -136,7 +136,7 @@ def test_samples_of_a_prompt_are_asked_for_together_and_told_side_by_side() -> N
         if task == 0:
             assert by_prompt[n, :, 0].tolist() == [1, 1, 0]
             answers = result.answers[3 * n : 3 * n + 3].tolist()
-            assert answers[0] == answers[1] != answers[2] == answer_key("12") and NO_ANSWER not in answers
+            assert answers[0] == answers[1] != answers[2] == answer_key("12") and wire.NO_ANSWER not in answers
     assert result.lengths[0] == 7
 
 
@@ -176,7 +176,7 @@ def test_evaluations_leave_groups_alone() -> None:
 def test_answers_are_compared_without_width_and_spacing() -> None:
     assert answer_key(" the  answer\n") == answer_key("the answer") != answer_key("the Answer")
     assert answer_key("４２") == answer_key("42")  # noqa: RUF001
-    assert answer_key(None) == answer_key(" \n") == NO_ANSWER
+    assert answer_key(None) == answer_key(" \n") == wire.NO_ANSWER
     assert answer_key("42") == 8820412187630416983  # the same in every process and on every machine
 
 
@@ -188,7 +188,7 @@ def test_a_task_whose_answers_cannot_be_read_still_counts() -> None:
     table.play.task.answer = broken  # type: ignore[attr-defined]
     table.play.start_evaluation(0, 1, 1)
     table.play_on()
-    assert table.sent[0].rewards.tolist() == [1.0] and table.sent[0].answers.tolist() == [NO_ANSWER]
+    assert table.sent[0].rewards.tolist() == [1.0] and table.sent[0].answers.tolist() == [wire.NO_ANSWER]
     assert table.counters["answer_failures"] == 1
 
 

@@ -99,7 +99,7 @@ def test_files_go_in_and_come_out(backend: Backend) -> None:
         files,
     )
     assert result.output.decode() == f"/work\nran\none\ntwo\n644 {MTIME_S} 8\n755 {MTIME_S} 19\n"
-    assert (result.exit_code, result.killed_by, result.timed_out, result.cut_at) == (7, "", False, -1)
+    assert (result.exit_code, result.killed_by, result.cut_at) == (7, "", -1)
     assert result.files is not None and set(result.files) == {
         "in",
         "in/a.txt",
@@ -339,7 +339,6 @@ def test_a_fork_bomb_ends(backend: Backend, mark: str) -> None:
     limits = Limits(wall_s=0.5, processes=16)
     result = shell(backend, f": {mark}; bomb() {{ bomb | bomb & }}; bomb; sleep 60", limits=limits)
     assert result.killed_by in ("time", "cpu", "processes", "output") or result.exit_code == 254  # bash cannot fork
-    assert result.wall_s < 5
 
 
 def test_daemons_end_with_their_program(backend: Backend, mark: str) -> None:
@@ -358,14 +357,14 @@ def test_daemons_end_with_their_program(backend: Backend, mark: str) -> None:
 
 def test_time_ends_on_both_clocks(backend: Backend, mark: str) -> None:
     asleep = shell(backend, f"echo slept > f; exec -a {mark} sleep 300", limits=Limits(wall_s=0.3))
-    assert (asleep.killed_by, asleep.exit_code, asleep.timed_out) == ("time", 137, True)
+    assert (asleep.killed_by, asleep.exit_code) == ("time", 137)
     assert asleep.files is not None and asleep.files["f"].data == b"slept\n"  # what it had done is kept
     busy = shell(
         backend,
         f": {mark}; trap '' XCPU TERM; (while :; do :; done) & while :; do :; done",
         limits=Limits(wall_s=60, cpu_s=0.3),
     )
-    assert (busy.killed_by, busy.exit_code, busy.timed_out) == ("cpu", 137, True)
+    assert (busy.killed_by, busy.exit_code) == ("cpu", 137)
 
 
 def test_output_without_end_is_bounded_and_ends(backend: Backend, mark: str) -> None:

@@ -58,12 +58,12 @@ def test_a_seed_is_a_world_and_its_questions_have_one_answer_in_its_passages() -
     assert world == again and world != other
     questions = make_questions(world, 3, 200, (2, 4))
     assert questions == make_questions(again, 3, 200, (2, 4))
-    assert len({q.text for q in questions}) == 200 and {q.hops for q in questions} == {2, 3, 4}
+    assert len({q.text for q in questions}) == 200 and {len(q.path) - 1 for q in questions} == {2, 3, 4}
     passages = {p.title: p.text for p in world.passages()}
     assert len(passages) == len(world.kinds)
     relations = {**RELATIONS, **FACTS}
     for question in questions:
-        assert len(set(question.path)) == question.hops + 1
+        assert len(set(question.path)) == len(question.path)
         phrase = question.path[0]
         for here, there in pairwise(question.path):
             keys = [
