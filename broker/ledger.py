@@ -8,6 +8,11 @@ groups. The schedule of what is outstanding must stay feasible at all times::
 
 Granting, and choosing the groups of a step, both keep this true; so the budget holds by admission
 and nothing needs to be discarded for age. With budget 0 it is synchronous training.
+
+The budget may be moved at any time. Every group keeps the one under which it was granted, and a grant
+looks at everything outstanding, whatever was promised to it: ``outstanding <= (deadline - next_step + 1)
+* groups_per_step``, which is the inequality above for every ``t`` from the new deadline on; before it
+nothing changes. So a lower budget grants nothing until what is there has shrunk to its own size.
 """
 
 from collections import Counter
@@ -19,8 +24,14 @@ from common.errors import DataError
 
 @dataclass
 class _Outstanding:
-    deadline: int
+    version: int  # the oldest that sampled it; until it is complete, the one it may start from
+    budget: int  # in force when it was granted
     complete: bool = False
+
+    @property
+    def deadline(self) -> int:
+        """The last step that may train it."""
+        return self.version + self.budget
 
 
 class StalenessLedger:
@@ -32,6 +43,12 @@ class StalenessLedger:
         self.steps = steps
         self.next_step = next_step  # the next step to assemble
         self._outstanding: dict[int, _Outstanding] = {}
+
+    def set_budget(self, budget: int) -> None:
+        """What is granted from now on gets ``budget`` versions. Raises :class:`DataError` if it is negative."""
+        if budget < 0:
+            raise DataError(f"a staleness budget of {budget}: 0 (synchronous) is the least there is")
+        self.budget = budget
 
     @property
     def promised(self) -> int:
@@ -56,37 +73,47 @@ class StalenessLedger:
             raise DataError(f"group {group} is granted already")
         if not self.grantable(version):
             raise DataError(f"group {group}: no room at version {version} within a staleness budget of {self.budget}")
-        self._outstanding[group] = _Outstanding(version + self.budget)
+        self._outstanding[group] = _Outstanding(version, self.budget)
 
     def complete(self, group: int, oldest_version: int) -> None:
         """``group`` is whole; ``oldest_version`` sampled its oldest token."""
         entry = self._outstanding[group]
         entry.complete = True
-        entry.deadline = max(entry.deadline, oldest_version + self.budget)
+        entry.version = max(entry.version, oldest_version)
 
     def release(self, group: int) -> None:
         """``group`` will never be complete: its place is free again."""
         self._outstanding.pop(group, None)
 
     def select(self) -> list[int] | None:
-        """The groups to train at ``next_step``, oldest deadline first, or None while it must wait.
+        """The groups to train at ``next_step``, the oldest first, or None while it must wait.
 
         Waits when fewer than ``groups_per_step`` groups are complete, when a group that is due is
-        still in flight, or when taking a fresher group now would make an older one late.
+        still in flight, or when taking a fresher group now would make an older one late. After the
+        budget was lowered an older group may be due later than a fresher one; where not all can wait
+        for those before them, those that are due first are taken.
         """
         if self.next_step >= self.steps:
             return None
-        ready = sorted((g.deadline, i) for i, g in self._outstanding.items() if g.complete)
-        chosen = [i for _, i in ready[: self.groups_per_step]]
-        if len(chosen) < self.groups_per_step:
+        ready = [(g.version, g.deadline, i) for i, g in self._outstanding.items() if g.complete]
+        if len(ready) < self.groups_per_step:
             return None
-        left = Counter(g.deadline for i, g in self._outstanding.items() if i not in set(chosen))
+        chosen = [i for _, _, i in sorted(ready)[: self.groups_per_step]]
+        if self._may_take(chosen):
+            return chosen
+        chosen = [i for _, i in sorted((deadline, i) for _, deadline, i in ready)[: self.groups_per_step]]
+        return chosen if self._may_take(chosen) else None
+
+    def _may_take(self, chosen: list[int]) -> bool:
+        """Whether everything else is still in time if ``chosen`` are trained now."""
+        taken = set(chosen)
+        left = Counter(g.deadline for i, g in self._outstanding.items() if i not in taken)
         total = 0
         for deadline in sorted(left):
             total += left[deadline]
             if total > max(0, deadline - self.next_step) * self.groups_per_step:
-                return None
-        return chosen
+                return False
+        return True
 
     def assembled(self, groups: list[int]) -> None:
         """``groups`` make up ``next_step``."""
@@ -100,13 +127,21 @@ class StalenessLedger:
         """What :meth:`restore` needs."""
         return {
             "next_step": self.next_step,
-            "outstanding": [[i, g.deadline, g.complete] for i, g in self._outstanding.items()],
+            "budget": self.budget,
+            "outstanding": [[i, g.version, g.budget, g.complete] for i, g in self._outstanding.items()],
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take up where :meth:`state` was written."""
+        """Take up where :meth:`state` was written; one from before budgets moved has deadlines and ours alone."""
         self.next_step = int(state["next_step"])
-        self._outstanding = {i: _Outstanding(deadline, complete) for i, deadline, complete in state["outstanding"]}
+        if "budget" in state:
+            self.budget = int(state["budget"])
+            self._outstanding = {i: _Outstanding(*promise) for i, *promise in state["outstanding"]}
+        else:
+            self._outstanding = {
+                i: _Outstanding(deadline - self.budget, self.budget, complete)
+                for i, deadline, complete in state["outstanding"]
+            }
 
     def waiting_for(self) -> str:
         """What keeps the next step from being assembled, in words."""

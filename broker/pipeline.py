@@ -79,6 +79,11 @@ class Pipeline:
         """An actor has said how many training questions each task has, see :meth:`Curriculum.begin`."""
         self.curriculum.begin(sizes)
 
+    def set_budget(self, budget: int) -> None:
+        """From now on groups are granted under another staleness budget."""
+        self.ledger.set_budget(budget)
+        self.counts["budget_moves"] += 1
+
     def grant(self, actor: str, count: int, version: int) -> Grant | None:
         """Promise up to ``count`` groups to ``actor``, started at ``version`` or later; None if no room."""
         count = min(count, self.ledger.grantable(version), self.groups_that_fit())
@@ -293,7 +298,7 @@ class Pipeline:
         sampled = entry.batch.sampled_tokens()[entry.batch.sampled]
         self.lengths["trained"].update(length_bin(int(n)) for n in sampled)
         self.tasks["trained"].update(entry.batch.count_tasks())
-        return {**entry.receipt, **self.curriculum.receipt(step)}
+        return {**entry.receipt, "staleness_budget": self.ledger.budget, **self.curriculum.receipt(step)}
 
     def checkpointed(self, step: int) -> None:
         """Steps up to ``step`` will not be asked for again."""

@@ -74,6 +74,8 @@ def apply(pipeline: Pipeline, event: Event) -> Any:
             return pipeline.start_at(head["step"])
         case "questions":
             return pipeline.questions(head["sizes"])
+        case "budget":
+            return pipeline.set_budget(head["value"])
         case "grant":
             return pipeline.grant(head["actor"], head["count"], head["version"])
         case "admit":
@@ -120,6 +122,7 @@ class Recovered:
     service: dict[str, Any] = field(default_factory=dict)  # as the service gave it to the snapshot
     notes: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # the service's own events since
     differences: list[str] = field(default_factory=list)
+    moves: list[dict[str, Any]] = field(default_factory=list)  # of the staleness budget: heads of its events
 
 
 def load_snapshot(pipeline: Pipeline, journal: Journal, event: Event) -> None:
@@ -152,6 +155,8 @@ def recover(pipeline: Pipeline, journal: Journal) -> Recovered:
         result = apply(pipeline, event)
         if event.kind == "commit" and result is not None:
             found.commits.append((result, event.head["metrics"]))
+        elif event.kind == "budget":
+            found.moves.append(event.head)
         elif event.kind == "note":
             found.notes.append((event.head["what"], event.head["values"]))
         elif event.kind in CHECKS and (odd := difference(pipeline, event)):
@@ -208,6 +213,16 @@ class Recorder:
         """See :meth:`Pipeline.start_at`."""
         self._write("start_at", {"step": step})
         self.pipeline.start_at(step)
+
+    def set_budget(self, value: int, reason: str, **figures: Any) -> dict[str, Any]:
+        """See :meth:`Pipeline.set_budget`; returns the move as it was written down, before it took effect."""
+        move = {
+            "move": self.pipeline.counts["budget_moves"], "step": self.pipeline.committed_step,
+            "old": self.pipeline.ledger.budget, "value": value, "reason": reason, **figures,
+        }  # fmt: skip
+        self._write("budget", move)
+        self.pipeline.set_budget(value)
+        return move
 
     def room(self) -> int:
         """Groups that may still be promised before the journal is full, at their largest."""

@@ -19,6 +19,13 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
+def _cut_torn_line(path: Path) -> None:
+    """Forget a last line that a kill cut short: what is appended would become part of it."""
+    if path.exists():
+        content = path.read_bytes()
+        os.truncate(path, content.rfind(b"\n") + 1)
+
+
 class RunFiles:
     """``run.json`` (who this run is), ``status.json`` (now), ``metrics.jsonl`` (one line an event)."""
 
@@ -28,6 +35,7 @@ class RunFiles:
         self.started_at = now = time.time()  # noqa: TID251  the wall clock is asked once: it may jump
         self.run_id, self.generation = self._identify(directory / "run.json")
         self._began = time.monotonic() - max(0.0, now - self.started_at)
+        _cut_torn_line(directory / "metrics.jsonl")
         self._metrics = (directory / "metrics.jsonl").open("a")
         self._next_status = 0.0
 
@@ -54,13 +62,13 @@ class RunFiles:
         self._metrics.write(json.dumps({"kind": kind, "time_s": round(self.seconds(), 3), **values}) + "\n")
         self._metrics.flush()
 
-    def last_step(self) -> int:
-        """The newest step that metrics.jsonl has a line for, -1 for none; a line cut short is ignored."""
-        last = -1
+    def last(self, kind: str, key: str) -> int:
+        """The greatest ``key`` in metrics.jsonl's lines of ``kind``, -1 for none; a line cut short is ignored."""
+        last, head = -1, json.dumps({"kind": kind})[:-1]
         with (self.directory / "metrics.jsonl").open() as lines:
             for line in lines:
-                if line.startswith('{"kind": "step"') and line.endswith("}\n"):
-                    last = max(last, int(json.loads(line)["step"]))
+                if line.startswith(head) and line.endswith("}\n"):
+                    last = max(last, int(json.loads(line)[key]))
         return last
 
     def status_due(self) -> bool:

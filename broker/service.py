@@ -219,7 +219,10 @@ class BrokerService:
         self.distribution.restore(published, sending)
         self.rollouts.schedule.restore(evaluated)
         self.rollouts.recovered()
-        written = self.files.last_step()
+        written, moves = self.files.last("step", "step"), self.files.last("budget", "move")
+        for move in found.moves:
+            if move["move"] > moves:
+                self.files.metric("budget", move)
         for receipt, metrics in found.commits:
             line = self.figures.committed(receipt, metrics, self.pipeline, self.door.roster)
             if receipt["step"] > written:

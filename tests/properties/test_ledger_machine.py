@@ -1,4 +1,4 @@
-"""A state machine drives the staleness ledger through grants, losses and late groups in any order."""
+"""A state machine drives the staleness ledger through grants, losses, late groups and other budgets in any order."""
 
 from collections import Counter
 
@@ -19,6 +19,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def start(self, budget, size):
         self.ledger = StalenessLedger(budget, size, STEPS)
         self.budget, self.size = budget, size
+        self.budgets = {}  # group -> in force at its grant
         self.version = 0  # newest published
         self.assembled_not_trained = []
         self.next_group = 0
@@ -30,8 +31,24 @@ class LedgerMachine(RuleBasedStateMachine):
         for _ in range(round(room * share)):
             self.ledger.grant(self.next_group, self.version)
             self.in_flight[self.next_group] = self.version
+            self.budgets[self.next_group] = self.budget
             self.next_group += 1
         assert self.ledger.grantable(self.version) == room - round(room * share)
+
+    @rule(budget=st.integers(0, 5))
+    def move(self, budget):
+        self.budget = budget
+        self.ledger.set_budget(budget)
+        if self.ledger.grantable(self.version):  # a lower one waits until no more is outstanding than it would allow
+            outstanding = len(self.in_flight) + len(self.done)
+            assert outstanding < (self.version + budget - self.ledger.next_step + 1) * self.size
+
+    @rule()
+    def restart(self):
+        state = self.ledger.state()
+        self.ledger = StalenessLedger(0, self.size, STEPS)
+        self.ledger.restore(state)
+        assert self.ledger.state() == state and self.ledger.budget == self.budget
 
     @precondition(lambda self: self.in_flight)
     @rule(pick=st.randoms(use_true_random=False), newer=st.booleans())
@@ -58,8 +75,8 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         assert len(set(chosen)) == self.size
         for group in chosen:
-            assert lag(step, min(step, self.done[group])) <= self.budget
-            assert step - self.done.pop(group) <= self.budget
+            assert lag(step, min(step, self.done[group])) <= self.budgets[group]
+            assert step - self.done.pop(group) <= self.budgets[group]
         self.ledger.assembled(chosen)
         self.assembled_not_trained.append(step)
 
@@ -79,7 +96,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def schedule_is_feasible(self):
         if not hasattr(self, "ledger"):
             return
-        deadlines = Counter(v + self.budget for v in (*self.in_flight.values(), *self.done.values()))
+        deadlines = Counter(v + self.budgets[g] for g, v in (*self.in_flight.items(), *self.done.items()))
         total = 0
         for deadline in sorted(deadlines):
             total += deadlines[deadline]
@@ -101,5 +118,5 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.ledger.next_step == STEPS
 
 
-LedgerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+LedgerMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestLedger = LedgerMachine.TestCase

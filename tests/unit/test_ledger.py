@@ -65,3 +65,58 @@ def test_version_spans_round_trip():
         v = np.array(versions, np.int32)
         assert versions_from_spans(spans_from_versions(v), len(v)).tolist() == versions
     assert spans_from_versions(np.array([3, 3, 4], np.int32)).tolist() == [[0, 3], [2, 4]]
+
+
+def ledger_of(budget, groups, version=0):
+    ledger = StalenessLedger(budget, 1, 100)
+    for g in range(groups):
+        ledger.grant(g, version)
+        ledger.complete(g, version)
+    return ledger
+
+
+def test_a_lower_budget_grants_nothing_until_the_queue_is_as_short_as_it_would_have_kept_it():
+    ledger = ledger_of(4, 5)
+    ledger.set_budget(1)
+    for version in range(1, 4):
+        ledger.assembled(ledger.select())
+        assert ledger.grantable(version) == 0, version
+    ledger.assembled(ledger.select())
+    assert ledger.grantable(4) == 1  # one is left, and a budget of 1 keeps two
+    ledger.grant(5, 4)
+    ledger.complete(5, 4)
+    assert ledger.select() == [4], "the older one first, though the fresh one is due as soon"
+
+
+def test_the_oldest_go_first_unless_a_fresher_one_would_be_late_for_it():
+    ledger = StalenessLedger(9, 1, 100, next_step=3)
+    ledger.grant(0, 0)  # due at step 9
+    ledger.set_budget(1)
+    ledger.grant(1, 3)  # due at step 4
+    ledger.set_budget(9)
+    ledger.grant(2, 3)
+    ledger.complete(2, 3)
+    ledger.assembled(ledger.select())  # step 3: nothing else is complete, and nobody is late for it
+    for group, version in ((0, 0), (1, 3)):
+        ledger.complete(group, version)
+    assert ledger.select() == [1], "0 is older, but may wait"
+    ledger.release(1)
+    ledger.grant(3, 4)
+    ledger.complete(3, 4)
+    assert ledger.select() == [0]
+
+
+def test_a_raised_budget_grants_at_once_and_a_negative_one_is_refused():
+    ledger = ledger_of(0, 1)
+    assert ledger.grantable(0) == 0
+    ledger.set_budget(3)
+    assert ledger.grantable(0) == 3
+    with pytest.raises(DataError, match="-1"):
+        ledger.set_budget(-1)
+
+
+def test_a_state_from_before_budgets_moved_is_understood():
+    ledger = StalenessLedger(3, 1, 10)
+    ledger.restore({"next_step": 2, "outstanding": [[7, 5, True]]})
+    assert ledger.state() == {"next_step": 2, "budget": 3, "outstanding": [[7, 2, 3, True]]}
+    assert ledger.select() == [7]

@@ -48,6 +48,7 @@ CONFIGS = {
     "rethin": config(obrs=ObrsSection(rethin_below=1.0)),
     "budget": config(obrs=ObrsSection(mode="budget", budget=0.7, window=2)),
 }
+CONFIGS["auto"] = config(staleness=StalenessSection("auto", start=1, most=4))
 CONFIGS["skip"] = config(advantage=AdvantageSection(skip_passed=0.5, zero_signal="resample"))
 CONFIGS["routed"] = config(
     obrs=ObrsSection(rethin_below=1.0), rollout=dataclasses.replace(config().rollout, routing_replay=True)
@@ -103,6 +104,8 @@ def drive(recorder: Recorder, rng: np.random.Generator, published: list[int], tu
                 request = recorder.assemble(published[0])
                 if request is not None and rng.random() < 0.5:
                     score(recorder, request, published[0])
+            case 4 if recorder.pipeline.config.staleness.auto:
+                recorder.set_budget(int(rng.integers(0, 5)), "a whim", at=published[0])
             case 4 if recorder.pipeline.config.obrs.rethin_below:
                 recorder.rethin(pipeline.committed_step + 1, published[0])
             case 6 if pipeline.requests:

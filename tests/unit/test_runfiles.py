@@ -27,7 +27,9 @@ def test_a_clock_that_jumps_moves_no_time_stamp(tmp_path, monkeypatch):
 def test_a_line_cut_short_is_no_step(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"kind": "step", "step": 3}\n{"kind": "step", "st')
     files = RunFiles(tmp_path)
-    assert files.last_step() == 3
+    assert files.last("step", "step") == 3 and files.last("budget", "move") == -1
+    files.metric("budget", {"move": 0, "step": 9})
+    assert files.last("budget", "move") == 0
     files.close()
 
 
