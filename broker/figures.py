@@ -4,6 +4,7 @@ import time
 from collections import Counter, deque
 from typing import Any
 
+from broker.fleet import Fleet
 from broker.peers import Roster
 from broker.pipeline import Pipeline
 
@@ -15,6 +16,7 @@ class Figures:
 
     def __init__(self) -> None:
         self.errors: Counter[str] = Counter()
+        self.fleet = Fleet()
         self.last_step: dict[str, Any] = {}
         self.score_seconds = 0.0  # of the policy replicas
         self.frozen_seconds = 0.0  # of reference and teachers, added up
@@ -58,6 +60,7 @@ class Figures:
             "seconds_score": self.score_seconds,
             "seconds_frozen": self.frozen_seconds,
             "seconds_decide": self.decide_seconds,
+            **self.fleet.line(),
             **metrics,
         }
         self._actor_seconds = actor_seconds
@@ -84,16 +87,7 @@ class Figures:
             "queue_groups": pipeline.ledger.queued,
             "queue_bytes": pipeline.queue_bytes,
             "in_flight_groups": pipeline.ledger.promised,
-            "peers": [
-                {
-                    "peer": p.name,
-                    "role": p.role,
-                    "serves": p.hello.serves,
-                    "version": p.version,
-                    "silent_s": round(now - p.heard, 2),
-                }
-                for p in roster.all()
-            ],
+            **self.fleet.status(roster, now),
             "trajectories_acked": counts["trajectories_acked"],
             "trajectories_trained": counts["trajectories_trained"],
             "trajectories_queued": pipeline.queued,

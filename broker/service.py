@@ -26,7 +26,7 @@ from broker.rollouts import Rollouts
 from broker.runfiles import RunFiles
 from broker.training import Training
 from common import wire
-from common.config import RunConfig
+from common.config import MEGABYTE, RunConfig
 from common.errors import DataError, ModelError, ProtocolError
 from common.frozen import command_of, words_of
 from common.identity import check_same_tokens
@@ -49,7 +49,7 @@ SENDERS: dict[type[Any], tuple[str, ...]] = {  # what is left out, everybody may
     wire.ScoreResult: ("replica",),
 }
 
-ACTORS_SHOWN = 64  # in status.json, which is written twice a second
+ACTORS_SHOWN, VERSIONS_SHOWN = 64, 1000  # in status.json, which is written twice a second
 
 log = logging.getLogger("broker")
 
@@ -274,7 +274,8 @@ class BrokerService:
 
     def _on_heartbeat(self, peer: Peer, message: wire.Heartbeat) -> None:
         peer.version = max(peer.version, message.version)
-        peer.counters, peer.seconds = message.counters, message.seconds
+        peer.counters = message.counters
+        self.figures.fleet.heard(peer, message.seconds)
         peer.beat = (message.sent_ns, time.monotonic_ns())
 
     # ---- figures --------------------------------------------------------------------------------
@@ -324,8 +325,10 @@ class BrokerService:
             "waiting_for": self.waiting_for() if self.training.parked or self.phase == "waiting" else "",
             "step": self.pipeline.committed_step + 1,
             "steps": self.config.run.steps,
+            "staleness_budget": self.pipeline.ledger.budget,
+            "queue_limit_bytes": int(self.config.broker.queue_mb * MEGABYTE),
             "version": weights.published,
-            "versions_published": weights.history,
+            "versions_published": weights.history[-VERSIONS_SHOWN:],
             "receivers_late": weights.late,
             "evaluations": [
                 {"version": r.version, "reward": r.reward, "low": r.low, "high": r.high} for r in schedule.results

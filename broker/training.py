@@ -8,6 +8,7 @@ from typing import Any
 
 from broker.door import Door
 from broker.figures import Figures
+from broker.fleet import PACKING, PUBLISH, ROLLOUTS, SCORING
 from broker.honesty import Honesty
 from broker.peers import Peer
 from broker.recorder import Recorder
@@ -177,6 +178,18 @@ class Training:
             elif now - told > WAITING_EVERY_S:
                 self._fetches[identity] = (fetch, now)
                 self.door.send(peer, wire.Waiting(fetch.step, self._waiting_for()))
+        self.figures.fleet.waits(self._cause() if self._fetches else "", now)
+
+    def _cause(self) -> str:
+        """What a parked learner waits for, in a word."""
+        if self.pipeline.scoring_step is not None:
+            return SCORING
+        step = self.pipeline.committed_step + 1
+        if self._is_to_be_rethinned(step):
+            return PUBLISH
+        if self.pipeline.step(step) is not None:
+            return PACKING
+        return ROLLOUTS if self.pipeline.ledger.select() is None else PUBLISH
 
     def _is_to_be_rethinned(self, step: int) -> bool:
         """Whether ``step`` should wait for the version that trains it, which the learner is about to publish."""

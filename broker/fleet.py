@@ -1,0 +1,99 @@
+"""What the peers do with their time, by role, and what keeps a parked learner waiting: for people who watch.
+
+Sums only ever grow while the broker lives; whoever reads takes differences. A peer's first heartbeat sets
+its mark and counts for nothing, so one that joins again is not counted twice.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from broker.peers import Peer, Roster
+from common.trace import STATES
+
+PEERS_SHOWN = 64  # of each role in status.json, which is written twice a second
+SILENT_S = 3.0  # three heartbeats
+NAMES_SHOWN = 8
+
+# What a learner that has asked for its shard waits for: groups; scores of them; coins and packing; the version
+# that shall score them.
+ROLLOUTS, SCORING, PACKING, PUBLISH = "rollouts", "scoring", "packing", "publish"
+
+
+class Fleet:
+    """Seconds by role and state, the learner's parked seconds by cause."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, Counter[str]] = defaultdict(Counter)  # role -> state -> seconds
+        self.parked: Counter[str] = Counter()  # cause -> seconds
+        self._waits: tuple[str, float] = ("", 0.0)  # for what, seen when
+
+    def heard(self, peer: Peer, seconds: dict[str, float]) -> None:
+        """A heartbeat told ``seconds`` in each state since the peer's start; kept where they are sound."""
+        sound = known_states(peer.role, seconds)
+        total = self.seconds[peer.role]
+        if peer.seconds:
+            for state, value in sound.items():
+                total[state] += max(0.0, value - peer.seconds.get(state, 0.0))
+        peer.seconds = sound
+
+    def waits(self, cause: str, now: float) -> None:
+        """A learner is parked for want of ``cause``, "" for none; asked again every turn of the broker."""
+        before, since = self._waits
+        if before:
+            self.parked[before] += now - since
+        self._waits = (cause, now)
+
+    def line(self) -> dict[str, Any]:
+        """For the step's line in metrics.jsonl: sums so far."""
+        states = {role: rounded(seconds) for role, seconds in self.seconds.items()}
+        return {"states": states, "parked": rounded(self.parked)}
+
+    def status(self, roster: Roster, now: float) -> dict[str, Any]:
+        """For status.json: each peer of the first PEERS_SHOWN of a role, and all of them added up."""
+        roles = sorted({peer.role for peer in roster.all()})
+        return {
+            "peers": [row(peer, now) for role in roles for peer in roster.role(role)[:PEERS_SHOWN]],
+            "fleet": {role: summary(roster.role(role), now) for role in roles},
+            **self.line(),
+        }
+
+
+def known_states(role: str, seconds: dict[str, float]) -> dict[str, float]:
+    """What of a heartbeat's seconds names a state of that role and is a number of seconds."""
+    return {
+        state: float(seconds[state])
+        for state in STATES.get(role, ())
+        if state in seconds and math.isfinite(seconds[state]) and seconds[state] >= 0
+    }
+
+
+def rounded(seconds: dict[str, float]) -> dict[str, float]:
+    """To hundredths."""
+    return {state: round(value, 2) for state, value in seconds.items()}
+
+
+def row(peer: Peer, now: float) -> dict[str, Any]:
+    """One peer of status.json. ``tokens``: sampled since its start, for an actor."""
+    return {
+        "peer": peer.name,
+        "role": peer.role,
+        "serves": peer.hello.serves,
+        "version": peer.version,
+        "silent_s": round(now - peer.heard, 2),
+        "seconds": rounded(peer.seconds),
+        "tokens": peer.counters.get("tokens"),
+    }
+
+
+def summary(peers: Sequence[Peer], now: float) -> dict[str, Any]:
+    """Every peer of a role, however many: their versions, and who is silent."""
+    silent = [peer.name for peer in peers if now - peer.heard > SILENT_S]
+    return {
+        "count": len(peers),
+        "oldest_version": min(peer.version for peer in peers),
+        "newest_version": max(peer.version for peer in peers),
+        "silent": len(silent),
+        "silent_names": silent[:NAMES_SHOWN],
+    }
