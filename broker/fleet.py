@@ -5,7 +5,7 @@ its mark and counts for nothing, so one that joins again is not counted twice.
 """
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,8 +25,8 @@ class Fleet:
     """Seconds by role and state, the learner's parked seconds by cause."""
 
     def __init__(self) -> None:
-        self.seconds: defaultdict[str, Counter[str]] = defaultdict(Counter)  # role -> state -> seconds
-        self.parked: Counter[str] = Counter()  # cause -> seconds
+        self.seconds: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))  # by role
+        self.parked: defaultdict[str, float] = defaultdict(float)  # cause -> seconds
         self._waits: tuple[str, float] = ("", 0.0)  # for what, seen when
 
     def heard(self, peer: Peer, seconds: dict[str, float]) -> None:
