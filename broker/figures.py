@@ -4,9 +4,11 @@ import time
 from collections import Counter, deque
 from typing import Any
 
+from broker.alerts import Alert, Alerts
 from broker.fleet import Fleet
 from broker.peers import Roster
 from broker.pipeline import Pipeline
+from common.observe import AlertSection
 
 RATE_WINDOW_S = 10.0
 
@@ -14,7 +16,8 @@ RATE_WINDOW_S = 10.0
 class Figures:
     """Running sums that outlive a restart through :meth:`state`."""
 
-    def __init__(self) -> None:
+    def __init__(self, alerts: AlertSection) -> None:
+        self.alerts = Alerts(alerts)
         self.errors: Counter[str] = Counter()
         self.fleet = Fleet()
         self.last_step: dict[str, Any] = {}
@@ -27,12 +30,18 @@ class Figures:
 
     def state(self) -> dict[str, Any]:
         """What :meth:`restore` needs."""
-        return {"lag": [self._lag_sum, self._lag_tokens, self._lag_max], "last_step": self.last_step}
+        return {
+            "lag": [self._lag_sum, self._lag_tokens, self._lag_max],
+            "last_step": self.last_step,
+            "alerts": self.alerts.state(),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up where :meth:`state` was written."""
         self._lag_sum, self._lag_tokens, self._lag_max = state["lag"]
         self.last_step = state["last_step"]
+        if "alerts" in state:  # not in a journal of before they were
+            self.alerts.restore(state["alerts"])
 
     def count(self, receipt: dict[str, Any]) -> None:
         """Add a trained step's lags."""
@@ -43,8 +52,8 @@ class Figures:
 
     def committed(
         self, receipt: dict[str, Any], metrics: dict[str, float], pipeline: Pipeline, roster: Roster
-    ) -> dict[str, Any]:
-        """The step's line for metrics.jsonl: its receipt, the queues, the learner's own figures."""
+    ) -> tuple[dict[str, Any], list[Alert]]:
+        """The step's line for metrics.jsonl (its receipt, the queues, the learner's own figures) and what it tells."""
         self.count(receipt)
         actor_seconds = sum(p.counters.get("seconds_decode", 0.0) for p in roster.role("actor"))
         line = {
@@ -66,7 +75,7 @@ class Figures:
         self._actor_seconds = actor_seconds
         self.score_seconds = self.frozen_seconds = self.decide_seconds = 0.0
         self.last_step = line
-        return line
+        return line, self.alerts.step(line)
 
     def status(self, pipeline: Pipeline, roster: Roster) -> dict[str, Any]:
         """The counted part of status.json."""
@@ -98,4 +107,5 @@ class Figures:
             },
             "trajectories_by_task": {kind: dict(sorted(counts.items())) for kind, counts in pipeline.tasks.items()},
             "bad_messages": dict(self.errors),
+            "alerts": self.alerts.raised,
         }

@@ -57,9 +57,11 @@ class RunFiles:
         """Since the run began."""
         return time.monotonic() - self._began
 
-    def metric(self, kind: str, values: dict[str, Any]) -> None:
-        """Append one line."""
-        self._metrics.write(json.dumps({"kind": kind, "time_s": round(self.seconds(), 3), **values}) + "\n")
+    def metric(self, kind: str, values: dict[str, Any], *more: tuple[str, dict[str, Any]]) -> None:
+        """Append one line; those of ``more`` (kind, values) with it, at once."""
+        time_s = round(self.seconds(), 3)
+        lines = [json.dumps({"kind": kind, "time_s": time_s, **values}) for kind, values in ((kind, values), *more)]
+        self._metrics.write("".join(f"{line}\n" for line in lines))
         self._metrics.flush()
 
     def last(self, kind: str, key: str) -> int:

@@ -85,7 +85,7 @@ class BrokerService:
         self.files = RunFiles(config.run.path)
         self.pipeline = Pipeline(config, vocab_size, routing)
         journal = self._journal()
-        self.figures = Figures()
+        self.figures = Figures(config.alerts)
         self.recorder = Recorder(self.pipeline, journal, self._state)
         self.outlet = Outlet(self.recorder)
         identities = Identities(config)
@@ -224,9 +224,9 @@ class BrokerService:
             if move["move"] > moves:
                 self.files.metric("budget", move)
         for receipt, metrics in found.commits:
-            line = self.figures.committed(receipt, metrics, self.pipeline, self.door.roster)
+            line, alerts = self.figures.committed(receipt, metrics, self.pipeline, self.door.roster)
             if receipt["step"] > written:
-                self.files.metric("step", line)
+                self.training.write_step(line, alerts)
         for odd in found.differences[:5]:
             log.warning("the journal was decided differently by the program that wrote it: %s", odd)
         log.info(

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from broker.alerts import Alert
 from broker.door import Door
 from broker.figures import Figures
 from broker.fleet import PACKING, PUBLISH, ROLLOUTS, SCORING
@@ -201,5 +202,12 @@ class Training:
         if receipt is None:
             return
         self._ess = metrics.get("weight_ess", self._ess)
-        line = self.figures.committed(receipt, metrics, self.pipeline, self.door.roster)
-        self.door.outlet.do(lambda: self.files.metric("step", line))
+        line, alerts = self.figures.committed(receipt, metrics, self.pipeline, self.door.roster)
+        self.door.outlet.do(lambda: self.write_step(line, alerts))
+
+    def write_step(self, line: dict[str, Any], alerts: list[Alert]) -> None:
+        """Write the line of a step that is trained, and say what it gives cause to."""
+        self.files.metric("step", line, *(("alert", alert.line()) for alert in alerts))
+        for alert in alerts:
+            level = logging.INFO if alert.state == "cleared" else logging.WARNING
+            log.log(level, "alert, step %d: %s", alert.step, alert.text)

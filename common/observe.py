@@ -41,6 +41,7 @@ class AlertSection:
     kl_above: float = 0.5  # nats a token, after rejection (algorithms.md 1.9)
     ess_below: float = 0.3  # normalised, of the learner's weights (algorithms.md 1.9)
     truncated_above: float = 0.5  # share of the trajectories cut at rollout.max_tokens
+    reward_lost: float = 0.5  # share of what the batch reward had gained at its best
     patience: int = 5  # steps in a row
 
     def __post_init__(self) -> None:
@@ -48,10 +49,7 @@ class AlertSection:
         require(self.entropy_below >= 0, "alerts.entropy_below", self.entropy_below, "is nats a token, 0 for never")
         require(self.kl_above >= 0, "alerts.kl_above", self.kl_above, "is nats a token, 0 for never")
         require(0 <= self.ess_below <= 1, "alerts.ess_below", self.ess_below, "lies in [0, 1], 0 for never")
-        require(
-            0 <= self.truncated_above <= 1,
-            "alerts.truncated_above",
-            self.truncated_above,
-            "lies in [0, 1], 0 for never",
-        )
+        require(self.reward_lost >= 0, "alerts.reward_lost", self.reward_lost, "is a share of the gain, 0 for never")
+        truncated = self.truncated_above
+        require(0 <= truncated <= 1, "alerts.truncated_above", truncated, "lies in [0, 1], 0 for never")
         require(self.patience >= 1, "alerts.patience", self.patience, "must be at least 1 step")
