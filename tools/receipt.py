@@ -14,10 +14,11 @@ from pathlib import Path
 
 from rich.table import Table
 
-from common.errors import ConfigError, CroupierError
+from common.errors import ConfigError, CroupierError, DataError
 from tools.console import make_console, print_error
 from tools.lengths import LengthRow, length_rows
-from tools.run_files import Record, of_kind, read_metrics, read_status
+from tools.run_files import Record
+from tools.runs import print_notes, read_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,18 +30,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     console = make_console()
     try:
-        steps = of_kind(read_metrics(given.run_dir), "step")
+        run = read_run(given.run_dir, timelines=False)
+        print_notes(console, run)
+        steps = run.steps
         if not steps:
             raise ConfigError(f"{given.run_dir}: no step was trained yet, or this is no run directory")
         if given.audit:
             console.print(audit_table(steps))
-            console.print(length_table(length_rows(read_status(given.run_dir))))
+            console.print(length_table(length_rows(run.status)))
             return 0
         wanted = steps[-1]["step"] if given.step is None else given.step
         found = [step for step in steps if step["step"] == wanted]
         if not found:
             raise ConfigError(f"step {wanted}: has no receipt; steps {steps[0]['step']} to {steps[-1]['step']} have")
         console.print(receipt_table(found[0]))
+    except KeyError as missing:  # the table is whole or not at all: half a receipt misleads
+        print_error(console, DataError(f"a line of metrics.jsonl has no {missing}: another croupier wrote it"))
+        return 2
     except CroupierError as error:
         print_error(console, error)
         return 2

@@ -15,12 +15,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal, get_args
 
-from common.config import RunConfig, load
+from common.config import RunConfig
 from common.errors import CroupierError
 from tools.evaluations import evaluation_lines
 from tools.lengths import length_rows
 from tools.plots import plot_all
-from tools.run_files import CONFIG, LOGS, METRICS, REPORT, STATUS, SUMMARY, Record, of_kind, read_metrics, read_status
+from tools.run_files import CONFIG, LOGS, METRICS, REPORT, STATUS, SUMMARY, Record, of_kind
+from tools.runs import Run, read_run
 
 Outcome = Literal["finished", "interrupted", "failed"]
 END_STEPS = 5  # steps at either end whose mean reward the summary gives
@@ -28,13 +29,13 @@ END_STEPS = 5  # steps at either end whose mean reward the summary gives
 
 def write_report(run_dir: Path, status: Outcome, wall_s: float) -> Record:
     """Write summary, curves and report; returns the summary."""
-    config = load(run_dir / CONFIG) if (run_dir / CONFIG).is_file() else None
-    records, last = read_metrics(run_dir), read_status(run_dir)
+    run = read_run(run_dir, timelines=False)
+    config, records, last = run.config, run.records, run.status
     summary = summarize(config, last, records, status, wall_s)
     (run_dir / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
     budget = summary["staleness_budget"]
     curves = plot_all(run_dir, records, budget if budget is not None else 0)
-    (run_dir / REPORT).write_text(_report(run_dir, config, summary, records, curves))
+    (run_dir / REPORT).write_text(_report(run, summary, curves))
     return summary
 
 
@@ -61,7 +62,7 @@ def summarize(config: RunConfig | None, last: Record, records: list[Record], sta
         "tokens_accepted": accepted,
         "acceptance": accepted / proposed if proposed else None,
         "lag_mean": _mean_lag(steps),
-        "lag_max": max((step["lag_max"] for step in steps), default=None),
+        "lag_max": max((step["lag_max"] for step in steps if step.get("lag_max") is not None), default=None),
         "staleness_budget": config.staleness.limit if config else None,
         "trajectories_acked": int(last.get("trajectories_acked") or 0),
         "trajectories_trained": int(last.get("trajectories_trained") or 0),
@@ -96,23 +97,26 @@ def _mean_lag(steps: list[Record]) -> float | None:
     return _mean([step["lag_mean"] for step in steps if step.get("lag_mean") is not None])
 
 
-def _report(run_dir: Path, config: RunConfig | None, summary: Record, records: list[Record], curves: list[str]) -> str:
+def _report(run: Run, summary: Record, curves: list[str]) -> str:
+    run_dir, config, records = run.path, run.config, run.records
     steps = of_kind(records, "step")
     lines = [f"# Run {config.run.name if config else run_dir.name}: {summary['status']}", "", _what(config), ""]
     missing = [name for name in (CONFIG, STATUS, METRICS) if not (run_dir / name).is_file()]
     if missing:
         lines += [f"**Missing: {', '.join(missing)}.** The figures below leave out what they would have said.", ""]
+    if run.notes:
+        lines += ["What could not be read:", "", *(f"- {note}" for note in run.notes), ""]
     if not steps:
         lines += ["No optimizer step was completed, so there are no curves.", ""]
     lines += ["## Result", "", *_table(_results(summary)), ""]
     if "reward.png" in curves:
         lines += ["![reward](reward.png)", ""]
-    lines += evaluation_lines(of_kind(records, "eval"), read_status(run_dir).get("best"), curves)
+    lines += evaluation_lines(of_kind(records, "eval"), run.status.get("best"), curves)
     lines += _staleness(summary, steps, curves)
     lines += _rejection(config, summary, steps, curves)
     lines += _two_models(config, steps, curves)
     lines += _receipt(summary)
-    lines += _lengths(read_status(run_dir))
+    lines += _lengths(run.status)
     if "throughput.png" in curves:
         lines += [
             "## Speed and optimisation",
@@ -301,11 +305,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _earlier(run_dir: Path) -> tuple[Outcome, float]:
     """Outcome and wall time: from an earlier summary, else from the broker's status."""
-    if (run_dir / SUMMARY).is_file():
+    try:
         summary = json.loads((run_dir / SUMMARY).read_text())
-        if summary.get("status") in get_args(Outcome):
+        if summary["status"] in get_args(Outcome):
             return summary["status"], float(summary["wall_s"])
-    status = read_status(run_dir)
+    except (OSError, ValueError, TypeError, KeyError):
+        pass  # none yet, or half of one: it is written anew
+    status = read_run(run_dir, timelines=False).status
     outcome: Outcome = "finished" if status.get("phase") == "finished" else "interrupted"
     return outcome, float(status.get("time", 0.0) - status.get("started_at", status.get("time", 0.0)))
 

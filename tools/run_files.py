@@ -11,6 +11,7 @@
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,20 @@ CONFIG, STATUS, METRICS, LOGS, SUMMARY, REPORT = (
     "report.md",
 )
 Record = dict[str, Any]  # one JSON object
+LINE_BEGINS = '{"kind":'  # every line of metrics.jsonl
+NEEDED = {"step": ("step",), "eval": ("version", "reward"), "publish": ("version",)}  # numbers of a record
+NUMBERS_SHOWN = 5  # lines named in a note
 
 
 def read_status(run_dir: Path) -> Record:
     """The broker's last status, or ``{}`` before it wrote one."""
     try:
-        text = (run_dir / STATUS).read_text()
+        text = (run_dir / STATUS).read_text(errors="replace")
     except FileNotFoundError:
         return {}
     try:
         status = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"{run_dir / STATUS}: not JSON ({error}); the broker replaces it whole, so who wrote it?"
         ) from error
@@ -45,21 +49,63 @@ def read_status(run_dir: Path) -> Record:
 
 
 def read_metrics(run_dir: Path) -> list[Record]:
-    """Every whole line of ``metrics.jsonl``; a torn last line is left out, a torn inner one is an error."""
+    """Every whole line of ``metrics.jsonl``; see :func:`scan_metrics` for what is left out."""
+    return scan_metrics(run_dir)[0]
+
+
+def scan_metrics(run_dir: Path) -> tuple[list[Record], list[str]]:
+    """The records of ``metrics.jsonl``, and a note for what could not be read of it.
+
+    A line that the broker's death cut short is left out. The broker that came back went on in the same
+    line: what it wrote there is kept.
+    """
     try:
-        lines = (run_dir / METRICS).read_text(errors="replace").splitlines()
+        lines = (run_dir / METRICS).read_bytes().decode(errors="replace").split("\n")
     except FileNotFoundError:
-        return []
+        return [], []
+    except OSError as error:
+        return [], [f"{METRICS}: cannot be read ({error.strerror or error})"]
     records: list[Record] = []
+    odd: list[int] = []
     for number, line in enumerate(lines, 1):
+        found = _record(line)
+        if found is not None:
+            records.append(found)
+        if line.strip() and (found is None or not _is_whole(line)):
+            odd.append(number)
+    if not odd:
+        return records, []
+    few = ", ".join(map(str, odd[:NUMBERS_SHOWN])) + (", …" if len(odd) > NUMBERS_SHOWN else "")
+    return records, [f"{METRICS}: {len(odd)} of {len(lines):,} lines torn or foreign, left out (line {few})"]
+
+
+def _is_whole(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _record(line: str) -> Record | None:
+    """The record of a line, or of its end where its beginning is torn; None for neither."""
+    start = 0
+    while start >= 0:
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise DataError(f"{run_dir / METRICS}:{number}: not JSON: {error}") from error
-        records.append(record)
-    return records
+            found = json.loads(line[start:])
+        except (ValueError, RecursionError):
+            start = line.find(LINE_BEGINS, start + 1)
+            continue
+        return found if _is_record(found) else None
+    return None
+
+
+def _is_record(found: Any) -> bool:
+    """Whether it has what every reader counts on: its kind, when it was, and of what."""
+    if not isinstance(found, dict) or not isinstance(found.get("kind"), str):
+        return False
+    numbers = [found.get("time_s", 0.0), *(found.get(name) for name in NEEDED.get(found["kind"], ()))]
+    return all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers)
 
 
 def of_kind(records: list[Record], kind: str) -> list[Record]:

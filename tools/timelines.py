@@ -8,6 +8,7 @@ Whatever can be read is: a file cut short by a kill, one that is still written, 
 beside sound ones. What could not be is said in ``Timelines.notes``.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,8 @@ import msgpack
 from common.trace import FORMAT, IDLE, SUFFIX, TRACE
 from tools.run_files import Record
 
-MAX_RECORD = 64 << 20  # bytes
+HEADER_BEGINS = msgpack.packb(["h", {}])[:-1]
+MAX_HEADER = 1 << 16  # bytes
 
 
 @dataclass(frozen=True)
@@ -134,41 +136,61 @@ def read_timelines(run_dir: Path) -> Timelines:
     return found
 
 
-def _records(path: Path) -> Iterator[Any]:
-    with path.open("rb") as file:
-        yield from msgpack.Unpacker(file, max_buffer_size=MAX_RECORD, strict_map_key=False, raw=False)
-
-
 def _read(path: Path) -> tuple[list[Life], str]:
     """The lives of one file, and what is wrong with it."""
-    groups: list[list[Any]] = []
-    note = ""
     try:
-        for record in _records(path):
-            if not isinstance(record, list) or not record or not isinstance(record[0], str):
-                raise ValueError("a record that is none")
-            if record[0] == "h":
-                groups.append([])
-            if not groups:
-                raise ValueError("it does not begin with a header")
-            groups[-1].append(record)
-    except (ValueError, TypeError, OSError, msgpack.UnpackException) as error:
-        note = (
-            f"damaged after {sum(map(len, groups)):,} records ({type(error).__name__}: {error}); the rest is left out"
-        )
+        content = path.read_bytes()
+    except OSError as error:
+        return [], f"cannot be read ({error.strerror or error})"
+    starts = list(_headers(content))
+    odd = [] if starts[:1] == [0] or not content else ["it does not begin with a header"]
     lives = []
-    for records in groups:
+    for start, end in itertools.pairwise([*starts, len(content)]):
+        records, problem = _records(content[start:end])
         try:
             lives.append(_life(records))
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            note = note or f"a life of it cannot be read ({type(error).__name__}: {error})"
-    return lives, note
+            problem = f"a life of {len(records):,} records cannot be read ({type(error).__name__}: {error})"
+        if problem:
+            odd.append(problem)
+    return lives, f"damaged: {'; '.join(odd)}; the rest of it is read" if odd else ""
+
+
+def _headers(content: bytes) -> Iterator[int]:
+    """Where lives begin. A kill may have cut the record before one short, so they are looked for."""
+    at = content.find(HEADER_BEGINS)
+    while at >= 0:
+        unpacker = msgpack.Unpacker(max_buffer_size=MAX_HEADER, strict_map_key=False, raw=False)
+        unpacker.feed(content[at : at + MAX_HEADER])
+        try:
+            found = next(unpacker)[1]
+        except (ValueError, TypeError, StopIteration, msgpack.UnpackException):
+            found = None
+        if isinstance(found, dict) and isinstance(found.get("clock_ns"), int):
+            yield at
+        at = content.find(HEADER_BEGINS, at + 1)
+
+
+def _records(content: bytes) -> tuple[list[Any], str]:
+    """The records of one life up to the first that is none, and what that is; one cut short at the end is left out."""
+    records: list[Any] = []
+    unpacker = msgpack.Unpacker(max_buffer_size=max(len(content), 1), strict_map_key=False, raw=False)
+    unpacker.feed(content)
+    try:
+        for record in unpacker:
+            if not isinstance(record, list) or not record or not isinstance(record[0], str):
+                return records, f"after {len(records):,} records of a life comes something else"
+            records.append(record)
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        return records, f"after {len(records):,} records of a life: {type(error).__name__}: {error}"
+    return records, ""
 
 
 def _life(records: list[Any]) -> Life:
     header = records[0][1]
     if header["format"] != FORMAT:
         raise ValueError(f"format {header['format']}, this croupier reads {FORMAT}")
+    _ = header["process"], header["role"]
     life = Life(header)
     clocks = [(record[3], record[2]) for record in records if record[0] == "c"]
     if clocks:

@@ -8,7 +8,6 @@ import pytest
 
 from broker.heldout import evaluate
 from common.config import RunConfig, RunSection, to_yaml
-from common.errors import DataError
 from common.mixture import mixture
 from common.wire import EvaluationResult
 from tools.evaluations import ROWS, evaluation_lines, thinned
@@ -81,12 +80,12 @@ def test_no_rejection_means_no_rejection_curves(tmp_path: Path) -> None:
     assert not (tmp_path / "x" / "kl.png").exists()
 
 
-def test_a_torn_last_line_is_left_out_and_a_torn_inner_one_is_an_error(tmp_path: Path) -> None:
-    fill(tmp_path / "x", [step_record(1)], tail='{"kind": "step", "st')
-    assert [record["step"] for record in read_metrics(tmp_path / "x")] == [1]
-    fill(tmp_path / "y", [], tail="{torn\n" + json.dumps(step_record(2)) + "\n")
-    with pytest.raises(DataError, match=r"metrics\.jsonl:1: not JSON"):
-        read_metrics(tmp_path / "y")
+def test_torn_lines_are_left_out_and_said_to_be(tmp_path: Path) -> None:
+    half = '{"kind": "step", "st'
+    fill(tmp_path / "x", [step_record(1)], tail=half + json.dumps(step_record(2)) + "\n" + half)
+    assert [record["step"] for record in read_metrics(tmp_path / "x")] == [1, 2]
+    write_report(tmp_path / "x", "failed", 3.0)
+    assert "- metrics.jsonl: 2 of 3 lines torn" in (tmp_path / "x" / "report.md").read_text()
 
 
 def test_an_empty_directory_gives_a_report_that_says_so(tmp_path: Path) -> None:
