@@ -34,7 +34,7 @@ lint: $(STAMP)  ## formatting, lint, types and the import rule
 	@$(BIN)/lint-imports
 
 test: lint  ## what CI runs: lint, then the fast tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 slow: $(STAMP)  ## tests that take longer than ten seconds each and kill nobody
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow and not chaos and not gpu and not sglang" $(ARGS)
