@@ -31,6 +31,7 @@ from common import wire
 from common.config import RunConfig
 from common.errors import ConfigError, EngineError, TaskError
 from common.philox import STREAM_EVALUATION, STREAM_SAMPLING
+from common.trace import Tracer, silent
 
 if TYPE_CHECKING:
     from actor.gateway.driver import Driver, Ended
@@ -92,9 +93,16 @@ class Play:
     """Everything that an actor samples. ``send`` is given GroupFailed and EvaluationResult messages."""
 
     def __init__(
-        self, config: RunConfig, task: Task, engine: Engine, counters: Counter[str], send: Callable[[Any], None]
+        self,
+        config: RunConfig,
+        task: Task,
+        engine: Engine,
+        counters: Counter[str],
+        send: Callable[[Any], None],
+        tracer: Tracer | None = None,
     ) -> None:
         self.config, self.task, self.engine, self.counters = config, task, engine, counters
+        self.tracer = tracer or silent()
         self.date = -1  # of what is started now; see Rollout.date
         self.rollouts = Rollouts(config.rollout, task)
         self._send = send
@@ -139,8 +147,9 @@ class Play:
             return
         siblings = rollout.started_beside(len(members))
         started = self.rollouts.start(group, item, siblings + len(members), rollout.group_size)
+        began = self.tracer.now() if self.tracer.follows(group) else 0
         for one in started:
-            one.question = question
+            one.question, one.began = question, began
         self._begin(started[:siblings])
         for one, (text, completion) in zip(started[siblings:], members, strict=True):
             one.exemplar, one.given = text, item.prompt_ids
@@ -318,7 +327,19 @@ class Play:
             scored = Scored(outcome.reward, outcome.channels, self._answer(rollout), rollout.sampled)
             self._evaluated(rollout, scored)
             return None
+        if rollout.began:
+            self._draw(rollout, place)
         return Finished(rollout.request_id, place, rollout.turns, outcome.channels, outcome.reward, rollout.blocks)
+
+    def _draw(self, rollout: Rollout, place: int) -> None:
+        """On the timeline: one that every process follows."""
+        turns = [turn for turn in rollout.turns if not turn.exemplar]
+        self.tracer.span(
+            "rollouts", "rollout", rollout.began, self.tracer.now(),
+            group=rollout.request_id, sibling=place, tokens=rollout.sampled, turns=len(turns),
+            prompt_tokens=sum(len(turn.given) for turn in turns),
+            version=min((int(turn.completion.versions.min(initial=1 << 30)) for turn in turns), default=-1),
+        )  # fmt: skip
 
     def _fail(self, rollout: Rollout, reason: str) -> None:
         """``rollout`` will never be whole."""

@@ -47,6 +47,7 @@ class Rollout:
     question: int = -1  # its number in its task, where that is trained on
     exemplar: str | None = None  # a person's answer that stands in a sampled one's place
     blocks: Sequence[Block] = ()  # of its completions, once they are scored
+    began: int = 0  # when, by the tracer's clock, if the group is one that is followed
 
     @property
     def context(self) -> Ids:

@@ -17,23 +17,24 @@ import secrets
 import socket
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from actor.engine.base import Engine
-from actor.outbox import Outbox, by_channels, pack
+from actor.outbox import Finished, Outbox, by_channels, pack
 from actor.play import Play, open_task
 from actor.tasks.base import count_questions
 from actor.tasks.mixed import parts_of
 from actor.weights import GroupCollective
 from common import wire
-from common.config import RunConfig
+from common.config import MEGABYTE, RunConfig
 from common.identity import model_identity
 from common.link import connect
 from common.process import StopFlag
+from common.trace import Tracer, open_tracer, power_of_two, silent
 from common.weights import Receiver, StagedWeights, WeightReceiver
 
 IDLE_WAIT_S = 0.01  # how long an idle actor blocks for a message before it looks for new weights
@@ -43,12 +44,12 @@ ENGINE_WAIT_S = 0.005  # how long a step may wait for an engine that samples els
 log = logging.getLogger("actor")
 
 
-def make_engine(config: RunConfig, name: str) -> Engine:
+def make_engine(config: RunConfig, name: str, tracer: Tracer | None = None) -> Engine:
     """The engine that the configuration names, for the actor ``name``."""
     if config.actor.engine == "sglang":
         from actor.engine.sglang import SglangEngine
 
-        return SglangEngine(config, name)
+        return SglangEngine(config, name, tracer)
     from actor.engine.local import LocalEngine
 
     longest = config.rollout.max_length
@@ -61,35 +62,38 @@ def make_engine(config: RunConfig, name: str) -> Engine:
         record_experts=config.rollout.routing_replay,
         frozen=config.rollout_frozen,
         expert_bias=config.rollout_bias,
+        tracer=tracer,
     )
 
 
-def make_receiver(config: RunConfig, engine: Engine, send: Callable[[Any], None]) -> Receiver:
+def make_receiver(config: RunConfig, engine: Engine, send: Callable[[Any], None], tracer: Tracer) -> Receiver:
     """Who takes part in the learner's broadcasts: this process, or with ``weights.route=direct`` its servers."""
     if config.route == "direct":
         from actor.engine.direct import DirectReceiver
         from actor.engine.sglang import SglangEngine
 
         assert isinstance(engine, SglangEngine)
-        return DirectReceiver(send, engine, config.engine.update)
+        return DirectReceiver(send, engine, config.engine.update, tracer)
     deadline, device = config.weights.deadline_s, engine.device
-    return WeightReceiver(send, lambda prepare: GroupCollective(prepare, deadline, device))
+    return WeightReceiver(send, lambda prepare: GroupCollective(prepare, deadline, device), tracer)
 
 
 class ActorService:
     """One actor; :meth:`run` returns when the broker says Stop or the process is asked to end."""
 
-    def __init__(self, config: RunConfig, name: str, stop: StopFlag) -> None:
+    def __init__(self, config: RunConfig, name: str, stop: StopFlag, tracer: Tracer | None = None) -> None:
         self.config = config
         self.name = name
         self.stop = stop
+        self.tracer = tracer or silent(name, "actor")
         self.task = open_task(config)
-        self.engine = make_engine(config, name)
+        self.engine = make_engine(config, name, self.tracer)
         self.outbox = Outbox()
         self.counters: Counter[str] = Counter()
-        self.play = Play(config, self.task, self.engine, self.counters, self._send)
+        self.play = Play(config, self.task, self.engine, self.counters, self._send, self.tracer)
         self._grants: deque[wire.Grant] = deque()
         self._loading: StagedWeights | None = None  # the version that the engine is taking into use
+        self._loading_since = 0
         hello = wire.Hello(
             role="actor",
             name=name,
@@ -104,18 +108,20 @@ class ActorService:
             model=model_identity(config.rollout_path),
             questions=[count_questions(part) for part in parts_of(self.task)],
         )
-        self.link = connect(config.broker, hello)
-        self.receiver = make_receiver(config, self.engine, self.link.send)
+        self.link = connect(config.broker, hello, self.tracer)
+        self.receiver = make_receiver(config, self.engine, self.link.send, self.tracer)
 
     def run(self) -> None:
         """Sample until told to stop."""
         try:
+            self.tracer.state("idle.start")
             if self.link.wait_welcome(self.config.actor.wait_s, lambda: self.stop.is_set) is None:
                 return
             log.info("%s serves run %s", self.name, self.link.run_id)
             while not self.stop.is_set:
                 self._turn()
         finally:
+            self.tracer.state("end")
             self.receiver.close()
             self.link.close("stopped")
             self.play.close()
@@ -126,26 +132,53 @@ class ActorService:
     def _turn(self) -> None:
         block = not self.engine.busy and not self._startable()
         wait_s = AGENTS_WAIT_S if self.play.waits_for_agents else IDLE_WAIT_S
+        self.tracer.state(self._waits_for() if block else "play")
         while (message := self.link.receive(wait_s if block else 0.0)) is not None:
+            self.tracer.state("play")
             self._handle(message)
             block = False
             if self.stop.is_set:
                 return
+        self.tracer.state("play")
         self._take_weights()
         self._start()
         self.play.follow_agents()
         if self.engine.busy:
+            self.tracer.state("sample" if self.engine.in_flight else self._waits_for())
             began = time.perf_counter()
             ended = self.engine.step(ENGINE_WAIT_S)
             self.counters["seconds_decode"] += time.perf_counter() - began  # type: ignore[assignment]
+            self.tracer.state("play")
             finished = self.play.collect(ended)
         else:
             finished = self.play.scored()
-        for channels, alike in by_channels(finished).items():
-            trajectories = pack(self.link.run_id, channels, alike)
-            self.outbox.add(trajectories)
-            self.link.send(trajectories)
+        if finished:
+            self._send_off(finished)
         self.link.counters = self.engine.counters | self.play.figures | {k: float(v) for k, v in self.counters.items()}
+        if self.tracer.wants_levels:
+            grants = sum(len(grant.groups) for grant in self._grants)
+            self.tracer.levels(rows=self.engine.in_flight, grants=grants, unacked=len(self.outbox))
+
+    def _send_off(self, finished: Sequence[Finished]) -> None:
+        with self.tracer.within("send"):
+            for channels, alike in by_channels(finished).items():
+                trajectories = pack(self.link.run_id, channels, alike)
+                self.outbox.add(trajectories)
+                self.link.send(trajectories)
+
+    def _waits_for(self) -> str:
+        """The state of a main thread that has nothing to do; see :data:`common.trace.STATES`."""
+        if self._loading is not None:
+            return "swap"
+        if self.engine.version < 0:
+            return "idle.server"
+        if self.play.waits_for_agents:
+            return "idle.agents"
+        if len(self.play.rollouts):
+            return "idle.scoring"
+        if self._grants:
+            return "idle.weights" if self._grants[0].min_version > self.engine.version else "idle.broker"
+        return "idle.credits"
 
     def _handle(self, message: object) -> None:
         match message:
@@ -175,9 +208,10 @@ class ActorService:
                 self.receiver.applied(staged)
             else:
                 self._loading = staged
-                self.engine.load(staged.version, staged.buckets)
+                self._load(staged)
         while self._loading is not None and (loaded := self.engine.loaded()) is not None:
             staged, self._loading = self._loading, None
+            self.tracer.span("weights", "load", self._loading_since, self.tracer.now(), version=staged.version)
             if loaded.error:
                 log.error("version %d cannot be used: %s", staged.version, loaded.error)
                 self.receiver.failed(staged, loaded.error)
@@ -185,6 +219,15 @@ class ActorService:
             self.counters["swaps"] += 1
             self.link.set_version(self.engine.holds)
             self.receiver.applied(staged, adopted=loaded.keeps, copied=not loaded.keeps)
+
+    def _load(self, staged: StagedWeights) -> None:
+        began, cpu = self.tracer.now(), self.tracer.cpu()
+        self._loading_since = began
+        with self.tracer.within("swap"):
+            self.engine.load(staged.version, staged.buckets)
+        nbytes = sum(bucket.nbytes for bucket, _ in staged.buckets)
+        took = self.tracer.now() - began, self.tracer.cpu() - cpu
+        self.tracer.tally("swap", power_of_two(nbytes), *took, nbytes)
 
     # ---- grants ---------------------------------------------------------------------------------
 
@@ -198,13 +241,12 @@ class ActorService:
         return grant
 
     def _startable(self) -> bool:
-        if not self._grants:
+        if not self._grants or self.outbox.nbytes >= self.config.actor.unacked_mb * MEGABYTE:
             return False
         return (0 if self.config.joint.stays else self._grants[0].min_version) <= self.engine.version
 
     def _start(self) -> None:
-        limit = self.config.actor.unacked_mb * (1 << 20)
-        while self._startable() and self.outbox.nbytes < limit:
+        while self._startable():
             grant = self._grants.popleft()
             if self.config.joint.stays:
                 self.play.date = grant.min_version
@@ -221,4 +263,5 @@ class ActorService:
 
 def run_actor(config: RunConfig, name: str, stop: StopFlag) -> None:
     """Serve one run to its end."""
-    ActorService(config, name, stop).run()
+    with open_tracer(config, name, "actor") as tracer:
+        ActorService(config, name, stop, tracer).run()

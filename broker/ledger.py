@@ -81,6 +81,10 @@ class StalenessLedger:
         entry.complete = True
         entry.version = max(entry.version, oldest_version)
 
+    def is_complete(self, group: int) -> bool:
+        """Whether ``group`` waits to be assembled."""
+        return group in self._outstanding and self._outstanding[group].complete
+
     def release(self, group: int) -> None:
         """``group`` will never be complete: its place is free again."""
         self._outstanding.pop(group, None)

@@ -22,9 +22,11 @@ from broker.groups import Trajectory, unpack_all
 from broker.journal import Event, Journal
 from broker.pipeline import Pipeline
 from broker.scoring import Asked
+from broker.trail import Trail
 from common import wire
 from common.codec import decode, encode
 from common.errors import JournalError
+from common.trace import Tracer, power_of_two, silent
 
 SNAPSHOT_BYTES = 64 << 20  # of journal between two snapshots
 SNAPSHOT_STEPS = 64
@@ -168,9 +170,15 @@ class Recorder:
     """The pipeline's changing methods, each written to the journal first (or at once after)."""
 
     def __init__(
-        self, pipeline: Pipeline, journal: Journal | None, service_state: Callable[[], dict[str, Any]]
+        self,
+        pipeline: Pipeline,
+        journal: Journal | None,
+        service_state: Callable[[], dict[str, Any]],
+        tracer: Tracer | None = None,
     ) -> None:
         self.pipeline, self.journal = pipeline, journal
+        self.tracer = tracer or silent("broker", "broker")
+        self.trail = Trail(self.tracer, pipeline)
         self._service_state = service_state
         self._snapshot_at = (journal.used_bytes if journal else 0, pipeline.committed_step)
 
@@ -236,31 +244,45 @@ class Recorder:
         granted = self.pipeline.grant(actor, min(count, self.room()), version)
         if granted is not None:
             self._write("grant", {"actor": actor, "count": len(granted.groups), "version": version})
+            self.trail.granted(granted.groups.tolist(), actor)
         return granted
 
     def admit(self, message: wire.Trajectories, actor: str, newest_version: int) -> wire.Ack:
         """See :meth:`Pipeline.admit`."""
-        seq = self._write("admit", {"actor": actor, "newest": newest_version}, message)
-        return self.pipeline.admit(message, actor, newest_version, seq)
+        tracer = self.tracer
+        began, cpu = tracer.now(), tracer.cpu()
+        with tracer.within("admit"):
+            seq = self._write("admit", {"actor": actor, "newest": newest_version}, message)
+            ack = self.pipeline.admit(message, actor, newest_version, seq)
+        count = len(message.groups)
+        tracer.tally("admit", power_of_two(count), tracer.now() - began, tracer.cpu() - cpu, count)
+        self.trail.settled(message.groups.tolist())
+        return ack
 
     def failed(self, group: int, sibling: int, reason: str) -> None:
         """See :meth:`Pipeline.failed`."""
         self._write("failed", {"group": group, "sibling": sibling, "reason": reason})
         self.pipeline.failed(group, sibling, reason)
+        self.trail.settled([group])
 
     def actor_lost(self, actor: str) -> int:
         """See :meth:`Pipeline.actor_lost`."""
         self._write("actor_lost", {"actor": actor})
-        return self.pipeline.actor_lost(actor)
+        owed = self.pipeline.book.of_actor(actor)
+        given_up = self.pipeline.actor_lost(actor)
+        self.trail.settled(owed)
+        return given_up
 
     def assemble(self, min_version: int) -> wire.ScoreRequest | None:
         """See :meth:`Pipeline.assemble`; written down if a step was assembled."""
-        step = self.pipeline.ledger.next_step
+        step, began, cpu = self.pipeline.ledger.next_step, self.tracer.now(), self.tracer.cpu()
         request = self.pipeline.assemble(min_version)
         if self.pipeline.ledger.next_step > step:
             self._write("assemble", {"version": min_version})
+            self.trail.assembled(self.pipeline.steps.batch(step), began, cpu)
             if self.pipeline.scoring_step is None:
                 self._decided(step)
+                self.trail.decided(step, self.tracer.now())
         return request
 
     def rethin(self, step: int, min_version: int) -> wire.ScoreRequest | None:
@@ -273,12 +295,15 @@ class Recorder:
     def scored(self, result: wire.ScoreResult) -> Asked | None:
         """See :meth:`Pipeline.scored`; an answer that is refused or late is not written down."""
         seq = -1 if self.journal is None else self.journal.last + 1
-        step = self.pipeline.scoring_step
-        asked = self.pipeline.scored(result, seq)
-        if asked is not None:
-            self._write("scored", {"scorer": asked.scorer}, result)
-        if step is not None and self.pipeline.scoring_step is None:
-            self._decided(step)
+        scoring, began, cpu = self.pipeline.steps.scoring, self.tracer.now(), self.tracer.cpu()
+        with self.tracer.within("thin"):
+            asked = self.pipeline.scored(result, seq)
+            if asked is not None:
+                self._write("scored", {"scorer": asked.scorer}, result)
+            if scoring is not None and self.pipeline.scoring_step is None:
+                self._decided(scoring.batch.step)
+        if asked is not None and scoring is not None:
+            self.trail.scored(scoring.batch, began, cpu, scoring.again)
         return asked
 
     def _decided(self, step: int) -> None:
@@ -287,18 +312,24 @@ class Recorder:
 
     def shard(self, step: int, rank: int, world: int) -> wire.Shard | None:
         """See :meth:`Pipeline.shard`; the digests of a step's shards are written down when they are made."""
-        made = self.pipeline.has_shards(step, world)
+        if self.pipeline.has_shards(step, world):
+            return self.pipeline.shard(step, rank, world)
+        began, cpu = self.tracer.now(), self.tracer.cpu()
         shard = self.pipeline.shard(step, rank, world)
-        if shard is not None and not made and self.journal is not None:
+        if shard is not None and self.journal is not None:
             shards = [s for r in range(world) if (s := self.pipeline.shard(step, r, world)) is not None]
             self._write("served", {"step": step, "world": world, "shards": shard_digests(shards)})
+        if shard is not None:
+            self.trail.packed(self.pipeline.steps.batch(step), began, cpu)
         return shard
 
     def commit(self, step: int, metrics: dict[str, float]) -> dict[str, Any] | None:
         """See :meth:`Pipeline.commit`."""
-        self._write("commit", {"step": step, "metrics": metrics})
-        receipt = self.pipeline.commit(step)
-        self._snapshot_if_due()
+        with self.tracer.within("commit", step):
+            self._write("commit", {"step": step, "metrics": metrics})
+            receipt = self.pipeline.commit(step)
+            self._snapshot_if_due()
+        self.trail.mark(step, "committed")
         return receipt
 
     def checkpointed(self, step: int) -> None:

@@ -34,6 +34,7 @@ from common.keys import broker_keys
 from common.process import StopFlag
 from common.routing import read_routing
 from common.sockets import RouterSocket
+from common.trace import Tracer, open_tracer, silent
 
 TURN_S = 0.05
 JOURNAL = "journal"  # within the run directory
@@ -71,8 +72,9 @@ def read_vocab_size(model_dir: str) -> int:
 class BrokerService:
     """Everything the broker does over its socket; :meth:`run` returns when the run is over."""
 
-    def __init__(self, config: RunConfig, stop: StopFlag) -> None:
+    def __init__(self, config: RunConfig, stop: StopFlag, tracer: Tracer | None = None) -> None:
         self.config = config
+        self.tracer = tracer or silent("broker", "broker")
         self.stop = stop
         vocab_size, routing = read_vocab_size(config.model.path), read_routing(config)
         if config.joint.path:
@@ -86,7 +88,7 @@ class BrokerService:
         self.pipeline = Pipeline(config, vocab_size, routing)
         journal = self._journal()
         self.figures = Figures(config.alerts)
-        self.recorder = Recorder(self.pipeline, journal, self._state)
+        self.recorder = Recorder(self.pipeline, journal, self._state, self.tracer)
         self.outlet = Outlet(self.recorder)
         identities = Identities(config)
         self.door = Door(config.broker, self.router, self.outlet, self.figures, self.files.run_id, identities)
@@ -118,6 +120,7 @@ class BrokerService:
             while not self.stop.is_set and not self._finished():
                 self.turn()
             self.phase = "stopped" if self.stop.is_set else "finished"
+            self.tracer.state("end")
             self._farewell()
         finally:
             self.files.status(self.status())
@@ -128,22 +131,34 @@ class BrokerService:
 
     def turn(self) -> None:
         """One turn of the loop."""
-        for identity, message in self.door.receive(HELD_TURN_S if self.outlet.holding else TURN_S):
+        does = self.tracer.state
+        does("journal" if self.outlet.holding else "idle.messages")
+        arrived = self.router.wait(HELD_TURN_S if self.outlet.holding else TURN_S)
+        does("receive")
+        for identity, message in self.door.receive(0.0) if arrived else ():
             self._receive(identity, message)
+        does("send")
         self.outlet.release()
+        does("receive")
         now = time.monotonic()
         self.door.look_after(now)
         self.rollouts.look_after_awaited(now)
         self.distribution.tick(now)
         streams = self.distribution.streams
+        does("collate")
         self.training.request_scores(streams.policy.published, now)
+        does("grant")
         if self.training.learner_seen:
             self.rollouts.grant(streams.rollout.published)
             self.rollouts.tell_best(streams.published)
+        does("pack")
         self.training.serve(now)
         if self.training.serving:
             self.phase = "running"
+        does("send")
         self.outlet.release()
+        does("status")
+        self.recorder.trail.levels()
         if self.files.status_due():
             self.files.status(self.status())
         if now > self._next_word:
@@ -346,4 +361,5 @@ class BrokerService:
 
 def run_broker(config: RunConfig, stop: StopFlag) -> None:
     """Serve one run to its end. Raises what :class:`common.errors.CroupierError` covers."""
-    BrokerService(config, stop).run()
+    with open_tracer(config, "broker", "broker") as tracer:
+        BrokerService(config, stop, tracer).run()

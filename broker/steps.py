@@ -228,6 +228,12 @@ class Steps:
         entry = self._steps.get(step)
         return entry is not None and entry.shards is not None and len(entry.shards) == world
 
+    def batch(self, step: int) -> Batch:
+        """Of a step that is held or being scored."""
+        if self._scoring is not None and self._scoring.batch.step == step:
+            return self._scoring.batch
+        return self._steps[step].batch
+
     def get(self, step: int) -> DecidedStep | None:
         """What is held of a decided step."""
         return self._steps.get(step)

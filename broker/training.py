@@ -1,5 +1,6 @@
 """The learner's and the replica's side of the service: scores in, shards out, commits in."""
 
+import functools
 import logging
 import time
 from collections import Counter
@@ -140,6 +141,8 @@ class Training:
             self.door.send(peer, wire.Refused(str(error)))
             raise
         self._fetches[peer.identity] = (message, 0.0)
+        if peer.leads:
+            self.recorder.trail.mark(message.step, "asked")
 
     def _check_fetch(self, peer: Peer, message: wire.Fetch) -> None:
         learner, hello = self.config.learner, peer.hello
@@ -175,6 +178,7 @@ class Training:
             if shard is not None:
                 self.serving = True
                 self.door.send(peer, shard)
+                self.door.outlet.do(functools.partial(self.recorder.trail.mark, fetch.step, "served"))
                 self._fetches.pop(identity, None)
             elif now - told > WAITING_EVERY_S:
                 self._fetches[identity] = (fetch, now)

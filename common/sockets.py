@@ -126,6 +126,11 @@ class RouterSocket:
         """Drop what waits for a peer that is gone."""
         self._outbox.pop(identity, None)
 
+    def wait(self, timeout_s: float) -> bool:
+        """Whether something has arrived within ``timeout_s``; sends meanwhile what had to wait."""
+        self._flush()
+        return bool(self._socket.poll(int(timeout_s * 1000)))
+
     def receive(self, timeout_s: float, is_muted: Callable[[bytes], bool] | None = None) -> list[tuple[bytes, Any]]:
         """What has arrived, up to a bound, waiting at most ``timeout_s`` for the first.
 
@@ -133,9 +138,8 @@ class RouterSocket:
         caused (:class:`WireError`, :class:`DataError`). What a sender says of whom ``is_muted`` is
         true is dropped unread.
         """
-        self._flush()
         received: list[tuple[bytes, Any]] = []
-        if not self._socket.poll(int(timeout_s * 1000)):
+        if not self.wait(timeout_s):
             return received
         nbytes = 0
         for _ in range(RECEIVE_MESSAGES):

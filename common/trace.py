@@ -6,7 +6,7 @@
     tracer.span("rollouts", "rollout", began, ended, group=7)        something with a beginning and an end of its own
     tracer.tally("decode", rows, wall, cpu, amount)                  sums by a key: what a cost is a function of
          |
-         +-> RUN_DIR/trace/<process>.trace, msgpack arrays one after the other, about one write a second
+         +-> a thread of its own, once a second -> RUN_DIR/trace/<process>.trace, msgpack arrays one after the other
 
 Times are ``time.monotonic_ns``; the broker's clock is the run's, and the link measures how far ours is from
 it (:class:`ClockOffset`). A file is appended to by every life of its process and each life begins with a
@@ -20,17 +20,20 @@ Records, by their first element::
     ["x", track, name, start, end, {args}]   a span
     ["i", name, at, {args}]                  an instant
     ["n", at, {name: value}]                 levels, drawn as curves
-    ["t", at, {state: [wall, cpu, times]}]   totals since the life began, nanoseconds
+    ["t", at, {state: [wall, cpu, times]}, [slices]]   totals since the life began, nanoseconds, the present
+                                             state's wall-clock included; slices ["s", ...] that are not over
     ["y", at, {tally: {key: [times, wall, cpu, amount]}}]   tallies since the life began, nanoseconds
     ["c", at, offset, delay]                 the broker's clock is ours + offset, known to within delay / 2
     ["e", at, reason]                        an orderly end, or that the file is full
 """
 
+import contextlib
+import logging
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -39,18 +42,30 @@ from typing import Any
 import msgpack
 
 from common.codec import WIRE_VERSION
+from common.config import MEGABYTE, RunConfig
 
 TRACE = "trace"  # within the run directory
 SUFFIX = ".trace"
 FORMAT = 1  # of these records
 RESOLUTION_NS = 200_000
-WRITE_EVERY_NS = 1_000_000_000
+WRITE_EVERY_S = 1.0
+LEVELS_EVERY_NS = 100_000_000
 MAX_HELD = 20_000  # records between two writes; more are dropped and counted
 IDLE = "idle."  # how the states begin in which a process waits; what follows is what for
 
-# What main threads do. Idle states name their cause.
+log = logging.getLogger("trace")
+
+Phase = Callable[[str], object]  # how code that knows no tracer is told to name what it does: phase("forward")
+
+
+def no_phase(_name: str) -> None:
+    """Nobody wants to know."""
+
+
+# What main threads do. Idle states name their cause. Every process begins in "start".
 STATES: dict[str, dict[str, str]] = {
     "actor": {
+        "start": "the model is read, servers are started",
         "sample": "the engine decodes",
         "play": "tasks, scoring and bookkeeping of rollouts",
         "send": "trajectories are packed and sent",
@@ -62,46 +77,71 @@ STATES: dict[str, dict[str, str]] = {
         "idle.agents": "agents are at work and ask for nothing",
         "idle.broker": "trajectories sent wait to be acknowledged (actor.unacked_mb)",
         "idle.start": "before the broker's welcome",
+        "end": "the run is over: servers, verifiers and sockets are closed",
     },
     "broker": {
-        "receive": "messages are decoded and handled",
+        "start": "the journal is read",
+        "receive": "messages are decoded and handled, deadlines looked after",
         "admit": "trajectories are admitted and grouped",
-        "collate": "a step is assembled",
+        "collate": "a step is looked for, or assembled",
         "thin": "coins are tossed, receipts written",
-        "pack": "shards are made and sent",
+        "pack": "shards are made",
         "grant": "credits are given out",
-        "journal": "waiting for the journal's thread or writing to it",
+        "commit": "a trained step is counted and its data forgotten",
+        "send": "what the journal has on disk is answered: grants, requests, shards",
+        "journal": "answers wait for the disk, and nobody has sent anything",
         "status": "figures are written",
         "idle.messages": "nobody has sent anything",
+        "end": "the run is over: peers say goodbye",
     },
     "replica": {
+        "start": "the model is read",
         "score": "a batch is scored",
         "swap": "a new version is taken into use",
         "receive": "messages are handled",
         "idle.requests": "the broker has asked nothing",
         "idle.weights": "what is asked wants a newer version than there is here",
         "idle.start": "before the broker's welcome",
+        "end": "the run is over",
     },
     "learner": {
+        "start": "the model and a checkpoint are read",
         "load": "shards become tensors",
         "forward": "forward passes",
         "backward": "backward passes",
-        "reduce": "gradients are added up over the mesh",
+        "reduce": "gradients and figures are added up over the mesh, late ranks waited for",
         "optimizer": "the update",
         "joint": "the rollout model's own update",
         "gather": "weights are gathered from the mesh",
         "send": "a version is broadcast",
+        "commit": "the broker is told",
         "checkpoint": "a checkpoint is begun",
         "export": "the final model is written",
         "idle.shard": "the broker has no shard yet; tools.profile says why, from the broker's own marks",
         "idle.receivers": "receivers are not ready for a version",
         "idle.ranks": "other ranks are not there yet",
         "idle.start": "before the broker's welcome",
-        "idle.end": "everything is trained",
+        "idle.end": "everything is trained: late receivers and the last evaluation are waited for",
+        "end": "the run is over",
     },
 }
 
+# Keys of tallies ``tally -> what it is keyed by; what its amount counts``.
+TALLIES = {
+    "decode": "an actor's engine: rows that were live before the step; tokens sampled in it",
+    "prefill": "an actor's engine: prompt tokens, see power_of_two; the same, exactly",
+    "swap": "an actor: bytes of the version, see power_of_two; the same, exactly",
+    "score": "a replica: tokens of the batch, see power_of_two; the same, exactly",
+    "train": "a learner rank: tokens of the shard, see power_of_two; the same, exactly",
+    "publish": "the learner's rank 0: receivers; bytes. From the offer to the end of the broadcast",
+    "admit": "the broker: trajectories of a message, see power_of_two; the same, exactly",
+    "collate": "the broker: tokens of the step, see power_of_two; the same, exactly",
+    "thin": "the broker: as collate",
+    "pack": "the broker: as collate",
+}
+
 # The instant "step" of the broker, ``{"step": s, "what": one of these}``: where a step's data were when.
+# A step that is thinned a second time has "scored" and "decided" once more, with "again": True.
 MILESTONES = (
     "asked",  # the learner wants its shard
     "ready",  # enough groups are complete
@@ -111,6 +151,11 @@ MILESTONES = (
     "served",  # the first shard has left
     "committed",  # it is trained
 )
+
+
+def power_of_two(amount: float) -> int:
+    """The bin of a tally: the smallest power of two not below ``amount``."""
+    return 1 << max(0, int(amount) - 1).bit_length()
 
 
 @dataclass
@@ -146,7 +191,7 @@ def trace_path(run_dir: Path, process: str) -> Path:
 
 
 class Tracer:
-    """One process's timeline. The owner's main thread calls :meth:`state`; the rest is free of threads."""
+    """One process's timeline. The owner's main thread alone calls :meth:`state` and :meth:`tally`."""
 
     def __init__(
         self,
@@ -154,7 +199,7 @@ class Tracer:
         process: str,
         role: str,
         rank: int = 0,
-        limit_bytes: int = 256 << 20,
+        limit_bytes: int = 256 * MEGABYTE,
         follow_every: int = 8,
         clock: Callable[[], int] = time.monotonic_ns,
         cpu_clock: Callable[[], int] = time.thread_time_ns,
@@ -168,18 +213,33 @@ class Tracer:
         self._follow_every = follow_every
         self._clock, self._cpu = clock, cpu_clock
         self._held: list[list[Any]] = []
-        self._lock = threading.Lock()
+        self._moving = threading.Lock()  # from one state to the next
+        self._writing = threading.Lock()
         self._limit, self._full = limit_bytes, False
         self._told: tuple[int, int] | None = None
         now = clock()
-        self._state, self._step, self._since, self._cpu_since = "idle.start", -1, now, cpu_clock()
+        self._state, self._step, self._since, self._cpu_since = "start", -1, now, cpu_clock()
         self._slice: list[Any] | None = None  # the slice that goes on while only short states come between
-        self._next_write = now + WRITE_EVERY_NS
+        self._levels: dict[str, float] = {}
+        self._next_levels = now
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
         self._file = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab")
             self._held.append(["h", self._header(now)])
+            self.write()
+
+    def begin(self) -> "Tracer":
+        """Write once a second from now on, in a thread: a disk that is slow holds nobody up."""
+        if self._file is not None:
+            self._thread = threading.Thread(target=self._write_on, name="tracer", daemon=True)
+            self._thread.start()
+        return self
+
+    def _write_on(self) -> None:
+        while not self._closing.wait(WRITE_EVERY_S):
             self.write()
 
     def _header(self, now: int) -> dict[str, Any]:
@@ -205,18 +265,35 @@ class Tracer:
         """From now on the main thread does ``name``, of training step ``step``."""
         if name == self._state and step == self._step:
             return
-        now, cpu = self._clock(), self._cpu()
+        with self._moving:
+            self._count(self._clock(), self._cpu())
+            self._state, self._step = name, step
+
+    @contextlib.contextmanager
+    def within(self, name: str, step: int = -1) -> Iterator[None]:
+        """``name`` for a while, and then again what was done before."""
+        before, of = self._state, self._step
+        self.state(name, step)
+        try:
+            yield
+        finally:
+            self.state(before, of)
+
+    def phases(self, step: int) -> Phase:
+        """:meth:`state` for code that knows neither the tracer nor the step."""
+        return lambda name: self.state(name, step)
+
+    def _count(self, now: int, cpu: int) -> None:
+        """The present state lasted until ``now``."""
         total = self.totals.get(self._state)
         if total is None:
             total = self.totals[self._state] = [0, 0, 0]
         total[0] += now - self._since
-        total[1] += cpu - self._cpu_since
+        total[1] += max(0, cpu - self._cpu_since)
         total[2] += 1
         if self._file is not None:
             self._draw(self._state, self._since, now, self._step)
-        self._state, self._step, self._since, self._cpu_since = name, step, now, cpu
-        if now >= self._next_write:
-            self.write()
+        self._since, self._cpu_since = now, cpu
 
     def _draw(self, state: str, start: int, end: int, step: int) -> None:
         """Make a slice of it, or let it be part of the one before."""
@@ -242,13 +319,23 @@ class Tracer:
         """``name`` lasted from ``start`` to ``end`` (:meth:`now`) on a track of its own."""
         self._hold(["x", track, name, start, end, args])
 
-    def instant(self, name: str, **args: Any) -> None:
-        """``name`` happened now."""
-        self._hold(["i", name, self._clock(), args])
+    def instant(self, name: str, at: int | None = None, **args: Any) -> None:
+        """``name`` happened now, or at ``at``."""
+        self._hold(["i", name, self._clock() if at is None else at, args])
+
+    @property
+    def wants_levels(self) -> bool:
+        """Whether :meth:`levels` would keep anything now: ten times a second."""
+        return self.on and self._clock() >= self._next_levels
 
     def levels(self, **values: float) -> None:
-        """How much there is of something now."""
-        self._hold(["n", self._clock(), values])
+        """How much there is of something now; kept where it has changed."""
+        now = self._clock()
+        self._next_levels = now + LEVELS_EVERY_NS
+        changed = {name: value for name, value in values.items() if self._levels.get(name) != value}
+        if changed:
+            self._levels |= changed
+            self._hold(["n", now, changed])
 
     def tally(self, name: str, key: int, wall_ns: int, cpu_ns: int, amount: float = 1) -> None:
         """Once more ``name`` at ``key`` (rows, tokens): took so long and did so much."""
@@ -271,24 +358,35 @@ class Tracer:
 
     def seconds(self) -> dict[str, float]:
         """Wall-clock seconds by state since the start, the present state's included: for heartbeats and exporters."""
-        found = {state: total[0] / 1e9 for state, total in list(self.totals.items())}
-        found[self._state] = found.get(self._state, 0.0) + max(0, self._clock() - self._since) / 1e9
+        return {state: total[0] / 1e9 for state, total in self._totals_now(self._clock()).items()}
+
+    def _totals_now(self, now: int) -> dict[str, list[int]]:
+        with self._moving:
+            found = {state: list(total) for state, total in self.totals.items()}
+            present = found.setdefault(self._state, [0, 0, 0])
+            present[0] += max(0, now - self._since)
         return found
+
+    def _unfinished(self, now: int) -> list[list[Any]]:
+        """Slices that are not held yet: a process that is killed leaves them behind."""
+        with self._moving:
+            last = [] if self._slice is None else [list(self._slice)]
+            return [*last, ["s", self._state, self._since, now, self._step]]
 
     # ---- the file -------------------------------------------------------------------------------
 
     def write(self) -> None:
         """Write what is held, with the totals."""
-        if self._file is None:
-            return
-        with self._lock:
+        with self._writing:
+            if self._file is None:
+                return
             now = self._clock()
-            self._next_write = now + WRITE_EVERY_NS
-            held, self._held = self._held, []
-            if self.totals:
-                held.append(["t", now, self.totals])
+            held = self._held[: len(self._held)]
+            del self._held[: len(held)]
+            held.append(["t", now, self._totals_now(now), self._unfinished(now)])
             if self.tallies:
-                held.append(["y", now, self.tallies])
+                tallies = {name: {k: list(v) for k, v in list(by.items())} for name, by in list(self.tallies.items())}
+                held.append(["y", now, tallies])
             best = self.offset.best
             if best is not None and best != self._told:
                 self._told = best
@@ -301,7 +399,7 @@ class Tracer:
                 return
             if not self._full and self._file.tell() > self._limit:
                 self._full = True
-                self._file.write(msgpack.packb(["e", now, f"full: trace.limit_mb={self._limit / (1 << 20):g}"]))
+                self._file.write(msgpack.packb(["e", now, f"full: trace.limit_mb={self._limit / MEGABYTE:g}"]))
 
     def _end(self, reason: str) -> None:
         if self._file is not None:
@@ -314,12 +412,19 @@ class Tracer:
 
     def close(self, reason: str = "closed") -> None:
         """Write the rest."""
-        self.state("idle.end")
-        if self._slice is not None:
-            self._hold(self._slice)
-            self._slice = None
+        self._closing.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        with self._moving:
+            self._count(self._clock(), self._cpu())
+            if self._slice is not None:
+                self._hold(self._slice)
+                self._slice = None
+        if self.dropped:
+            reason += f"; {self.dropped:,} records came too fast to be written"
         self.write()
-        with self._lock:
+        with self._writing:
             self._end(reason)
 
     def __enter__(self) -> "Tracer":
@@ -327,6 +432,18 @@ class Tracer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close(f"{kind.__name__}: {error}" if kind is not None else "closed")
+
+
+def open_tracer(config: RunConfig, process: str, role: str, rank: int = 0) -> Tracer:
+    """The tracer of a process of this run; where its file cannot be written, a warning and totals alone."""
+    section = config.trace
+    path = trace_path(config.run.path, process) if section.spans else None
+    limit = int(section.limit_mb * MEGABYTE)
+    try:
+        return Tracer(path, process, role, rank, limit, section.follow_every).begin()
+    except OSError as error:
+        log.warning("%s: no timeline of this process: %s", path, error)
+        return Tracer(None, process, role, rank)
 
 
 def silent(process: str = "", role: str = "") -> Tracer:

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import WeightsError
+from common.trace import Tracer, silent
 from common.wire import Applied, Go, Prepare, Publish, Ready, ReceiveFailed
 
 WATCH_S = 0.0005  # between two looks at a GPU's operation
@@ -228,15 +229,18 @@ class WeightReceiver:
     weights stay in use.
     """
 
-    def __init__(self, send: Callable[[Any], None], join: Callable[[Prepare], Collective]) -> None:
+    def __init__(
+        self, send: Callable[[Any], None], join: Callable[[Prepare], Collective], tracer: Tracer | None = None
+    ) -> None:
         self.log = logging.getLogger("weights.receiver")
+        self._tracer = tracer or silent()
         self._send = send
         self._join = join
         self._lock = threading.Lock()
         self._prepared: Prepare | None = None
         self._busy = False  # in a collective, or trying to leave one that broke
         self._owes_ready = False  # for the Prepare that came meanwhile
-        self._jobs: queue.Queue[Prepare | None] = queue.Queue()
+        self._jobs: queue.Queue[tuple[Prepare, int] | None] = queue.Queue()  # and when we were told to go
         self._staged: queue.Queue[StagedWeights] = queue.Queue()
         self._collective: tuple[int, Collective] | None = None
         self._arenas: list[Any] = []  # free; fresh memory for every version would cost more than the wire
@@ -259,7 +263,7 @@ class WeightReceiver:
             return
         with self._lock:
             self._busy = True
-        self._jobs.put(prepared)
+        self._jobs.put((prepared, self._tracer.now()))
 
     def staged(self) -> StagedWeights | None:
         """The oldest version that arrived and was not taken yet."""
@@ -298,17 +302,19 @@ class WeightReceiver:
             job = self._jobs.get()
             if job is None:
                 return
-            publish = Publish(**job.publish)
+            prepare, told = job
+            publish = Publish(**prepare.publish)
             try:
-                started = time.perf_counter()
-                staged = self._receive(job, publish)
-                self.log.debug("version %d arrived in %.3f s", publish.version, time.perf_counter() - started)
+                staged = self._receive(prepare, publish)
+                arrived = self._tracer.now()
+                self.log.debug("version %d arrived in %.3f s", publish.version, (arrived - told) / 1e9)
+                self._tracer.span("weights", "receive", told, arrived, version=publish.version)
                 self._staged.put(staged)
             except Exception as error:  # noqa: BLE001  # torch raises RuntimeError and its subclasses; all mean: not received
                 self._drop_collective()
                 reason = brief(error)
                 self.log.warning("version %d did not arrive: %s", publish.version, reason)
-                self._send(ReceiveFailed(job.epoch, publish.version, reason))
+                self._send(ReceiveFailed(prepare.epoch, publish.version, reason))
             self._free()
 
     def _free(self) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from common.config import OptimSection
+from common.trace import Phase, no_phase
 from learner.mesh import ALONE
 from learner.model.decoder import Decoder
 from learner.parallel.flat import FlatParameters, Sharing
@@ -90,17 +91,20 @@ class Optimizer:
         for flat in self.flats:
             flat.zero_grad()
 
-    def step(self) -> float:
+    def step(self, phase: Phase = no_phase) -> float:
         """Sum gradients over the mesh, clip to ``optim.max_grad_norm``, update; the norm before clipping.
 
         A norm that is not finite changes nothing, on any rank, and is counted in ``skipped``.
+        ``phase`` is told "reduce", then "optimizer".
         """
+        phase("reduce")
         for flat in self.flats:
             flat.reduce()
         squares = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for flat in self.flats:
             squares += flat.squared_norm()
         norm = math.sqrt(float(self.mesh.sum(squares)))
+        phase("optimizer")
         if not math.isfinite(norm):
             self.skipped += 1
             return norm

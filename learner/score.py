@@ -35,6 +35,7 @@ from common.frozen import POLICY
 from common.identity import model_identity
 from common.link import connect
 from common.process import StopFlag
+from common.trace import Tracer, open_tracer, power_of_two
 from common.weights import StagedWeights, WeightReceiver, is_frozen
 from learner.device import keep_freed_memory, pick_device
 from learner.feed import check_experts, check_ids, experts_tensor
@@ -179,32 +180,36 @@ class PolicyScorer:
         self.version = staged.version
         return False
 
-    def follow(self) -> None:
+    def follow(self, tracer: Tracer) -> None:
         """A rank that is not the first: do as the leader says until it stops."""
+        tracer.state("idle.requests")
         while (kind := self.followers.order(IDLE)) != STOP:
             if kind == SCORE:
+                tracer.state("score")
                 self.run(self.followers.share(None))
             elif kind == SWAP:
+                tracer.state("swap")
                 self.take(self.followers.share_weights(None))
+            tracer.state("idle.requests")
 
 
 class ReplicaService:
     """One replica; :meth:`run` returns when the broker says Stop or the process is asked to end."""
 
     def __init__(
-        self, config: RunConfig, name: str, stop: StopFlag, scorer: PolicyScorer, serves: str = POLICY
+        self, config: RunConfig, name: str, stop: StopFlag, scorer: PolicyScorer, tracer: Tracer, serves: str = POLICY
     ) -> None:
         """``config.model`` is the model that it serves: the policy, or the frozen one called ``serves``."""
-        self.config = config
+        self.config, self.tracer = config, tracer
         self.stop = stop
         self.scorer = scorer
-        rank = scorer.model.mesh.rank if scorer.followers.any else int(os.environ.get("RANK", "0"))
+        rank = rank_of(scorer.model.mesh)
         device = scorer.model.device
         self._requests: deque[wire.ScoreRequest] = deque()
         self._last_order = time.perf_counter()  # when the followers last heard of us
         hello = wire.Hello(
             role="replica",
-            name=f"{name}.{rank}" if "RANK" in os.environ and not scorer.followers.any else name,
+            name=name,
             run_id="",
             session=secrets.token_hex(4),
             rank=rank,
@@ -216,26 +221,32 @@ class ReplicaService:
             model=model_identity(config.model.path),
             serves=serves,
         )
-        self.link = connect(config.broker, hello)
+        self.link = connect(config.broker, hello, tracer)
         deadline = config.weights.deadline_s
         self.receiver: WeightReceiver | None = None
         if serves == POLICY:
-            self.receiver = WeightReceiver(self.link.send, lambda prepare: join(prepare, deadline, device))
+            self.receiver = WeightReceiver(self.link.send, lambda prepare: join(prepare, deadline, device), tracer)
 
     def run(self) -> None:
         """Score until told to stop."""
         try:
+            self.tracer.state("idle.start")
             if self.link.wait_welcome(self.config.replica.wait_s, self._stopping) is None:
                 return
             while not self.stop.is_set:
                 block = not self._ready()
+                self.tracer.state(self._waits_for() if block else "receive")
                 while (message := self.link.receive(IDLE_WAIT_S if block else 0.0)) is not None:
+                    self.tracer.state("receive")
                     self._handle(message)
                     block = False
+                if self.tracer.wants_levels:
+                    self.tracer.levels(requests=len(self._requests))
                 self._swap()
                 self._answer()
                 self._keep_company()
         finally:
+            self.tracer.state("end")
             self.scorer.followers.order(STOP)
             if self.receiver is not None:
                 self.receiver.close()
@@ -244,6 +255,10 @@ class ReplicaService:
     def _stopping(self) -> bool:
         self._keep_company()
         return self.stop.is_set
+
+    def _waits_for(self) -> str:
+        """The state of a main thread that has nothing to do."""
+        return "idle.weights" if self._requests else "idle.requests"
 
     def _ready(self) -> bool:
         return bool(self._requests) and self._requests[0].min_version <= self.scorer.version
@@ -264,6 +279,7 @@ class ReplicaService:
     def _swap(self) -> None:
         while self.receiver is not None and (staged := self.receiver.staged()) is not None:
             adopted = copied = False
+            self.tracer.state("swap")
             try:
                 if staged.version != self.scorer.version:
                     adopted = self.scorer.swap(staged)
@@ -292,9 +308,15 @@ class ReplicaService:
                 log.error("%s", error)
         if not batch:
             return
-        began = self._last_order = time.perf_counter()
+        self._last_order = time.perf_counter()
+        self.tracer.state("score")
+        began, cpu = self.tracer.now(), self.tracer.cpu()
         scored = self.scorer.score(batch)
-        seconds = (time.perf_counter() - began) / len(batch)
+        took = self.tracer.now() - began
+        tokens = sum(len(request.token_ids) for request in batch)
+        self.tracer.tally("score", power_of_two(tokens), took, self.tracer.cpu() - cpu, tokens)
+        self.tracer.state("receive")
+        seconds = took / 1e9 / len(batch)
         for request, (log_p, topk_log_p) in zip(batch, scored, strict=True):
             self.link.send(wire.ScoreResult(request.request, self.scorer.version, seconds, log_p, topk_log_p))
 
@@ -315,10 +337,24 @@ def _alike(a: wire.ScoreRequest, b: wire.ScoreRequest) -> bool:
     )
 
 
-def build_scorer(config: RunConfig) -> PolicyScorer:
-    """This rank's share of the replica's model, loaded."""
+def rank_of(mesh: Mesh) -> int:
+    """Among the ranks of one replica, or else of the replicas that torchrun started together."""
+    return mesh.rank if mesh.world > 1 else int(os.environ.get("RANK", "0"))
+
+
+def name_of(name: str, mesh: Mesh) -> str:
+    """Its name in the run: replicas that torchrun started together are told apart by their rank."""
+    return f"{name}.{rank_of(mesh)}" if "RANK" in os.environ and mesh.world == 1 else name
+
+
+def build_mesh(config: RunConfig) -> Mesh:
+    """This rank's place among those of its replica."""
     alone = config.replica.ep * config.replica.tp == 1
-    mesh = Mesh({}, 0, pick_device()) if alone else Mesh.from_environment(config.replica)
+    return Mesh({}, 0, pick_device()) if alone else Mesh.from_environment(config.replica)
+
+
+def build_scorer(config: RunConfig, mesh: Mesh) -> PolicyScorer:
+    """This rank's share of the replica's model, loaded."""
     learner = config.learner
     return PolicyScorer(
         load_model(config, mesh),
@@ -347,14 +383,18 @@ def run_replica(config: RunConfig, name: str, stop: StopFlag, serves: str = POLI
     torch.set_num_threads(config.replica.threads)
     name = name or (config.frozen[serves].process(0) if serves in config.frozen else "replica-0")
     config = serving(config, serves)
-    scorer = build_scorer(config)
+    mesh = build_mesh(config)
+    name = name_of(name, mesh)
+    process = f"{name}.{mesh.rank}" if mesh.rank else name
     try:
-        if scorer.model.mesh.rank == 0:
-            ReplicaService(config, name, stop, scorer, serves).run()
-        else:
-            scorer.follow()
+        with open_tracer(config, process, "replica", rank_of(mesh)) as tracer:
+            scorer = build_scorer(config, mesh)
+            if mesh.rank == 0:
+                ReplicaService(config, name, stop, scorer, tracer, serves).run()
+            else:
+                scorer.follow(tracer)
     finally:
-        scorer.model.mesh.close()
+        mesh.close()
 
 
 def main() -> int:

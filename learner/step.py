@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.objective import LossSection
+from common.trace import Phase, no_phase
 from learner.logprobs import Head, Share, loss_through_head, score_tokens, target_positions
 from learner.losses.corrections import by_sequence, m2po, needs_sequences
 from learner.losses.policy import policy_loss
@@ -86,19 +87,22 @@ def train_step(
     batch: StepBatch,
     expert_fraction: Tensor,
     settings: StepSettings,
+    phase: Phase = no_phase,
 ) -> tuple[dict[str, float], Tensor]:
     """Train once on ``batch``; returns metrics over all ranks and this step's expert fractions ``[L, E]``.
 
     A rank without tokens takes part in every collective; a batch without an accepted token moves
-    the weights by the routers' losses alone.
+    the weights by the routers' losses alone. ``phase`` is told what is done: forward, backward,
+    reduce, optimizer.
     """
     optimizer.zero_grad()
     work = _Work(model, batch, expert_fraction, settings)
     if settings.loss.kind == "m2po":
-        work.mask_batch()
-    run_pipeline(model.mesh, work.shapes, model.dtype, work.run_stage)
+        work.mask_batch(phase)
+    run_pipeline(model.mesh, work.shapes, model.dtype, work.run_stage, phase)
     lr, age = optimizer.lr, optimizer.age
-    grad_norm = optimizer.step()
+    grad_norm = optimizer.step(phase)
+    phase("reduce")
     sums = model.mesh.sum_floats(dict(zip(SUMMED, work.sums.tolist(), strict=True)))
     counts = model.mesh.sum(work.counts)
     if settings.loss.expert_bias_rate > 0 and math.isfinite(grad_norm):
@@ -217,7 +221,7 @@ class _Work:
         return score_tokens(hidden, self.head, targets, targets.new_zeros((len(targets), 0))).logp
 
     @torch.no_grad()
-    def mask_batch(self) -> None:
+    def mask_batch(self, phase: Phase) -> None:
         """Leave out what the whole batch decides (M2PO): one forward pass before the one that trains."""
         mesh, batch = self.model.mesh, self.batch
         log_p = torch.zeros_like(batch.log_q)
@@ -230,7 +234,7 @@ class _Work:
             log_p[tokens.start + at] = self._log_p(self.model.whole(x, pack)[at - 1], pack.token_ids[at])
             return None
 
-        run_forward(mesh, self.shapes, self.model.dtype, stage)
+        run_forward(mesh, self.shapes, self.model.dtype, stage, phase)
         if mesh.is_last_stage:
             whole = self._whole()
             whole.accept = torch.where(batch.trainable == 1, batch.accept, 0)

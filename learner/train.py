@@ -30,6 +30,7 @@ from common.identity import model_identity
 from common.joint import POLICY_STREAM, ROLLOUT_STREAM
 from common.link import BrokerLink, connect
 from common.process import StopFlag
+from common.trace import Tracer, open_tracer, power_of_two
 from learner import checkpoint
 from learner.checkpoint import CheckpointWriter, TrainingState
 from learner.device import keep_freed_memory
@@ -64,6 +65,7 @@ class Learner:
     optimizer: Optimizer
     frozen: frozenset[str]
     link: BrokerLink
+    tracer: Tracer
     expert_fraction: torch.Tensor  # [L, E] of the last step
     step: int = 0  # the next to train; the weights are version ``step``
     published: int = 0  # newest version that the fleet was sent before
@@ -74,7 +76,7 @@ class Learner:
 
     def run(self) -> None:
         """Train every step, then stay until the broker says Stop."""
-        config, mesh = self.config, self.mesh
+        config, mesh, tracer = self.config, self.mesh, self.tracer
         feed = Feed(self.link, mesh.data_rank, mesh.data_ranks, config.learner.wait_s, self._stopping)
         directory = config.run.path / "checkpoints"
         evaluated_every = config.evaluation.every if config.evaluation.keep_best else 0
@@ -84,19 +86,20 @@ class Learner:
         self._publish()
         while self.step < config.run.steps:
             began = time.perf_counter()
+            tracer.state("idle.shard", self.step)
             shard = feed.fetch(self.step, self._catch_up)
+            tracer.state("idle.ranks", self.step)
             if mesh.max_int(shard is None):  # one of us was told to stop, so all of us do
                 self.stop.set("another rank was told to stop")
                 break
             assert shard is not None
             fetched = time.perf_counter()
-            batch = to_batch(shard, mesh.device, self.model.config)
-            metrics, self.expert_fraction = train_step(
-                self.model, self.optimizer, batch, self.expert_fraction, settings_of(config)
-            )
+            metrics, batch = self._train(shard)
             metrics |= {"seconds_fetch": fetched - began, "seconds_train": time.perf_counter() - fetched}
             if self.rollout is not None:
+                tracer.state("joint", self.step)
                 metrics |= self.rollout.step(self.model, batch)
+            tracer.state("commit", self.step)
             self.step += 1
             if mesh.rank == 0:
                 feed.commit(self.step - 1, metrics | {"seconds_publish": self.publish_seconds})
@@ -104,6 +107,19 @@ class Learner:
             self._checkpoint(writer, feed)
         self._finish(writer, feed)
         self._farewell(feed)
+
+    def _train(self, shard: wire.Shard) -> tuple[dict[str, float], StepBatch]:
+        """One update of the policy; its metrics, and the batch for the rollout model."""
+        tracer, phase = self.tracer, self.tracer.phases(self.step)
+        began, cpu = tracer.now(), tracer.cpu()
+        phase("load")
+        batch = to_batch(shard, self.mesh.device, self.model.config)
+        metrics, self.expert_fraction = train_step(
+            self.model, self.optimizer, batch, self.expert_fraction, settings_of(self.config), phase
+        )
+        tokens = len(shard.token_ids)
+        tracer.tally("train", power_of_two(tokens), tracer.now() - began, tracer.cpu() - cpu, tokens)
+        return metrics, batch
 
     # ---- weights --------------------------------------------------------------------------------
 
@@ -114,7 +130,7 @@ class Learner:
             models.insert(0, (ROLLOUT_STREAM, self.rollout.model, frozenset()))
         bucket_bytes = int(self.config.weights.bucket_mb * MEGABYTE)
         return [
-            WeightStream(name, model, frozen, bucket_bytes, self._publisher(name), self.published)
+            WeightStream(name, model, frozen, bucket_bytes, self._publisher(name), self.published, self.tracer)
             for name, model, frozen in models
         ]
 
@@ -124,7 +140,7 @@ class Learner:
         weights = self.config.weights
         return WeightPublisher(
             self.link.send, self.link.receive, weights.host, weights.bucket_mb, weights.deadline_s, self.mesh.device,
-            weight_backend(self.config, self.mesh.device), weights.least_mb_s, stream,
+            weight_backend(self.config, self.mesh.device), weights.least_mb_s, stream, self.tracer,
         )  # fmt: skip
 
     def _publish(self) -> None:
@@ -158,6 +174,7 @@ class Learner:
 
     def _checkpoint(self, writer: CheckpointWriter, feed: Feed) -> None:
         """Begin one where it is due, and tell the broker of those that are complete."""
+        self.tracer.state("checkpoint", self.step - 1)
         every, evaluated = self.config.learner.checkpoint_every, writer.retention.is_evaluated(self.step)
         if self.step == self.config.run.steps or evaluated or (every > 0 and self.step % every == 0):
             optimizer = self.optimizer
@@ -174,12 +191,15 @@ class Learner:
                 feed.checkpointed(step - 1)
 
     def _finish(self, writer: CheckpointWriter, feed: Feed) -> None:
+        self.tracer.state("checkpoint")
         writer.wait()
         self._report(writer, feed)
+        self.tracer.state("export")
         if self.step == self.config.run.steps:
             self._export(self.model, self.config.model.path, "model")
             if self.rollout is not None:
                 self._export(self.rollout.model, self.config.joint.path, "rollout_model")
+        self.tracer.state("idle.ranks")
         self.mesh.barrier()
 
     def _export(self, model: Decoder, source: str, name: str) -> None:
@@ -191,6 +211,7 @@ class Learner:
                 pass
 
     def _farewell(self, feed: Feed) -> None:
+        self.tracer.state("idle.end")
         last_evaluation_s = self.config.learner.wait_s if self.config.evaluation.keep_best else 0.0
         deadline = time.monotonic() + max(FAREWELL_S, last_evaluation_s)
         while not self._stopping() and not feed.stopped and time.monotonic() < deadline:
@@ -252,7 +273,9 @@ def weight_backend(config: RunConfig, device: torch.device) -> str:
     return "nccl" if device.type == "cuda" and config.route == "direct" else "gloo"
 
 
-def _connect(config: RunConfig, mesh: Mesh, version: int, run_id: str, stop: StopFlag) -> tuple[BrokerLink, int]:
+def _connect(
+    config: RunConfig, mesh: Mesh, version: int, run_id: str, stop: StopFlag, tracer: Tracer
+) -> tuple[BrokerLink, int]:
     """Say Hello; returns the link and the newest version that was published so far (-1: told to stop)."""
     hello = wire.Hello(
         role="learner",
@@ -267,7 +290,8 @@ def _connect(config: RunConfig, mesh: Mesh, version: int, run_id: str, stop: Sto
         pid=os.getpid(),
         model=model_identity(config.model.path),
     )
-    link = connect(config.broker, hello)
+    link = connect(config.broker, hello, tracer)
+    tracer.state("idle.start")
     try:
         welcome = link.wait_welcome(config.learner.wait_s, lambda: stop.is_set)
     except BaseException:
@@ -283,12 +307,14 @@ def run_learner(config: RunConfig, _name: str, stop: StopFlag) -> None:
     torch.manual_seed(config.run.seed)
     mesh = Mesh.from_environment(config.learner)
     try:
-        _train(config, mesh, stop)
+        process = f"learner.{mesh.rank}" if mesh.rank else "learner"
+        with open_tracer(config, process, "learner", mesh.rank) as tracer:
+            _train(config, mesh, stop, tracer)
     finally:
         mesh.close()
 
 
-def _train(config: RunConfig, mesh: Mesh, stop: StopFlag) -> None:
+def _train(config: RunConfig, mesh: Mesh, stop: StopFlag, tracer: Tracer) -> None:
     model = load_model(config, mesh, recompute=config.learner.recompute)
     frozen = freeze(model, config.optim.freeze)
     optimizer = Optimizer(model, config.optim, config.run.steps)
@@ -303,14 +329,15 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopFlag) -> None:
             rollout.restore(state.rollout)
         expert_fraction = torch.tensor(state.expert_fraction, device=mesh.device).view(expert_fraction.shape)
         log.info("resumed from %s at step %d", found, step)
-    link, published = _connect(config, mesh, step, run_id, stop)
+    link, published = _connect(config, mesh, step, run_id, stop, tracer)
     try:
         if published >= 0:
             learner = Learner(
-                config, stop, mesh, model, optimizer, frozen, link, expert_fraction, step, published, rollout
+                config, stop, mesh, model, optimizer, frozen, link, tracer, expert_fraction, step, published, rollout
             )
             learner.run()
     finally:
+        tracer.state("end")
         link.close("finished" if not stop.is_set else "stopped")
 
 

@@ -196,20 +196,26 @@ def _life(records: list[Any]) -> Life:
     if clocks:
         life.delay_ns, life.offset_ns = min(clocks)
     shift = life.offset_ns
+    unfinished: list[list[Any]] = []
     for record in records[1:]:
         match record:
             case ["s", state, start, end, step]:
                 life.slices.append(Slice(state, start + shift, end + shift, step))
+                unfinished = []
             case ["x", track, name, start, end, args]:
                 life.spans.append(Span(track, name, start + shift, end + shift, args))
             case ["i", name, at, args]:
                 life.instants.append(Instant(name, at + shift, args))
             case ["n", at, values]:
                 life.levels.append((at + shift, values))
-            case ["t", at, totals]:
+            case ["t", at, totals, slices]:
                 life.totals.append((at + shift, totals))
+                unfinished = slices
             case ["y", _, tallies]:
                 life.tallies = tallies
             case ["e", _, reason]:
-                life.ended = reason
+                life.ended, unfinished = reason, []
+    for _, state, start, end, step in unfinished:
+        if end > start:
+            life.slices.append(Slice(state, start + shift, end + shift, step))
     return life

@@ -15,6 +15,7 @@ from actor.engine.push import Version, join, update
 from actor.engine.server import Server
 from actor.engine.sglang import SglangEngine
 from common.errors import EngineError
+from common.trace import Tracer, silent
 from common.weights import StagedWeights, group_name, plan_buckets
 from common.wire import Applied, Go, Prepare, Publish, Ready, ReceiveFailed
 
@@ -24,8 +25,11 @@ log = logging.getLogger("actor.weights")
 class DirectReceiver:
     """An actor's side of the handshake for its servers; the surface of :class:`common.weights.WeightReceiver`."""
 
-    def __init__(self, send: Callable[[Any], None], engine: SglangEngine, mode: str) -> None:
+    def __init__(
+        self, send: Callable[[Any], None], engine: SglangEngine, mode: str, tracer: Tracer | None = None
+    ) -> None:
         self._send, self._engine, self._mode = send, engine, mode
+        self._tracer = tracer or silent()
         self._prepared: tuple[Prepare, Sequence[Server]] | None = None
         self._under_way: Any = None
         self._owed: Prepare | None = None  # it came while a collective was under way
@@ -74,11 +78,12 @@ class DirectReceiver:
         publish = Publish(**prepare.publish)
         buckets = plan_buckets(publish.tensors, publish.bucket_bytes)
         version = Version(publish.version, self._engine.tag(publish.version), [(bucket, None) for bucket in buckets])
-        work, first = [], prepare.rank
+        work, first, began = [], prepare.rank, self._tracer.now()
         for server in servers:
             work.append(server.receive(version, self._taking(prepare, server, first, version)))
             first += server.ranks
         errors = [error for error in await asyncio.gather(*work) if error]
+        self._tracer.span("weights", "receive", began, self._tracer.now(), version=publish.version)
         if len(errors) < len(servers):
             self._engine.expect(version)
             self._send(Applied(prepare.epoch, publish.version, ""))

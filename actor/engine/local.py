@@ -31,6 +31,7 @@ from actor.engine.sampling import sample
 from actor.weights import bucket_tensors
 from common.errors import EngineError, ModelError
 from common.routing import REMEDY
+from common.trace import Tracer, power_of_two, silent
 from common.weights import Bucket
 
 PREFILL_TOKENS = 8192  # padded prompt tokens of one pass: bounds its activations
@@ -56,7 +57,9 @@ class LocalEngine:
         record_experts: bool = False,
         frozen: Sequence[str] = (),
         expert_bias: bool = False,
+        tracer: Tracer | None = None,
     ) -> None:
+        self._tracer = tracer or silent()
         torch.set_num_threads(threads)
         self._model = load_model(Path(model_dir), max_length, dtype, expert_bias)
         self._frozen = tuple(frozen)
@@ -110,12 +113,17 @@ class LocalEngine:
         :meth:`abort` before going on.
         """
         decoding = self._rows.live
+        began, cpu = self._tracer.now(), self._tracer.cpu()
         logits = [self._decode()] if decoding else []
-        logits += [self._prefill(requests) for requests in self._admit()]
+        batches = self._admit()
+        read = self._read(batches, logits) if batches else (0, 0)
         if not logits:
             return []
         self._sample(logits[0] if len(logits) == 1 else torch.cat(logits))
-        return self._finish()
+        sampled, completions = self._rows.live, self._finish()
+        took = self._tracer.now() - began - read[0], self._tracer.cpu() - cpu - read[1]
+        self._tracer.tally("decode", decoding, *took, sampled)
+        return completions
 
     def cancel(self, request_id: int, sibling: int) -> None:
         """Forget one sibling; one that still waits is sampled with its request and dropped when it ends."""
@@ -191,6 +199,15 @@ class LocalEngine:
             batches[-1].append(request)
             self._rows.append(request)
         return batches
+
+    def _read(self, batches: list[list[SampleRequest]], logits: list[Tensor]) -> tuple[int, int]:
+        """Prefill, and add to ``logits``; the wall-clock and CPU time that it took, nanoseconds."""
+        began, cpu = self._tracer.now(), self._tracer.cpu()
+        logits += [self._prefill(requests) for requests in batches]
+        took = self._tracer.now() - began, self._tracer.cpu() - cpu
+        tokens = sum(len(request.prompt_ids) for requests in batches for request in requests)
+        self._tracer.tally("prefill", power_of_two(tokens), *took, tokens)
+        return took
 
     def _prefill(self, requests: list[SampleRequest]) -> Tensor:
         """Read each prompt once; returns the logits of its last token for every sibling, ``[n', V]``."""

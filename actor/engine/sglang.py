@@ -17,7 +17,6 @@ import hashlib
 import logging
 import queue
 import threading
-import time
 from collections import Counter
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
@@ -39,6 +38,7 @@ from actor.engine.targets import Sample, Target, Targets
 from common.config import RunConfig
 from common.errors import DataError, EngineError
 from common.routing import read_routing
+from common.trace import Tracer, silent
 from common.weights import Bucket
 
 END_S = 15.0  # for the servers to be stopped
@@ -58,9 +58,10 @@ class SglangEngine:
     Raises EngineError if none of them can be used.
     """
 
-    def __init__(self, config: RunConfig, name: str) -> None:
+    def __init__(self, config: RunConfig, name: str, tracer: Tracer | None = None) -> None:
         """``name`` of the actor."""
         self.config, self.name = config, name
+        self._tracer = tracer or silent()
         self._model = read_model_facts(Path(config.rollout_path), config.rollout.max_length, MARGIN)
         self.vocab_size, self._stop_ids = self._model.vocab_size, self._model.stop_ids
         self.eos_id = self._stop_ids[0] if self._stop_ids else -1
@@ -331,16 +332,21 @@ class SglangEngine:
 
     def _drain(self, wait_s: float) -> None:
         """Take every answer; the first may be waited for."""
-        deadline = time.monotonic() + wait_s
+        event = self._first(wait_s) if wait_s else None
         while True:
-            try:
-                event = self._events.get(timeout=max(0.0, deadline - time.monotonic())) if wait_s else None
-                event = self._events.get_nowait() if not wait_s else event
-            except queue.Empty:
-                return
-            wait_s = 0.0
             if event is not None:
                 self._take(*event)
+            try:
+                event = self._events.get_nowait()
+            except queue.Empty:
+                return
+
+    def _first(self, wait_s: float) -> tuple[Sample, int, bytes | EngineError] | None:
+        with self._tracer.within("idle.server") if self._samples else contextlib.nullcontext():
+            try:
+                return self._events.get(timeout=wait_s)
+            except queue.Empty:
+                return None
 
     def _take(self, sample: Sample, serial: int, answer: bytes | EngineError) -> None:
         if serial != sample.serial:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from common.trace import Phase, no_phase
 from learner.mesh import Mesh
 
 
@@ -39,8 +40,8 @@ class RunStage(Protocol):
 class _Neighbours:
     """Sends and receives between stages; what is exchanged in both directions goes in one batch."""
 
-    def __init__(self, mesh: Mesh, dtype: torch.dtype, shapes: Sequence[tuple[int, int]]) -> None:
-        self.mesh, self.dtype, self.shapes = mesh, dtype, shapes
+    def __init__(self, mesh: Mesh, dtype: torch.dtype, shapes: Sequence[tuple[int, int]], phase: Phase) -> None:
+        self.mesh, self.dtype, self.shapes, self.phase = mesh, dtype, shapes, phase
         at, stage = dict(mesh.at), mesh.at["pp"]
         self.before = None if mesh.is_first_stage else mesh.rank_of(**{**at, "pp": stage - 1})
         self.after = None if mesh.is_last_stage else mesh.rank_of(**{**at, "pp": stage + 1})
@@ -58,8 +59,10 @@ class _Neighbours:
         for tensor, peer in ((output, self.after), (grad, self.before)):
             if tensor is not None and peer is not None:
                 ops.append(dist.P2POp(dist.isend, tensor.contiguous(), peer))
-        for work in dist.batch_isend_irecv(ops) if ops else ():
-            work.wait()
+        if ops:
+            self.phase("idle.ranks")
+            for work in dist.batch_isend_irecv(ops):
+                work.wait()
         return taken
 
     def _take(self, ops: list[dist.P2POp], index: int | None, peer: int | None) -> Tensor | None:
@@ -70,25 +73,34 @@ class _Neighbours:
         return tensor
 
 
-def run_pipeline(mesh: Mesh, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, run_stage: RunStage) -> None:
+def run_pipeline(
+    mesh: Mesh,
+    shapes: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+    run_stage: RunStage,
+    phase: Phase = no_phase,
+) -> None:
     """Forward and backward of ``len(shapes)`` micro-batches; ``shapes[i]`` is what stages exchange for i.
 
     Gradients accumulate in the parameters. Every rank must bring the same number of micro-batches.
+    ``phase`` is told "forward", "backward", and "idle.ranks" while a neighbour is waited for.
     """
     count = len(shapes)
-    between = _Neighbours(mesh, dtype, shapes)
+    between = _Neighbours(mesh, dtype, shapes, phase)
     ahead = min(mesh.sizes["pp"] - mesh.at["pp"] - 1, count)
     held: list[tuple[Tensor | None, StageResult]] = []
 
     def forward(index: int, received: Tensor | None) -> Tensor | None:
         if received is not None:
             received.requires_grad_()
+        phase("forward")
         result = run_stage(index, received)
         held.append((received, result))
         return None if result.output is None else result.output.detach()
 
     def backward(grad_output: Tensor | None) -> Tensor | None:
         received, result = held.pop(0)
+        phase("backward")
         if result.output is None:
             result.loss.backward()
         else:
@@ -122,9 +134,11 @@ def run_forward(
     shapes: Sequence[tuple[int, int]],
     dtype: torch.dtype,
     stage: Callable[[int, Tensor | None], Tensor | None],
+    phase: Phase = no_phase,
 ) -> None:
     """Forward alone: ``stage(i, received)`` returns what the next stage is sent, None on the last."""
-    between, nothing = _Neighbours(mesh, dtype, shapes), (None, None)
+    between, nothing = _Neighbours(mesh, dtype, shapes, phase), (None, None)
     for index in range(len(shapes)):
         received, _ = between.exchange(forward=(None, index), backward=nothing)
+        phase("forward")
         between.exchange(forward=(stage(index, received), None), backward=nothing)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from common.config import MEGABYTE
 from common.errors import DeadlineError
 from common.joint import POLICY_STREAM
+from common.trace import Tracer, silent
 from common.weights import AHEAD, Bucket, WeightDigest, brief
 from common.wire import Go, Publish, PublishDone, Published, PublishFailed, Welcome
 from learner.weights.gather import Snapshot
@@ -42,8 +43,11 @@ class WeightPublisher:
         backend: str = "gloo",
         least_mb_s: float = 100.0,
         stream: str = POLICY_STREAM,
+        tracer: Tracer | None = None,
     ) -> None:
         """``device`` holds the tensors; ``backend`` is gloo, which sends buckets from memory, or nccl."""
+        self._tracer = tracer or silent()
+        self._receivers = 0  # of the last collective
         self._stream = stream
         self._send = send
         self._receive = receive
@@ -68,6 +72,21 @@ class WeightPublisher:
         and tried again in the epoch that the broker forms without the culprit. Raises
         :class:`DeadlineError` when the broker does not answer.
         """
+        began, cpu = self._tracer.now(), self._tracer.cpu()
+        self._receivers = 0
+        with self._tracer.within("idle.receivers", version - 1):
+            self._offer(version, weights, other, should_stop)
+        took, nbytes = self._tracer.now() - began, sum(bucket.nbytes for bucket in weights.buckets)
+        self._tracer.span(
+            "publish", "publish", began, began + took, version=version, bytes=nbytes,
+            receivers=self._receivers, stream=self._stream,
+        )  # fmt: skip
+        self._tracer.tally("publish", self._receivers, took, self._tracer.cpu() - cpu, nbytes)
+        return took / 1e9
+
+    def _offer(
+        self, version: int, weights: Snapshot, other: Callable[[Any], None], should_stop: Callable[[], bool]
+    ) -> None:
         began = time.perf_counter()
         listing = weights.listing
         seconds = self._seconds(weights)
@@ -79,16 +98,19 @@ class WeightPublisher:
         deadline = time.monotonic() + waited
         while time.monotonic() < deadline:
             if should_stop():
-                return time.perf_counter() - began
+                return
             message = self._receive(POLL_S)
             if isinstance(message, Go) and (message.version, message.stream) == (version, self._stream):
-                if self._collective(message, weights, began):
-                    return time.perf_counter() - began
+                with self._tracer.within("send", version - 1):
+                    sent = self._collective(message, weights, began)
+                if sent:
+                    self._receivers = message.world - 1
+                    return
             elif isinstance(message, Welcome):  # a broker that came back knows of no offer
                 self._send(offer)
             elif isinstance(message, PublishDone):
                 if (message.version, message.stream) == (version, self._stream):  # nobody to send to, or nobody left
-                    return time.perf_counter() - began
+                    return
             elif message is not None:
                 other(message)
         raise DeadlineError(

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from common.trace import Tracer
 from learner.model.decoder import Decoder
 from learner.weights.gather import Snapshot, WeightGather
 from learner.weights.publish import WeightPublisher
@@ -22,16 +23,19 @@ class WeightStream:
         bucket_bytes: int,
         publisher: WeightPublisher | None,
         published: int,
+        tracer: Tracer,
     ) -> None:
         """``publisher`` is rank 0's; ``published`` is the newest version that the receivers were sent before."""
         self.name, self.published = name, published
         self.resync = ""  # why somebody asked to be sent the present version again
         self._publisher = publisher
+        self._tracer = tracer
         self._gather = WeightGather(model, bucket_bytes, frozen)  # who holds what: the same for every version
         self._snapshot: Snapshot | None = None  # the present version, whole on rank 0
 
     def publish(self, version: int, other: Callable[[Any], None], should_stop: Callable[[], bool]) -> float:
         """Take the present weights, on every rank, and send them if nobody has had them; the seconds it took."""
+        self._tracer.state("gather" if self._publisher is not None else "idle.ranks", version - 1)
         self._snapshot = Snapshot(self._gather)
         sends = self._publisher is not None and version > self.published
         seconds = self._send(version, other, should_stop) if sends else 0.0
