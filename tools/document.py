@@ -122,10 +122,11 @@ class Figure:
 
 @dataclass(frozen=True)
 class Fold:
-    """Blocks that the page shows on demand and Markdown in full."""
+    """Blocks that the page shows on demand and Markdown in full, or by ``file`` where they lie beside it anyway."""
 
     title: str
     blocks: Sequence["Block"]
+    file: str = ""
 
 
 Block = Heading | Paragraph | Note | Items | Table | Tiles | Listing | Figure | Fold

@@ -1,32 +1,34 @@
-"""Held-out evaluations as tables of report.md. Pure."""
+"""Held-out evaluations as blocks of a report. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tools.document import Block, Bold, Code, Figure, Heading, Paragraph, Table, Text
 from tools.run_files import Record
 
 ROWS = 12  # of the table over versions; between the first and the last they are thinned out
 NONE = "–"
 
 
-def evaluation_lines(evaluations: Sequence[Record], best: Record | None, curves: Sequence[str]) -> list[str]:
+def evaluation_blocks(
+    evaluations: Sequence[Record], best: Record | None, pictures: Mapping[str, Figure]
+) -> list[Block]:
     """The report's section: over versions, then of the last evaluation by task and its calibration."""
     if not evaluations:
         return []
     last = evaluations[-1]
-    lines = ["## Held-out evaluation", "", *_over_versions(evaluations, best), ""]
-    lines += [_explained(last), ""]
+    blocks: list[Block] = [Heading("Held-out evaluation"), _over_versions(evaluations, best)]
+    blocks.append(Paragraph(_explained(last)))
     if best:
-        where = "its checkpoint is kept (`tools.export --best`)" if best["version"] else "the starting model"
-        lines += [f"The best version is {best['version']}, with a reward of {best['reward']:.3f}: {where}.", ""]
-    for name in ("evaluation.png", "tasks.png"):
-        if name in curves:
-            lines += [f"![{name.removesuffix('.png')}]({name})", ""]
+        which = f"The best version is {best['version']}, with a reward of {best['reward']:.3f}: "
+        kept: Text = (which, "its checkpoint is kept (", Code("tools.export --best"), ").")
+        blocks.append(Paragraph(kept if best["version"] else which + "the starting model."))
+    blocks += [pictures[name] for name in ("evaluation", "tasks") if name in pictures]
     if last.get("tasks"):
-        lines += [f"By task, version {last['version']}:", "", *_by_task(last), ""]
+        blocks += [Paragraph(f"By task, version {last['version']}:"), _by_task(last)]
     if last.get("calibration"):
-        lines += _calibration(last, curves)
-    return lines
+        blocks += _calibration(last, pictures)
+    return blocks
 
 
 def interval(value: float | None, low: float | None = None, high: float | None = None) -> str:
@@ -59,20 +61,20 @@ def _columns(line: Record) -> list[tuple[str, str]]:
     return found
 
 
-def _table(rows: Sequence[tuple[str, Record]], head: str) -> list[str]:
-    tables = [(name, dict(_columns(line))) for name, line in rows]
-    titles = list(dict.fromkeys(title for _, columns in tables for title in columns))
-    lines = [f"| {head} | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
-    return lines + [
-        f"| {name} | " + " | ".join(columns.get(title, NONE) for title in titles) + " |" for name, columns in tables
-    ]
+def _table(rows: Sequence[tuple[Text, Record]], head: str) -> Table:
+    columns = [(name, dict(_columns(line))) for name, line in rows]
+    titles = list(dict.fromkeys(title for _, found in columns for title in found))
+    rows = [(name, *(found.get(title, NONE) for title in titles)) for name, found in columns]
+    return Table((head, *titles), rows, numbers=range(1, 1 + len(titles)))
 
 
-def _over_versions(evaluations: Sequence[Record], best: Record | None) -> list[str]:
+def _over_versions(evaluations: Sequence[Record], best: Record | None) -> Table:
     kept = best["version"] if best else -1
-    shown = thinned(evaluations, kept)
-    bold = ["**" if line.get("version_asked") == kept else "" for line in shown]
-    return _table([(f"{b}{line['version']}{b}", line) for b, line in zip(bold, shown, strict=True)], "version")
+    named: list[tuple[Text, Record]] = [
+        (Bold(str(line["version"])) if line.get("version_asked") == kept else str(line["version"]), line)
+        for line in thinned(evaluations, kept)
+    ]
+    return _table(named, "version")
 
 
 def _explained(line: Record) -> str:
@@ -87,24 +89,26 @@ def _explained(line: Record) -> str:
     return words
 
 
-def _by_task(line: Record) -> list[str]:
-    rows = [(f"`{label}` ({figures['prompts']} prompts)", figures) for label, figures in line["tasks"].items()]
+def _by_task(line: Record) -> Table:
+    rows: list[tuple[Text, Record]] = [
+        ((Code(label), f" ({figures['prompts']} prompts)"), figures) for label, figures in line["tasks"].items()
+    ]
     return _table(rows, "task")
 
 
-def _calibration(line: Record, curves: Sequence[str]) -> list[str]:
+def _calibration(line: Record, pictures: Mapping[str, Figure]) -> list[Block]:
     found = line["calibration"]
     auroc = f"{found['auroc']:.3f}" if found["auroc"] is not None else "unknown, all are right or all wrong"
     clipped = f" {found['clipped']} of them lay outside [0, 1] and were clipped." if found["clipped"] else ""
-    lines = [
+    words = (
         f"Confidence, version {line['version']}: Brier score {found['brier']:.4f}, expected calibration error "
-        f"{found['ece']:.4f} (11 fixed bins), AUROC {auroc}, of {found['count']:,} completions.{clipped}",
-        "",
-        "| confidence from | completions | mean confidence | accuracy |",
-        "|---:|---:|---:|---:|",
+        f"{found['ece']:.4f} (11 fixed bins), AUROC {auroc}, of {found['count']:,} completions.{clipped}"
+    )
+    rows = [
+        (f"{number / 10:.1f}", f"{count:,.0f}", f"{confidence:.3f}", f"{accuracy:.3f}")
+        for number, (count, confidence, accuracy) in enumerate(found["bins"])
+        if count
     ]
-    for number, (count, confidence, accuracy) in enumerate(found["bins"]):
-        if count:
-            lines.append(f"| {number / 10:.1f} | {count:,.0f} | {confidence:.3f} | {accuracy:.3f} |")
-    picture = ["![reliability](reliability.png)", ""] if "reliability.png" in curves else []
-    return [*lines, "", *picture]
+    table = Table(("confidence from", "completions", "mean confidence", "accuracy"), rows, numbers=(0, 1, 2, 3))
+    picture: list[Block] = [pictures["reliability"]] if "reliability" in pictures else []
+    return [Paragraph(words), table, *picture]

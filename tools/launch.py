@@ -36,7 +36,7 @@ from tools.preflight import (
 )
 from tools.processes import Process, processes_of, stop_all, wait_all
 from tools.progress import panel, plain_line, remaining_s
-from tools.run_files import CONFIG, STATUS, Record, last_lines, read_status, set_aside
+from tools.run_files import CONFIG, LOGS, PAGE, STATUS, Record, last_lines, read_status, set_aside
 from tools.stamp import wants_warmstart
 
 Outcome = Literal["finished", "interrupted", "failed"]
@@ -47,6 +47,7 @@ LINE_S = 5.0  # between plain lines where there is no terminal
 MAX_RESTARTS = 3  # of one actor or replica
 LEAVE_S = 5.0  # for the others to go by themselves once the broker is done
 LOG_LINES = 20  # of a process that died
+LEVELS = {"yellow": "WARNING", "bold red": "ERROR"}  # in logs/launch.log
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -85,6 +86,7 @@ class Run:
     first: tuple[float, int] | None = None  # (time, step) from which the pace is taken
     live: Live | None = None
     line_at: float = -LINE_S  # when the last plain line was printed
+    log: Path | None = None  # where what is said is kept, once there is a run directory
 
     @property
     def directory(self) -> Path:
@@ -114,6 +116,8 @@ class Run:
                 self.say(f"moved the earlier run to {moved}")
         self.directory.mkdir(parents=True, exist_ok=True)
         (self.directory / CONFIG).write_text(to_yaml(self.config))
+        (self.directory / LOGS).mkdir(exist_ok=True)
+        self.log = self.directory / LOGS / "launch.log"
 
     def needs_warmstart(self) -> bool:
         """Whether ``tools.warmstart`` has to make the model first."""
@@ -245,7 +249,7 @@ class Run:
             self.say(plain_line(status, eta))
 
     def report(self, outcome: Outcome) -> None:
-        """Write summary, report and curves, and say how it went."""
+        """Write summary, reports and curves, and say how it went."""
         from tools.report import write_report  # matplotlib takes a second that a start need not wait for
 
         summary = write_report(self.directory, outcome, time.monotonic() - self.started)
@@ -253,11 +257,14 @@ class Run:
         self.say(f"{outcome} after {summary['wall_s']:.0f} s, {summary['steps']} steps", colour)
         if summary["eval_first"] is not None:
             self.say(f"held-out reward {summary['eval_first']:.3f} -> {summary['eval_last']:.3f}", "bold")
-        self.say(f"report: {self.directory / 'report.md'}")
+        self.say(f"report: {self.directory / PAGE}")
 
     def say(self, text: str, style: str = "") -> None:
         """One line to the person in front."""
         self.console.print(_plain(text), style=style or None, soft_wrap=True)
+        if self.log is not None:
+            with contextlib.suppress(OSError), self.log.open("a") as log:  # a full disk silences the log, not the run
+                log.write(f"{time.strftime('%H:%M:%S')} launch {LEVELS.get(style, 'INFO')} {text}\n")
 
 
 def _ended(code: int | None) -> str:

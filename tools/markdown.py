@@ -53,6 +53,8 @@ def _block(block: Block) -> str:
             return "\n".join([fence, *(line.rstrip("\r\n") for line in block.lines), fence])
         case Figure():
             return f"![{_text(block.alt)}]({block.path})"
+        case Fold() if block.file:
+            return f"{_line(block.title)}: {_text(Link(block.file, block.file))}"
         case Fold():
             return "\n\n".join([f"### {_text(block.title)}", *filter(None, map(_block, block.blocks))])
 

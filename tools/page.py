@@ -6,6 +6,7 @@ readable on a phone, in the dark and on paper; tables scroll inside themselves.
 
 import base64
 import html
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -35,20 +36,18 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def to_html(document: Document) -> str:
-    """The whole page; it needs no other file and no network."""
+    """The whole page; it needs no other file. The table of contents stands before the first heading."""
     headings = list(_headings(document.blocks))
     anchors = _anchors([heading.text for heading in headings])
-    body = _blocks(document.blocks, iter(anchors))
+    lead = list(itertools.takewhile(lambda block: not isinstance(block, Heading), document.blocks))
+    rest = document.blocks[len(lead) :]
+    names = iter(anchors)
     contents = "".join(
         f'<li><a href="#{anchor}">{_text(heading.text)}</a></li>'
         for heading, anchor in zip(headings, anchors, strict=True)
         if heading.level == 2
     )
-    navigation = (
-        f"<nav><details open><summary>Contents</summary><ol>{contents}</ol></details></nav>" if contents else ""
-    )
-    if not contents:
-        navigation = ""
+    navigation = f"<nav><details open><summary>Contents</summary><ol>{contents}</ol></details></nav>\n"
     title = _text(document.title)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -56,7 +55,8 @@ def to_html(document: Document) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{title}</title>\n<style>\n{STYLE.read_text()}</style>\n</head>\n<body>\n"
-        f"<header><h1>{title}</h1></header>\n{navigation}<main>\n{body}\n</main>\n</body>\n</html>\n"
+        f"<header><h1>{title}</h1>\n{_blocks(lead, names)}</header>\n{navigation if contents else ''}"
+        f"<main>\n{_blocks(rest, names)}\n</main>\n</body>\n</html>\n"
     )
 
 

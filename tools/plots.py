@@ -1,107 +1,85 @@
-"""The run's curves as PNG files, one figure a question."""
+"""What is drawn of a run, one picture a question."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")  # files only: no display is needed or opened
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from tools import document
+from tools.pictures import (
+    BLUE,
+    DPI,
+    GREEN,
+    INK,
+    MUTED,
+    ORANGE,
+    RED,
+    SERIES,
+    SIZE,
+    SMOOTH,
+    Picture,
+    dress,
+    legend,
+    noisy,
+    place,
+    running_mean,
+    series,
+    thinned,
+)
 from tools.run_files import Record, of_kind
 
-INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
-BLUE, ORANGE, GREEN, RED = "#2563eb", "#ea7317", "#0e9f6e", "#d64545"
-TASK_COLORS = (BLUE, ORANGE, GREEN, RED, "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
-SIZE = (8.0, 4.2)  # inches
-DPI = 130
-SMOOTH = 9  # steps in the running mean drawn over a noisy curve
 KL_FLOOR = 1e-7  # nats; below it a divergence is a rounding error
 
 
-def plot_all(run_dir: Path, records: list[Record], budget: int) -> list[str]:
-    """Draw every figure that the records can fill; returns the file names."""
-    steps = of_kind(records, "step")
-    if not steps:
+def plot_all(run_dir: Path, records: list[Record], budget: int) -> dict[str, document.Figure]:
+    """Draw every picture that the records can fill, into ``run_dir`` and for its page; by name without ``.png``."""
+    return {picture.stem: place(picture, run_dir) for picture in pictures_of(records, budget)}
+
+
+def pictures_of(records: list[Record], budget: int) -> list[Picture]:
+    """What there is to draw; ``budget``: the most that it may be."""
+    every = of_kind(records, "step")
+    if not every:
         return []
-    figures: list[tuple[str, str, Callable[[Axes], None]]] = [
-        ("reward.png", "Reward", lambda axes: _reward(axes, steps, of_kind(records, "eval"))),
-        ("lag.png", "Staleness", lambda axes: _lag(axes, steps, budget)),
-        ("throughput.png", "Throughput", lambda axes: _throughput(axes, steps)),
-        ("optimizer.png", "Loss and gradient norm", lambda axes: _optimizer(axes, steps)),
+    steps, lags = thinned(every), lag_shares(every)
+    evaluations, moves, alerts = (of_kind(records, kind) for kind in ("eval", "budget", "alert"))
+
+    def any_has(key: str) -> bool:
+        return any(step.get(key) is not None for step in steps)
+
+    drawn: list[tuple[bool, str, str, Callable[[Axes], None]]] = [
+        (True, "reward", "Reward", lambda axes: _reward(axes, steps, evaluations)),
+        (True, "lag", "Staleness", lambda axes: _lag(axes, steps, budget, moves)),
+        (bool(lags), "lags", "Lag of the trained tokens", lambda axes: _lags(axes, lags)),
+        (any_has("acceptance_expected"), "acceptance", "Acceptance", lambda axes: _acceptance(axes, steps)),
+        (any_has("kl_before"), "kl", "Divergence from the learner", lambda axes: _kl(axes, steps)),
+        (any_has("entropy"), "entropy", "Entropy", lambda axes: _entropy(axes, steps, alerts)),
+        (any_has("weight_ess"), "signs", "Effective sample size, truncation", lambda axes: _signs(axes, steps, alerts)),
+        (True, "throughput", "Throughput", lambda axes: _throughput(axes, steps)),
+        (any_has("seconds_train"), "seconds", "Where the learner's time goes", lambda axes: _seconds(axes, steps)),
+        (True, "optimizer", "Loss and gradient norm", lambda axes: _optimizer(axes, steps)),
+        (any_has("joint_kl"), "joint", "Rollout model to policy", lambda axes: _joint(axes, steps)),
     ]
-    if any(step.get("acceptance_expected") is not None for step in steps):
-        figures.insert(2, ("acceptance.png", "Acceptance", lambda axes: _acceptance(axes, steps)))
-    if any(step.get("kl_before") is not None for step in steps):
-        figures.insert(3, ("kl.png", "Divergence from the learner", lambda axes: _kl(axes, steps)))
-    if any(step.get("joint_kl") is not None for step in steps):
-        figures.append(("joint.png", "Rollout model to policy", lambda axes: _joint(axes, steps)))
-    figures += _of_evaluations(of_kind(records, "eval"))
-    for name, title, draw in figures:
-        figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
-        axes = figure.add_subplot()
-        _dress(axes, title)
-        draw(axes)
-        figure.savefig(run_dir / name)
-    return [name for name, _, _ in figures]
+    of_run = [Picture(f"{name}.png", title, draw) for wanted, name, title, draw in drawn if wanted]
+    return of_run + _of_evaluations(evaluations)
 
 
-def _dress(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", color=INK, pad=12)
-    axes.set_xlabel("optimizer step", color=MUTED)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(which="both", colors=MUTED, length=0)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(GRID)
-
-
-def _series(steps: Sequence[Record], key: str) -> tuple[list[float], list[float]]:
-    found = [(step["step"], step[key]) for step in steps if step.get(key) is not None]
-    return [x for x, _ in found], [y for _, y in found]
-
-
-def _running_mean(values: Sequence[float]) -> list[float]:
-    half = SMOOTH // 2
-    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
-
-
-def _noisy(axes: Axes, steps: Sequence[Record], key: str, color: str, label: str) -> None:
-    x, y = _series(steps, key)
-    if len(x) < 2 * SMOOTH:
-        axes.plot(x, y, color=color, linewidth=1.8, marker="o", markersize=3.5, label=label)
-        return
-    axes.plot(x, y, color=color, linewidth=0.8, alpha=0.3)
-    axes.plot(x, _running_mean(y), color=color, linewidth=2.0, label=f"{label} (mean of {SMOOTH})")
-
-
-def _legend(axes: Axes, *others: Axes) -> None:
-    """On the title's line, where no curve runs."""
-    lines, labels = axes.get_legend_handles_labels()
-    for other in others:
-        more, names = other.get_legend_handles_labels()
-        lines, labels = [*lines, *more], [*labels, *names]
-    axes.legend(
-        lines,
-        labels,
-        frameon=False,
-        labelcolor=INK,
-        loc="lower right",
-        bbox_to_anchor=(1.0, 1.0),
-        ncols=len(labels),
-        fontsize=9,
-        handlelength=1.6,
-        columnspacing=1.4,
-    )
+def lag_shares(steps: Sequence[Record]) -> dict[int, float]:
+    """The share of the trained tokens at each lag, in versions."""
+    total: Counter[int] = Counter()
+    for step in steps:
+        for lag, count in (step.get("lag_histogram") or {}).items():
+            total[int(lag)] += int(count)
+    tokens = sum(total.values())
+    return {lag: total[lag] / tokens for lag in sorted(total)} if tokens else {}
 
 
 def _reward(axes: Axes, steps: Sequence[Record], evaluations: Sequence[Record]) -> None:
-    _noisy(axes, steps, "reward", BLUE, "sampled batches")
+    noisy(axes, steps, "reward", BLUE, "sampled batches")
     if evaluations:
         x = [evaluation["version"] for evaluation in evaluations]
         y = [evaluation["reward"] for evaluation in evaluations]
@@ -113,25 +91,25 @@ def _reward(axes: Axes, steps: Sequence[Record], evaluations: Sequence[Record]) 
                 f"{y[index]:.2f}", (x[index], y[index]), xytext=(0, 7), textcoords="offset points",
                 ha="center", va=side, fontsize=9, color=ORANGE, fontweight="bold",
             )  # fmt: skip
-    low = min([0.0, *_series(steps, "reward")[1]])
-    high = max([1.0, *_series(steps, "reward")[1]])
+    drawn = [*series(steps, "reward")[1], *(line["reward"] for line in evaluations)]
+    low, high = min([0.0, *drawn]), max([1.0, *drawn])
     axes.set_ylim(low - 0.02 * (high - low), high + 0.04 * (high - low))
     axes.set_ylabel("mean reward", color=MUTED)
-    _legend(axes)
+    legend(axes)
 
 
-def _of_evaluations(evaluations: Sequence[Record]) -> list[tuple[str, str, Callable[[Axes], None]]]:
-    """Figures of held-out evaluations, as far as they have the numbers."""
-    found: list[tuple[str, str, Callable[[Axes], None]]] = []
+def _of_evaluations(evaluations: Sequence[Record]) -> list[Picture]:
+    """Pictures of held-out evaluations, as far as they have the numbers."""
+    found: list[Picture] = []
     judged = [line for line in evaluations if "correct" in line]
     if judged:
-        found.append(("evaluation.png", "Held-out accuracy", lambda axes: _accuracy(axes, judged)))
+        found.append(Picture("evaluation.png", "Held-out accuracy", lambda axes: _accuracy(axes, judged)))
     mixed = [line for line in evaluations if line.get("tasks")]
     if mixed:
-        found.append(("tasks.png", "Held-out reward by task", lambda axes: _tasks(axes, mixed)))
+        found.append(Picture("tasks.png", "Held-out reward by task", lambda axes: _tasks(axes, mixed)))
     stated = [line for line in evaluations if line.get("calibration")]
     if stated:
-        found.append(("reliability.png", "Reliability", lambda axes: _reliability(axes, stated[-1])))
+        found.append(Picture("reliability.png", "Reliability", lambda axes: _reliability(axes, stated[-1])))
     return found
 
 
@@ -161,20 +139,20 @@ def _accuracy(axes: Axes, lines: Sequence[Record]) -> None:
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlabel("version", color=MUTED)
     axes.set_ylabel("share of held-out prompts", color=MUTED)
-    _legend(axes)
+    legend(axes)
 
 
 def _tasks(axes: Axes, lines: Sequence[Record]) -> None:
     labels = list(dict.fromkeys(label for line in lines for label in line["tasks"]))
     for index, label in enumerate(labels):
-        color = TASK_COLORS[index % len(TASK_COLORS)]
+        color = SERIES[index % len(SERIES)]
         own = [{"version": line["version"], **line["tasks"][label]} for line in lines if label in line["tasks"]]
         _band(axes, own, "reward", color)
         x, y = [line["version"] for line in own], [line["reward"] for line in own]
         axes.plot(x, y, color=color, linewidth=1.6, marker="o", markersize=4, label=label)
     axes.set_xlabel("version", color=MUTED)
     axes.set_ylabel("mean reward", color=MUTED)
-    _legend(axes)
+    legend(axes)
 
 
 def _reliability(axes: Axes, line: Record) -> None:
@@ -189,46 +167,107 @@ def _reliability(axes: Axes, line: Record) -> None:
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlabel(f"stated confidence, version {line['version']}", color=MUTED)
     axes.set_ylabel("accuracy", color=MUTED)
-    _legend(axes)
+    legend(axes)
 
 
-def _lag(axes: Axes, steps: Sequence[Record], budget: int) -> None:
-    x, mean = _series(steps, "lag_mean")
-    _, largest = _series(steps, "lag_max")
+def _lag(axes: Axes, steps: Sequence[Record], budget: int, moves: Sequence[Record]) -> None:
+    """``moves``: of a budget that is ``auto``; else it is a straight line."""
+    known = [step for step in steps if step.get("lag_mean") is not None and step.get("lag_max") is not None]
+    x, mean = series(known, "lag_mean")
+    largest = series(known, "lag_max")[1]
     axes.fill_between(x, mean, largest, color=BLUE, alpha=0.12, linewidth=0, step="mid", label="up to the oldest token")
     axes.plot(x, mean, color=BLUE, linewidth=1.8, label="mean")
-    axes.axhline(budget, color=RED, linewidth=1.4, linestyle=(0, (5, 3)), label=f"budget {budget}")
+    dashed: dict[str, Any] = {"color": RED, "linewidth": 1.4, "linestyle": (0, (5, 3))}
+    if moves:
+        at = [steps[0]["step"], *(move["step"] for move in moves), steps[-1]["step"]]
+        budgets = [moves[0]["old"], *(move["value"] for move in moves)]
+        axes.step(at, [*budgets, budgets[-1]], where="post", label="budget", **dashed)
+        budget = max(budgets)
+    else:
+        axes.axhline(budget, label=f"budget {budget}", **dashed)
     axes.set_ylim(-0.05 * max(1, budget), max(budget, *largest, 1) * 1.1)
     axes.set_ylabel("versions", color=MUTED)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend(axes)
+    legend(axes)
+
+
+def _lags(axes: Axes, shares: dict[int, float]) -> None:
+    bars = axes.bar(list(shares), list(shares.values()), color=BLUE, width=0.7)
+    if len(shares) <= 12:
+        axes.bar_label(bars, [f"{share:.1%}" for share in shares.values()], fontsize=9, color=INK, padding=2)
+    axes.set_xlabel("lag, versions", color=MUTED)
+    axes.set_ylabel("share of the trained tokens", color=MUTED)
+    axes.set_ylim(0, 1.12 * max(shares.values()))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _raised(axes: Axes, alerts: Sequence[Record], signs: Sequence[str]) -> None:
+    """A line where an alert of one of ``signs`` was raised."""
+    label = "alert"
+    for alert in alerts:
+        if alert.get("sign") in signs and alert.get("state") == "raised":
+            axes.axvline(alert["since"], color=RED, linewidth=1.2, linestyle=(0, (2, 2)), label=label)
+            label = "_nolegend_"
+
+
+def _entropy(axes: Axes, steps: Sequence[Record], alerts: Sequence[Record]) -> None:
+    noisy(axes, steps, "entropy", BLUE, "policy")
+    _raised(axes, alerts, ("entropy",))
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("nats a token", color=MUTED)
+    legend(axes)
+
+
+def _signs(axes: Axes, steps: Sequence[Record], alerts: Sequence[Record]) -> None:
+    noisy(axes, steps, "weight_ess", GREEN, "ESS of the weights")
+    noisy(axes, steps, "truncated", ORANGE, "cut at the limit")
+    _raised(axes, alerts, ("ess", "truncated"))
+    axes.set_ylim(-0.02, 1.04)
+    axes.set_ylabel("share of the batch", color=MUTED)
+    legend(axes)
+
+
+def _seconds(axes: Axes, steps: Sequence[Record]) -> None:
+    """Stacked: what each step of rank 0 took."""
+    x = [step["step"] for step in steps]
+    parts = (("seconds_train", "training", BLUE), ("seconds_publish", "publishing", GREEN))
+    stacked = [[float(step.get(key) or 0.0) for step in steps] for key in (*(p[0] for p in parts), "seconds_fetch")]
+    if len(x) >= 2 * SMOOTH:
+        stacked = [running_mean(values) for values in stacked]
+    labels = [*(part[1] for part in parts), "waiting for data"]
+    axes.stackplot(x, stacked, labels=labels, colors=[*(part[2] for part in parts), ORANGE], alpha=0.75)
+    whole = sorted(map(sum, zip(*stacked, strict=True)))
+    axes.set_ylim(0, 1.3 * whole[int(0.98 * (len(whole) - 1))] or 1.0)  # the first wait may be for processes to start
+    axes.set_ylabel(f"seconds a step (mean of {SMOOTH})", color=MUTED)
+    legend(axes)
 
 
 def _acceptance(axes: Axes, steps: Sequence[Record]) -> None:
-    x, y = _series(steps, "acceptance")
-    lows, highs = _series(steps, "acceptance_low")[1], _series(steps, "acceptance_high")[1]
+    x, y = series(steps, "acceptance")
+    lows, highs = series(steps, "acceptance_low")[1], series(steps, "acceptance_high")[1]
     if len(lows) == len(highs) == len(x):
         axes.fill_between(x, lows, highs, color=GREEN, alpha=0.18, linewidth=0, label="95 % interval")
     axes.plot(x, y, color=GREEN, linewidth=1.5, label="accepted / proposed")
-    expected_x, expected = _series(steps, "acceptance_expected")
+    expected_x, expected = series(steps, "acceptance_expected")
     if expected:
         axes.plot(
             expected_x, expected, color=INK, linewidth=1.0, linestyle=(0, (1, 1.5)), label="expected, without coins"
         )
     axes.set_ylim(top=min(1.005, max([*highs, *y]) + 0.01))
     axes.set_ylabel("share of trainable tokens", color=MUTED)
-    _legend(axes)
+    legend(axes)
 
 
 def _kl(axes: Axes, steps: Sequence[Record]) -> None:
     for key, color, label in (("kl_before", RED, "before rejection"), ("kl_after", GREEN, "after rejection")):
         positive = [step for step in steps if (step.get(key) or 0) > 0]
         if positive:
-            _noisy(axes, positive, key, color, label)
+            noisy(axes, positive, key, color, label)
     if axes.lines:
         axes.set_yscale("log")
         axes.set_ylim(bottom=max(KL_FLOOR, axes.get_ylim()[0]))
-        _legend(axes)
+        legend(axes)
     else:
         axes.text(
             0.5, 0.5, "zero at every step: strictly on policy", transform=axes.transAxes, ha="center", color=MUTED
@@ -237,16 +276,16 @@ def _kl(axes: Axes, steps: Sequence[Record]) -> None:
 
 
 def _joint(axes: Axes, steps: Sequence[Record]) -> None:
-    _noisy(axes, steps, "joint_kl", BLUE, "before the step")
+    noisy(axes, steps, "joint_kl", BLUE, "before the step")
     after = [
         {"step": step["step"], "after": step["joint_kl"] - step["joint_kl_drop"]}
         for step in steps
         if step.get("joint_kl") is not None
     ]
-    _noisy(axes, after, "after", GREEN, "after it")
+    noisy(axes, after, "after", GREEN, "after it")
     axes.set_yscale("log")
     axes.set_ylabel("KL on what was sampled, nats a token", color=MUTED)
-    _legend(axes)
+    legend(axes)
 
 
 def _throughput(axes: Axes, steps: Sequence[Record]) -> None:
@@ -262,32 +301,32 @@ def _throughput(axes: Axes, steps: Sequence[Record]) -> None:
     axes.set_ylim(bottom=0, top=max(y, default=1.0) * 1.15)
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylabel("completion tokens / s", color=MUTED)
-    _legend(axes)
+    legend(axes)
 
 
 def _optimizer(axes: Axes, steps: Sequence[Record]) -> None:
-    _noisy(axes, steps, "grad_norm", BLUE, "gradient norm")
+    noisy(axes, steps, "grad_norm", BLUE, "gradient norm")
     axes.set_ylabel("gradient norm", color=BLUE)
     axes.set_ylim(bottom=0)
     other = axes.twinx()
     for side in ("top", "left", "right", "bottom"):
         other.spines[side].set_visible(False)
     other.tick_params(which="both", colors=MUTED, length=0)
-    _noisy(other, steps, "loss", ORANGE, "loss")
+    noisy(other, steps, "loss", ORANGE, "loss")
     other.set_ylabel("loss", color=ORANGE)
-    _legend(axes, other)
+    legend(axes, other)
 
 
 def plot_replay(run_dir: Path, rows: Sequence[Record]) -> Path:
     """``replay.png``: acceptance and remaining divergence, then and under the other settings."""
-    figure = Figure(figsize=(SIZE[0], 1.6 * SIZE[1]), dpi=DPI, layout="constrained")
-    upper, lower = figure.subplots(2, 1)
+    figure = Figure(figsize=(SIZE[0], 2 * SIZE[1]), dpi=DPI, layout="constrained")
+    upper, lower = (part.add_subplot() for part in figure.subfigures(2, 1))
     x = [row["step"] for row in rows]
-    _dress(upper, "Accepted share")
+    dress(upper, "Accepted share")
     for key, color, label in (("acceptance_then", BLUE, "as it was"), ("acceptance", ORANGE, "other settings")):
         upper.plot(x, [row[key] for row in rows], color=color, linewidth=1.6, label=label)
-    _legend(upper)
-    _dress(lower, "Divergence from the learner")
+    legend(upper)
+    dress(lower, "Divergence from the learner")
     drawn = (
         ("kl_before", RED, "before"),
         ("kl_then", BLUE, "after, as it was"),
@@ -299,7 +338,7 @@ def plot_replay(run_dir: Path, rows: Sequence[Record]) -> Path:
     lower.set_yscale("log")
     lower.set_ylim(bottom=max(KL_FLOOR, lower.get_ylim()[0]))
     lower.set_ylabel("KL, nats a token", color=MUTED)
-    _legend(lower)
+    legend(lower)
     path = run_dir / "replay.png"
     figure.savefig(path)
     return path

@@ -58,12 +58,13 @@ def receipt_table(line: Record) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2), show_header=False, title=f"receipt of step {line['step']}")
     table.add_column(style="dim")
     table.add_column()
-    for label, value in _lines(line):
+    for label, value in receipt_rows(line):
         table.add_row(label, value)
     return table
 
 
-def _lines(line: Record) -> list[tuple[str, str]]:
+def receipt_rows(line: Record) -> list[tuple[str, str]]:
+    """(what, figure); KeyError for a line of another croupier."""
     lags = ", ".join(f"{lag}: {count:,}" for lag, count in line["lag_histogram"].items())
     rows = [
         (

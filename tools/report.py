@@ -1,41 +1,46 @@
-"""``python -m tools.report RUN_DIR``: summary.json, report.md and curves from what a run has written.
+"""``python -m tools.report RUN_DIR``: summary.json, report.html, report.md and curves from what a run has written.
 
 ::
 
-    config.yaml + status.json + metrics.jsonl  ->  summarize()  ->  summary.json
-                                               ->  report.md + *.png
+    config.yaml + status.json + metrics.jsonl + logs  ->  summarize()  ->  summary.json
+                                                      ->  compose()    ->  report.html, report.md + *.png
 
-It may be run at any moment of a run's life: what is missing is said to be missing.
+report.html needs no other file: it can be sent to somebody. It may be written at any moment of a run's
+life: what is missing is said to be missing.
 """
 
 import argparse
 import json
 import sys
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
 from common.config import RunConfig
 from common.errors import CroupierError
-from tools.evaluations import evaluation_lines
-from tools.lengths import length_rows
+from tools import chapters
+from tools.chapters import END_STEPS, mean
+from tools.document import Block, Bold, Document, Figure, Items, Note, Paragraph
+from tools.evaluations import evaluation_blocks
+from tools.faults import alert_blocks, fault_blocks, last_words
+from tools.markdown import to_markdown
+from tools.page import to_html
 from tools.plots import plot_all
-from tools.run_files import CONFIG, LOGS, METRICS, REPORT, STATUS, SUMMARY, Record, of_kind
+from tools.run_files import CONFIG, METRICS, PAGE, REPORT, STATUS, SUMMARY, Record, of_kind
 from tools.runs import Run, read_run
 
 Outcome = Literal["finished", "interrupted", "failed"]
-END_STEPS = 5  # steps at either end whose mean reward the summary gives
 
 
 def write_report(run_dir: Path, status: Outcome, wall_s: float) -> Record:
-    """Write summary, curves and report; returns the summary."""
-    run = read_run(run_dir, timelines=False)
-    config, records, last = run.config, run.records, run.status
-    summary = summarize(config, last, records, status, wall_s)
+    """Write summary, curves and both reports; returns the summary."""
+    run = read_run(run_dir)
+    summary = summarize(run.config, run.status, run.records, status, wall_s)
     (run_dir / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
-    budget = summary["staleness_budget"]
-    curves = plot_all(run_dir, records, budget if budget is not None else 0)
-    (run_dir / REPORT).write_text(_report(run, summary, curves))
+    report = compose(run, summary, plot_all(run_dir, run.records, summary["staleness_budget"] or 0))
+    (run_dir / REPORT).write_text(to_markdown(report))
+    (run_dir / PAGE).write_text(to_html(report))
     return summary
 
 
@@ -51,8 +56,8 @@ def summarize(config: RunConfig | None, last: Record, records: list[Record], sta
         "wall_s": round(wall_s, 2),
         "steps": len(steps) if not last.get("step") else int(last["step"]),
         "final_version": int(last.get("version") or 0),
-        "reward_first": _mean(rewards[:END_STEPS]),
-        "reward_last": _mean(rewards[-END_STEPS:]),
+        "reward_first": mean(rewards[:END_STEPS]),
+        "reward_last": mean(rewards[-END_STEPS:]),
         "eval_first": evaluations[0]["reward"] if evaluations else None,
         "eval_last": evaluations[-1]["reward"] if evaluations else None,
         "tokens_generated": int(
@@ -77,10 +82,6 @@ def _count(last: Record, steps: list[Record], key: str) -> int:
     return sum(int(step.get(key) or 0) for step in steps)
 
 
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
-
-
 def _histogram(steps: list[Record]) -> Counter[int]:
     total: Counter[int] = Counter()
     for step in steps:
@@ -94,199 +95,54 @@ def _mean_lag(steps: list[Record]) -> float | None:
     tokens = sum(histogram.values())
     if tokens:
         return sum(lag * count for lag, count in histogram.items()) / tokens
-    return _mean([step["lag_mean"] for step in steps if step.get("lag_mean") is not None])
+    return mean([step["lag_mean"] for step in steps if step.get("lag_mean") is not None])
 
 
-def _report(run: Run, summary: Record, curves: list[str]) -> str:
-    run_dir, config, records = run.path, run.config, run.records
-    steps = of_kind(records, "step")
-    lines = [f"# Run {config.run.name if config else run_dir.name}: {summary['status']}", "", _what(config), ""]
-    missing = [name for name in (CONFIG, STATUS, METRICS) if not (run_dir / name).is_file()]
-    if missing:
-        lines += [f"**Missing: {', '.join(missing)}.** The figures below leave out what they would have said.", ""]
-    if run.notes:
-        lines += ["What could not be read:", "", *(f"- {note}" for note in run.notes), ""]
-    if not steps:
-        lines += ["No optimizer step was completed, so there are no curves.", ""]
-    lines += ["## Result", "", *_table(_results(summary)), ""]
-    if "reward.png" in curves:
-        lines += ["![reward](reward.png)", ""]
-    lines += evaluation_lines(of_kind(records, "eval"), run.status.get("best"), curves)
-    lines += _staleness(summary, steps, curves)
-    lines += _rejection(config, summary, steps, curves)
-    lines += _two_models(config, steps, curves)
-    lines += _receipt(summary)
-    lines += _lengths(run.status)
-    if "throughput.png" in curves:
-        lines += [
-            "## Speed and optimisation",
-            "",
-            "![throughput](throughput.png)",
-            "",
-            "![optimizer](optimizer.png)",
-            "",
-        ]
-    lines += ["## Files", "", *_files(run_dir)]
-    return "\n".join(lines) + "\n"
-
-
-def _what(config: RunConfig | None) -> str:
-    if config is None:
-        return "The configuration is missing, so what was run is not known."
-    mode = "synchronous" if config.staleness.budget == 0 else f"staleness budget {config.staleness.budget}"
-    rejection = {
-        "off": "no rejection",
-        "threshold": f"rejection at λ = {config.obrs.threshold:g}",
-        "budget": f"rejection to accept {config.obrs.budget:g} of the tokens",
-    }[config.obrs.mode]
-    return (
-        f"Task {_tasks(config)}, model `{config.model.path}`, {config.run.steps} steps of "
-        f"{config.rollout.groups_per_step} groups × {config.rollout.group_size}, {mode}, {rejection}, "
-        f"clip anchored at `{config.loss.anchor}`, {config.actor.count} actor(s), "
-        f"{config.learner.ranks} learner rank(s), seed {config.run.seed}."
-    )
-
-
-def _tasks(config: RunConfig) -> str:
-    entries = config.task.entries
-    if len(entries) == 1:
-        return f"`{config.task.labels[0]}`"
-    whole = sum(entry.ratio for entry in entries.values())
-    return "mixture of " + ", ".join(f"`{label}` ({entry.ratio / whole:.0%})" for label, entry in entries.items())
-
-
-def _figure(value: object, form: str) -> str:
-    return format(value, form) if isinstance(value, int | float) else "–"
-
-
-def _table(rows: list[tuple[str, str]]) -> list[str]:
-    return ["| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows)]
-
-
-def _change(first: object, last: object) -> str:
-    return f"{_figure(first, '.3f')} → {_figure(last, '.3f')}"
-
-
-def _results(summary: Record) -> list[tuple[str, str]]:
-    speed = summary["tokens_generated"] / summary["wall_s"] if summary["wall_s"] else None
-    return [
-        ("Held-out reward, first → last evaluation", _change(summary["eval_first"], summary["eval_last"])),
-        (f"Batch reward, first → last {END_STEPS} steps", _change(summary["reward_first"], summary["reward_last"])),
-        ("Optimizer steps, final version", f"{summary['steps']}, {summary['final_version']}"),
-        ("Wall time", f"{summary['wall_s']:.1f} s"),
-        ("Completion tokens", f"{summary['tokens_generated']:,} ({_figure(speed, ',.0f')} a second of wall time)"),
-    ]
-
-
-def _staleness(summary: Record, steps: list[Record], curves: list[str]) -> list[str]:
-    if not steps:
-        return []
-    lines = [
-        "## Staleness",
-        "",
-        f"The budget is {summary['staleness_budget']} version(s). Trained tokens had a mean lag of "
-        f"{_figure(summary['lag_mean'], '.2f')}; the oldest, {summary['lag_max']}.",
-        "",
-    ]
-    histogram = _histogram(steps)
-    if total := sum(histogram.values()):
-        lags = sorted(histogram)
-        lines += ["| lag | " + " | ".join(map(str, lags)) + " |", "|---" * (len(lags) + 1) + "|"]
-        lines += ["| share of tokens | " + " | ".join(f"{histogram[lag] / total:.1%}" for lag in lags) + " |", ""]
-    return [*lines, "![lag](lag.png)", ""] if "lag.png" in curves else lines
-
-
-def _rejection(config: RunConfig | None, summary: Record, steps: list[Record], curves: list[str]) -> list[str]:
-    if not steps:
-        return []
-    if config is not None and config.obrs.mode == "off":
-        return ["## Rejection", "", "Switched off: every proposed token was trained.", ""]
-    lines = [
-        "## Rejection",
-        "",
-        f"{summary['tokens_accepted']:,} of {summary['tokens_proposed']:,} proposed tokens were accepted "
-        f"({_figure(summary['acceptance'], '.4f')}).",
-        "",
-    ]
-    before = _mean([step["kl_before"] for step in steps if step.get("kl_before") is not None])
-    after = _mean([step["kl_after"] for step in steps if step.get("kl_after") is not None])
-    if before is not None and after is not None:
-        lines += [f"Mean KL to the learner's policy, nats a token: {before:.2e} before, {after:.2e} after.", ""]
-    for name in ("acceptance.png", "kl.png"):
-        if name in curves:
-            lines += [f"![{name.removesuffix('.png')}]({name})", ""]
-    return lines
-
-
-def _two_models(config: RunConfig | None, steps: list[Record], curves: list[str]) -> list[str]:
-    if config is None or not config.joint.path or not steps:
-        return []
-    lines = [
-        "## Two models",
-        "",
-        f"Actors ran `{config.joint.path}`: rewards above, of batches and of held-out prompts, are its own. "
-        "`python -m tools.evaluate` judges the policy.",
-        "",
-    ]
-    if not config.joint.train:
-        return [*lines, "It stayed as it was; its tokens are dated by their grants.", ""]
-
-    def ends(key: str, form: str) -> str:
-        found = [float(step[key]) for step in steps if step.get(key) is not None]
-        first, last = _mean(found[:END_STEPS]), _mean(found[-END_STEPS:])
-        return f"{_figure(first, form)} → {_figure(last, form)}"
-
-    first, second = ("policy", "rollout model") if config.joint.direction == "forward" else ("rollout model", "policy")
-    lines += _table([
-        (f"KL({first} ‖ {second}) on what was sampled, nats a token, first → last {END_STEPS} steps",
-         ends("joint_kl", ".3f")),
-        ("What a step's update takes from it", ends("joint_kl_drop", ".4f")),
-        ("Gradient norm", ends("joint_grad_norm", ".2f")),
-        ("Tokens whose gradient the clip took away", ends("joint_clip_fraction", ".3f")),
-        ("Seconds of a step, beside the policy's", ends("seconds_joint", ".2f")),
+def compose(run: Run, summary: Record, pictures: Mapping[str, Figure]) -> Document:
+    """The report, chapter by chapter."""
+    title = f"Run {run.config.run.name if run.config else run.path.name}: {summary['status']}"
+    return Document(title, [
+        Paragraph(chapters.what(run.config)),
+        *_warnings(run, summary),
+        chapters.tiles(summary),
+        *chapters.result(summary, pictures),
+        *evaluation_blocks(run.evaluations, run.status.get("best"), pictures),
+        *chapters.staleness(run, summary, pictures),
+        *chapters.rejection(run, summary, pictures),
+        *chapters.signs(pictures),
+        *alert_blocks(run),
+        *chapters.two_models(run, pictures),
+        *chapters.trajectories(run, summary),
+        *chapters.receipts(run),
+        *fault_blocks(run),
+        *chapters.speed(pictures),
+        *chapters.configuration(run.config),
+        *chapters.files(run.path),
     ])  # fmt: skip
-    return [*lines, "", *(["![joint](joint.png)", ""] if "joint.png" in curves else [])]
 
 
-def _receipt(summary: Record) -> list[str]:
-    dropped = summary["trajectories_dropped"]
-    total = sum(dropped.values())
-    queued = summary["trajectories_acked"] - summary["trajectories_trained"] - total
-    rows = [
-        ("Acknowledged", f"{summary['trajectories_acked']:,}"),
-        ("Trained", f"{summary['trajectories_trained']:,}"),
-        *((f"Dropped: {reason}", f"{count:,}") for reason, count in dropped.items()),
-        ("Still queued at the end", f"{queued:,}"),
-    ]
-    return ["## Trajectories", "", *_table(rows), ""]
-
-
-def _lengths(status: Record) -> list[str]:
-    rows = length_rows(status)
-    if not any(row.dropped for row in rows):
-        return []
-    lines = ["| sampled tokens, up to | trained | dropped | drop rate |", "|---:|---:|---:|---:|"]
-    for row in rows:
-        warned = " **differs from the rest**" if row.stands_out else ""
-        lines.append(f"| {row.longest:,} | {row.trained:,} | {row.dropped:,} | {row.drop_rate:.2%}{warned} |")
-    return [*lines, ""]
-
-
-def _files(run_dir: Path) -> list[str]:
-    known = {
-        CONFIG: "the complete configuration",
-        SUMMARY: "the figures above, for programs",
-        METRICS: "one line a step (its receipt), evaluation and publish",
-        STATUS: "the broker's last word",
-        LOGS: "what each process said",
-    }
-    return [f"- [`{name}`]({name}): {what}" for name, what in known.items() if (run_dir / name).exists()]
+def _warnings(run: Run, summary: Record) -> Iterator[Block]:
+    """What a reader must know first."""
+    if summary["status"] == "failed":
+        yield Note("The run failed; what is known of it follows.", "warning")
+        yield from last_words(run)
+    missing = [name for name in (CONFIG, STATUS, METRICS) if not (run.path / name).is_file()]
+    if missing:
+        words = f"Missing: {', '.join(missing)}. The figures below leave out what they would have said."
+        yield Note(words, "warning")
+    if run.notes:
+        yield Paragraph("What could not be read:")
+        yield Items(run.notes)
+    for alert in run.status.get("alerts") or []:
+        yield Note((Bold("Alert: "), str(alert.get("text"))), "warning")
+    if not run.steps:
+        yield Paragraph("No optimizer step was completed, so there are no curves.")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Write the report of a run directory again, or for the first time."""
     parser = argparse.ArgumentParser(
-        prog="python -m tools.report", description="Write a run's summary, report and curves."
+        prog="python -m tools.report", description="Write a run's summary, reports and curves."
     )
     parser.add_argument("run_dir", type=Path, help="such as runs/quickstart")
     given = parser.parse_args(arguments)
@@ -299,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
     except CroupierError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(given.run_dir / REPORT)
+    print(given.run_dir / PAGE)
     return 0
 
 

@@ -7,7 +7,7 @@
       status.json     how the run stands, every 0.5 s   (broker, replaced atomically)
       metrics.jsonl   one line a step, evaluation and publish   (broker, appended)
       logs/*.log      what each process said            (launch)
-      summary.json report.md *.png                      (report)
+      summary.json report.html report.md *.png          (report)
 """
 
 import json
@@ -17,13 +17,14 @@ from typing import Any
 
 from common.errors import DataError
 
-CONFIG, STATUS, METRICS, LOGS, SUMMARY, REPORT = (
+CONFIG, STATUS, METRICS, LOGS, SUMMARY, REPORT, PAGE = (
     "config.yaml",
     "status.json",
     "metrics.jsonl",
     "logs",
     "summary.json",
     "report.md",
+    "report.html",
 )
 Record = dict[str, Any]  # one JSON object
 LINE_BEGINS = '{"kind":'  # every line of metrics.jsonl

@@ -14,7 +14,7 @@ import pytest
 from tests.integration.fleet import BRIEF, ROOT, Fleet, environment, free_address
 
 SOON = ("broker.heartbeat_s=0.3", "broker.peer_timeout_s=4")  # how soon a dead peer is noticed
-REPORT = ("summary.json", "report.md", "metrics.jsonl", "status.json", "config.yaml")
+REPORT = ("summary.json", "report.html", "report.md", "logs/launch.log", "metrics.jsonl", "status.json", "config.yaml")
 
 
 def command(tmp_path, model, *overrides):

@@ -79,6 +79,7 @@ def document() -> Document:
         Figure("a b.png", "one", svg=SVG),
         Figure("two.png", "two", png=b"\x89PNG"),
         Heading("Result"),
+        Fold("All of it", [Paragraph("long")], file="all.yaml"),
         Fold("More", [Heading("Inside", 3), Listing(["```", "<script>alert(1)</script>"]), Items(["1. one", "- two"])]),
     ]
     return Document("Run <x>", blocks)
@@ -95,6 +96,7 @@ def test_markdown_is_what_a_person_would_write() -> None:
         "| | |\n|---|---|\n| Steps | 600 |\n\n"
         "![one](a b.png)\n\n![two](two.png)\n\n"
         "## Result\n\n"
+        "All of it: [all.yaml](all.yaml)\n\n"
         "### More\n\n### Inside\n\n````\n```\n<script>alert(1)</script>\n````\n\n- \\1. one\n- \\- two\n"
     )
 

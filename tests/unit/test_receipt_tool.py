@@ -45,10 +45,10 @@ def test_pass_rates_and_retired_questions_are_shown():
         "length_max": 6, "truncated": 0.0, "pass_rates": {"0": 3, "0.5": 2}, "questions_retired": 7,
         "questions_skipped": 9,
     }  # fmt: skip
-    rows = dict(receipt._lines(line))
+    rows = dict(receipt.receipt_rows(line))
     assert rows["passed of a group"] == "0: 3, 0.5: 2 groups, before any filter; 7 questions retired, 9 skipped"
     del line["questions_retired"]
-    assert dict(receipt._lines(line))["passed of a group"] == "0: 3, 0.5: 2 groups, before any filter"
+    assert dict(receipt.receipt_rows(line))["passed of a group"] == "0: 3, 0.5: 2 groups, before any filter"
 
 
 def test_what_frozen_models_said_is_shown():
@@ -60,7 +60,7 @@ def test_what_frozen_models_said_is_shown():
             "two": {"gap": None, "tokens": 0, "clipped": 0, "unscorable": 9},
         },
     }  # fmt: skip
-    rows = dict(receipt._lines(line))
+    rows = dict(receipt.receipt_rows(line))
     assert rows["KL to the reference"] == "2.500e-01 nats a token, of the behaviour; 2 tokens without a score"
     assert rows["teacher one"].startswith("-0.5000 nats a token beside the behaviour, over 1,200 tokens; 3 cut")
     assert rows["teacher two"].startswith("–") and rows["teacher two"].endswith("9 without a score")

@@ -1,18 +1,26 @@
 """What a run leaves, from whole, torn and missing files."""
 
 import json
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib import figure
 
 from broker.heldout import evaluate
 from common.config import RunConfig, RunSection, to_yaml
 from common.mixture import mixture
 from common.wire import EvaluationResult
-from tools.evaluations import ROWS, evaluation_lines, thinned
-from tools.report import main, summarize, write_report
+from tools.document import Document, Figure
+from tools.evaluations import ROWS, evaluation_blocks, thinned
+from tools.markdown import to_markdown
+from tools.pictures import MAX_POINTS
+from tools.pictures import thinned as thinned_steps
+from tools.plots import pictures_of
+from tools.report import Outcome, compose, main, summarize, write_report
 from tools.run_files import read_metrics, set_aside
+from tools.runs import read_run
 
 SUMMARY_KEYS = [
     "status", "wall_s", "steps", "final_version", "reward_first", "reward_last", "eval_first", "eval_last",
@@ -53,18 +61,34 @@ def fill(run_dir: Path, records: list[dict[str, object]], tail: str = "") -> Non
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + tail)
 
 
-def test_a_whole_run_gives_summary_report_and_six_curves(tmp_path: Path) -> None:
+def told(run_dir: Path, status: Outcome = "finished") -> str:
+    """report.md without its PNGs, which take a second each; every picture is drawn all the same."""
+    run = read_run(run_dir)
+    summary = summarize(run.config, run.status, run.records, status, 30.0)
+    pictures = pictures_of(run.records, summary["staleness_budget"] or 0)
+    for picture in pictures:
+        picture.draw(figure.Figure().add_subplot())
+    return to_markdown(compose(run, summary, {p.stem: Figure(p.name, p.title) for p in pictures}))
+
+
+def test_a_whole_run_gives_summary_report_and_seven_curves(tmp_path: Path) -> None:
     run_dir = tmp_path / "x"
     evaluation = {"kind": "eval", "version": 0, "reward": 0.2, "prompts": 64, "time_s": 1.0}
     fill(run_dir, [*(step_record(step) for step in range(1, 21)), evaluation])
     summary = write_report(run_dir, "finished", 30.0)
+    page = (run_dir / "report.html").read_text()
+    parser = Balanced()
+    parser.feed(page)
+    assert parser.open == [] and len(parser.ids) == len(set(parser.ids))
+    assert page.count("<svg") == page.count("<figure>") == 7 and 'name="viewport"' in page
+    assert len(page) < 400_000
     assert list(summary) == SUMMARY_KEYS
     assert summary == json.loads((run_dir / "summary.json").read_text())
     assert summary["reward_first"] == pytest.approx(3 / 20)
     assert summary["reward_last"] == pytest.approx(18 / 20)
     assert (summary["eval_first"], summary["eval_last"], summary["acceptance"]) == (0.2, 0.9, 0.95)
     assert (summary["lag_mean"], summary["lag_max"], summary["staleness_budget"], summary["seed"]) == (1.0, 2, 2, 7)
-    names = {"reward.png", "lag.png", "acceptance.png", "kl.png", "throughput.png", "optimizer.png"}
+    names = {"reward.png", "lag.png", "lags.png", "acceptance.png", "kl.png", "throughput.png", "optimizer.png"}
     assert {file.name for file in run_dir.glob("*.png")} == names
     report = (run_dir / "report.md").read_text()
     assert all(f"({name})" in report for name in names)
@@ -75,17 +99,15 @@ def test_a_whole_run_gives_summary_report_and_six_curves(tmp_path: Path) -> None
 def test_no_rejection_means_no_rejection_curves(tmp_path: Path) -> None:
     none = dict.fromkeys(("acceptance_expected", "kl_before", "kl_after"))
     fill(tmp_path / "x", [step_record(step, **none) for step in (1, 2)])
-    write_report(tmp_path / "x", "finished", 3.0)
-    assert not (tmp_path / "x" / "acceptance.png").exists()
-    assert not (tmp_path / "x" / "kl.png").exists()
+    report = told(tmp_path / "x")
+    assert "(reward.png)" in report and "(acceptance.png)" not in report and "(kl.png)" not in report
 
 
 def test_torn_lines_are_left_out_and_said_to_be(tmp_path: Path) -> None:
     half = '{"kind": "step", "st'
     fill(tmp_path / "x", [step_record(1)], tail=half + json.dumps(step_record(2)) + "\n" + half)
     assert [record["step"] for record in read_metrics(tmp_path / "x")] == [1, 2]
-    write_report(tmp_path / "x", "failed", 3.0)
-    assert "- metrics.jsonl: 2 of 3 lines torn" in (tmp_path / "x" / "report.md").read_text()
+    assert "- metrics.jsonl: 2 of 3 lines torn" in told(tmp_path / "x")
 
 
 def test_an_empty_directory_gives_a_report_that_says_so(tmp_path: Path) -> None:
@@ -103,7 +125,7 @@ def test_without_a_status_the_counts_come_from_the_steps() -> None:
 
 
 def test_the_command_keeps_the_outcome_that_the_launcher_wrote(tmp_path: Path) -> None:
-    fill(tmp_path / "x", [step_record(1)])
+    fill(tmp_path / "x", [])
     write_report(tmp_path / "x", "failed", 12.5)
     assert main([str(tmp_path / "x")]) == 0
     summary = json.loads((tmp_path / "x" / "summary.json").read_text())
@@ -139,23 +161,104 @@ def test_evaluations_are_tabled_with_intervals_by_task_and_drawn(tmp_path: Path)
     run_dir, lines = tmp_path / "x", [evaluation_of(version, version) for version in range(0, 40, 2)]
     fill(run_dir, [step_record(1), step_record(2), *lines])
     (run_dir / "status.json").write_text(json.dumps({**STATUS, "best": {"version": 14, "reward": 0.61}}))
-    write_report(run_dir, "finished", 3.0)
-    assert {"evaluation.png", "tasks.png", "reliability.png"} <= {file.name for file in run_dir.glob("*.png")}
-    report = (run_dir / "report.md").read_text()
+    report = told(run_dir)
+    assert all(f"({name}.png)" in report for name in ("evaluation", "tasks", "reliability"))
     assert "| version | reward | correct, mean@4 | pass@1 | pass@4 | majority vote | vote by confidence |" in report
     last = lines[-1]
     assert f"| 38 | {last['reward']:.3f} ({last['reward_low']:.3f} to {last['reward_high']:.3f}) |" in report
     assert report.count("| **14** |") == report.count("| 38 |") == report.count("\n| 0 | 0.") == 1
     assert "The best version is 14, with a reward of 0.610: its checkpoint is kept" in report
     assert "| `sums` (16 prompts) |" in report and "| `words` (8 prompts) |" in report
-    assert "AUROC 1.000, of 96 completions." in report and "![reliability](reliability.png)" in report
+    assert "AUROC 1.000, of 96 completions." in report and "![Reliability](reliability.png)" in report
     assert len(thinned(lines, 14)) <= ROWS
 
 
 def test_an_evaluation_of_plain_rewards_has_its_row_and_no_more() -> None:
     plain = {"kind": "eval", "version": 0, "reward": 0.2, "prompts": 64, "time_s": 1.0}
-    lines = evaluation_lines([plain], None, [])
+    lines = to_markdown(Document("x", evaluation_blocks([plain], None, {})))
     assert "| 0 | 0.200 |" in lines and "64 prompts; in brackets the 95 % interval over prompts." in lines
-    assert evaluation_lines([], None, []) == []
-    first = evaluation_lines([plain], {"version": 0, "reward": 0.2}, [])
+    assert evaluation_blocks([], None, {}) == []
+    first = to_markdown(Document("x", evaluation_blocks([plain], {"version": 0, "reward": 0.2}, {})))
     assert "The best version is 0, with a reward of 0.200: the starting model." in first
+
+
+class Balanced(HTMLParser):
+    """Every tag that is opened is closed, and nothing is fetched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.ids += [value or "" for name, value in attributes if name == "id"]
+        for name, value in attributes:
+            assert name not in ("src", "srcset") or (value or "").startswith("data:image/"), value
+        assert tag not in ("script", "link", "iframe", "object")
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attributes)
+        self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+LAUNCH_LOG = """12:00:00 launch INFO started broker, learner, actor-0
+12:00:05 launch WARNING actor-0 was killed by SIGKILL; restart 1 of 3
+12:00:09 launch WARNING actor-0 ended with exit code 1; restart 2 of 3
+"""
+BROKER_LOG = """12:00:01 broker INFO actor actor-0 joined (version 0, vm pid 1)
+12:00:05 broker WARNING actor actor-0 left: its connection closed; 2 groups are granted again
+12:00:06 broker WARNING <script>alert("x")</script> from nobody
+"""
+
+
+def test_faults_alerts_moves_of_the_budget_and_receipts_are_told(tmp_path: Path) -> None:
+    run_dir = tmp_path / "x"
+    health = {"entropy": 0.5, "weight_ess": 0.9, "truncated": 0.1, "seconds_train": 0.1, "skipped_updates": 2.0}
+    lines = [step_record(step, **health, acceptance=0.95 - step / 1000) for step in range(40)]
+    text = "the policy's entropy is 0.001 nats a token, below alerts.entropy_below=0.005 since step 12; raise it"
+    alert = {"kind": "alert", "sign": "entropy", "state": "raised", "step": 16, "since": 12, "value": 0.001}
+    moved = {"kind": "budget", "move": 0, "step": 9, "old": 2, "value": 4, "reason": "the fleet idles <b>"}
+    ended = {**alert, "state": "cleared", "step": 30}
+    fill(run_dir, [*lines, alert | {"text": text}, ended | {"text": text}, moved])
+    faults = {
+        "receivers_late": {"replica-0": 3}, "bad_messages": {"WireError": 4}, "suspects": {"actor-9": 1.7},
+        "offences": {"mallory": {"DataError": 2}}, "trajectories_refused": {"invalid": 5},
+    }  # fmt: skip
+    (run_dir / "status.json").write_text(json.dumps({**STATUS, **faults}))
+    (run_dir / "logs").mkdir()
+    (run_dir / "logs" / "launch.log").write_text(LAUNCH_LOG)
+    (run_dir / "logs" / "broker.log").write_text(BROKER_LOG)
+    report = told(run_dir, "failed")
+    assert report.count("![") == 10
+    for row in (
+        "| restarts of `actor-0` | 2 | the run went on |",
+        "| actors lost | 1 |",
+        "| late for a new version: `replica-0` | 3 |",
+        "| bad messages: WireError | 4 |",
+        "| offences of `mallory` | 2 | DataError 2 |",
+        "| trajectories refused: invalid | 5 |",
+        "| updates skipped | 2 |",
+        "| claims that cannot be true: `actor-9` |",
+        f"| entropy | 12 | 30 | {text} |",
+        "| 9 | 2 → 4 | the fleet idles \\<b\\> |",
+        "| lowest acceptance | 39 |",
+        "| `run.seed` | 7 | 0 |",
+    ):
+        assert row in report, row
+    assert "> The run failed; what is known of it follows." in report
+    assert "another croupier" in report  # a receipt with half of its figures is not told
+
+
+def test_a_run_without_faults_says_so_and_long_runs_are_thinned(tmp_path: Path) -> None:
+    run_dir = tmp_path / "x"
+    fill(run_dir, [step_record(1)])
+    (run_dir / "status.json").write_text(json.dumps({**STATUS, "trajectories_dropped": {}}))
+    assert "> None: no process was restarted" in told(run_dir)
+    points = thinned_steps([step_record(step) for step in range(3 * MAX_POINTS + 1)])
+    assert len(points) <= MAX_POINTS and points[-1]["step"] == 3 * MAX_POINTS
+    assert points[0]["reward"] == pytest.approx(sum(range(len(points[:1]) * 4)) / 4 / 20)

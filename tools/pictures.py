@@ -1,0 +1,152 @@
+"""How pictures look and where they go: a PNG beside the report, and the same as SVG inside its page.
+
+::
+
+    Picture(name, title, draw)  ->  place(picture, directory)  ->  document.Figure
+
+The page's SVG keeps its words as text and takes the page's colours, so it is sharp on a phone and readable in
+the dark. A picture too heavy for that goes in as PNG.
+"""
+
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only: no display is needed or opened
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from tools import document
+from tools.run_files import Record
+
+INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
+BLUE, ORANGE, GREEN, RED = "#2563eb", "#ea7317", "#0e9f6e", "#d64545"
+SERIES = (BLUE, ORANGE, GREEN, RED, "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
+VARIABLES = dict(
+    zip(
+        (INK, MUTED, GRID, *SERIES),
+        ("ink", "muted", "grid", "blue", "orange", "green", "red", "violet", "cyan", "rose", "olive"),
+        strict=True,
+    )
+)  # of page.css
+SIZE = (5.4, 3.5)  # inches: half of a desktop's width, all of a phone's
+DPI = 180
+SVG_LIMIT = 160_000  # characters; beyond it the page holds the PNG
+SMOOTH = 9  # points in the running mean drawn over a noisy curve
+MAX_POINTS = 1000  # of a curve; more cannot be told apart
+
+
+@dataclass(frozen=True)
+class Picture:
+    """``draw`` fills axes that are dressed already."""
+
+    name: str  # of the PNG
+    title: str
+    draw: Callable[[Axes], None]
+
+    @property
+    def stem(self) -> str:
+        """Its name without the suffix."""
+        return self.name.removesuffix(".png")
+
+
+def place(picture: Picture, directory: Path) -> document.Figure:
+    """Write the PNG into ``directory`` and return the block that shows it."""
+    figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    dress(axes, picture.title)
+    picture.draw(axes)
+    figure.savefig(directory / picture.name)
+    figure.set_layout_engine("none")  # it is laid out
+    svg = to_svg(figure)
+    png = b"" if len(svg) <= SVG_LIMIT else (directory / picture.name).read_bytes()
+    return document.Figure(picture.name, picture.title, "" if png else svg, png)
+
+
+def to_svg(figure: Figure) -> str:
+    """Its SVG element, in the page's colours and type; two decimals of a point are enough."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "croupier"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
+    text = re.sub(r"(\d+\.\d{2})\d+", r"\1", text)
+    text = re.sub(r"\s*\n\s*", " ", text)
+    for color, name in VARIABLES.items():
+        text = text.replace(color, f"var(--{name})")
+    return text
+
+
+def dress(axes: Axes, title: str) -> None:
+    """Grid, title and axes as everywhere."""
+    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", color=INK, pad=12)
+    axes.set_xlabel("optimizer step", color=MUTED)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", colors=MUTED, length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(GRID)
+
+
+def legend(axes: Axes, *others: Axes) -> None:
+    """Under the picture, where no curve runs."""
+    lines, labels = axes.get_legend_handles_labels()
+    for other in others:
+        more, names = other.get_legend_handles_labels()
+        lines, labels = [*lines, *more], [*labels, *names]
+    figure = axes.get_figure()
+    if lines and figure is not None:
+        figure.legend(
+            lines, labels, loc="outside lower left", ncols=2, frameon=False, labelcolor=INK, fontsize=10,
+            handlelength=1.6, columnspacing=1.4,
+        )  # fmt: skip
+
+
+def series(steps: Sequence[Record], key: str) -> tuple[list[float], list[float]]:
+    """(steps, values) of those that have ``key``, as a number."""
+    found = [(step["step"], step[key]) for step in steps if step.get(key) is not None and math.isfinite(step[key])]
+    return [x for x, _ in found], [y for _, y in found]
+
+
+def running_mean(values: Sequence[float]) -> list[float]:
+    """Over SMOOTH values around each."""
+    half = SMOOTH // 2
+    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
+def noisy(axes: Axes, steps: Sequence[Record], key: str, color: str, label: str) -> None:
+    """A curve with its running mean, or points where they are few."""
+    x, y = series(steps, key)
+    if len(x) < 2 * SMOOTH:
+        axes.plot(x, y, color=color, linewidth=1.8, marker="o", markersize=3.5, label=label)
+        return
+    axes.plot(x, y, color=color, linewidth=0.8, alpha=0.3)
+    axes.plot(x, running_mean(y), color=color, linewidth=2.0, label=f"{label} (mean of {SMOOTH})")
+
+
+def thinned(steps: Sequence[Record]) -> list[Record]:
+    """At most MAX_POINTS records: of neighbours the means, of the largest lag the largest, of sums so far the last."""
+    if len(steps) <= MAX_POINTS:
+        return list(steps)
+    size = -(-len(steps) // MAX_POINTS)
+    return [_merged(steps[at : at + size]) for at in range(0, len(steps), size)]
+
+
+def _merged(steps: Sequence[Record]) -> Record:
+    last = dict(steps[-1])
+    for key, value in last.items():
+        if key in ("step", "time_s", "tokens_generated", "version") or isinstance(value, bool):
+            continue
+        known = [step[key] for step in steps if isinstance(step.get(key), int | float)]
+        if isinstance(value, int | float) and known:
+            last[key] = max(known) if key == "lag_max" else sum(known) / len(known)
+    return last
