@@ -64,8 +64,8 @@ def _columns(line: Record) -> list[tuple[str, str]]:
 def _table(rows: Sequence[tuple[Text, Record]], head: str) -> Table:
     columns = [(name, dict(_columns(line))) for name, line in rows]
     titles = list(dict.fromkeys(title for _, found in columns for title in found))
-    rows = [(name, *(found.get(title, NONE) for title in titles)) for name, found in columns]
-    return Table((head, *titles), rows, numbers=range(1, 1 + len(titles)))
+    cells: list[tuple[Text, ...]] = [(name, *(found.get(title, NONE) for title in titles)) for name, found in columns]
+    return Table((head, *titles), cells, numbers=range(1, 1 + len(titles)))
 
 
 def _over_versions(evaluations: Sequence[Record], best: Record | None) -> Table:

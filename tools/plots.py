@@ -320,7 +320,7 @@ def _optimizer(axes: Axes, steps: Sequence[Record]) -> None:
 def plot_replay(run_dir: Path, rows: Sequence[Record]) -> Path:
     """``replay.png``: acceptance and remaining divergence, then and under the other settings."""
     figure = Figure(figsize=(SIZE[0], 2 * SIZE[1]), dpi=DPI, layout="constrained")
-    upper, lower = (part.add_subplot() for part in figure.subfigures(2, 1))
+    upper, lower = (part.add_subplot() for part in figure.subfigures(2, 1, squeeze=False).ravel())
     x = [row["step"] for row in rows]
     dress(upper, "Accepted share")
     for key, color, label in (("acceptance_then", BLUE, "as it was"), ("acceptance", ORANGE, "other settings")):
