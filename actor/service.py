@@ -39,6 +39,7 @@ from common.weights import Receiver, StagedWeights, WeightReceiver
 
 IDLE_WAIT_S = 0.01  # how long an idle actor blocks for a message before it looks for new weights
 AGENTS_WAIT_S = 0.002  # the same while agents are at work, whose requests come from another thread
+PAUSE_S = 0.1  # actor.slowdown: how long at a time
 ENGINE_WAIT_S = 0.005  # how long a step may wait for an engine that samples elsewhere
 
 log = logging.getLogger("actor")
@@ -147,6 +148,7 @@ class ActorService:
             self.tracer.state("sample" if self.engine.in_flight else self._waits_for())
             began = time.perf_counter()
             ended = self.engine.step(ENGINE_WAIT_S)
+            self._slow_down((self.config.actor.slowdown - 1) * (time.perf_counter() - began))
             self.counters["seconds_decode"] += time.perf_counter() - began  # type: ignore[assignment]
             self.tracer.state("play")
             finished = self.play.collect(ended)
@@ -179,6 +181,13 @@ class ActorService:
         if self._grants:
             return "idle.weights" if self._grants[0].min_version > self.engine.version else "idle.broker"
         return "idle.credits"
+
+    def _slow_down(self, seconds: float) -> None:
+        """Let ``seconds`` pass and take what comes meanwhile (actor.slowdown)."""
+        deadline = time.perf_counter() + seconds
+        while not self.stop.is_set and (left := deadline - time.perf_counter()) > 0:
+            if (message := self.link.receive(min(left, PAUSE_S))) is not None:
+                self._handle(message)
 
     def _handle(self, message: object) -> None:
         match message:

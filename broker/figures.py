@@ -21,6 +21,7 @@ class Figures:
         self.errors: Counter[str] = Counter()
         self.fleet = Fleet()
         self.last_step: dict[str, Any] = {}
+        self.budget_move: dict[str, Any] | None = None  # the last one of the staleness budget
         self.score_seconds = 0.0  # of the policy replicas
         self.frozen_seconds = 0.0  # of reference and teachers, added up
         self.decide_seconds = 0.0  # of thinning: coins, log m, receipt and audit of each batch
@@ -34,12 +35,13 @@ class Figures:
             "lag": [self._lag_sum, self._lag_tokens, self._lag_max],
             "last_step": self.last_step,
             "alerts": self.alerts.state(),
+            "budget_move": self.budget_move,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up where :meth:`state` was written."""
         self._lag_sum, self._lag_tokens, self._lag_max = state["lag"]
-        self.last_step = state["last_step"]
+        self.last_step, self.budget_move = state["last_step"], state.get("budget_move")
         if "alerts" in state:  # not in a journal of before they were
             self.alerts.restore(state["alerts"])
 
@@ -93,6 +95,7 @@ class Figures:
             "tokens_proposed": counts["tokens_proposed"],
             "tokens_accepted": counts["tokens_accepted"],
             "tokens_per_s": (n1 - n0) / (t1 - t0) if t1 > t0 else 0.0,
+            "staleness_move": self.budget_move,
             "queue_groups": pipeline.ledger.queued,
             "queue_bytes": pipeline.queue_bytes,
             "in_flight_groups": pipeline.ledger.promised,

@@ -236,8 +236,10 @@ class BrokerService:
         self.rollouts.recovered()
         written, moves = self.files.last("step", "step"), self.files.last("budget", "move")
         for move in found.moves:
+            self.figures.budget_move = move
             if move["move"] > moves:
                 self.files.metric("budget", move)
+        self.training.recovered()
         for receipt, metrics in found.commits:
             line, alerts = self.figures.committed(receipt, metrics, self.pipeline, self.door.roster)
             if receipt["step"] > written:

@@ -11,6 +11,7 @@ from broker.alerts import Alert
 from broker.door import Door
 from broker.figures import Figures
 from broker.fleet import PACKING, PUBLISH, ROLLOUTS, SCORING
+from broker.governor import Governor, Totals
 from broker.honesty import Honesty
 from broker.peers import Peer
 from broker.recorder import Recorder
@@ -21,6 +22,7 @@ from common.config import RunConfig
 from common.errors import ProtocolError
 from common.frozen import POLICY, words_of
 
+HEARTBEATS = 4  # at least in an interval of the governor: they bring the actors' seconds
 WAITING_EVERY_S = 1.0  # how often a parked learner is told what it waits for
 
 log = logging.getLogger("broker.training")
@@ -42,6 +44,10 @@ class Training:
         self.files, self.figures, self._waiting_for = files, figures, waiting_for
         self.pipeline = recorder.pipeline
         self.honesty = Honesty(config.broker.verify_rate, config.run.seed)
+        least_s = HEARTBEATS * config.broker.heartbeat_s
+        self.governor = (
+            Governor(config.staleness, self.pipeline.ledger.budget, least_s) if config.staleness.auto else None
+        )
         self.learner_seen = False
         self.serving = False  # a shard has left
         self._ess = 1.0  # normalised, of the learner's weights at its last step
@@ -54,6 +60,11 @@ class Training:
             wire.Commit: lambda peer, m: self.commit(m.step, m.metrics),
             wire.Checkpointed: lambda peer, m: self.recorder.checkpointed(m.step),
         }
+
+    def recovered(self) -> None:
+        """The budget is where it was; what moved it there is learned anew."""
+        if self.governor is not None:
+            self.governor.budget = self.pipeline.ledger.budget
 
     @property
     def parked(self) -> bool:
@@ -208,6 +219,24 @@ class Training:
         self._ess = metrics.get("weight_ess", self._ess)
         line, alerts = self.figures.committed(receipt, metrics, self.pipeline, self.door.roster)
         self.door.outlet.do(lambda: self.write_step(line, alerts))
+        if self.governor is not None:
+            self._govern(self.governor, receipt, metrics)
+
+    def _govern(self, governor: Governor, receipt: dict[str, Any], metrics: dict[str, float]) -> None:
+        """Let the governor look at a step that is trained, and do what it says."""
+        fleet = self.figures.fleet
+        states = {role: dict(seconds) for role, seconds in fleet.seconds.items()}
+        move = governor.observe(
+            Totals(
+                receipt["step"], self.files.seconds(), dict(fleet.parked), states,
+                receipt.get("kl_after"), metrics.get("weight_ess"),
+            )
+        )  # fmt: skip
+        if move is not None:
+            line = self.recorder.set_budget(move.new, move.reason, **move.figures)
+            self.figures.budget_move = line
+            log.info("step %d: staleness budget %d -> %d: %s", line["step"], move.old, move.new, move.reason)
+            self.door.outlet.do(lambda: self.files.metric("budget", line))
 
     def write_step(self, line: dict[str, Any], alerts: list[Alert]) -> None:
         """Write the line of a step that is trained, and say what it gives cause to."""

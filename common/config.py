@@ -673,6 +673,12 @@ class RunConfig:
             "an actor passes weights on over loopback alone; run it beside its servers, or set weights.route=direct",
         )
         require(
+            self.actor.slowdown == 1 or self.actor.engine == "local",
+            "actor.slowdown",
+            self.actor.slowdown,
+            f"actor.engine={self.actor.engine} samples at its servers' pace; set it to 1 or actor.engine=local",
+        )
+        require(
             self.loss.expert_bias_rate == 0 or self.actor.engine == "local",
             "loss.expert_bias_rate",
             self.loss.expert_bias_rate,

@@ -49,6 +49,7 @@ from learner.weights.publish import WeightPublisher
 from learner.weights.stream import WeightStream
 
 EXPORT_BUCKET_BYTES = 256 * MEGABYTE  # gathered at once for the final model
+PAUSE_S = 0.1  # learner.slowdown: how long at a time
 FAREWELL_S = 60.0  # how long the learner stays for late joiners after its last step
 
 log = logging.getLogger("learner")
@@ -95,6 +96,7 @@ class Learner:
             assert shard is not None
             fetched = time.perf_counter()
             metrics, batch = self._train(shard)
+            self._slow_down((config.learner.slowdown - 1) * (time.perf_counter() - fetched))
             metrics |= {"seconds_fetch": fetched - began, "seconds_train": time.perf_counter() - fetched}
             if self.rollout is not None:
                 tracer.state("joint", self.step)
@@ -166,6 +168,12 @@ class Learner:
         self._note(message)
         for stream in self.streams:
             stream.catch_up(self.step, self._note, self._stopping)
+
+    def _slow_down(self, seconds: float) -> None:
+        """Let ``seconds`` pass (learner.slowdown). Who lacks this version is sent the next: its weights are gone."""
+        deadline = time.perf_counter() + seconds
+        while not self.stop.is_set and (left := deadline - time.perf_counter()) > 0:
+            self._note(self.link.receive(min(left, PAUSE_S)))
 
     def _stopping(self) -> bool:
         return self.stop.is_set

@@ -1,0 +1,267 @@
+"""``staleness.budget: auto``: moves the budget by what the learner and the fleet idle for, within the targets.
+
+::
+
+    every committed step:  Totals -> Governor.observe -> Move (old, new, reason) or None
+
+Let L be the share of its time that the learner waits for data, F the share that the actors wait for credits or
+for weights, R the share that the replicas wait for requests. Where one side is never idle it sets the pace; where
+all are, the pace is set by how much may be under way, which is the budget: admission costs ``min(L, F, R)`` of the
+throughput. That loss, and the side that idles least, decide; every move is judged an interval later. (F falls for a
+while after any raise, until what was granted is there: so L is believed unless another side idles clearly less.)
+
+- a loss above STARVING: raise, by 1 and then by twice as much while it pays. A raise that leaves the waiting
+  as it was is taken back, and not tried again for a while that doubles each time;
+- below SLACK, or where raising did not pay: lower, by a quarter at most. If then all starve, and more than before,
+  that is taken back, and not tried again for a while that doubles;
+- KL after rejection or ESS off target: halve at once, whatever idles.
+
+No clock, no randomness: a function of what it is told. Its moves are inputs of the pipeline and are journaled; what
+it has learned is not, so a broker that comes back keeps the budget and learns anew.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from common.config import StalenessSection
+
+STARVING = 0.04  # of the throughput lost to admission, above which the budget is raised
+SLACK = 0.02  # below which a smaller one is tried; between the two nothing is done
+PAYS = 0.02  # more work done by the side that idles least pays for a raise; as much less may be lost by lowerings
+CLEARLY = 0.5  # of the learner's idle share: a side below it sets the pace
+MARGIN = 0.8  # of a target that may be used up when the budget is raised
+SMOOTHED = 8  # steps that KL and ESS are averaged over, exponentially
+SETTLES = 2  # steps that are under way when the budget moves
+CALM = 2  # intervals in a row that must give cause for a lowering
+MOST_STRIDE = 8  # versions that the budget is raised by at once
+PATIENCE = 4  # intervals until what failed is tried again, doubled each time up to ...
+TARGET_PATIENCE = 16  # the same after a target was missed
+MOST_PATIENCE = 64
+LEARNER, FLEET, REPLICAS = "learner", "fleet", "replicas"
+WANT = {  # by what we call a side: its role, and the states in which it has nothing to do for want of data or credits
+    FLEET: ("actor", ("idle.credits", "idle.weights")),
+    REPLICAS: ("replica", ("idle.requests", "idle.weights")),
+}
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums since the broker began, at the commit of ``step``; KL and ESS are the step's own, None if unknown."""
+
+    step: int
+    wall_s: float
+    parked: Mapping[str, float]  # seconds that the learner waited for a shard, by cause
+    states: Mapping[str, Mapping[str, float]]  # role -> state -> seconds of all its processes (common.trace.STATES)
+    kl: float | None  # after rejection, nats a token
+    ess: float | None  # normalised, of the learner's weights
+
+
+@dataclass(frozen=True)
+class Interval:
+    """What happened between two Totals."""
+
+    steps: int
+    wall_s: float
+    idle: Mapping[str, float]  # side -> share of its time; a side that tells nothing is left out
+
+    @property
+    def loss(self) -> float:
+        """The share of the throughput that admission costs."""
+        return min(self.idle.values())
+
+    @property
+    def pace(self) -> str:
+        """The side that idles least, and so sets the pace; the learner unless another is clearly less idle."""
+        least = min(self.idle, key=lambda side: self.idle[side])
+        return least if self.idle[least] < CLEARLY * self.idle[LEARNER] else LEARNER
+
+    def gain_over(self, before: "Interval") -> float:
+        """How much more work the side did that set the pace ``before``, relatively."""
+        side = before.pace if before.pace in self.idle else LEARNER
+        return (1 - self.idle[side]) / max(1e-9, 1 - before.idle[side]) - 1
+
+    @property
+    def rate(self) -> float:
+        """Steps a second."""
+        return self.steps / self.wall_s
+
+    @classmethod
+    def between(cls, before: Totals, now: Totals) -> "Interval":
+        """``now`` less ``before``."""
+        wall_s = max(1e-9, now.wall_s - before.wall_s)
+        idle = {LEARNER: min(1.0, (sum(now.parked.values()) - sum(before.parked.values())) / wall_s)}
+        for side, (role, wanting) in WANT.items():
+            then, this = before.states.get(role, {}), now.states.get(role, {})
+            lived = sum(this.values()) - sum(then.values())
+            if lived > 0:
+                idle[side] = min(1.0, sum(this.get(s, 0.0) - then.get(s, 0.0) for s in wanting) / lived)
+        return cls(now.step - before.step, wall_s, idle)
+
+
+@dataclass(frozen=True)
+class Move:
+    """The budget goes from ``old`` to ``new``, for ``reason``."""
+
+    old: int
+    new: int
+    reason: str
+    figures: dict[str, float | None]
+
+
+@dataclass
+class Barrier:
+    """A budget that is not crossed for ``left`` intervals: each time that it is set for longer."""
+
+    at: int = -1
+    left: int = 0
+    patience: int = PATIENCE
+
+    def set(self, at: int) -> None:
+        """What lies behind ``at`` was tried in vain."""
+        self.at, self.left = at, self.patience
+        self.patience = min(MOST_PATIENCE, 2 * self.patience)
+
+    def crossed(self) -> None:
+        """It was right to try again."""
+        self.patience = max(PATIENCE, self.patience // 2)
+
+    def tick(self) -> None:
+        """An interval has passed."""
+        self.left = max(0, self.left - 1)
+
+
+class Governor:
+    """Decides where the budget goes. Starts at ``section.first``; moves lie in ``[0, section.most]``."""
+
+    def __init__(self, section: StalenessSection, budget: int, least_s: float) -> None:
+        """``least_s``: what an interval lasts at least, several heartbeats, which bring the actors' seconds."""
+        self.section, self.budget, self._least_s = section, budget, least_s
+        self.kl: float | None = None  # smoothed
+        self.ess: float | None = None
+        self._floor, self._ceiling, self._allowed = Barrier(), Barrier(), Barrier(patience=TARGET_PATIENCE)
+        self._stride = 1  # of the next raise
+        self._calm = 0  # intervals in a row after which a smaller budget might do
+        self._tried: tuple[int, Interval] | None = None  # the budget that was just left, and how it fared there
+        self._reference: Interval | None = None  # before the first of a row of lowerings
+        self._start: Totals | None = None  # of the present interval
+        self._from = -1  # the step from which it counts: what was granted under another budget is trained by then
+        self._off_until = -1  # targets are not acted upon again before this step
+
+    def observe(self, now: Totals) -> Move | None:
+        """A step was committed."""
+        self.kl, self.ess = _smooth(self.kl, now.kl), _smooth(self.ess, now.ess)
+        if self._from < 0:
+            self._from = self._off_until = now.step + self.section.every  # the pipeline fills
+        if now.step >= self._off_until and (reason := self._off_target()):
+            return self._give_way(now, reason)
+        if now.step < self._from:
+            return None
+        if self._start is None:
+            self._start = now
+            return None
+        interval = Interval.between(self._start, now)
+        if interval.steps < self.section.every or interval.wall_s < self._least_s:
+            return None
+        self._start = now
+        return self._decide(now, interval)
+
+    # ---- targets --------------------------------------------------------------------------------
+
+    def _off_target(self) -> str:
+        """Which target is missed, in words; "" for none."""
+        section = self.section
+        if self.kl is not None and self.kl > section.kl_target:
+            return f"KL after rejection is {self.kl:.3g}, above staleness.kl_target={section.kl_target:g}"
+        if self.ess is not None and self.ess < section.ess_target:
+            return f"ESS is {self.ess:.3g}, below staleness.ess_target={section.ess_target:g}"
+        return ""
+
+    def _give_way(self, now: Totals, reason: str) -> Move | None:
+        if self.budget == 0:
+            return None
+        old = self.budget
+        self._allowed.set(old - 1)
+        self._stride, self._tried = 1, None
+        move = self._move(now, old // 2, reason, None)
+        self._off_until = now.step + max(self.section.every, old) + SMOOTHED  # what is promised is trained by then
+        self.kl = self.ess = None
+        return move
+
+    def _room(self) -> bool:
+        """Whether the targets leave room for older data."""
+        kl, ess, section = self.kl, self.ess, self.section
+        kl_fits = kl is None or kl <= MARGIN * section.kl_target
+        return kl_fits and (ess is None or 1 - ess <= MARGIN * (1 - section.ess_target))
+
+    # ---- what idles -----------------------------------------------------------------------------
+
+    def _decide(self, now: Totals, here: Interval) -> Move | None:
+        if FLEET not in here.idle:  # actors that do not tell what they do
+            return None
+        for barrier in (self._floor, self._ceiling, self._allowed):
+            barrier.tick()
+        tried, self._tried = self._tried, None
+        if tried is not None and (move := self._judge(now, here, *tried)) is not None:
+            return move
+        if tried is None or self.budget > tried[0]:
+            self._reference = here
+        if here.loss > STARVING and not (self._ceiling.left and self.budget >= self._ceiling.at):
+            return self._raise(now, here)
+        if here.loss <= STARVING:
+            self._stride = 1
+        self._calm = self._calm + 1 if here.loss < SLACK or here.loss > STARVING else 0
+        return self._lower(now, here) if self._calm >= CALM else None
+
+    def _judge(self, now: Totals, here: Interval, left: int, there: Interval) -> Move | None:
+        """Whether the last move, from ``left``, is to be taken back."""
+        if self.budget < left:
+            if here.loss > STARVING and here.gain_over(self._reference or there) < -PAYS:
+                self._floor.set(left)
+                return self._move(now, left, f"with {self.budget} all wait", here)
+            self._floor.crossed()
+        elif here.gain_over(there) < PAYS:
+            self._ceiling.set(left)
+            self._stride = 1
+            return self._move(now, left, f"{self.budget} bought nothing", here)
+        else:
+            self._ceiling.crossed()
+            self._floor.set(self.budget)  # less was not enough
+        return None
+
+    def _raise(self, now: Totals, here: Interval) -> Move | None:
+        tops = [barrier.at for barrier in (self._ceiling, self._allowed) if barrier.left]
+        new = min(self.section.most, self.budget + self._stride, *tops)
+        if new <= self.budget or not self._room():
+            return None
+        self._tried = (self.budget, here)
+        self._stride = min(MOST_STRIDE, 2 * self._stride)
+        return self._move(now, new, "all wait for want of it", here)
+
+    def _lower(self, now: Totals, here: Interval) -> Move | None:
+        least = max(1, self._floor.at) if self._floor.left else 1
+        new = max(least, self.budget - max(1, self.budget // 4))
+        if new >= self.budget:
+            return None
+        self._tried = (self.budget, here)
+        why = f"the {here.pace} set the pace" if here.loss < SLACK else "more would buy nothing"
+        return self._move(now, new, f"{why}: a smaller one may do", here)
+
+    def _move(self, now: Totals, new: int, reason: str, here: Interval | None) -> Move:
+        figures: dict[str, float | None] = {"kl_after": _rounded(self.kl), "ess": _rounded(self.ess)}
+        if here is not None:
+            figures |= {f"idle_{side}": _rounded(share) for side, share in here.idle.items()}
+            figures["steps_per_s"] = _rounded(here.rate)
+            reason = f"{reason} (idle: {', '.join(f'{side} {share:.0%}' for side, share in here.idle.items())})"
+        old, self.budget = self.budget, new
+        self._start, self._calm, self._from = None, 0, now.step + abs(old - new) + SETTLES
+        return Move(old, new, reason, figures)
+
+
+def _smooth(before: float | None, value: float | None) -> float | None:
+    if value is None or before is None:
+        return before if value is None else value
+    return before + (value - before) / SMOOTHED
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
