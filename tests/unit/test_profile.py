@@ -1,0 +1,402 @@
+"""The verdict on runs that are made so that it is known: who waits for what, what bounds the rate, what helps."""
+
+import itertools
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.config import ActorSection, RunConfig, RunSection, StalenessSection, to_yaml
+from common.trace import MILESTONES, STATES, Tracer, trace_path
+from tests.unit.timeline import MS, life, step_lines, timelines
+from tools.profile.__main__ import main
+from tools.profile.advice import Candidate, judge
+from tools.profile.causes import ACTOR_AT, LEARNER_AT, UNKNOWN, WORDS, Causes, split_wait
+from tools.profile.drift import Drift, fit
+from tools.profile.figures import staleness_of
+from tools.profile.picture import draw
+from tools.profile.predict import Prediction
+from tools.profile.spent import Window, apportion, choose_window, course_of, processes_of
+from tools.profile.verdict import verdict
+from tools.profile.words import lines_of
+from tools.runs import Run, read_run
+
+STEPS = 12
+
+
+def loop(role, process, moves, **options):
+    """``moves`` once a step; a move of "step" takes the step's number."""
+    return life(process, role, [(s, ms, step) for step in range(STEPS) for s, ms in moves], **options)
+
+
+def marks(step_ms, **at):
+    """Each milestone once a step, so many milliseconds after the step's beginning."""
+    return [(what, step, step * step_ms + ms) for step in range(STEPS) for what, ms in at.items()]
+
+
+def run_of(*lives, step_ms, config=None, **more):
+    config = config or RunConfig(run=RunSection(name="x"))
+    return Run(Path("runs/x"), config, {}, step_lines(STEPS, step_ms, **more), timelines(*lives))
+
+
+def share(found, name, cause):
+    process = next(p for p in found.processes if p.name == name)
+    return process.causes.get(cause, 0.0) / found.seconds
+
+
+def starved_learner(**more):
+    """400 ms a step: the learner trains for 100 and waits for 300, of which 250 for groups; two actors never rest."""
+    moments = {"asked": 2, "ready": 250, "assembled": 255, "scored": 290, "decided": 294, "served": 298}
+    return run_of(
+        loop("learner", "learner", [("idle.shard", 300), ("forward", 60), ("send", 40)]),
+        loop("actor", "actor-0", [("sample", 400)]),
+        loop("actor", "actor-1", [("sample", 390), ("swap", 10)]),
+        loop("replica", "replica-0", [("idle.requests", 255), ("score", 30), ("receive", 5), ("idle.requests", 110)]),
+        loop("broker", "broker", [("idle.messages", 294), ("journal", 3), ("pack", 3), ("idle.messages", 100)],
+             instants=marks(400, **moments, committed=400)),
+        step_ms=400, **more,
+    )  # fmt: skip
+
+
+def test_a_starved_learner_waits_for_rollouts_and_an_actor_more_is_what_helps():
+    found = verdict(starved_learner())
+    assert (found.first, found.last) == (3, STEPS - 1) and found.seconds == pytest.approx(0.4 * 8)
+    expected = {
+        "transport": (2 + 2) / 400, "rollouts.sampling": 248 / 400, "version": 5 / 400, "scoring": 30 / 400,
+        "scoring.transport": 5 / 400, "thinning": 4 / 400, "journal": 3 / 400, "packing": 1 / 400,
+    }  # fmt: skip
+    for cause, part in expected.items():
+        assert share(found, "learner", cause) == pytest.approx(part), cause
+    assert found.bottleneck.resource == "actors" and found.bottleneck.share == pytest.approx(248 / 400)
+    best = found.recommendation.best
+    assert best.changes == {"actor.count": 3}
+    assert best.bound and best.speedup == pytest.approx(400 / (400 - 248 / 3))
+    assert found.rates.steps_s == pytest.approx(2.5) and found.rates.generated_s == pytest.approx(2500)
+    assert found.rates.fleet_s == pytest.approx(2500) and found.rates.learner_s == pytest.approx(10000)
+    assert found.rates.ratio == pytest.approx(0.25)
+    assert found.waste.dropped == pytest.approx(0.005) and found.waste.rejected == pytest.approx(0.01)
+    assert found.publishes.mean_s == found.publishes.p95_s == pytest.approx(0.04)
+    assert found.publishes.parts == {"gather": 0.0, "readiness": 0.0, "wire": pytest.approx(0.04)}
+
+
+def test_on_a_machine_whose_cores_are_spent_nothing_is_to_be_gained():
+    lives = starved_learner().timelines.lives
+    for one in lives:
+        one.header["cores"] = 2
+        for _, totals in one.totals:
+            for total in totals.values():
+                total[1] //= 2
+    found = verdict(run_of(*lives, step_ms=400, config=RunConfig(learner=RunConfig().learner)))
+    assert found.bottleneck.resource == "cores"
+    assert set(found.machines[0].starved) == {"learner", "actor-0", "actor-1", "replica-0"}
+    assert "2 cores" in found.bottleneck.why and "actor-0" in found.bottleneck.why
+
+
+def test_starved_actors_wait_for_credits_of_a_learner_that_is_busy():
+    moves = [("idle.shard", 2), ("forward", 60), ("backward", 100), ("gather", 10), ("idle.receivers", 8), ("send", 20)]
+    moments = {"asked": 0, "ready": -100, "assembled": -90, "scored": -50, "decided": -40, "served": 1}
+    found = verdict(run_of(
+        loop("learner", "learner", moves),
+        loop("actor", "actor-0", [("idle.credits", 120), ("sample", 80)]),
+        loop("broker", "broker", [("idle.messages", 200)], instants=marks(200, **moments, committed=200)),
+        step_ms=200, config=RunConfig(actor=ActorSection(count=2)),
+    ))  # fmt: skip
+    assert found.bottleneck.resource == "learner" and found.bottleneck.share == pytest.approx(198 / 200)
+    assert share(found, "actor-0", "credits.training") == pytest.approx(118 / 200)  # the learner's first 120 ms
+    assert share(found, "actor-0", "credits.waiting") == pytest.approx(2 / 200)
+    assert share(found, "learner", "receivers") == pytest.approx(8 / 200)
+    assert found.rates.ratio == pytest.approx((1000 / 0.08) / (1000 / 0.19))
+    assert found.publishes.parts == {
+        n: pytest.approx(s) for n, s in {"gather": 0.01, "readiness": 0.008, "wire": 0.02}.items()
+    }
+    assert found.recommendation.best.changes == {"learner.dp_replicate": 2}
+
+
+def test_a_slow_replica_is_named_and_rejection_is_kept_where_it_buys_something():
+    moments = {"asked": 0, "ready": -50, "assembled": 1, "scored": 181, "decided": 182, "served": 183}
+    lives = (
+        loop("learner", "learner", [("idle.shard", 184), ("forward", 66)]),
+        loop("actor", "actor-0", [("sample", 100), ("idle.credits", 150)]),
+        loop("replica", "replica-0", [
+            ("idle.requests", 1), ("idle.weights", 20), ("swap", 10), ("score", 150), ("idle.requests", 69),
+        ]),
+        loop("broker", "broker", [("idle.messages", 250)], instants=marks(250, **moments, committed=250)),
+    )  # fmt: skip
+    found = verdict(run_of(*lives, step_ms=250))
+    assert share(found, "learner", "scoring") == pytest.approx(150 / 250)
+    assert share(found, "learner", "scoring.weights") == pytest.approx(30 / 250)
+    assert found.bottleneck.resource == "replica"
+    judged = {tuple(j.changes): j for j in (found.recommendation.best, *found.recommendation.others) if j}
+    assert judged[("obrs.mode",)].speedup > 2 and "before rejection" in judged[("obrs.mode",)].refused
+    kept = verdict(run_of(*lives, step_ms=250, kl_before=5e-4))
+    assert kept.recommendation.best.changes == {"obrs.mode": "off"} and kept.recommendation.best.kl == (1e-3, 5e-4)
+
+
+def test_a_slow_publish_is_named_at_both_ends():
+    moments = {"asked": 0, "ready": 98, "assembled": 99, "scored": 99, "decided": 99, "served": 99}
+    found = verdict(run_of(
+        loop("learner", "learner", [
+            ("idle.shard", 100), ("forward", 20), ("gather", 10), ("idle.receivers", 100), ("send", 170),
+        ]),
+        loop("actor", "actor-0", [("idle.weights", 60), ("swap", 30), ("sample", 310)]),
+        loop("broker", "broker", [("idle.messages", 400)], instants=marks(400, **moments, committed=400)),
+        step_ms=400,
+    ))  # fmt: skip
+    assert share(found, "learner", "rollouts.weights") == pytest.approx(90 / 400)
+    assert share(found, "learner", "rollouts.sampling") == pytest.approx(8 / 400)
+    assert share(found, "actor-0", "weights") == pytest.approx(60 / 400)
+    assert found.bottleneck.resource == "publish"
+    assert found.publishes.mean_s == pytest.approx(0.28)
+
+
+def test_a_second_thinning_counts_as_scoring_once_more():
+    moments = {"asked": [0], "ready": [-9], "assembled": [-8], "scored": [10, 40], "decided": [12, 43], "served": [50]}
+    assert split_wait(1, 60, moments) == [
+        ("scoring", 1, 10), ("thinning", 10, 12), ("scoring", 12, 40), ("thinning", 40, 43), ("packing", 43, 50),
+        ("transport", 50, 60),
+    ]  # fmt: skip
+
+
+def test_what_was_marked_last_tells_what_is_waited_for_and_a_gap_is_unknown():
+    assert split_wait(0, 9, {}) == [(UNKNOWN, 0, 9)]
+    assert split_wait(0, 9, {"asked": [2]}) == [("transport", 0, 2), ("rollouts", 2, 9)]
+    assert split_wait(0, 9, {"asked": [2], "assembled": [4]})[1:] == [(UNKNOWN, 2, 4), ("scoring", 4, 9)]
+
+
+@given(st.integers(-50, 50), st.integers(1, 100), st.dictionaries(
+    st.sampled_from(MILESTONES), st.lists(st.integers(-100, 200), min_size=1, max_size=2).map(sorted)
+))  # fmt: skip
+def test_every_wait_is_cut_without_gaps(start, lasts, moments):
+    parts = split_wait(start, start + lasts, moments)
+    assert parts[0][1] == start and parts[-1][2] == start + lasts
+    assert all(one[2] == other[1] for one, other in itertools.pairwise(parts))
+    assert all(until > since for _, since, until in parts)
+
+
+@given(st.dictionaries(st.sampled_from("abcd"), st.integers(1, 10**9), min_size=1), st.integers(0, 10**12))
+def test_shares_add_up_exactly(parts, whole):
+    found = apportion(Counter(parts), whole)
+    assert sum(found.values()) == whole
+    total = sum(parts.values())
+    assert all(abs(found[name] - whole * part / total) <= 1 + 1e-6 * whole for name, part in parts.items())
+
+
+def moves_of(role):
+    return st.lists(st.tuples(st.sampled_from(list(STATES[role])), st.integers(1, 400), st.integers(0, 3)), max_size=12)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_causes_add_up_to_the_idle_time_of_every_process(data):
+    """Whatever the processes did and whichever marks are missing: to the nanosecond on the slices, and in seconds."""
+    starts = st.integers(0, 500)
+    moments = data.draw(
+        st.lists(st.tuples(st.sampled_from(MILESTONES), st.integers(0, 3), st.integers(0, 3000)), max_size=16)
+    )
+    lives = [
+        life(f"{role}-{n}", role, data.draw(moves_of(role)), moments if role == "broker" else (), data.draw(starts))
+        for role, most in (("learner", 2), ("actor", 3), ("replica", 2), ("broker", 1))
+        for n in range(data.draw(st.integers(0, most)))
+    ]  # fmt: skip
+    found = timelines(*lives)
+    window = Window(data.draw(st.integers(0, 900)) * MS, data.draw(st.integers(1000, 4000)) * MS)
+    causes = Causes(found)
+    for process in processes_of(found, window):
+        (mine,) = [one for one in lives if one.process == process.name]
+        drawn = causes.of_process(process.role, process.name, window)
+        for state, parts in drawn.items():
+            clipped = (min(s.end, window.end) - max(s.start, window.start) for s in mine.slices if s.state == state)
+            assert sum(parts.values()) == sum(ns for ns in clipped if ns > 0)
+            assert all(ns > 0 and cause in WORDS for cause, ns in parts.items())
+        causes.name(process, window)
+        assert sum(process.causes.values()) == pytest.approx(process.idle_s)
+        assert process.there_s + process.absent_s == pytest.approx(window.ns / 1e9)
+
+
+def test_every_cause_that_can_be_named_is_explained():
+    idle = {state.removeprefix("idle.") for states in STATES.values() for state in states if state.startswith("idle.")}
+    split = {"shard", "credits", "scoring"}
+    assert (idle - split) | set(ACTOR_AT.values()) | set(LEARNER_AT.values()) <= set(WORDS)
+
+
+def test_many_actors_share_a_wait_equally():
+    found = verdict(run_of(
+        loop("learner", "learner", [("idle.shard", 100)]),
+        loop("actor", "actor-0", [("sample", 100)]),
+        loop("actor", "actor-1", [("idle.credits", 100)]),
+        loop("broker", "broker", [("idle.messages", 100)], instants=marks(100, asked=0, ready=100, committed=100)),
+        step_ms=100,
+    ))  # fmt: skip
+    assert share(found, "learner", "rollouts.sampling") == share(found, "learner", "rollouts.credits") == 0.5
+
+
+# ---- windows and lives --------------------------------------------------------------------------
+
+
+def test_the_window_leaves_out_the_start_and_what_comes_after_the_last_step():
+    found = timelines(loop("broker", "broker", [("idle.messages", 100)], instants=marks(100, committed=100)))
+    assert choose_window(found)[0] == Window(400 * MS, 1200 * MS, 3, 11)
+    assert choose_window(found, skip_s=0.65)[0] == Window(700 * MS, 1200 * MS, 6, 11)
+    whole, word = choose_window(timelines(life("actor-0", "actor", [("sample", 50)])))
+    assert whole == Window(0, 50 * MS) and "fewer than two steps" in word
+    assert choose_window(timelines()) == (None, "")
+
+
+def test_a_process_that_was_killed_and_started_again_is_one_with_a_hole():
+    lives = life("actor-0", "actor", [("sample", 100)]), life("actor-0", "actor", [("sample", 100)], start=150)
+    (process,) = processes_of(timelines(*lives), Window(50 * MS, 250 * MS))
+    assert process.states["sample"][0] == pytest.approx(0.15) and process.absent_s == pytest.approx(0.05)
+    pieces = list(course_of(lives).between(90 * MS, 160 * MS))
+    assert pieces == [("sample", 90 * MS, 100 * MS), ("", 100 * MS, 150 * MS), ("sample", 150 * MS, 160 * MS)]
+
+
+def test_seconds_between_two_totals_are_those_that_are_drawn_or_else_in_proportion():
+    one = life("actor-0", "actor", [("sample", 1000), ("idle.credits", 1000)], every=2000)
+    (process,) = processes_of(timelines(one), Window(1250 * MS, 1750 * MS))
+    assert process.states == {"idle.credits": (pytest.approx(0.5), 0.0)}
+    one.slices.clear()
+    (process,) = processes_of(timelines(one), Window(1250 * MS, 1750 * MS))
+    assert process.states == {
+        "sample": (pytest.approx(0.25), pytest.approx(0.25)),
+        "idle.credits": (pytest.approx(0.25), 0.0),
+    }
+
+
+# ---- advice -------------------------------------------------------------------------------------
+
+
+class Oracle:
+    def __init__(self, **speedups):
+        self.speedups = speedups
+
+    def predict(self, changes):
+        ((key, value),) = changes.items()
+        found = self.speedups.get(f"{key.replace('.', '_')}_{value}", 1.0)
+        return Prediction(found, None, False, "the oracle")
+
+
+def advised(oracle, config=None, **more):
+    steps = [one for lag in range(1, 5) for one in step_lines(4, 100, lag=lag / 2, kl_after=1e-3 * lag, **more)]
+    run = starved_learner(config=config)
+    run.records = [{**one, "step": n, "lag_histogram": {"2": 100}} for n, one in enumerate(steps)][:STEPS]
+    return verdict(run, predictors=[oracle]).recommendation
+
+
+def test_the_best_prediction_is_recommended_with_what_it_does_to_kl():
+    found = advised(Oracle(staleness_budget_4=1.12, actor_count_3=1.05))
+    assert found.best.changes == {"staleness.budget": 4} and found.best.by == "the oracle"
+    now, then = found.best.kl
+    assert then == pytest.approx(2 * now, rel=0.01)  # the fit's power is 1
+    assert found.words.startswith("raise staleness.budget from 2 to 4: 1.12× predicted, KL after rejection 0.00")
+    assert "fitted over" in found.basis and "r² 1.00" in found.basis
+
+
+def test_of_changes_that_are_worth_the_same_the_cheaper_one_is_taken():
+    found = advised(Oracle(staleness_budget_4=1.30, actor_count_3=1.31))
+    assert found.best.changes == {"staleness.budget": 4}
+    assert found.others[0].changes == {"actor.count": 3}
+
+
+def test_what_costs_no_speed_and_saves_something_comes_before_nothing():
+    found = advised(Oracle(staleness_budget_1=0.5, actor_count_1=0.995))
+    assert found.best.changes == {"actor.count": 1} and "costs no speed" in found.why
+    found = advised(Oracle(staleness_budget_1=0.5, actor_count_1=0.9))
+    assert found.best is None and found.words == "change nothing" and "the learner is busy 25%" in found.why
+
+
+def test_the_fit_refuses_to_go_beyond_twice_the_largest_lag():
+    assert Drift(1e-3, 1.0, 20, 0.9, 2.0).at(4.0) == pytest.approx(4e-3)
+    assert Drift(1e-3, 1.0, 20, 0.9, 2.0).at(4.1) is None
+    candidate = Candidate({"staleness.budget": 16}, "raise", 0)
+    now = staleness_of(step_lines(3, 100), 2)
+    judged = judge(candidate, Prediction(1.5, 9.0, False, "x"), RunConfig(), now, Drift(1e-3, 1.0, 20, 0.9, 2.0))
+    assert judged.kl is None and "more than 2× the largest lag" in judged.refused
+
+
+def test_the_fit_finds_the_power_that_made_the_data():
+    steps = [{"step": n, "lag_mean": lag, "kl_after": 3e-4 * lag**1.5} for n, lag in enumerate([0.5, 1, 1.5, 2, 3] * 3)]
+    found = fit(steps)
+    assert (found.c, found.k, found.steps, found.r2) == (pytest.approx(3e-4), pytest.approx(1.5), 15, pytest.approx(1))
+    alike = fit([{"lag_mean": 2.0 + n / 1000, "kl_after": 1e-3} for n in range(20)])
+    assert alike.k == 1.0 and alike.r2 is None and "too little" in alike.basis
+    assert fit(steps[:7]) is None
+
+
+def test_a_prediction_that_would_break_the_alert_is_not_recommended():
+    found = advised(Oracle(staleness_budget_4=1.5), kl_before=0.4)
+    assert found.best.changes == {"staleness.budget": 4}
+    limited = RunConfig(alerts=type(RunConfig().alerts)(kl_above=1e-3))
+    assert "alerts.kl_above=0.001" in advised(Oracle(staleness_budget_4=1.5), limited).others[0].refused
+
+
+def test_a_budget_that_moves_itself_is_left_alone():
+    found = advised(Oracle(), RunConfig(staleness=StalenessSection(budget="auto")))
+    assert all("staleness.budget" not in j.changes for j in found.others)
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+def written(run_dir, spans=True):
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text(to_yaml(RunConfig(run=RunSection(name="x"))))
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in step_lines(8, 100)))
+    if spans:
+        with Tracer(trace_path(run_dir, "broker"), "broker", "broker") as tracer:
+            for step in range(8):
+                tracer.instant("step", step=step, what="committed")
+                tracer.state("receive" if step % 2 else "idle.messages")
+    return run_dir
+
+
+def test_the_command_prints_and_gives_everything_as_json(tmp_path, capsys):
+    run_dir = written(tmp_path / "x")
+    assert main([str(run_dir)]) == 0
+    shown = capsys.readouterr().out
+    assert "broker" in shown and "note: status.json: missing" in shown and "tokens/s" in shown
+    assert main([str(run_dir), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["first"] == 3 and [p["name"] for p in found["processes"]] == ["broker"]
+    assert main([str(tmp_path / "nowhere")]) == 2
+
+
+def test_what_is_missing_is_said_and_the_rest_is_judged(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert main([str(tmp_path / "empty")]) == 0
+    assert "nothing to judge" in capsys.readouterr().out
+    seconds = {"seconds_fetch": 0.02, "seconds_train": 0.07, "seconds_publish": 0.01}
+    run_dir = written(tmp_path / "x", spans=False)
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in step_lines(8, 100, **seconds)))
+    found = verdict(read_run(run_dir))
+    (learner,) = found.processes
+    assert learner.busy_s == pytest.approx(0.08 * 4) and learner.idle_s == pytest.approx(0.02 * 4)
+    assert any("without timelines" in note for note in found.notes)
+
+
+def test_sums_of_heartbeats_stand_in_for_timelines():
+    def line(step):
+        states = {
+            "learner": {"forward": 0.06 * step, "idle.shard": 0.04 * step},
+            "actor": {"sample": 0.1 * step, "idle.credits": 0.1 * step},
+        }
+        return {"states": states, "parked": {"rollouts": 0.03 * step, "scoring": 0.01 * step}}
+
+    run = run_of(step_ms=100)
+    run.records = [one | line(one["step"]) for one in run.records]
+    found = verdict(run)
+    assert share(found, "learner", "rollouts.sampling") == pytest.approx(0.3)
+    assert share(found, "learner", "scoring") == pytest.approx(0.1)
+    assert share(found, "all actors", "credits") == pytest.approx(1.0)
+    assert found.bottleneck.resource == "actors"
+
+
+def test_the_picture_and_the_lines_tell_the_same(tmp_path):
+    found = verdict(starved_learner())
+    assert draw(found, tmp_path / "bars.png") and (tmp_path / "bars.png").stat().st_size > 5000
+    lines = "\n".join(lines_of(found))
+    assert "Bottleneck: actors" in lines
+    assert "learner: forward 15 %, send 10 %; idle 75 %: rollouts.sampling 62 %" in lines
+    assert not draw(verdict(run_of(step_ms=100)), tmp_path / "none.png")

@@ -1,0 +1,1 @@
+"""The verdict of a run: see tools.profile.verdict and docs/profiling.md."""

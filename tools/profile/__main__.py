@@ -1,0 +1,52 @@
+"""Where a run's time went, what bounds it, and one recommendation.
+
+::
+
+    python -m tools.profile RUN_DIR
+    python -m tools.profile RUN_DIR --json            everything, for programs
+    python -m tools.profile RUN_DIR --skip-s 60       leave out the first minute instead of the first steps
+    python -m tools.profile RUN_DIR --picture bars.png
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.errors import CroupierError
+from tools.console import make_console, print_error
+from tools.profile.picture import draw
+from tools.profile.verdict import verdict
+from tools.profile.words import print_verdict
+from tools.runs import print_notes, read_run
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m tools.profile", description="Where a run's time went.")
+    parser.add_argument("run_dir", type=Path, help="such as runs/quickstart; it may still be written")
+    parser.add_argument("--json", action="store_true", help="everything as one object")
+    parser.add_argument("--skip-s", type=float, help="seconds to leave out at the beginning")
+    parser.add_argument("--picture", type=Path, help="write the bars as .png or .svg too")
+    given = parser.parse_args(arguments)
+    console = make_console()
+    try:
+        run = read_run(given.run_dir)
+        found = verdict(run, given.skip_s)
+    except CroupierError as error:
+        print_error(console, error)
+        return 2
+    if given.picture is not None:
+        draw(found, given.picture)
+    if given.json:
+        sys.stdout.write(json.dumps(found.as_dict(), indent=2) + "\n")
+        return 0
+    run.notes = found.notes
+    print_notes(console, run)
+    print_verdict(console, found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""One recommendation: the change that is predicted to be worth most, within what the data bear. Pure."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from common.config import RunConfig
+from tools.profile.drift import FURTHEST, Drift
+from tools.profile.figures import Staleness
+from tools.profile.predict import Prediction, Predictor
+
+WORTH = 1.03  # a change that is predicted to give less is not recommended
+COSTLESS = 0.99  # a process less that is predicted to leave as much of the rate is
+ALIKE = 0.02  # speed-ups that differ by less are alike: the cheaper change is taken
+NEGLIGIBLE_KL = 1e-3  # nats a token, before rejection, below which rejection buys nothing
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A change under its YAML names."""
+
+    changes: dict[str, int | str]
+    words: str
+    cost: int  # 0: a setting; 1: a process more; 2: another learner
+    saves: bool = False  # a process, or lag: worth it where it costs no speed
+
+    @property
+    def moves_lag(self) -> bool:
+        """Whether it is a change of the budget."""
+        return "staleness.budget" in self.changes
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A candidate and what is predicted of it."""
+
+    words: str
+    changes: dict[str, int | str]
+    speedup: float
+    bound: bool
+    by: str
+    lag: tuple[float, float] | None = None
+    kl: tuple[float, float] | None = None  # after rejection, now and then
+    refused: str = ""  # why it is not recommended although it may be faster
+
+    @property
+    def sentence(self) -> str:
+        """With its predicted effect."""
+        speed = f"{'at most ' if self.bound else ''}{self.speedup:.2f}× predicted"
+        kl = f", KL after rejection {self.kl[0]:.2g} → {self.kl[1]:.2g}" if self.kl else ""
+        return f"{self.words}: {speed}{kl}" + (f"; not recommended: {self.refused}" if self.refused else "")
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What to do next, and what else was weighed."""
+
+    words: str
+    why: str
+    best: Judged | None  # None: nothing is worth changing
+    others: tuple[Judged, ...] = ()
+    basis: str = ""  # of the prediction of KL
+
+
+def candidates(config: RunConfig) -> Iterator[Candidate]:
+    """Every change that is weighed."""
+    if not config.staleness.auto:
+        now = config.staleness.limit
+        more = max(1, 2 * now)
+        yield Candidate({"staleness.budget": more}, f"raise staleness.budget from {now} to {more}", 0)
+        if now:
+            yield Candidate({"staleness.budget": now // 2}, f"lower staleness.budget from {now} to {now // 2}", 0, True)
+    if config.obrs.mode != "off":
+        yield Candidate({"obrs.mode": "off"}, "switch rejection off (obrs.mode=off)", 0)
+        count = config.replica.count
+        yield Candidate({"replica.count": count + 1}, f"add one replica (replica.count={count + 1})", 1)
+    count = config.actor.count
+    if count > 1:
+        yield Candidate({"actor.count": count - 1}, f"take one actor away (actor.count={count - 1})", 0, True)
+    yield Candidate({"actor.count": count + 1}, f"add one actor (actor.count={count + 1})", 1)
+    ranks = 2 * config.learner.dp_replicate
+    yield Candidate({"learner.dp_replicate": ranks}, f"train on {ranks} data ranks (learner.dp_replicate={ranks})", 2)
+
+
+def judge(
+    candidate: Candidate, prediction: Prediction, config: RunConfig, now: Staleness, drift: Drift | None
+) -> Judged:
+    """Add what the change would do to the data, and whether they bear it."""
+    found = Judged(candidate.words, candidate.changes, prediction.speedup, prediction.bound, prediction.by)
+    if candidate.changes.get("obrs.mode") == "off":
+        return _without_rejection(found, now)
+    lag, now_lag = prediction.lag_mean, now.lag_mean
+    if candidate.moves_lag and now_lag is not None:
+        if lag is None:  # the lag follows the budget where actors use all of it
+            lag = now_lag * int(candidate.changes["staleness.budget"]) / max(1, config.staleness.limit)
+        found = _with(found, lag=(now_lag, lag))
+    if not candidate.moves_lag or lag is None or now_lag is None:
+        return found
+    if drift is None or now.kl_after is None:
+        refused = "" if config.obrs.mode == "off" else "too few steps to tell what it does to KL"
+        return _with(found, refused=refused)
+    then, here = drift.at(lag), drift.at(now_lag)
+    if then is None:
+        return _with(
+            found,
+            refused=f"a mean lag of {lag:.1f} is more than {FURTHEST:g}× the largest lag of this run "
+            f"({drift.largest:.0f}): what it does to KL cannot be told from it",
+        )
+    kl = now.kl_after * (then / here if here else 1.0)
+    limit = config.alerts.kl_above
+    refused = f"KL would exceed alerts.kl_above={limit:g}" if limit and kl > limit else ""
+    return _with(found, kl=(now.kl_after, kl), refused=refused)
+
+
+def _without_rejection(found: Judged, now: Staleness) -> Judged:
+    if now.kl_before is None:
+        return _with(found, refused="KL before rejection is not known")
+    if now.kl_before > NEGLIGIBLE_KL:
+        return _with(
+            found, refused=f"KL would be {now.kl_before:.2g}, as before rejection, not {now.kl_after or 0:.2g}"
+        )
+    return _with(found, kl=(now.kl_after or 0.0, now.kl_before))
+
+
+def _with(found: Judged, **changes: object) -> Judged:
+    return Judged(**{**vars(found), **changes})
+
+
+def recommend(
+    config: RunConfig, predictors: Sequence[Predictor], now: Staleness, drift: Drift | None, busy: str
+) -> Recommendation:
+    """The first predictor that can say, says it. ``busy``: what the learner does, for when nothing is worth it."""
+    judged: list[tuple[Candidate, Judged]] = []
+    for candidate in candidates(config):
+        prediction = next((p for predictor in predictors if (p := predictor.predict(candidate.changes))), None)
+        if prediction is not None:
+            judged.append((candidate, judge(candidate, prediction, config, now, drift)))
+    judged.sort(key=lambda pair: -pair[1].speedup)
+    basis = drift.basis if drift is not None else ""
+    open_ = [(c, j) for c, j in judged if not j.refused and not c.saves]
+    top = max((j.speedup for _, j in open_), default=0.0)
+    if top >= WORTH:
+        alike = [(c, j) for c, j in open_ if j.speedup >= max(WORTH, top - ALIKE)]
+        chosen = min(alike, key=lambda pair: (pair[0].cost, -pair[1].speedup))[1]
+        why = f"by {chosen.by}"
+    else:
+        spare = [j for c, j in judged if c.saves and j.speedup >= COSTLESS]
+        if not spare:
+            others = tuple(j for _, j in judged)
+            return Recommendation("change nothing", f"{busy}; no change is predicted to gain 3 %", None, others, basis)
+        chosen, why = spare[0], f"by {spare[0].by}; nothing is predicted to gain 3 %, and this costs no speed"
+    others = tuple(j for _, j in judged if j is not chosen)
+    return Recommendation(chosen.sentence, why, chosen, others, basis)

@@ -1,0 +1,208 @@
+"""The verdict of a run: where its time went, what bounds it, and what to change.
+
+::
+
+    Run -> choose_window -> processes and causes -> rates, publishes, staleness -> bottleneck -> recommendation
+    verdict(read_run(run_dir)) -> Verdict;   words.lines_of(it) -> sentences;   picture.draw(it, path)
+"""
+
+import os
+import socket
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from common.trace import IDLE
+from tools.profile.advice import Recommendation, recommend
+from tools.profile.bottleneck import Bottleneck, Machine, find_bottleneck, machines_of
+from tools.profile.causes import Causes
+from tools.profile.drift import fit
+from tools.profile.figures import (
+    Publishes,
+    Rates,
+    Staleness,
+    Waste,
+    number,
+    publishes_of,
+    rates_of,
+    staleness_of,
+    waste_of,
+)
+from tools.profile.predict import Bounds, Predictor
+from tools.profile.spent import FIRST_STEP, NS, Process, Window, choose_window, processes_of
+from tools.run_files import Record
+from tools.runs import Run
+from tools.timelines import Timelines
+
+
+@dataclass
+class Verdict:
+    """Everything that ``python -m tools.profile`` prints. Seconds and shares are of the window."""
+
+    run: str
+    seconds: float  # of the window; 0: nothing could be judged
+    first: int  # the step with whose commit the window begins, -1 for none
+    last: int
+    processes: list[Process] = field(default_factory=list)
+    machines: list[Machine] = field(default_factory=list)
+    rates: Rates | None = None
+    waste: Waste | None = None
+    publishes: Publishes | None = None
+    staleness: Staleness | None = None
+    bottleneck: Bottleneck | None = None
+    recommendation: Recommendation | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        found = asdict(self)
+        for row, process in zip(found["processes"], self.processes, strict=True):
+            row |= {"busy_s": process.busy_s, "idle_s": process.idle_s, "cpu_of_busy": process.cpu_of_busy}
+        return found
+
+
+def verdict(run: Run, skip_s: float | None = None, predictors: Sequence[Predictor] = ()) -> Verdict:
+    """Judge what could be read of a run; ``predictors`` are asked before the bounds are."""
+    window, word = choose_window(run.timelines, skip_s)
+    notes = [*run.notes, *([word] if word else [])]
+    if window is None:
+        return _from_records(run, notes, skip_s)
+    processes = processes_of(run.timelines, window)
+    causes = Causes(run.timelines)
+    for process in processes:
+        causes.name(process, window)
+    steps = [step for step in run.steps if window.first <= step["step"] <= window.last]
+    seconds = window.ns * NS
+    found = Verdict(run.path.name, seconds, window.first, window.last, processes, notes=notes)
+    found.machines = machines_of(processes, seconds, cores_of(run.timelines))
+    found.publishes = publishes_of(run.timelines, window, _published(run, window))
+    _judge(found, run, steps, predictors)
+    return found
+
+
+def cores_of(timelines: Timelines) -> dict[str, int]:
+    """By host, as the timelines say; else this machine's, where they were written here."""
+    found = {
+        str(life.header.get("host")): int(cores)
+        for life in timelines.lives
+        if (cores := number(life.header.get("cores")))
+    }
+    here = socket.gethostname()
+    if here not in found and any(life.header.get("host") == here for life in timelines.lives):
+        found[here] = len(os.sched_getaffinity(0))
+    return found
+
+
+def _published(run: Run, window: Window) -> list[Record]:
+    if window.first < 0:
+        return run.publishes
+    return [p for p in run.publishes if window.first + 1 < p["version"] <= window.last + 1]
+
+
+def _judge(found: Verdict, run: Run, steps: Sequence[Record], predictors: Sequence[Predictor]) -> None:
+    """What follows from times and steps together."""
+    budget = run.config.staleness.limit if run.config else None
+    if len(steps) >= 2:
+        found.rates = rates_of(steps, found.seconds, found.processes)
+        found.waste, found.staleness = waste_of(steps), staleness_of(steps, budget)
+    found.bottleneck = find_bottleneck(found.processes, found.machines)
+    learner = next((p for p in found.processes if p.role == "learner"), None)
+    if run.config is None:
+        found.notes.append("no recommendation without config.yaml")
+    elif found.rates is None or found.staleness is None or learner is None:
+        found.notes.append("no recommendation: fewer than two steps, or no timeline of the learner")
+    else:
+        busy = f"the learner is busy {learner.busy_s / found.seconds:.0%} of the time"
+        asked = [*predictors, bounds_of(found, run)]
+        found.recommendation = recommend(run.config, asked, found.staleness, fit(run.steps), busy)
+
+
+def bounds_of(found: Verdict, run: Run) -> Bounds:
+    """What a step costs everybody, for predictions without the simulator."""
+    assert run.config is not None and found.rates is not None
+    steps = max(1e-9, found.rates.steps_s * found.seconds)
+    by_role: dict[str, list[Process]] = {}
+    for process in found.processes:
+        by_role.setdefault(process.role, []).append(process)
+    learner, actors = by_role["learner"][0], by_role.get("actor", [])
+    publishing = sum(learner.states.get(state, (0.0, 0.0))[0] for state in ("gather", "send"))
+    fullest = max(found.machines, key=lambda m: m.cpu / m.cores if m.cores else 0.0, default=None)
+    return Bounds(
+        step_s=found.seconds / steps,
+        learner_s=learner.busy_s / steps,
+        train_s=(learner.busy_s - publishing) / steps,
+        actors_s=sum(p.busy_s for p in actors) / steps,
+        replica_s=sum(p.states.get("score", (0.0, 0.0))[0] for p in by_role.get("replica", [])) / steps,
+        cpu_s=(fullest.cpu if fullest else 0.0) * found.seconds / steps,
+        cores=fullest.cores if fullest else None,
+        waits={cause: seconds / steps for cause, seconds in learner.causes.items()},
+        credits_s=sum(s for p in actors for c, s in p.causes.items() if c.startswith("credits."))
+        / steps
+        / max(1, len(actors)),
+        actors=max(1, len(actors)),
+        replicas=run.config.replica.count,
+        ranks=run.config.learner.ranks,
+        budget=run.config.staleness.limit,
+    )
+
+
+# ---- runs without timelines ---------------------------------------------------------------------
+
+PARKED = {"rollouts": "rollouts.sampling", "scoring": "scoring", "packing": "packing", "publish": "version"}
+
+
+def _from_records(run: Run, notes: list[str], skip_s: float | None) -> Verdict:
+    """What metrics.jsonl alone tells: every role's seconds added up, no CPU, waits as the broker saw them."""
+    timed = [step for step in run.steps if number(step.get("time_s")) is not None]
+    steps = timed[min(FIRST_STEP, max(0, len(timed) - 2)) :]
+    if skip_s is not None:
+        steps = [step for step in timed if step["time_s"] >= skip_s]
+    found = Verdict(run.path.name, 0.0, -1, -1, notes=notes)
+    if len(steps) < 2 or steps[-1]["time_s"] <= steps[0]["time_s"]:
+        notes.append("nothing to judge: there are no timelines, and fewer than two steps were committed")
+        return found
+    found.first, found.last = int(steps[0]["step"]), int(steps[-1]["step"])
+    found.seconds = float(steps[-1]["time_s"] - steps[0]["time_s"])
+    notes.append("without timelines: processes of a role are added up, CPU and most causes are not known")
+    found.processes = _roles(steps) or _learner(steps)
+    for process in found.processes:
+        process.absent_s = max(0.0, found.seconds - process.there_s) if process.role == "learner" else 0.0
+    found.publishes = publishes_of(
+        run.timelines, Window(0, 0), [p for p in run.publishes if found.first + 1 < p["version"] <= found.last + 1]
+    )
+    _judge(found, run, steps, ())
+    return found
+
+
+def _roles(steps: Sequence[Record]) -> list[Process]:
+    """From the sums of heartbeats in the steps' lines."""
+    first, last = steps[0].get("states"), steps[-1].get("states")
+    if not isinstance(first, dict) or not isinstance(last, dict):
+        return []
+    processes = []
+    for role, states in last.items():
+        before = first.get(role) or {}
+        taken = {state: max(0.0, value - (before.get(state) or 0.0)) for state, value in states.items()}
+        process = Process(f"all {role}s" if role == "actor" else str(role), str(role))
+        process.states = {state: (seconds, 0.0) for state, seconds in taken.items() if seconds}
+        process.causes = {state.removeprefix(IDLE): s for state, s in taken.items() if state.startswith(IDLE) and s}
+        if role == "learner" and (whole := process.causes.pop("shard", 0.0)):
+            parked = Counter({
+                PARKED.get(cause, cause): max(0.0, value - ((steps[0].get("parked") or {}).get(cause) or 0.0))
+                for cause, value in (steps[-1].get("parked") or {}).items()
+            })  # fmt: skip
+            sum_ = sum(parked.values())
+            process.causes |= {c: whole * s / sum_ for c, s in parked.items() if s} if sum_ else {"unknown": whole}
+        processes.append(process)
+    return sorted(processes, key=lambda p: ("learner", "actor", "replica", "broker").index(p.role))
+
+
+def _learner(steps: Sequence[Record]) -> list[Process]:
+    """From the learner's own figures, in runs older than heartbeats with seconds."""
+    process = Process("learner", "learner")
+    for state, key in (("train", "seconds_train"), ("send", "seconds_publish"), ("idle.shard", "seconds_fetch")):
+        seconds = sum(number(step.get(key)) or 0.0 for step in steps[1:])
+        process.states[state] = (seconds, 0.0)
+    process.causes = {"unknown": process.idle_s}
+    return [process]
