@@ -8,7 +8,7 @@ matplotlib.use("Agg")  # files only: no display is needed or opened
 
 from matplotlib.figure import Figure
 
-from tools.plots import INK, MUTED
+from tools.pictures import INK, MUTED
 from tools.profile.verdict import Verdict
 from tools.profile.words import LEAST, shown
 from tools.timelines import is_idle
