@@ -35,14 +35,16 @@ from tools.preflight import (
     check_sandbox,
 )
 from tools.processes import Process, processes_of, stop_all, wait_all
-from tools.progress import panel, plain_line, remaining_s
-from tools.run_files import CONFIG, LOGS, PAGE, STATUS, Record, last_lines, read_status, set_aside
+from tools.run_files import CONFIG, LOGS, PAGE, STATUS, last_lines, read_status, set_aside
 from tools.stamp import wants_warmstart
+from tools.watch.follow import Follower
+from tools.watch.screen import Screen, plain_line
 
 Outcome = Literal["finished", "interrupted", "failed"]
 EXIT_CODES: dict[Outcome, int] = {"finished": 0, "failed": 1, "interrupted": 130}
 
 POLL_S = 0.2  # of exit codes and status.json, which the broker writes every 0.5 s
+LOOK_S = 0.05  # that one look into the run directory may take
 LINE_S = 5.0  # between plain lines where there is no terminal
 MAX_RESTARTS = 3  # of one actor or replica
 LEAVE_S = 5.0  # for the others to go by themselves once the broker is done
@@ -82,11 +84,14 @@ class Run:
     stop: StopFlag
     processes: list[Process] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
-    rewards: dict[int, float] = field(default_factory=dict)  # step -> batch reward, for the sparkline
-    first: tuple[float, int] | None = None  # (time, step) from which the pace is taken
+    follower: Follower = field(init=False)
     live: Live | None = None
     line_at: float = -LINE_S  # when the last plain line was printed
     log: Path | None = None  # where what is said is kept, once there is a run directory
+
+    def __post_init__(self) -> None:
+        """Follow what will lie in the run directory."""
+        self.follower = Follower(self.directory)
 
     @property
     def directory(self) -> Path:
@@ -220,33 +225,28 @@ class Run:
             self.say(f"  {line}")
 
     def look(self) -> None:
-        """Take a reading of ``status.json``."""
-        status = read_status(self.directory)
-        if status.get("step"):
-            if self.first is None:
-                self.first = (status["time"], status["step"])
-            if status.get("reward") is not None:
-                self.rewards[status["step"]] = status["reward"]
-        self._render(status)
+        """Read what the broker wrote and show it."""
+        now = time.monotonic()
+        if self.live is None and now - self.line_at <= LINE_S:
+            return
+        view = self.follower.look(LOOK_S)
+        if view.phase == "nothing":  # nobody needs to be told how to start it
+            view.phase, view.words = "starting", ""
+        if self.live is not None:
+            height = max(1, self.console.height - 1)  # the cursor's line stays free
+            self.live.update(Screen(view, self.follower.history, height), refresh=True)
+            return
+        self.line_at = now
+        self.say(plain_line(view))
 
     @contextlib.contextmanager
     def display(self) -> Iterator[None]:
-        """A live panel on a terminal, plain lines elsewhere."""
+        """The screen of tools.watch on a terminal, plain lines elsewhere."""
         if not self.console.is_terminal:
             yield
             return
         with Live(console=self.console, auto_refresh=False, transient=False) as self.live:
             yield
-
-    def _render(self, status: Record) -> None:
-        eta = remaining_s(status, self.first)
-        elapsed = time.monotonic() - self.started
-        if self.live is not None:
-            rewards = list(self.rewards.values())
-            self.live.update(panel(self.config.run.name, status, rewards, eta, elapsed), refresh=True)
-        elif time.monotonic() - self.line_at > LINE_S:
-            self.line_at = time.monotonic()
-            self.say(plain_line(status, eta))
 
     def report(self, outcome: Outcome) -> None:
         """Write summary, reports and curves, and say how it went."""

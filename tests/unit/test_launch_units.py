@@ -23,10 +23,10 @@ from common.config import (
 )
 from common.errors import ConfigError, ModelError
 from common.process import StopFlag, free_port
-from tools.launch import Run, main
+from tools.launch import LINE_S, Run, main
 from tools.preflight import check_address, check_engine, check_meshes, check_model
 from tools.processes import Process, child_environment, descendants, processes_of, stop_all, wait_all
-from tools.progress import duration, panel, plain_line, remaining_s, sparkline
+from tools.progress import duration, remaining_s
 from tools.stamp import ModelState, fingerprint, model_state, write_stamp
 
 STATUS = {
@@ -246,29 +246,22 @@ def test_a_mesh_that_does_not_divide_the_model_is_found_before_anything_starts(t
         check_meshes(RunConfig(model=model, replica=ReplicaSection(tp=4)))
 
 
-def test_the_display_shows_what_the_status_says() -> None:
-    said = io.StringIO()
-    Console(file=said, width=110).print(panel("demo", STATUS, [0.2, 0.5, 0.9], 90.0, 60.0))
-    text = said.getvalue()
-    assert all(
-        part in text for part in ("0.420", "30/100", "5,432", "0.8 mean".replace("0.8", "0.80"), "actor-0", "2 lag")
-    )
-    line = plain_line(STATUS, 90.0)
-    assert "step 30/100" in line
-    assert "ETA 1:30" in line
-
-
-def test_the_display_survives_an_empty_and_a_waiting_status() -> None:
-    Console(file=io.StringIO()).print(panel("demo", {}, [], None, 0.0))
-    assert plain_line({}, None) == "starting"
-    assert plain_line({"phase": "waiting", "waiting_for": "the learner"}, None) == "waiting for the learner"
+def test_the_launcher_says_how_the_run_stands(tmp_path: Path) -> None:
+    run, said = make_run(tmp_path)
+    run.look()
+    assert said.getvalue().strip() == "starting"
+    (run.directory / "status.json").write_text(json.dumps(STATUS))
+    run.look()
+    assert "step 30/100" not in said.getvalue()  # a line every few seconds is enough
+    run.line_at = -LINE_S
+    run.look()
+    assert "step 30/100  version 30  reward 0.420" in said.getvalue()
 
 
 def test_small_figures() -> None:
     assert [duration(s) for s in (None, 5, 65, 3700)] == ["–", "0:05", "1:05", "1:01:40"]
     assert remaining_s(STATUS, (10.0, 10)) == pytest.approx(140.0)
     assert remaining_s({}, None) is None
-    assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
     assert os.environ.get("CROUPIER_DIE_WITH_PARENT") is None
 
 

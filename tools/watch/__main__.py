@@ -1,0 +1,36 @@
+"""``python -m tools.watch RUN_DIR``: a run while it goes, or as it ended.
+
+A terminal shows a live screen, a pipe plain lines; ``--once`` prints one frame and exits with 2 if there is
+nothing yet.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from common.errors import CroupierError
+from common.process import StopFlag
+from tools.console import make_console, print_error
+from tools.watch.follow import Follower
+from tools.watch.terminal import show_once, watch_lines, watch_live
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Watch; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tools.watch", description="Watch a run, live or as it ended.")
+    parser.add_argument("run_dir", type=Path, help="the run's directory, such as runs/quickstart")
+    parser.add_argument("--once", action="store_true", help="print one frame and exit; 2 if there is nothing yet")
+    given = parser.parse_args(arguments)
+    console, stop = make_console(), StopFlag().install()
+    follower = Follower(given.run_dir)
+    try:
+        if given.once:
+            return show_once(follower, console)
+        return (watch_live if console.is_terminal else watch_lines)(follower, console, stop)
+    except CroupierError as error:
+        print_error(console, error)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
