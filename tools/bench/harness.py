@@ -40,6 +40,11 @@ REGISTRY = {  # name -> (module, what it measures, default repeats); imported wh
         "what old data cost each method: rates chosen, then seeds; about two hours; writes docs/results.md",
         5,
     ),
+    "end2end": (
+        "tools.bench.end2end.study",
+        "synchronous, asynchronous with and without correction, TRL: samples/s and wall-clock to a reward; 40 minutes",
+        3,
+    ),
     "store": ("tools.bench.store", "LMDB and SQLite as the journal's store, beside append + fdatasync", 5),
     "verifiers": ("tools.bench.verifiers", "math-verify, reasoning-gym, searches and the order of questions", 5),
     "codec": ("tools.bench.codec", "encode + decode of 2,048-token trajectories", 15),
@@ -57,6 +62,7 @@ class Row:
     reference: str
     reference_value: float
     reps: int
+    spread: float | None = None  # standard deviation of the ratio over repeats, where it was taken
 
     @property
     def ratio(self) -> float:
@@ -65,7 +71,7 @@ class Row:
 
     def to_json(self) -> str:
         """The row as one JSON object."""
-        order = ("bench", "name", "value", "unit", "reference", "reference_value", "ratio", "reps")
+        order = ("bench", "name", "value", "unit", "reference", "reference_value", "ratio", "reps", "spread")
         fields = asdict(self) | {"ratio": self.ratio}
         return json.dumps({key: fields[key] for key in order})
 
@@ -112,7 +118,7 @@ def show(rows: list[Row], console: Console) -> None:
             row.unit,
             row.reference,
             _short(row.reference_value),
-            f"{row.ratio:.2f}",
+            f"{row.ratio:.2f}" if row.spread is None else f"{row.ratio:.2f} ± {row.spread:.2f}",
             str(row.reps),
         )
     console.print(table)

@@ -12,7 +12,7 @@ LAUNCH_LIMIT_S = 300.0
 FIRST_STEP = 3  # the pipeline has filled by then
 
 
-def launch(config: RunConfig, folder: Path) -> list[Record]:
+def launch(config: RunConfig, folder: Path, limit_s: float = LAUNCH_LIMIT_S) -> list[Record]:
     """Run ``config`` once with ``tools.launch``; its step lines. Raises :class:`EngineError` if it fails or is late."""
     file, log = folder / "run.yaml", folder / "launch.log"
     file.write_text(to_yaml(config))
@@ -24,9 +24,9 @@ def launch(config: RunConfig, folder: Path) -> list[Record]:
             stdin=subprocess.DEVNULL,
         )
         try:
-            code = launcher.wait(LAUNCH_LIMIT_S)
+            code = launcher.wait(limit_s)
         except subprocess.TimeoutExpired as late:
-            raise EngineError(f"the loop was not done after {LAUNCH_LIMIT_S:.0f} s:\n{_tail(log)}") from late
+            raise EngineError(f"the loop was not done after {limit_s:.0f} s:\n{_tail(log)}") from late
         finally:
             if launcher.poll() is None:
                 launcher.terminate()

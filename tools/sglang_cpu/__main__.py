@@ -11,13 +11,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tools.venvs import make_venv, pip_install
+
 HERE = Path(__file__).parent
 DEFAULT = ".sglang"
 VERSION = "0.5.23"
 TORCH = "torch==2.13.0"
 ALONE = (f"sglang=={VERSION}", "torchvision==0.28.0", "xgrammar==0.2.7", "torch_memory_saver==0.0.10")  # without deps
 STAMP = "croupier-sglang"
-INSTALL_S = 1800.0
 
 
 def recipe() -> str:
@@ -38,10 +39,10 @@ def install(directory: Path) -> Path:
         return python
     shutil.rmtree(directory, ignore_errors=True)
     print(f"installing SGLang {VERSION} for CPUs into {directory} (about two minutes, 2.8 GB)", flush=True)
-    _make_venv(directory)
-    _pip(python, TORCH)
-    _pip(python, "-r", str(HERE / "requirements.txt"))
-    _pip(python, "--no-deps", *ALONE)
+    make_venv(directory)
+    pip_install(python, TORCH)
+    pip_install(python, "-r", str(HERE / "requirements.txt"))
+    pip_install(python, "--no-deps", *ALONE)
     where = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
     site = Path(subprocess.run([python, "-c", where], check=True, capture_output=True, text=True).stdout.strip())
     for name, text in _add_ons().items():
@@ -49,22 +50,6 @@ def install(directory: Path) -> Path:
         (site / name).write_text(text)
     stamp.write_text(recipe())
     return python
-
-
-def _make_venv(directory: Path) -> None:
-    """Also where Debian has no python3-venv: then without pip, which ours puts in."""
-    made = subprocess.run([sys.executable, "-m", "venv", str(directory)], capture_output=True)
-    if made.returncode != 0:
-        subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", str(directory)], check=True)
-        command = [sys.executable, "-m", "pip", "--python", str(directory / "bin" / "python"), "install", "-q", "pip"]
-        subprocess.run(command, check=True, timeout=INSTALL_S)
-
-
-def _pip(python: Path, *arguments: str) -> None:
-    command = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_S)
-    if done.returncode != 0:
-        raise SystemExit(f"pip could not install {arguments}:\n{done.stderr[-2000:]}")
 
 
 def main(arguments: list[str] | None = None) -> int:

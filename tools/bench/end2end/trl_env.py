@@ -1,0 +1,46 @@
+"""``python -m tools.bench.end2end.trl_env``: an environment with TRL, which the benchmark compares croupier with.
+
+About a minute and 1.5 GB in ``.trl``. The torch and transformers in it are those of our own
+environment (``constraints.txt``). An environment that is whole is left as it is.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+from tools.venvs import make_venv, pip_install
+
+DIRECTORY = Path(".trl")
+CONSTRAINTS = Path("constraints.txt")
+PACKAGES = ("torch==2.13.0", "transformers==5.23.0", "trl==1.16.0", "accelerate==1.15.0", "datasets==5.2.0")
+STAMP = "croupier-trl"
+HOW = "python -m tools.bench.end2end.trl_env"
+
+
+def interpreter(directory: Path = DIRECTORY) -> Path | None:
+    """That of a whole environment; None where there is none."""
+    stamp = directory / STAMP
+    whole = stamp.is_file() and stamp.read_text() == _recipe()
+    return directory / "bin" / "python" if whole else None
+
+
+def install(directory: Path = DIRECTORY) -> Path:
+    """Make ``directory`` a whole environment, unless it is one; returns its interpreter."""
+    found = interpreter(directory)
+    if found is not None:
+        return found
+    shutil.rmtree(directory, ignore_errors=True)
+    print(f"installing {PACKAGES[2]} into {directory} (about a minute, 1.5 GB)", flush=True)
+    python = make_venv(directory)
+    pip_install(python, "-c", str(CONSTRAINTS), *PACKAGES)
+    (directory / STAMP).write_text(_recipe())
+    return python
+
+
+def _recipe() -> str:
+    return "\n".join(PACKAGES)
+
+
+if __name__ == "__main__":
+    print(install())
+    sys.exit(0)
