@@ -13,7 +13,7 @@ from tools.bench.loop import harmonic, loop_config
 
 def test_rows_are_json_with_the_promised_keys() -> None:
     row = Row("b", "n", 3.0, "tok/s", "limit", 6.0, 5)
-    keys = ["bench", "name", "value", "unit", "reference", "reference_value", "ratio", "reps"]
+    keys = ["bench", "name", "value", "unit", "reference", "reference_value", "ratio", "reps", "spread"]
     assert list(json.loads(row.to_json())) == keys
     assert row.ratio == 0.5
 
@@ -49,6 +49,7 @@ def test_unknown_names_and_repeats_are_refused(capsys: pytest.CaptureFixture[str
         "loop",
         "algorithms",
         "staleness",
+        "end2end",
         "verifiers",
         "learner",
         "learner_gpu",

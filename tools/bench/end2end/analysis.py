@@ -102,5 +102,5 @@ def paired(ours: Mapping[int, float | None], theirs: Mapping[int, float | None])
 def band(curves: Sequence[Curve], points: int = 200) -> tuple[Floats, Floats, Floats, Floats]:
     """``(x, mean, lowest, highest)`` over runs, up to where the shortest ends."""
     x = np.linspace(max(curve[0][0] for curve in curves), min(curve[-1][0] for curve in curves), points)
-    values = np.array([np.interp(x, *zip(*curve, strict=True)) for curve in curves])
+    values = np.array([np.interp(x, [at for at, _ in curve], [reward for _, reward in curve]) for curve in curves])
     return x, values.mean(axis=0), values.min(axis=0), values.max(axis=0)

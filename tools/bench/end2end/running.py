@@ -86,7 +86,9 @@ def finished(folder: Path, recipe: dict[str, Any]) -> Timed | None:
     return timed if timed.recipe == recipe else None
 
 
-def run_once(one: Contestant, setting: Setting, seed: int, steps: int, model: Path, folder: Path, python: Path) -> Timed:
+def run_once(
+    one: Contestant, setting: Setting, seed: int, steps: int, model: Path, folder: Path, python: Path
+) -> Timed:
     """Train once from ``model`` into ``folder``, which is emptied first; ``python`` is TRL's.
 
     Raises :class:`EngineError` if the run fails or takes more than ``LIMIT_S``.

@@ -2,8 +2,8 @@
 
 ::
 
-    a short run of each setting -> the fastest of each contestant -> seed by seed, contestants in turn -> versions judged
-    -> docs/results/end2end.md, end2end.png
+    a short run of each setting -> the fastest of each contestant -> seed by seed, contestants in turn
+    -> versions judged -> docs/results/end2end.md, end2end.png
 
 Runs that are done are kept in ``runs/bench-end2end``, so that an interrupted study goes on.
 ``--reps`` is the number of seeds; ``python -m tools.bench.end2end`` takes more options.

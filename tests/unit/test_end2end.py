@@ -1,0 +1,205 @@
+"""tools.bench end2end: its analysis, and that TRL is asked and judged as croupier's actors are."""
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+
+from actor.tasks.sort6 import ALPHABET, Sort6, decode, encode, write_tokenizer
+from common.config import load
+from learner.optim import learning_rate
+from tools.bench.end2end.analysis import Ratio, Timed, band, paired, reaches
+from tools.bench.end2end.contestants import TRL, contestants, croupier_config, trl_job
+from tools.bench.end2end.report import lines, spread
+from tools.bench.end2end.running import (
+    finished,
+    judged,
+    of_lines,
+    of_trl_lines,
+    recipe_of,
+    run_once,
+    saved,
+    write_questions,
+)
+from tools.bench.end2end.study import Found, Options, rows
+from tools.bench.end2end.trl_env import PACKAGES, interpreter
+from tools.bench.end2end.trl_grpo import correct, decay
+from tools.warmstart import ensure
+
+FOUR = contestants("2")
+
+
+def timed(key: str, seed: int, step_s: float, steps: int = 5) -> Timed:
+    at_s = [step_s * i for i in range(steps)]
+    return Timed(key, seed, {}, 9.0, at_s, [256] * steps, [1800] * steps, {"lag": 0.0})
+
+
+def study(speeds: dict[str, tuple[float, ...]], rewards: list[float]) -> Found:
+    """Each contestant's seconds a step by seed; everybody learns the same in the same steps."""
+    settings = {key: FOUR[key].settings[0] for key in speeds}
+    found = Found(Options(tuple(range(3)), docs=None), {key: FOUR[key] for key in speeds}, settings)
+    for key, of in speeds.items():
+        found.timed[key] = {seed: timed(key, seed, s) for seed, s in enumerate(of)}
+        found.rewards[key] = {seed: dict(enumerate(rewards)) for seed in range(len(of))}
+    return found
+
+
+def test_the_target_is_reached_on_the_line_between_two_evaluations() -> None:
+    curve = [(0.0, 0.2), (10.0, 0.6), (20.0, 0.5), (30.0, 0.9)]
+    assert reaches(curve, 0.4) == pytest.approx(5.0)
+    assert reaches(curve, 0.6) == 10.0
+    assert reaches(curve, 0.7) == pytest.approx(25.0)  # not where 0.6 fell back
+    assert reaches(curve, 0.1) == 0.0
+    assert reaches(curve, 0.95) is None
+    assert reaches([], 0.5) is None
+
+
+def test_a_version_is_there_when_its_step_is_done() -> None:
+    run = timed("sync", 0, step_s=2.0)
+    assert run.curve({0: 0.1, 1: 0.2, 3: 0.5, 5: 0.9}) == [(0.0, 0.1), (0.0, 0.2), (4.0, 0.5), (8.0, 0.9)]
+    assert run.samples_per_s == pytest.approx(256 * 4 / 8.0)  # the first step is before the clock
+    assert run.tokens_per_s == pytest.approx(1800 * 4 / 8.0)
+
+
+def test_ratios_are_of_the_seeds_that_both_have_and_turn_round() -> None:
+    ours: dict[int, float | None] = {0: 2.0, 1: 8.0, 2: None, 3: 5.0}
+    theirs: dict[int, float | None] = {0: 1.0, 1: 2.0, 2: 1.0, 4: 1.0}
+    ratio = paired(ours, theirs)
+    assert ratio is not None and ratio.by_seed == [2.0, 4.0]
+    assert ratio.mean == pytest.approx(math.sqrt(8))
+    assert ratio.spread == pytest.approx(math.sqrt(2))
+    back = paired(theirs, ours)
+    assert back is not None and back.mean == pytest.approx(1 / ratio.mean)
+    assert paired({0: None}, theirs) is None
+    assert (str(Ratio([1.5])), Ratio([1.5]).spread, spread({0: None}, 2)) == ("1.50", 0.0, "–")
+
+
+def test_a_band_ends_where_the_shortest_run_does() -> None:
+    x, mean, low, high = band([[(0.0, 0.0), (10.0, 1.0)], [(0.0, 0.2), (20.0, 0.2)]], points=11)
+    assert (x[0], x[-1]) == (0.0, 10.0)
+    assert (low[-1], mean[-1], high[-1]) == pytest.approx((0.2, 0.6, 1.0))
+
+
+def test_rows_stand_beside_the_synchronous_run_and_beside_trl() -> None:
+    found = study({"sync": (0.2, 0.2, 0.2), "trl": (0.4, 0.4, 0.4), "obrs": (0.1, 0.1, 0.05)}, [0.2, 0.4, 0.6, 1.0])
+    by = {(row.name, row.reference): row for row in rows(found)}
+    speed = by["samples/s: asynchronous, budget 2, OBRS", "synchronous"]
+    assert (speed.value, speed.reference_value) == pytest.approx((256 * (10 + 10 + 20) / 3, 256 * 5))
+    assert (speed.reps, speed.spread) == (3, pytest.approx(np.std([2, 2, 4], ddof=1)))
+    wall = by["wall-clock to 0.8 held out: asynchronous, budget 2, OBRS", "TRL GRPOTrainer"]
+    assert wall.reference_value == pytest.approx(0.4 * 1.5)  # half way between versions 2 and 3, ended at 1 and 2 steps
+    assert not any(row.name.endswith("uncorrected") for row in rows(found))
+
+
+def test_who_misses_the_target_is_named_and_has_no_wall_clock() -> None:
+    found = study({"sync": (0.2, 0.2, 0.2), "obrs": (0.1, 0.1, 0.1)}, [0.2, 0.4, 0.9])
+    found.rewards["obrs"] = {seed: {0: 0.2, 5: 0.7} for seed in range(3)}
+    assert not any("wall-clock" in row.name for row in rows(found))
+    text = "\n".join(lines(found))
+    assert "asynchronous, budget 2, OBRS did not reach 0.8 on seeds 0, 1, 2" in text
+    assert "TRL was not installed" in text
+
+
+def test_croupier_s_and_trl_s_lines_become_the_same_record() -> None:
+    steps = [{"time_s": 9.0 + 2 * i, "trajectories": 256, "tokens_proposed": 1800, "lag_mean": 2.0} for i in range(3)]
+    ours = of_lines(FOUR["obrs"], 0, {}, steps, before_s=1.5)
+    assert (ours.startup_s, ours.at_s, ours.figures) == (10.5, [0.0, 2.0, 4.0], {"lag": 2.0})
+    cumulative = [{"at_s": 100.0 + 3 * i, "samples": 256 * i, "tokens": 1800 * i} for i in range(4)]
+    theirs = of_trl_lines(FOUR[TRL], 0, {}, cumulative, began=95.0)
+    assert (theirs.startup_s, theirs.at_s) == (8.0, [0.0, 3.0, 6.0])
+    assert (theirs.samples, theirs.tokens) == (ours.samples, ours.tokens)
+    assert Timed.from_json(theirs.to_json()) == theirs
+
+
+def test_only_a_run_of_the_same_recipe_need_not_be_run_again(tmp_path: Path) -> None:
+    one = FOUR["obrs"]
+    recipe = recipe_of(one, one.settings[0], 0, 600, Path("m"))
+    assert finished(tmp_path, recipe) is None
+    (tmp_path / "timed.json").write_text(Timed("obrs", 0, recipe, 9.0, [0.0, 1.0], [1, 1], [1, 1]).to_json())
+    assert finished(tmp_path, recipe) is not None
+    assert finished(tmp_path, recipe_of(one, one.settings[1], 0, 600, Path("m"))) is None
+    assert finished(tmp_path, recipe_of(contestants("4")["obrs"], one.settings[0], 0, 600, Path("m"))) is None
+    (tmp_path / "timed.json").write_text('{"contestant"')
+    assert finished(tmp_path, recipe) is None
+    assert judged(tmp_path) is None
+
+
+def test_trl_is_asked_what_croupier_s_actors_are_asked(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    write_questions(tmp_path / "q.jsonl", seed=3, count=20)
+    tokenizer, task = Tokenizer.from_file(str(tmp_path / "tokenizer.json")), Sort6(3, {})
+    for index, line in enumerate((tmp_path / "q.jsonl").read_text().splitlines()):
+        row, item = json.loads(line), task.prompt(index, "train")
+        assert tokenizer.encode(row["prompt"]).ids == item.prompt_ids.tolist()
+        assert decode(np.array(row["answer"], np.int32)) == item.reference
+
+
+def test_trl_s_verifier_is_the_task_s() -> None:
+    task = Sort6(0, {})
+    item = task.prompt(0, "train")
+    right = item.reference
+    answers = [right, right[:-1], right + "$", right[::-1], "", "$", right[:-1] + ".", ALPHABET[:7]]
+    for answer in answers:
+        expected = task.reward(item, encode(answer))["correct"]
+        assert correct(encode(answer).tolist(), encode(right).tolist()) == expected
+    assert [correct(encode(a).tolist(), encode(right).tolist()) for a in answers].count(1.0) == 1
+
+
+def test_all_four_have_the_quick_start_s_numbers() -> None:
+    base = load("configs/quickstart.yaml")
+    for one in FOUR.values():
+        if one.key == TRL:
+            continue
+        config = croupier_config(one, one.settings[0], 1, 600, "models/x")
+        assert (config.optim, config.rollout, config.task) == (base.optim, base.rollout, base.task)
+        assert (config.run.steps, config.run.seed, config.evaluation.prompts) == (600, 1, 0)
+        assert config.advantage.deviation == "sample"  # as TRL divides
+    assert [croupier_config(FOUR[k], FOUR[k].settings[0], 0, 9, "m").staleness.budget for k in ("sync", "obrs")] == [
+        0,
+        2,
+    ]
+    bare = croupier_config(FOUR["bare"], FOUR["bare"].settings[0], 0, 9, "m")
+    assert (bare.obrs.mode, bare.loss.anchor, bare.loss.correction) == ("off", "proximal", "uncorrected")
+    job = trl_job(FOUR[TRL].settings[0], 1, 600, "m", "q", "o")
+    for key in ("lr", "min_lr_ratio", "beta1", "beta2", "eps", "weight_decay", "max_grad_norm"):
+        assert asdict(job)[key] == getattr(base.optim, key)
+    assert (job.prompts, job.siblings, job.max_tokens) == (32, 8, 8)
+    assert job.router_aux_loss_coef == pytest.approx(0.005)  # transformers sums over k = 2 choices, croupier averages
+    assert contestants("auto")["obrs"].overrides == ("staleness.budget=auto",)
+
+
+def test_the_rate_falls_alike() -> None:
+    optim = load("configs/quickstart.yaml").optim
+    for update in (0, 1, 300, 599, 700):
+        assert optim.lr * decay(update, 600, optim.min_lr_ratio) == pytest.approx(learning_rate(optim, update, 600))
+
+
+def test_an_environment_of_another_recipe_is_none(tmp_path: Path) -> None:
+    assert interpreter(tmp_path) is None
+    (tmp_path / "croupier-trl").write_text("trl==0.1")
+    assert interpreter(tmp_path) is None
+    (tmp_path / "croupier-trl").write_text("\n".join(PACKAGES))
+    assert interpreter(tmp_path) == tmp_path / "bin" / "python"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_trl_trains_what_croupier_can_judge(tmp_path: Path) -> None:
+    python = interpreter()
+    if python is None:
+        pytest.skip("TRL is not installed: python -m tools.bench.end2end.trl_env")
+    model = ensure(load("configs/quickstart.yaml", [f"model.path={tmp_path / 'start'}", "warmstart.target_reward=0"]))
+    run = run_once(FOUR[TRL], FOUR[TRL].settings[0], 0, 3, model, tmp_path / "trl", python)
+    assert (len(run.at_s), run.samples) == (3, [256] * 3)
+    assert all(0 < tokens <= 256 * 8 for tokens in run.tokens)
+    assert run.startup_s > 0 and run.at_s[0] == 0 < run.at_s[2]
+    directories = dict(saved(tmp_path / "trl", model, tmp_path))
+    assert set(directories) == {0, 3}
+    before, after = (load_file(path / "model.safetensors") for path in directories.values())
+    assert before.keys() == after.keys() and not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
