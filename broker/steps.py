@@ -32,8 +32,9 @@ from broker.groups import LoadTrajectory, Trajectory
 from broker.mixing import Running, pack_scales, unpack_scales
 from broker.receipts import receipt
 from broker.scoring import NOTHING, Asked, FrozenScores, Scoring, ask, gather
-from common.budget import BudgetController
-from common.config import MEGABYTE, RunConfig
+from common.budget import BudgetController, ThresholdController
+from common.config import MEGABYTE, ObrsSection, RunConfig
+from common.ess import EssController
 from common.frozen import POLICY
 from common.wire import ScoreRequest, ScoreResult, Shard
 
@@ -43,6 +44,17 @@ LoadScores = Callable[[int], ScoreResult]  # by the journal's event
 def scores_of(result: ScoreResult) -> Scores:
     """The arrays of an answer of the replica."""
     return Scores(result.version, result.log_p, result.topk_log_p)
+
+
+def controller_of(obrs: ObrsSection) -> ThresholdController | None:
+    """What chooses lambda from step to step; None where it stays as it is."""
+    match obrs.mode:
+        case "budget":
+            return BudgetController(obrs.budget, window=obrs.window)
+        case "ess":
+            return EssController(obrs.target_ess, window=obrs.window)
+        case _:
+            return None
 
 
 @dataclass
@@ -76,9 +88,8 @@ class Steps:
         self._steps: dict[int, DecidedStep] = {}
         self._scoring: Scoring | None = None
         self._next_request = 0
-        obrs = config.obrs
         self._running = Running(config)
-        self._controller = BudgetController(obrs.budget, window=obrs.window) if obrs.mode == "budget" else None
+        self._controller = controller_of(config.obrs)
 
     def assemble(self, step: int, members: Sequence[Trajectory], min_version: int) -> ScoreRequest | None:
         """Collate whole groups; returns what the policy must score, None with rejection off.

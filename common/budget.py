@@ -10,6 +10,7 @@ rows (a bound of Z). One threshold serves a whole batch: that is optimal, and co
 in proportion to their mismatch. All arithmetic is float64.
 """
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class Support(NamedTuple):
     @classmethod
     def sampled(cls, log_ratio: NDArray[np.floating]) -> "Support":
         """From ``log p - log q`` of sampled tokens, ``[N]``: f estimates Z without bias."""
-        return cls(np.ones(len(log_ratio)), _exp(log_ratio), len(log_ratio))
+        return cls(np.ones(len(log_ratio)), exp_of(log_ratio), len(log_ratio))
 
     @classmethod
     def rows(
@@ -52,7 +53,7 @@ class Support(NamedTuple):
         Without residual masses f is a lower bound of Z (core). With both, ``[N]``, every context
         gains a pseudo-token ``min(rest_q, s rest_p)`` and f is an upper bound.
         """
-        a, b = _exp(log_q).reshape(-1), _exp(log_p).reshape(-1)
+        a, b = exp_of(log_q).reshape(-1), exp_of(log_p).reshape(-1)
         if rest_q is not None and rest_p is not None:
             a, b = np.concatenate([a, rest_q]), np.concatenate([b, rest_p])
         return cls(a, b, len(log_q))
@@ -62,7 +63,8 @@ class Support(NamedTuple):
         return float(np.minimum(self.a, s * self.b).sum()) / self.n
 
 
-def _exp(logs: NDArray[np.floating]) -> Doubles:
+def exp_of(logs: NDArray[np.floating]) -> Doubles:
+    """``exp`` in float64, 0 at -inf, of logs clipped to ``±LOG_RANGE``."""
     logs = np.asarray(logs, np.float64)
     result: Doubles = np.where(np.isneginf(logs), 0.0, np.exp(np.clip(logs, -LOG_RANGE, LOG_RANGE)))
     return result
@@ -215,8 +217,8 @@ def threshold_bounds(
     return ThresholdBounds(-float(np.log(lower_s)), -float(np.log(upper_s)))
 
 
-class BudgetController:
-    """Keeps the acceptance rate near ``budget``: what it learns from a batch serves the next ones.
+class ThresholdController(ABC):
+    """Chooses the threshold of the next batch from the last ones: what it learns from a batch serves the next.
 
     A threshold fitted to the very tokens that it thins would make their coins depend on each other
     (algorithms.md 1.5), so :attr:`log_threshold` never knows the batch that it is used on::
@@ -228,17 +230,18 @@ class BudgetController:
     together. A function of the batches alone: no clock, no randomness.
     """
 
-    def __init__(self, budget: float, *, window: int = 1, limit: float = LOG_LIMIT) -> None:
-        if not 0.0 < budget <= 1.0:
-            raise DataError(f"budget={budget} must lie in (0, 1]: it is the share of tokens to accept")
+    def __init__(self, *, window: int = 1, limit: float = LOG_LIMIT) -> None:
         if window < 1:
             raise DataError(f"window={window} must be at least 1 batch")
         _check_limit(limit)
-        self.budget = budget
         self.limit = limit
         self.log_threshold = 0.0  # for the next batch
         # The current batch makes up the window; a window of 1 keeps nothing.
         self._earlier: deque[Floats] = deque(maxlen=window - 1)  # log p - log q of batches gone by
+
+    @abstractmethod
+    def choose(self, log_ratio: NDArray[np.floating]) -> ThresholdChoice:
+        """The threshold that suits ``log p - log q`` of sampled tokens, ``[N]``, ``N`` > 0."""
 
     def update(self, log_p: Floats, log_q: Floats) -> ThresholdChoice | None:
         """Learn from a batch already decided, ``[N]``; None, and nothing changes, if it is empty."""
@@ -246,7 +249,7 @@ class BudgetController:
         if len(log_q) == 0:
             return None
         log_ratio = np.subtract(log_p, log_q, dtype=np.float32)  # what obrs.log_acceptance compares
-        choice = _choose(np.concatenate([*self._earlier, log_ratio]), self.budget, self.limit)
+        choice = self.choose(np.concatenate([*self._earlier, log_ratio]))
         self._earlier.append(log_ratio)
         self.log_threshold = choice.log_threshold
         return choice
@@ -265,3 +268,17 @@ class BudgetController:
             raise DataError("controller state: log_threshold and log_ratios must be numbers; start afresh without it")
         self.log_threshold = min(max(log_threshold, -self.limit), self.limit)
         self._earlier = deque(log_ratios, maxlen=self._earlier.maxlen)
+
+
+class BudgetController(ThresholdController):
+    """Keeps the acceptance rate near ``budget``."""
+
+    def __init__(self, budget: float, *, window: int = 1, limit: float = LOG_LIMIT) -> None:
+        if not 0.0 < budget <= 1.0:
+            raise DataError(f"budget={budget} must lie in (0, 1]: it is the share of tokens to accept")
+        super().__init__(window=window, limit=limit)
+        self.budget = budget
+
+    def choose(self, log_ratio: NDArray[np.floating]) -> ThresholdChoice:
+        """See :func:`solve_threshold`."""
+        return _choose(log_ratio, self.budget, self.limit)

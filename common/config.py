@@ -285,10 +285,11 @@ class StalenessSection:
 class ObrsSection:
     """Optimal budgeted rejection (algorithms.md 1). ``off`` accepts all and needs no replica."""
 
-    mode: Literal["off", "threshold", "budget"] = "threshold"
+    mode: Literal["off", "threshold", "budget", "ess"] = "threshold"
     threshold: float = 1.0  # mode threshold: the paper's lambda
     budget: float = 0.9  # mode budget: the share of tokens to accept; lambda follows, one step behind
-    window: int = 1  # mode budget: steps that lambda is estimated from
+    target_ess: float = 0.9  # mode ess: normalised ESS of the learner's weights a trained token; lambda follows
+    window: int = 1  # modes budget and ess: steps that lambda is estimated from
     z_weight: Literal["none", "context", "batch"] = "none"  # none is exact; context is the paper's loss
     rethin_below: float = 0.0  # a step is thinned again before it is served if the learner's last ESS was less
     z_kappa: bool = False  # z_weight context: the paper's debias of Z instead of interpolating between bounds
@@ -299,6 +300,19 @@ class ObrsSection:
             0.01 <= self.threshold <= 100, "obrs.threshold", self.threshold, "must lie in [0.01, 100]; 1 is the default"
         )
         require(0 < self.budget <= 1, "obrs.budget", self.budget, "is a share of the tokens: above 0, at most 1")
+        require(
+            0 < self.target_ess < 1,
+            "obrs.target_ess",
+            self.target_ess,
+            "is a normalised effective sample size: above 0, below 1",
+        )
+        require(
+            self.mode != "ess" or self.z_weight != "context",
+            "obrs.z_weight",
+            self.z_weight,
+            "weighs tokens by their context's acceptance, which obrs.mode=ess does not reckon with; set it to none or "
+            "batch, or obrs.mode=budget",
+        )
         require(
             self.rethin_below == 0 or (self.z_weight == "none" and self.mode != "off"),
             "obrs.rethin_below",

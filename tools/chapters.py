@@ -69,6 +69,7 @@ def what(config: RunConfig | None) -> Text:
         "off": "no rejection",
         "threshold": f"rejection at λ = {config.obrs.threshold:g}",
         "budget": f"rejection to accept {config.obrs.budget:g} of the tokens",
+        "ess": f"rejection to an effective sample size of {config.obrs.target_ess:g}",
     }[config.obrs.mode]
     return (
         "Task ", *_tasks(config), ", model ", Code(config.model.path),

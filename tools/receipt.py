@@ -151,7 +151,7 @@ def _frozen(line: Record) -> list[tuple[str, str]]:
 def _next(line: Record) -> str:
     if line.get("threshold_next") is None:
         return ""
-    return f", next {line['threshold_next']:.4f}" + ("" if line["budget_feasible"] else "; the budget cannot be met")
+    return f", next {line['threshold_next']:.4f}" + ("" if line["budget_feasible"] else "; the target cannot be met")
 
 
 def _se(line: Record) -> str:

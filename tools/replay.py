@@ -22,9 +22,9 @@ from broker.journal import Event, Journal
 from broker.pipeline import Pipeline
 from broker.recorder import CHECKS, apply, difference, load_snapshot
 from broker.service import JOURNAL, read_vocab_size
-from broker.steps import scores_of
+from broker.steps import controller_of, scores_of
 from common import wire
-from common.budget import BudgetController
+from common.budget import ThresholdController
 from common.codec import decode
 from common.config import RunConfig, load
 from common.errors import ConfigError, CroupierError, JournalError
@@ -93,13 +93,12 @@ class Alternative:
     config: RunConfig
     rows: list[dict[str, float]] = field(default_factory=list)
     _scores: Scores | None = None
-    _controller: BudgetController | None = None
+    _controller: ThresholdController | None = None
 
     def __post_init__(self) -> None:
         if self.config.obrs.mode == "off":
-            raise ConfigError("obrs.mode=off: nothing is rejected; compare with obrs.budget or obrs.threshold")
-        if self.config.obrs.mode == "budget":
-            self._controller = BudgetController(self.config.obrs.budget, window=self.config.obrs.window)
+            raise ConfigError("obrs.mode=off: nothing is rejected; compare with obrs.budget, .target_ess or .threshold")
+        self._controller = controller_of(self.config.obrs)
 
     def __call__(self, pipeline: Pipeline, event: Event, _result: Any) -> None:
         """Called with every event that was applied."""
@@ -166,6 +165,8 @@ def _altered(run_dir: Path, config: RunConfig, overrides: Sequence[str]) -> RunC
     if odd:
         raise ConfigError(f"{odd[0]}: only obrs.* can be decided anew, the trajectories are what they are")
     implied = ["obrs.mode=budget"] if any(o.startswith("obrs.budget") for o in overrides) else []
+    if any(o.startswith("obrs.target_ess") for o in overrides):
+        implied = ["obrs.mode=ess"]
     if any(o.startswith("obrs.threshold") for o in overrides):
         implied = ["obrs.mode=threshold"]
     return load(run_dir / CONFIG, [*implied, *overrides])

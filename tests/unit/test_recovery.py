@@ -48,6 +48,7 @@ CONFIGS = {
     "rethin": config(obrs=ObrsSection(rethin_below=1.0)),
     "budget": config(obrs=ObrsSection(mode="budget", budget=0.7, window=2)),
 }
+CONFIGS["ess"] = config(obrs=ObrsSection(mode="ess", target_ess=0.9, window=2))
 CONFIGS["auto"] = config(staleness=StalenessSection("auto", start=1, most=4))
 CONFIGS["skip"] = config(advantage=AdvantageSection(skip_passed=0.5, zero_signal="resample"))
 CONFIGS["routed"] = config(
