@@ -6,7 +6,7 @@ STAMP := $(VENV)/.croupier-stamp
 CONFIG ?= configs/quickstart.yaml
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test slow sglang chaos gpu lint format bench doctor clean .venv
+.PHONY: help demo test slow sglang browser chaos gpu lint format bench doctor clean .venv
 
 help:  ## this list
 	@grep -hE '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z.]+):.*##/  make \1\t/'
@@ -42,6 +42,9 @@ slow: $(STAMP)  ## tests that take longer than ten seconds each and kill nobody
 sglang: $(STAMP)  ## tests against the real SGLang server on this machine's CPU; installs it into .sglang (2.8 GB) once
 	@$(BIN)/python -m tools.sglang_cpu install
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m sglang $(ARGS)
+
+browser: $(STAMP)  ## the page of tools.watch in a headless Chromium (apt-get install -y chromium)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser $(ARGS)
 
 chaos: $(STAMP)  ## processes killed and stopped at random, networks cut (ten minutes; networks need root)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m chaos $(ARGS)

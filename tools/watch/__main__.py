@@ -1,7 +1,7 @@
-"""``python -m tools.watch RUN_DIR``: a run while it goes, or as it ended.
+"""``python -m tools.watch RUN_DIR [--web]``: a run while it goes, or as it ended.
 
 A terminal shows a live screen, a pipe plain lines; ``--once`` prints one frame and exits with 2 if there is
-nothing yet.
+nothing yet; ``--web`` serves a page.
 """
 
 import argparse
@@ -20,10 +20,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.watch", description="Watch a run, live or as it ended.")
     parser.add_argument("run_dir", type=Path, help="the run's directory, such as runs/quickstart")
     parser.add_argument("--once", action="store_true", help="print one frame and exit; 2 if there is nothing yet")
+    parser.add_argument("--web", action="store_true", help="serve a page instead")
+    parser.add_argument("--host", default="127.0.0.1", help="with --web: where to listen (this machine only)")
+    parser.add_argument("--port", type=int, default=0, help="with --web: 0 for any that is free")
     given = parser.parse_args(arguments)
     console, stop = make_console(), StopFlag().install()
     follower = Follower(given.run_dir)
     try:
+        if given.web:
+            from tools.watch.web import serve  # a screen needs no server
+
+            return serve(follower, given.host, given.port, console, stop)
         if given.once:
             return show_once(follower, console)
         return (watch_live if console.is_terminal else watch_lines)(follower, console, stop)

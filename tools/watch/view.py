@@ -181,6 +181,8 @@ def _fleet(view: View, status: Record, history: History, window: Window) -> None
     for peer in sorted(shown, key=lambda peer: (order.get(str(peer.get("role")), 9), text(peer.get("peer")))):
         role, clock = text(peer.get("role")), _clock(peer)
         seconds = {state: value for state, value in window.of(clock).items() if state != "tokens"}
+        if role == "learner":
+            seconds = split_shard(seconds, window.of("parked"))
         name = text(peer.get("peer"))
         view.peers.append(
             PeerRow(
