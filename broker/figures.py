@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from typing import Any
 
 from broker.alerts import Alert, Alerts
@@ -16,10 +17,11 @@ RATE_WINDOW_S = 10.0
 class Figures:
     """Running sums that outlive a restart through :meth:`state`."""
 
-    def __init__(self, alerts: AlertSection) -> None:
+    def __init__(self, alerts: AlertSection, own: Callable[[], dict[str, float]] = dict) -> None:
+        """``own``: the broker's seconds by state."""
         self.alerts = Alerts(alerts)
         self.errors: Counter[str] = Counter()
-        self.fleet = Fleet()
+        self.fleet = Fleet(own)
         self.last_step: dict[str, Any] = {}
         self.budget_move: dict[str, Any] | None = None  # the last one of the staleness budget
         self.score_seconds = 0.0  # of the policy replicas

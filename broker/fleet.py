@@ -6,7 +6,7 @@ its mark and counts for nothing, so one that joins again is not counted twice.
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from broker.peers import Peer, Roster
@@ -24,9 +24,11 @@ ROLLOUTS, SCORING, PACKING, PUBLISH = "rollouts", "scoring", "packing", "publish
 class Fleet:
     """Seconds by role and state, the learner's parked seconds by cause."""
 
-    def __init__(self) -> None:
+    def __init__(self, own: Callable[[], dict[str, float]] = dict) -> None:
+        """``own``: the broker's seconds by state."""
         self.seconds: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))  # by role
         self.parked: defaultdict[str, float] = defaultdict(float)  # cause -> seconds
+        self._own = own
         self._waits: tuple[str, float] = ("", 0.0)  # for what, seen when
 
     def heard(self, peer: Peer, seconds: dict[str, float]) -> None:
@@ -48,6 +50,8 @@ class Fleet:
     def line(self) -> dict[str, Any]:
         """For the step's line in metrics.jsonl: sums so far."""
         states = {role: rounded(seconds) for role, seconds in self.seconds.items()}
+        if own := known_states("broker", self._own()):
+            states["broker"] = rounded(own)
         return {"states": states, "parked": rounded(self.parked)}
 
     def status(self, roster: Roster, now: float) -> dict[str, Any]:

@@ -87,7 +87,7 @@ class BrokerService:
         self.files = RunFiles(config.run.path)
         self.pipeline = Pipeline(config, vocab_size, routing)
         journal = self._journal()
-        self.figures = Figures(config.alerts)
+        self.figures = Figures(config.alerts, self.tracer.seconds)
         self.recorder = Recorder(self.pipeline, journal, self._state, self.tracer)
         self.outlet = Outlet(self.recorder)
         identities = Identities(config)

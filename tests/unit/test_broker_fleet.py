@@ -40,6 +40,11 @@ def test_a_parked_learners_seconds_go_to_what_it_waited_for():
     assert fleet.line()["parked"] == {"rollouts": 3.0, "scoring": 0.5}
 
 
+def test_the_broker_tells_of_itself():
+    assert Fleet(lambda: {"pack": 1.234, "odd": 2.0}).line()["states"] == {"broker": {"pack": 1.23}}
+    assert Fleet().line()["states"] == {}
+
+
 def test_a_big_fleet_is_shown_in_part_and_summed_up_whole():
     fleet, roster = Fleet(), Roster()
     for number in range(2000):
