@@ -25,6 +25,8 @@ from common.config import RunConfig, load, to_yaml
 from common.errors import CroupierError
 from common.process import StopFlag
 from common.routing import read_routing
+from tools.follow.follower import Background
+from tools.follow.sinks import find_wandb
 from tools.preflight import (
     check_address,
     check_engine,
@@ -49,6 +51,7 @@ LINE_S = 5.0  # between plain lines where there is no terminal
 MAX_RESTARTS = 3  # of one actor or replica
 LEAVE_S = 5.0  # for the others to go by themselves once the broker is done
 LOG_LINES = 20  # of a process that died
+LAST_LINES_S = {"finished": 60.0, "failed": 5.0, "interrupted": 3.0}  # for the follower; wandb may have to upload
 LEVELS = {"yellow": "WARNING", "bold red": "ERROR"}  # in logs/launch.log
 
 
@@ -87,6 +90,7 @@ class Run:
     follower: Follower = field(init=False)
     live: Live | None = None
     line_at: float = -LINE_S  # when the last plain line was printed
+    follower: Background | None = None  # of metrics.jsonl, into TensorBoard and the like
     log: Path | None = None  # where what is said is kept, once there is a run directory
 
     def __post_init__(self) -> None:
@@ -103,6 +107,8 @@ class Run:
         check_address(self.config.broker.address)
         check_engine(self.config)
         check_sandbox(self.config)
+        if self.config.metrics.wandb:
+            find_wandb()
         for warning in check_rewards(self.config):
             self.say(f"warning: {warning}", "yellow")
         policy = None if self.needs_warmstart() else self.config.model.path
@@ -142,7 +148,9 @@ class Run:
                 outcome = "interrupted"
             killed = stop_all(self.processes)
             if killed:
-                self.say(f"had to kill {', '.join(killed)}: deaf to SIGTERM", "yellow")
+                self.warn(f"had to kill {', '.join(killed)}: deaf to SIGTERM")
+            if self.follower is not None:
+                self.follower.close(LAST_LINES_S[outcome])
             self.report(outcome)
         return outcome
 
@@ -178,6 +186,9 @@ class Run:
         for process in self.processes:
             process.start()
         self.say(f"started {', '.join(process.name for process in self.processes)}; logs in {self.directory / 'logs'}")
+        metrics = self.config.metrics
+        if metrics.tensorboard or metrics.wandb:
+            self.follower = Background(self.directory, metrics.tensorboard, metrics.wandb, self.warn)
         with self.display():
             while not self.stop.is_set:
                 time.sleep(POLL_S)
@@ -258,6 +269,10 @@ class Run:
         if summary["eval_first"] is not None:
             self.say(f"held-out reward {summary['eval_first']:.3f} -> {summary['eval_last']:.3f}", "bold")
         self.say(f"report: {self.directory / PAGE}")
+
+    def warn(self, text: str) -> None:
+        """Something that a person may want to mend."""
+        self.say(text, "yellow")
 
     def say(self, text: str, style: str = "") -> None:
         """One line to the person in front."""

@@ -69,7 +69,7 @@ def scan_metrics(run_dir: Path) -> tuple[list[Record], list[str]]:
     records: list[Record] = []
     odd: list[int] = []
     for number, line in enumerate(lines, 1):
-        found = _record(line)
+        found = record_of(line)
         if found is not None:
             records.append(found)
         if line.strip() and (found is None or not _is_whole(line)):
@@ -88,7 +88,7 @@ def _is_whole(line: str) -> bool:
     return True
 
 
-def _record(line: str) -> Record | None:
+def record_of(line: str) -> Record | None:
     """The record of a line, or of its end where its beginning is torn; None for neither."""
     start = 0
     while start >= 0:
