@@ -51,7 +51,7 @@ LINE_S = 5.0  # between plain lines where there is no terminal
 MAX_RESTARTS = 3  # of one actor or replica
 LEAVE_S = 5.0  # for the others to go by themselves once the broker is done
 LOG_LINES = 20  # of a process that died
-LAST_LINES_S = {"finished": 60.0, "failed": 5.0, "interrupted": 3.0}  # for the follower; wandb may have to upload
+LAST_LINES_S = {"finished": 60.0, "failed": 5.0, "interrupted": 3.0}  # for the charts; wandb may have to upload
 LEVELS = {"yellow": "WARNING", "bold red": "ERROR"}  # in logs/launch.log
 
 
@@ -90,7 +90,7 @@ class Run:
     follower: Follower = field(init=False)
     live: Live | None = None
     line_at: float = -LINE_S  # when the last plain line was printed
-    follower: Background | None = None  # of metrics.jsonl, into TensorBoard and the like
+    charts: Background | None = None  # of metrics.jsonl, into TensorBoard and the like
     log: Path | None = None  # where what is said is kept, once there is a run directory
 
     def __post_init__(self) -> None:
@@ -149,8 +149,8 @@ class Run:
             killed = stop_all(self.processes)
             if killed:
                 self.warn(f"had to kill {', '.join(killed)}: deaf to SIGTERM")
-            if self.follower is not None:
-                self.follower.close(LAST_LINES_S[outcome])
+            if self.charts is not None:
+                self.charts.close(LAST_LINES_S[outcome])
             self.report(outcome)
         return outcome
 
@@ -188,7 +188,7 @@ class Run:
         self.say(f"started {', '.join(process.name for process in self.processes)}; logs in {self.directory / 'logs'}")
         metrics = self.config.metrics
         if metrics.tensorboard or metrics.wandb:
-            self.follower = Background(self.directory, metrics.tensorboard, metrics.wandb, self.warn)
+            self.charts = Background(self.directory, metrics.tensorboard, metrics.wandb, self.warn)
         with self.display():
             while not self.stop.is_set:
                 time.sleep(POLL_S)

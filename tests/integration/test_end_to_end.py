@@ -35,7 +35,8 @@ def launch(tmp_path, model, *overrides, timeout=100):
 
 
 def lines_of(run, kind):
-    return [x for x in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if x["kind"] == kind]
+    """Of one kind, or all."""
+    return [x for x in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if kind in (None, x["kind"])]
 
 
 def explain(done, run):
@@ -85,6 +86,7 @@ def test_a_whole_run_keeps_its_promises(tmp_path, model):
     assert max(s["lag_max"] for s in steps) > 0  # it was asynchronous
     assert [p["version"] for p in lines_of(run, "publish")] == list(range(1, 13))
     assert (run / "model" / "model.safetensors").exists()
+    assert json.loads((run / "tensorboard" / "place.json").read_text())["lines"] == len(lines_of(run, None))
     assert not processes_of(run)
 
 
