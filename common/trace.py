@@ -23,7 +23,7 @@ Records, by their first element::
     ["t", at, {state: [wall, cpu, times]}, [slices]]   totals since the life began, nanoseconds, the present
                                              state's wall-clock included; slices ["s", ...] that are not over
     ["y", at, {tally: {key: [times, wall, cpu, amount]}}]   tallies since the life began, nanoseconds
-    ["c", at, offset, delay]                 the broker's clock is ours + offset, known to within delay / 2
+    ["c", at, offset, delay]                 at ``at`` the broker's clock was ours + offset, known to within delay / 2
     ["e", at, reason]                        an orderly end, or that the file is full
 """
 
@@ -46,6 +46,7 @@ from common.config import MEGABYTE, RunConfig
 
 TRACE = "trace"  # within the run directory
 SUFFIX = ".trace"
+TORCH, TORCH_CLOCK = ".torch.json.gz", "croupier.clock"  # torch.profiler's records of steps; see learner.profiling
 FORMAT = 1  # of these records
 RESOLUTION_NS = 200_000
 WRITE_EVERY_S = 1.0
@@ -117,6 +118,7 @@ STATES: dict[str, dict[str, str]] = {
         "commit": "the broker is told",
         "checkpoint": "a checkpoint is begun",
         "export": "the final model is written",
+        "profile": "torch.profiler's record of a step is written (trace.torch_steps)",
         "idle.shard": "the broker has no shard yet; tools.profile says why, from the broker's own marks",
         "idle.receivers": "receivers are not ready for a version",
         "idle.ranks": "other ranks are not there yet",
@@ -126,7 +128,8 @@ STATES: dict[str, dict[str, str]] = {
     },
 }
 
-# Keys of tallies ``tally -> what it is keyed by; what its amount counts``.
+# ``tally -> what it is keyed by; what its amount counts``. What the work itself costs: actor.slowdown and
+# learner.slowdown are not in it.
 TALLIES = {
     "decode": "an actor's engine: rows that were live before the step; tokens sampled in it",
     "prefill": "an actor's engine: prompt tokens, see power_of_two; the same, exactly",
@@ -166,23 +169,22 @@ class ClockOffset:
     """
 
     keep: int = 64
-    _seen: list[tuple[int, int]] = field(default_factory=list)  # (delay, offset), oldest first
+    _seen: list[tuple[int, int, int]] = field(default_factory=list)  # (delay, offset, when), oldest first
 
     def observe(self, sent: int, received: int, answered: int, back: int) -> None:
         """``sent`` and ``back`` by our clock, ``received`` and ``answered`` by the broker's, nanoseconds."""
         delay = (back - sent) - (answered - received)
         if sent <= 0 or delay < 0:
             return
-        self._seen.append((delay, ((received - sent) + (answered - back)) // 2))
-        del self._seen[: -self.keep]
+        self._seen = [*self._seen[1 - self.keep :], (delay, ((received - sent) + (answered - back)) // 2, back)]
 
     @property
-    def best(self) -> tuple[int, int] | None:
-        """(offset, delay) of the most reliable exchange; None before the first."""
+    def best(self) -> tuple[int, int, int] | None:
+        """When the most reliable exchange was, its offset and its delay; None before the first."""
         if not self._seen:
             return None
-        delay, offset = min(self._seen)
-        return offset, delay
+        delay, offset, when = min(self._seen)
+        return when, offset, delay
 
 
 def trace_path(run_dir: Path, process: str) -> Path:
@@ -216,7 +218,7 @@ class Tracer:
         self._moving = threading.Lock()  # from one state to the next
         self._writing = threading.Lock()
         self._limit, self._full = limit_bytes, False
-        self._told: tuple[int, int] | None = None
+        self._told: tuple[int, int, int] | None = None
         now = clock()
         self._state, self._step, self._since, self._cpu_since = "start", -1, now, cpu_clock()
         self._slice: list[Any] | None = None  # the slice that goes on while only short states come between
@@ -390,7 +392,7 @@ class Tracer:
             best = self.offset.best
             if best is not None and best != self._told:
                 self._told = best
-                held.append(["c", now, *best])
+                held.append(["c", *best])
             try:
                 self._file.write(b"".join(map(msgpack.packb, held)))
                 self._file.flush()

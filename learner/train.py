@@ -42,6 +42,7 @@ from learner.mesh import Mesh
 from learner.model.config import ModelConfig
 from learner.model.decoder import Decoder
 from learner.optim import Optimizer
+from learner.profiling import profiled
 from learner.retention import PREFIX, STATE, Retention
 from learner.step import StepBatch, StepSettings, train_step
 from learner.weights.gather import WeightGather
@@ -95,12 +96,13 @@ class Learner:
                 break
             assert shard is not None
             fetched = time.perf_counter()
-            metrics, batch = self._train(shard)
-            self._slow_down((config.learner.slowdown - 1) * (time.perf_counter() - fetched))
-            metrics |= {"seconds_fetch": fetched - began, "seconds_train": time.perf_counter() - fetched}
-            if self.rollout is not None:
-                tracer.state("joint", self.step)
-                metrics |= self.rollout.step(self.model, batch)
+            with profiled(config, tracer, self.step, mesh.device):
+                metrics, batch = self._train(shard)
+                self._slow_down((config.learner.slowdown - 1) * (time.perf_counter() - fetched))
+                metrics |= {"seconds_fetch": fetched - began, "seconds_train": time.perf_counter() - fetched}
+                if self.rollout is not None:
+                    tracer.state("joint", self.step)
+                    metrics |= self.rollout.step(self.model, batch)
             tracer.state("commit", self.step)
             self.step += 1
             if mesh.rank == 0:

@@ -17,13 +17,14 @@ from typing import Any
 import msgpack
 
 from common.trace import FORMAT, IDLE, SUFFIX, TRACE
+from tools.clocks import ClockMap, Exchange
 from tools.run_files import Record
 
 HEADER_BEGINS = msgpack.packb(["h", {}])[:-1]
 MAX_HEADER = 1 << 16  # bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Slice:
     """The main thread was in ``state``; times in nanoseconds of the broker's clock, as everywhere here."""
 
@@ -33,7 +34,7 @@ class Slice:
     step: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Span:
     """Something with a track of its own."""
 
@@ -44,7 +45,7 @@ class Span:
     args: Record
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Instant:
     """A moment."""
 
@@ -64,9 +65,18 @@ class Life:
     levels: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     totals: list[tuple[int, dict[str, list[int]]]] = field(default_factory=list)  # about one a second, cumulative
     tallies: dict[str, dict[int, list[float]]] = field(default_factory=dict)  # the last
-    offset_ns: int = 0  # the broker's clock is the process's + this
-    delay_ns: int | None = None  # of the exchange that the offset is from; None: not measured, taken as 0
+    clock: ClockMap = field(default_factory=ClockMap)  # from the process's own to the broker's
     ended: str = ""  # why; "" for a process that was killed or goes on
+
+    @property
+    def offset_ns(self) -> int:
+        """The broker's clock was the process's + this at the surest exchange."""
+        return self.clock.best.offset if self.clock.best else 0
+
+    @property
+    def delay_ns(self) -> int | None:
+        """Of that exchange, whose error is at most half of it; None: not measured, the clocks are taken for one."""
+        return self.clock.best.delay if self.clock.best else None
 
     @property
     def process(self) -> str:
@@ -81,7 +91,7 @@ class Life:
     @property
     def start(self) -> int:
         """When it began."""
-        return int(self.header["clock_ns"]) + self.offset_ns
+        return self.clock(int(self.header["clock_ns"]))
 
     @property
     def end(self) -> int:
@@ -191,25 +201,22 @@ def _life(records: list[Any]) -> Life:
     if header["format"] != FORMAT:
         raise ValueError(f"format {header['format']}, this croupier reads {FORMAT}")
     _ = header["process"], header["role"]
-    life = Life(header)
-    clocks = [(record[3], record[2]) for record in records if record[0] == "c"]
-    if clocks:
-        life.delay_ns, life.offset_ns = min(clocks)
-    shift = life.offset_ns
+    clock = ClockMap([Exchange(*record[1:4]) for record in records if record[0] == "c"])
+    life = Life(header, clock=clock)
     unfinished: list[list[Any]] = []
     for record in records[1:]:
         match record:
             case ["s", state, start, end, step]:
-                life.slices.append(Slice(state, start + shift, end + shift, step))
+                life.slices.append(Slice(state, clock(start), clock(end), step))
                 unfinished = []
             case ["x", track, name, start, end, args]:
-                life.spans.append(Span(track, name, start + shift, end + shift, args))
+                life.spans.append(Span(track, name, clock(start), clock(end), args))
             case ["i", name, at, args]:
-                life.instants.append(Instant(name, at + shift, args))
+                life.instants.append(Instant(name, clock(at), args))
             case ["n", at, values]:
-                life.levels.append((at + shift, values))
+                life.levels.append((clock(at), values))
             case ["t", at, totals, slices]:
-                life.totals.append((at + shift, totals))
+                life.totals.append((clock(at), totals))
                 unfinished = slices
             case ["y", _, tallies]:
                 life.tallies = tallies
@@ -217,5 +224,5 @@ def _life(records: list[Any]) -> Life:
                 life.ended, unfinished = reason, []
     for _, state, start, end, step in unfinished:
         if end > start:
-            life.slices.append(Slice(state, start + shift, end + shift, step))
+            life.slices.append(Slice(state, clock(start), clock(end), step))
     return life

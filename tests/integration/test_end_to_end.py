@@ -1,6 +1,7 @@
 """Real processes, from one command: the loop runs, its books balance, and it ends when told to."""
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -11,7 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from common.trace import MILESTONES, STATES
+from tests.chrome import check_trace, load_trace
 from tests.integration.fleet import BRIEF, ROOT, Fleet, environment, free_address
+from tools.perfetto import milestones
+from tools.timelines import read_timelines
+from tools.trace import main as trace_main
 
 SOON = ("broker.heartbeat_s=0.3", "broker.peer_timeout_s=4")  # how soon a dead peer is noticed
 REPORT = ("summary.json", "report.html", "report.md", "logs/launch.log", "metrics.jsonl", "status.json", "config.yaml")
@@ -70,8 +76,45 @@ def assert_books_balance(run):
     return summary
 
 
+def assert_timelines_tell_everything(run, steps):
+    """Every process has one, its states partition its life, and each step passed every milestone in order."""
+    found = read_timelines(run)
+    assert not found.notes
+    assert {life.process for life in found.lives} == {"broker", "learner", "replica-0", "actor-0", "actor-1"}
+    for life in found.lives:
+        assert life.ended == "closed"
+        total = life.totals[-1][1]
+        lived = life.totals[-1][0] - life.start  # by the broker's clock, which is known to within milliseconds
+        assert sum(wall for wall, _, _ in total.values()) == pytest.approx(lived, rel=0.01)
+        assert set(total) <= set(STATES[life.role])
+        assert life.role == "broker" or life.delay_ns is not None  # its clock was measured
+        assert all(a.end == b.start for a, b in itertools.pairwise(life.slices))
+    (broker,), (learner,) = found.of("broker"), found.of("learner")
+    marks = milestones(broker.instants)
+    assert sorted(marks) == list(range(steps))
+    for moments in marks.values():
+        assert set(moments) == set(MILESTONES)
+        in_order = [moments[what] for what in MILESTONES if what != "asked"]
+        assert in_order == sorted(in_order) and moments["asked"] <= moments["served"]
+    assert {s.step for s in learner.slices if s.state in ("forward", "backward")} == set(range(steps))
+    assert [s.args["version"] for s in learner.spans if s.name == "publish"] == list(range(1, steps + 1))
+    assert sum(amount for _, _, _, amount in learner.tallies["train"].values()) > 0
+    sampled = [life.tallies["decode"] for life in found.of("actor")]
+    assert sum(amount for by_rows in sampled for _, _, _, amount in by_rows.values()) > 0
+    followed = {group for one in broker.instants for group in one.args.get("groups", ())}
+    assert followed and all(group % 8 == 0 for group in followed)
+    assert trace_main([str(run)]) == 0
+    trace = load_trace(run / "trace.json.gz")
+    rows = check_trace(trace)
+    assert {process for process, _ in rows} == {life.process for life in found.lives}
+    arrived = {e["name"] for e in trace["traceEvents"] if e["ph"] == "f" and e["cat"] == "trajectory"}
+    whole = {f"trajectory {group}.{sibling}" for group in followed for sibling in range(4)}
+    assert whole <= arrived
+    assert any(thread.startswith("torch thread") for process, thread in rows if process == "learner")
+
+
 def test_a_whole_run_keeps_its_promises(tmp_path, model):
-    done, run = launch(tmp_path, model)
+    done, run = launch(tmp_path, model, "trace.torch_steps=[5]")
     assert done.returncode == 0, explain(done, run)
     summary = assert_books_balance(run)
     assert summary["status"] == "finished"
@@ -88,6 +131,7 @@ def test_a_whole_run_keeps_its_promises(tmp_path, model):
     assert (run / "model" / "model.safetensors").exists()
     assert json.loads((run / "tensorboard" / "place.json").read_text())["lines"] == len(lines_of(run, None))
     assert not processes_of(run)
+    assert_timelines_tell_everything(run, 12)
 
 
 def test_synchronous_runs_of_one_actor_repeat_their_reward_curve(tmp_path, model):
