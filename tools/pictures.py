@@ -62,11 +62,16 @@ def place(picture: Picture, directory: Path) -> document.Figure:
     axes = figure.add_subplot()
     dress(axes, picture.title)
     picture.draw(axes)
-    figure.savefig(directory / picture.name)
+    return place_figure(figure, picture.name, picture.title, directory)
+
+
+def place_figure(figure: Figure, name: str, alt: str, directory: Path) -> document.Figure:
+    """As :func:`place`, for a picture that was drawn already; ``alt`` says what it shows."""
+    figure.savefig(directory / name)
     figure.set_layout_engine("none")  # it is laid out
     svg = to_svg(figure)
-    png = b"" if len(svg) <= SVG_LIMIT else (directory / picture.name).read_bytes()
-    return document.Figure(picture.name, picture.title, "" if png else svg, png)
+    png = b"" if len(svg) <= SVG_LIMIT else (directory / name).read_bytes()
+    return document.Figure(name, alt, "" if png else svg, png)
 
 
 def to_svg(figure: Figure) -> str:

@@ -13,12 +13,13 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
 from common.config import RunConfig
 from common.errors import CroupierError
+from common.trace import SUFFIX, TRACE
 from tools import chapters
 from tools.chapters import END_STEPS, mean
 from tools.document import Block, Bold, Document, Figure, Items, Note, Paragraph
@@ -27,21 +28,33 @@ from tools.faults import alert_blocks, fault_blocks, last_words
 from tools.markdown import to_markdown
 from tools.page import to_html
 from tools.plots import plot_all
+from tools.profile.chapter import verdict_blocks
 from tools.run_files import CONFIG, METRICS, PAGE, REPORT, STATUS, SUMMARY, Record, of_kind
 from tools.runs import Run, read_run
 
 Outcome = Literal["finished", "interrupted", "failed"]
+TIMELINES_BYTES = 64 << 20  # read for the verdict; about 2 s for each 10 MB
 
 
 def write_report(run_dir: Path, status: Outcome, wall_s: float) -> Record:
     """Write summary, curves and both reports; returns the summary."""
-    run = read_run(run_dir)
+    run = _read(run_dir)
     summary = summarize(run.config, run.status, run.records, status, wall_s)
     (run_dir / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
-    report = compose(run, summary, plot_all(run_dir, run.records, summary["staleness_budget"] or 0))
+    pictures = plot_all(run_dir, run.records, summary["staleness_budget"] or 0)
+    report = compose(run, summary, pictures, verdict_blocks(run))
     (run_dir / REPORT).write_text(to_markdown(report))
     (run_dir / PAGE).write_text(to_html(report))
     return summary
+
+
+def _read(run_dir: Path) -> Run:
+    """The run; of very long timelines not, so that one that is interrupted ends in seconds."""
+    size = sum(path.stat().st_size for path in (run_dir / TRACE).glob(f"*{SUFFIX}"))
+    run = read_run(run_dir, timelines=size <= TIMELINES_BYTES)
+    if size > TIMELINES_BYTES:
+        run.notes.append(f"{TRACE}: {size >> 20} MB of timelines are left to `python -m tools.profile {run_dir}`")
+    return run
 
 
 def summarize(config: RunConfig | None, last: Record, records: list[Record], status: Outcome, wall_s: float) -> Record:
@@ -98,8 +111,8 @@ def _mean_lag(steps: list[Record]) -> float | None:
     return mean([step["lag_mean"] for step in steps if step.get("lag_mean") is not None])
 
 
-def compose(run: Run, summary: Record, pictures: Mapping[str, Figure]) -> Document:
-    """The report, chapter by chapter."""
+def compose(run: Run, summary: Record, pictures: Mapping[str, Figure], judged: Sequence[Block] = ()) -> Document:
+    """The report, chapter by chapter; ``judged``: the verdict's."""
     title = f"Run {run.config.run.name if run.config else run.path.name}: {summary['status']}"
     return Document(title, [
         Paragraph(chapters.what(run.config)),
@@ -107,6 +120,7 @@ def compose(run: Run, summary: Record, pictures: Mapping[str, Figure]) -> Docume
         chapters.tiles(summary),
         *chapters.result(summary, pictures),
         *evaluation_blocks(run.evaluations, run.status.get("best"), pictures),
+        *judged,
         *chapters.staleness(run, summary, pictures),
         *chapters.rejection(run, summary, pictures),
         *chapters.signs(pictures),

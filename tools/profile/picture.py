@@ -13,7 +13,8 @@ from tools.profile.verdict import Verdict
 from tools.profile.words import LEAST, shown
 from tools.timelines import is_idle
 
-WIDTH, ROW, REST = 8.0, 0.42, 1.5  # inches: of the picture, of a bar, of title, axis and legend
+WIDTH, ROW, REST = 5.6, 0.42, 1.9  # inches: of the picture, of a bar, of title, axis and legend
+ON_GREY = "#1f2932"  # of words in a bar; INK is light where a page is dark
 DPI = 130
 WORK = (
     "#2563eb", "#0e9f6e", "#7c3aed", "#0891b2", "#4d7c0f", "#be185d", "#b45309", "#1d4ed8", "#047857", "#6d28d9",
@@ -24,9 +25,17 @@ NAMED = 0.04  # of the window: a wait that long has its cause written into it
 
 def draw(verdict: Verdict, path: Path) -> bool:
     """Write a PNG or SVG; False and no file where there is nothing to draw."""
+    figure = figure_of(verdict)
+    if figure is not None:
+        figure.savefig(path)
+    return figure is not None
+
+
+def figure_of(verdict: Verdict) -> Figure | None:
+    """None where there is nothing to draw."""
     processes = [p for p in shown(verdict.processes) if p.there_s]
     if not processes:
-        return False
+        return None
     figure = Figure(figsize=(WIDTH, REST + ROW * len(processes)), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     colors: dict[str, str] = {}
@@ -43,7 +52,7 @@ def draw(verdict: Verdict, path: Path) -> bool:
             share = seconds / whole
             axes.barh(row, share, left=at, color=IDLE_COLORS[number % len(IDLE_COLORS)])
             if share >= NAMED * max(1, len(cause) / 6):
-                axes.text(at + share / 2, row, cause, ha="center", va="center", fontsize=7, color=INK)
+                axes.text(at + share / 2, row, cause, ha="center", va="center", fontsize=8, color=ON_GREY)
             at += share
     axes.set_yticks(range(len(processes)), [process.name for process in processes])
     axes.invert_yaxis()
@@ -54,6 +63,5 @@ def draw(verdict: Verdict, path: Path) -> bool:
         axes.spines[side].set_visible(False)
     axes.set_title("Where the time went; grey is waiting, and for what", loc="left", fontsize=11, color=INK)
     if colors:
-        figure.legend(loc="outside lower left", ncols=6, frameon=False, fontsize=8, labelcolor=INK)
-    figure.savefig(path)
-    return True
+        figure.legend(loc="outside lower left", ncols=4, frameon=False, fontsize=9, labelcolor=INK, columnspacing=1.2)
+    return figure

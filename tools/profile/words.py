@@ -206,13 +206,20 @@ def waits(verdict: Verdict) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title in ("who waits", "for", "share", "", "what helps"):
         table.add_column(title, header_style="dim", justify="right" if title == "share" else "left")
+    for name, cause, share, meaning, remedy in waits_of(verdict):
+        table.add_row(name, cause, share, meaning, Text(remedy, style="dim"))
+    return table
+
+
+def waits_of(verdict: Verdict) -> list[tuple[str, str, str, str, str]]:
+    """(who, for what, share of its time, what that means, what helps), a process's largest first."""
+    rows = []
     for process in shown(verdict.processes):
         whole = process.there_s + process.absent_s
         for cause, seconds in sorted(process.causes.items(), key=lambda pair: -pair[1]):
             if whole and seconds / whole >= LEAST:
-                meaning, remedy = WORDS.get(cause, ("", ""))
-                table.add_row(process.name, cause, pct(seconds, whole), meaning, Text(remedy, style="dim"))
-    return table
+                rows.append((process.name, cause, pct(seconds, whole), *WORDS.get(cause, ("", ""))))
+    return rows
 
 
 def print_verdict(console: Console, verdict: Verdict) -> None:
