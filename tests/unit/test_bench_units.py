@@ -58,6 +58,7 @@ def test_unknown_names_and_repeats_are_refused(capsys: pytest.CaptureFixture[str
         "broker",
         "store",
         "fleet",
+        "trace",
     }
 
 

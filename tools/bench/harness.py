@@ -45,6 +45,11 @@ REGISTRY = {  # name -> (module, what it measures, default repeats); imported wh
         "synchronous, asynchronous with and without correction, TRL: samples/s and wall-clock to a reward; 40 minutes",
         3,
     ),
+    "trace": (
+        "tools.bench.trace",
+        "what timelines cost: each call, a step's share, the quick start with and without",
+        5,
+    ),
     "store": ("tools.bench.store", "LMDB and SQLite as the journal's store, beside append + fdatasync", 5),
     "verifiers": ("tools.bench.verifiers", "math-verify, reasoning-gym, searches and the order of questions", 5),
     "codec": ("tools.bench.codec", "encode + decode of 2,048-token trajectories", 15),
