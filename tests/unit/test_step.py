@@ -97,6 +97,14 @@ def test_micro_batches_and_chunks_change_nothing():
     assert torch.allclose(fraction.sum(1), torch.ones(2))
 
 
+def test_a_step_names_what_it_does():
+    model = model_of()
+    optimizer, fraction, told = Optimizer(model, OPTIM, STEPS), model.uniform_expert_fraction(), []
+    work = batch_of(0, [0, 1, 2], 0.7)
+    train_step(model, optimizer, work, fraction, settings(micro_batch_tokens=1), told.append)
+    assert told == ["forward", "backward"] * 3 + ["reduce", "optimizer", "reduce"]
+
+
 def test_micro_batches_hold_whole_sequences_within_the_limit():
     offsets = np.concatenate(([0], np.cumsum(LENGTHS))).astype(np.int32)
     cuts = list(micro_batches(offsets, 12))

@@ -1,14 +1,27 @@
 """Timelines: complete, cheap to draw, readable wherever they are cut."""
 
 import itertools
+import threading
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.trace import RESOLUTION_NS, ClockOffset, Tracer, trace_path
+from common.config import RunConfig, RunSection
+from common.observe import TraceSection
+from common.trace import (
+    IDLE,
+    LEVELS_EVERY_NS,
+    RESOLUTION_NS,
+    STATES,
+    ClockOffset,
+    Tracer,
+    open_tracer,
+    trace_path,
+)
 from tools.timelines import read_timelines
 
-STATES = ("sample", "play", "idle.credits")
+MOVES = ("sample", "play", "idle.credits")
 
 
 class Clock:
@@ -29,7 +42,7 @@ def traced(tmp_path, moves, **options):
 
 
 @settings(deadline=None)  # it writes files
-@given(st.lists(st.tuples(st.sampled_from(STATES), st.integers(1, 3 * RESOLUTION_NS)), min_size=1, max_size=60))
+@given(st.lists(st.tuples(st.sampled_from(MOVES), st.integers(1, 3 * RESOLUTION_NS)), min_size=1, max_size=60))
 def test_totals_partition_the_time_and_slices_leave_no_gap(tmp_path_factory, moves):
     tmp_path = tmp_path_factory.mktemp("run")
     tracer = traced(tmp_path, moves)
@@ -110,3 +123,84 @@ def test_offset_ignores_what_was_never_echoed():
     offset = ClockOffset()
     offset.observe(0, 5, 6, 7)
     assert offset.best is None
+
+
+def test_code_that_knows_no_tracer_names_its_phases_and_waits_leave_no_trace_behind(tmp_path):
+    tracer = traced(tmp_path, [("load", RESOLUTION_NS)])
+    phase = tracer.phases(3)
+    clock = tracer._clock
+    phase("forward")
+    clock.now += RESOLUTION_NS
+    with pytest.raises(ValueError), tracer.within("send", 2):
+        clock.now += RESOLUTION_NS
+        raise ValueError
+    clock.now += RESOLUTION_NS
+    tracer.close()
+    (life,) = read_timelines(tmp_path).lives
+    drawn = [(s.state, s.step) for s in life.slices]
+    assert drawn == [("load", -1), ("forward", 3), ("send", 2), ("forward", 3)]
+
+
+def test_curves_are_kept_where_they_change_and_not_too_often(tmp_path):
+    tracer = traced(tmp_path, [("sample", 1)])
+    assert tracer.wants_levels
+    tracer.levels(rows=3, grants=0)
+    assert not tracer.wants_levels
+    tracer._clock.now += LEVELS_EVERY_NS
+    assert tracer.wants_levels
+    tracer.levels(rows=4, grants=0)
+    tracer.close()
+    (life,) = read_timelines(tmp_path).lives
+    assert [values for _, values in life.levels] == [{"rows": 3, "grants": 0}, {"rows": 4}]
+
+
+def test_spans_from_threads_that_are_written_meanwhile_all_arrive(tmp_path):
+    tracer = traced(tmp_path, [("sample", 1)])
+    each = 2000
+
+    def speak(number):
+        for index in range(each):
+            tracer.span("weights", "receive", index, index + 1, version=number)
+
+    threads = [threading.Thread(target=speak, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        tracer.write()
+    for thread in threads:
+        thread.join()
+    tracer.close()
+    (life,) = read_timelines(tmp_path).lives
+    assert len(life.spans) + tracer.dropped == 4 * each
+
+
+def test_a_killed_process_leaves_the_state_that_it_was_in(tmp_path):
+    tracer = traced(tmp_path, [("sample", RESOLUTION_NS), ("idle.credits", 10 * RESOLUTION_NS)])
+    tracer.write()  # and then nothing more
+    (life,) = read_timelines(tmp_path).lives
+    assert life.ended == "" and life.slices[-1].state == "idle.credits"
+    assert life.slices[-1].end - life.slices[-1].start == 10 * RESOLUTION_NS
+    assert life.seconds()["idle.credits"][0] == 10 * RESOLUTION_NS / 1e9
+    tracer.close()
+
+
+def test_a_run_without_files_or_room_for_them_goes_on(tmp_path, caplog):
+    run = RunSection(name="run", dir=str(tmp_path))
+    with open_tracer(RunConfig(run=run, trace=TraceSection(spans=False)), "actor-0", "actor") as tracer:
+        tracer.state("sample")
+    assert not (tmp_path / "run").exists() and not tracer.on and "sample" in tracer.seconds()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "trace").write_text("in the way")
+    with open_tracer(RunConfig(run=run), "actor-0", "actor") as tracer:
+        tracer.state("sample")
+    assert not tracer.on and "no timeline of this process" in caplog.text
+    (tmp_path / "run" / "trace").unlink()
+    with pytest.raises(ValueError), open_tracer(RunConfig(run=run), "actor-0", "actor") as tracer:
+        raise ValueError("of its own")
+    assert read_timelines(tmp_path / "run").lives[0].ended == "ValueError: of its own"
+
+
+def test_every_state_is_named_once_and_explained():
+    for states in STATES.values():
+        assert {"start", "end"} <= set(states) and all(states.values())
+        assert any(name.startswith(IDLE) for name in states)
