@@ -247,7 +247,7 @@ class Tracer:
     def _header(self, now: int) -> dict[str, Any]:
         return {
             "format": FORMAT, "wire": WIRE_VERSION, "process": self.process, "role": self.role, "rank": self.rank,
-            "host": socket.gethostname(), "pid": os.getpid(), "clock_ns": now,
+            "host": socket.gethostname(), "pid": os.getpid(), "cores": len(os.sched_getaffinity(0)), "clock_ns": now,
             "unix_ns": time.time_ns(),
             "resolution_ns": RESOLUTION_NS, "follow_every": self._follow_every,
         }  # fmt: skip

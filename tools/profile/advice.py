@@ -126,9 +126,9 @@ def _with(found: Judged, **changes: object) -> Judged:
 
 
 def recommend(
-    config: RunConfig, predictors: Sequence[Predictor], now: Staleness, drift: Drift | None, busy: str
+    config: RunConfig, predictors: Sequence[Predictor], now: Staleness, drift: Drift | None, rest: str
 ) -> Recommendation:
-    """The first predictor that can say, says it. ``busy``: what the learner does, for when nothing is worth it."""
+    """The first predictor that can say, says it. ``rest``: what is said when nothing is worth it."""
     judged: list[tuple[Candidate, Judged]] = []
     for candidate in candidates(config):
         prediction = next((p for predictor in predictors if (p := predictor.predict(candidate.changes))), None)
@@ -143,10 +143,10 @@ def recommend(
         chosen = min(alike, key=lambda pair: (pair[0].cost, -pair[1].speedup))[1]
         why = f"by {chosen.by}"
     else:
-        spare = [j for c, j in judged if c.saves and j.speedup >= COSTLESS]
+        spare = [j for c, j in judged if c.saves and not j.bound and j.speedup >= COSTLESS]
         if not spare:
             others = tuple(j for _, j in judged)
-            return Recommendation("change nothing", f"{busy}; no change is predicted to gain 3 %", None, others, basis)
+            return Recommendation(rest, "no change is predicted to gain 3 %", None, others, basis)
         chosen, why = spare[0], f"by {spare[0].by}; nothing is predicted to gain 3 %, and this costs no speed"
     others = tuple(j for _, j in judged if j is not chosen)
     return Recommendation(chosen.sentence, why, chosen, others, basis)

@@ -20,6 +20,7 @@ from tools.profile.spent import Process
 
 FULL = 0.9
 STARVED = 0.9  # of the busy time with a core; less is starved where cores are too few
+LEAST_BUSY = 0.02  # of the window: who works less is not called starved
 CAUSED_BY = {  # what of the run answers for a cause of the learner's waiting
     "rollouts.sampling": "actors", "rollouts.credits": "staleness budget", "rollouts.weights": "publish",
     "rollouts.server": "servers", "rollouts.scoring": "rewards", "rollouts.agents": "agents",
@@ -37,7 +38,7 @@ class Machine:
     host: str
     cores: int | None  # None: not known
     cpu: float  # cores used by the main threads
-    busy: float  # processes in states that are work
+    busy: float  # processes in states that are work, sleeps of a slowdown left out
     starved: tuple[str, ...] = ()  # processes that waited for a core
 
     @property
@@ -55,14 +56,20 @@ class Bottleneck:
     why: str
 
 
-def machines_of(processes: Sequence[Process], seconds: float, cores: Mapping[str, int]) -> list[Machine]:
-    """One for every host. Processes are starved only where more of them are busy than there are cores."""
+def machines_of(
+    processes: Sequence[Process], seconds: float, cores: Mapping[str, int], slowed: Mapping[str, float]
+) -> list[Machine]:
+    """One for every host. Processes are starved only where more of them are busy than there are cores.
+
+    ``slowed``: by role, how many times as long work is made to take by sleeping (actor.slowdown, learner.slowdown).
+    """
     found = []
     for host in dict.fromkeys(process.host for process in processes):
         here = [process for process in processes if process.host == host]
-        busy = sum(process.busy_s for process in here) / seconds
+        busy = sum(process.busy_s / slowed.get(process.role, 1.0) for process in here) / seconds
         few = host in cores and busy > FULL * cores[host]
-        starved = [p.name for p in here if p.cpu_of_busy < STARVED and p.busy_s > 0.02 * seconds] if few else []
+        at_work = [p for p in here if p.busy_s > LEAST_BUSY * seconds] if few else []
+        starved = [p.name for p in at_work if p.cpu_of_busy * slowed.get(p.role, 1.0) < STARVED]
         cpu = sum(process.cpu_s for process in here) / seconds
         found.append(Machine(host, cores.get(host), cpu, busy, tuple(starved)))
     return found

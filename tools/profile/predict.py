@@ -39,6 +39,7 @@ class Bounds:
     replica_s: float  # scoring, of all replicas together
     cpu_s: float  # of everything on the fullest machine
     cores: int | None  # of that machine
+    full: bool  # whether a machine's cores are used up
     waits: Mapping[str, float]  # the learner's, by cause
     credits_s: float  # an actor's wait for credits
     actors: int
@@ -59,7 +60,8 @@ class Bounds:
         More actors save their part of the time that the learner waits for sampling. A larger budget saves
         what the learner waits for rollouts while actors could have sampled ahead: the credits they lacked.
         Scores are asked for one batch at a time, so more replicas save nothing here; no rejection saves the
-        wait for scores and coins.
+        wait for scores and coins. Where a machine's cores are used up, nothing is saved but work: of these
+        only that of the replica.
         """
         actors, replicas, ranks = self.actors, self.replicas, self.ranks
         saved = 0.0
@@ -86,6 +88,10 @@ class Bounds:
                     return None
         if actors < 1:
             return None
+        if self.full:
+            working = self.learner_s + self.actors_s + self.replica_s
+            share = self.replica_s / working if working and not replicas else 0.0
+            return Prediction(1 / (1 - share), None, True, "the bound of the cores")
         floor = self.floor(actors, replicas, ranks)
         fewer = actors < self.actors
         step_s = max(self.step_s, floor) if fewer else max(min(floor, self.step_s), self.step_s - saved)

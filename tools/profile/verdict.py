@@ -75,7 +75,8 @@ def verdict(run: Run, skip_s: float | None = None, predictors: Sequence[Predicto
     steps = [step for step in run.steps if window.first <= step["step"] <= window.last]
     seconds = window.ns * NS
     found = Verdict(run.path.name, seconds, window.first, window.last, processes, notes=notes)
-    found.machines = machines_of(processes, seconds, cores_of(run.timelines))
+    slowed = {"actor": run.config.actor.slowdown, "learner": run.config.learner.slowdown} if run.config else {}
+    found.machines = machines_of(processes, seconds, cores_of(run.timelines), slowed)
     found.publishes = publishes_of(run.timelines, window, _published(run, window))
     _judge(found, run, steps, predictors)
     return found
@@ -113,9 +114,11 @@ def _judge(found: Verdict, run: Run, steps: Sequence[Record], predictors: Sequen
     elif found.rates is None or found.staleness is None or learner is None:
         found.notes.append("no recommendation: fewer than two steps, or no timeline of the learner")
     else:
-        busy = f"the learner is busy {learner.busy_s / found.seconds:.0%} of the time"
+        rest = f"change nothing: the learner is busy {learner.busy_s / found.seconds:.0%} of the time"
+        if found.bottleneck and found.bottleneck.resource == "cores":
+            rest = "change nothing on this machine: its cores are used up, more of them would help"
         asked = [*predictors, bounds_of(found, run)]
-        found.recommendation = recommend(run.config, asked, found.staleness, fit(run.steps), busy)
+        found.recommendation = recommend(run.config, asked, found.staleness, fit(run.steps), rest)
 
 
 def bounds_of(found: Verdict, run: Run) -> Bounds:
@@ -136,6 +139,7 @@ def bounds_of(found: Verdict, run: Run) -> Bounds:
         replica_s=sum(p.states.get("score", (0.0, 0.0))[0] for p in by_role.get("replica", [])) / steps,
         cpu_s=(fullest.cpu if fullest else 0.0) * found.seconds / steps,
         cores=fullest.cores if fullest else None,
+        full=any(machine.full for machine in found.machines),
         waits={cause: seconds / steps for cause, seconds in learner.causes.items()},
         credits_s=sum(s for p in actors for c, s in p.causes.items() if c.startswith("credits."))
         / steps
