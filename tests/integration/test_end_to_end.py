@@ -16,6 +16,9 @@ from common.trace import MILESTONES, STATES
 from tests.chrome import check_trace, load_trace
 from tests.integration.fleet import BRIEF, ROOT, Fleet, environment, free_address
 from tools.perfetto import milestones
+from tools.profile.causes import WORDS
+from tools.profile.verdict import verdict
+from tools.runs import read_run
 from tools.timelines import read_timelines
 from tools.trace import main as trace_main
 
@@ -132,6 +135,21 @@ def test_a_whole_run_keeps_its_promises(tmp_path, model):
     assert json.loads((run / "tensorboard" / "place.json").read_text())["lines"] == len(lines_of(run, None))
     assert not processes_of(run)
     assert_timelines_tell_everything(run, 12)
+    assert_time_is_accounted_for(run)
+
+
+def assert_time_is_accounted_for(run):
+    """The verdict of a whole run: nothing unread, every process there, every wait named."""
+    found = read_run(run)
+    judged = verdict(found)
+    assert not judged.notes and (judged.first, judged.last) == (3, 11)
+    assert {p.name for p in judged.processes} == {"learner", "actor-0", "actor-1", "replica-0", "broker"}
+    for process in judged.processes:
+        assert process.there_s == pytest.approx(judged.seconds, rel=0.05), process  # a clock's offset, no more
+        assert sum(process.causes.values()) == pytest.approx(process.idle_s)
+        assert set(process.causes) <= set(WORDS) and process.causes.get("unknown", 0.0) < 0.02 * judged.seconds
+    assert judged.rates.steps_s > 0 and judged.rates.ratio > 0 and judged.publishes.count >= 7
+    assert judged.bottleneck is not None and judged.recommendation is not None
 
 
 def test_synchronous_runs_of_one_actor_repeat_their_reward_curve(tmp_path, model):
