@@ -1,6 +1,6 @@
 """Groups of sibling trajectories: completion in any order, and tombstones for those that never will."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,10 +117,15 @@ class GroupBook:
         self.group_size = group_size
         self._groups: dict[int, Group] = {}
         self._tombstones: OrderedDict[int, str] = OrderedDict()
+        # Kept up to date, because they are asked for at every turn.
+        self._owed: Counter[str] = Counter()  # groups that are not settled, by actor
+        self.nbytes = 0  # of the trajectories held
+        self.held = 0  # trajectories
 
     def grant(self, group: int, prompt: int, actor: str, min_version: int) -> None:
         """``actor`` was told to start ``group``."""
         self._groups[group] = Group(group, prompt, actor, min_version)
+        self._owed[actor] += 1
 
     def refusal(self, group: int, sibling: int, actor: str) -> str:
         """Why a trajectory of this identity cannot be taken; "" if it can. Repeats are fine."""
@@ -141,7 +146,11 @@ class GroupBook:
         if trajectory.sibling in entry.members or trajectory.sibling in entry.failed:
             return False, False
         entry.members[trajectory.sibling] = trajectory
-        return True, entry.is_settled(self.group_size)
+        self.nbytes += trajectory.nbytes
+        self.held += 1
+        settled = entry.is_settled(self.group_size)
+        self._owed[entry.actor] -= settled
+        return True, settled
 
     def fail(self, group: int, sibling: int) -> bool:
         """``sibling`` (-1: all that are missing) will never come; returns whether the group is settled by that."""
@@ -149,7 +158,9 @@ class GroupBook:
         missing = set(range(self.group_size)) - entry.members.keys()
         before = entry.is_settled(self.group_size)
         entry.failed |= missing if sibling < 0 else missing & {sibling}
-        return entry.is_settled(self.group_size) and not before
+        settled = entry.is_settled(self.group_size) and not before
+        self._owed[entry.actor] -= settled
+        return settled
 
     def enough(self, group: int) -> bool:
         """Whether more than half of the siblings are valid, so that the rest may be made up for (algorithms.md 3.3)."""
@@ -177,16 +188,20 @@ class GroupBook:
 
     def take(self, group: int) -> list[Trajectory]:
         """Hand a complete group over; later repeats of its members are recognised and ignored."""
-        members = self.members(group)
-        del self._groups[group]
-        self._bury(group, "")
-        return members
+        return self._remove(group, "")[1]
 
     def tombstone(self, group: int, reason: str) -> tuple[int, list[Trajectory]]:
         """Give a group up; returns its prompt and what had arrived of it."""
+        return self._remove(group, reason)
+
+    def _remove(self, group: int, reason: str) -> tuple[int, list[Trajectory]]:
+        members = self.members(group)
         entry = self._groups.pop(group)
+        self._owed[entry.actor] -= not entry.is_settled(self.group_size)
+        self.nbytes -= sum(t.nbytes for t in members)
+        self.held -= len(members)
         self._bury(group, reason)
-        return entry.prompt, [t for _, t in sorted(entry.members.items())]
+        return entry.prompt, members
 
     def is_done(self, group: int) -> bool:
         """Whether the group was assembled (and not given up)."""
@@ -194,7 +209,7 @@ class GroupBook:
 
     def actors(self) -> set[str]:
         """Who owes siblings of a group."""
-        return {e.actor for e in self._groups.values() if not e.is_settled(self.group_size)}
+        return {actor for actor, owed in self._owed.items() if owed}
 
     def of_actor(self, actor: str) -> list[int]:
         """Groups that ``actor`` still owes siblings of."""
@@ -202,17 +217,7 @@ class GroupBook:
 
     def in_flight(self, actor: str) -> int:
         """How many groups ``actor`` has not finished."""
-        return sum(e.actor == actor and not e.is_settled(self.group_size) for e in self._groups.values())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the trajectories held."""
-        return sum(t.nbytes for e in self._groups.values() for t in e.members.values())
-
-    @property
-    def held(self) -> int:
-        """Trajectories held."""
-        return sum(len(e.members) for e in self._groups.values())
+        return self._owed[actor]
 
     def __contains__(self, group: int) -> bool:
         return group in self._groups
@@ -239,6 +244,10 @@ class GroupBook:
         for group, prompt, actor, min_version, places, failed in state["groups"]:
             members = [load(*place) for place in places]
             self._groups[group] = Group(group, prompt, actor, min_version, {t.sibling: t for t in members}, set(failed))
+        entries = self._groups.values()
+        self._owed = Counter(e.actor for e in entries if not e.is_settled(self.group_size))
+        held = [t for e in entries for t in e.members.values()]
+        self.nbytes, self.held = sum(t.nbytes for t in held), len(held)
 
     def _bury(self, group: int, reason: str) -> None:
         self._tombstones[group] = reason

@@ -43,6 +43,9 @@ class StalenessLedger:
         self.steps = steps
         self.next_step = next_step  # the next step to assemble
         self._outstanding: dict[int, _Outstanding] = {}
+        self.queued = 0  # groups complete and not yet assembled into a step
+        self._chosen: list[int] | None = None  # what select() found, until something changes
+        self._changed = True
 
     def set_budget(self, budget: int) -> None:
         """What is granted from now on gets ``budget`` versions. Raises :class:`DataError` if it is negative."""
@@ -53,12 +56,7 @@ class StalenessLedger:
     @property
     def promised(self) -> int:
         """Groups granted and not complete."""
-        return sum(not g.complete for g in self._outstanding.values())
-
-    @property
-    def queued(self) -> int:
-        """Groups complete and not yet assembled into a step."""
-        return sum(g.complete for g in self._outstanding.values())
+        return len(self._outstanding) - self.queued
 
     def grantable(self, version: int) -> int:
         """How many groups may start now with weights no older than ``version``."""
@@ -74,11 +72,17 @@ class StalenessLedger:
         if not self.grantable(version):
             raise DataError(f"group {group}: no room at version {version} within a staleness budget of {self.budget}")
         self._outstanding[group] = _Outstanding(version, self.budget)
+        self._changed = True
+
+    def start_at(self, step: int) -> None:
+        """``step`` is the first to be assembled here."""
+        self.next_step, self._changed = step, True
 
     def complete(self, group: int, oldest_version: int) -> None:
         """``group`` is whole; ``oldest_version`` sampled its oldest token."""
         entry = self._outstanding[group]
-        entry.complete = True
+        self.queued += not entry.complete
+        entry.complete = self._changed = True
         entry.version = max(entry.version, oldest_version)
 
     def is_complete(self, group: int) -> bool:
@@ -87,7 +91,9 @@ class StalenessLedger:
 
     def release(self, group: int) -> None:
         """``group`` will never be complete: its place is free again."""
-        self._outstanding.pop(group, None)
+        entry = self._outstanding.pop(group, None)
+        self.queued -= entry is not None and entry.complete
+        self._changed = True
 
     def select(self) -> list[int] | None:
         """The groups to train at ``next_step``, the oldest first, or None while it must wait.
@@ -97,11 +103,14 @@ class StalenessLedger:
         budget was lowered an older group may be due later than a fresher one; where not all can wait
         for those before them, those that are due first are taken.
         """
-        if self.next_step >= self.steps:
+        if self._changed:
+            self._chosen, self._changed = self._choose(), False
+        return self._chosen
+
+    def _choose(self) -> list[int] | None:
+        if self.next_step >= self.steps or self.queued < self.groups_per_step:
             return None
         ready = [(g.version, g.deadline, i) for i, g in self._outstanding.items() if g.complete]
-        if len(ready) < self.groups_per_step:
-            return None
         chosen = [i for _, _, i in sorted(ready)[: self.groups_per_step]]
         if self._may_take(chosen):
             return chosen
@@ -123,9 +132,11 @@ class StalenessLedger:
         """``groups`` make up ``next_step``."""
         for group in groups:
             entry = self._outstanding.pop(group)
+            self.queued -= entry.complete
             if entry.deadline < self.next_step:
                 raise DataError(f"group {group} was due at step {entry.deadline}, not {self.next_step}")
         self.next_step += 1
+        self._changed = True
 
     def state(self) -> dict[str, Any]:
         """What :meth:`restore` needs."""
@@ -146,6 +157,8 @@ class StalenessLedger:
                 i: _Outstanding(deadline - self.budget, self.budget, complete)
                 for i, deadline, complete in state["outstanding"]
             }
+        self.queued = sum(g.complete for g in self._outstanding.values())
+        self._changed = True
 
     def waiting_for(self) -> str:
         """What keeps the next step from being assembled, in words."""

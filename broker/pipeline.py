@@ -71,7 +71,7 @@ class Pipeline:
     def start_at(self, step: int) -> None:
         """The learner's first step; everything before it belongs to an earlier life of the run."""
         if self.ledger.next_step == 0 and step > 0 and not self.steps.waiting:
-            self.ledger.next_step = step
+            self.ledger.start_at(step)
             self.committed_step = step - 1
             self._next_prompt = step * self.config.rollout.groups_per_step
 

@@ -91,6 +91,9 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         assert self.ledger.promised == len(self.in_flight)
         assert self.ledger.queued == len(self.done)
+        fresh = StalenessLedger(0, self.size, STEPS)  # one that has nothing chosen from before
+        fresh.restore(self.ledger.state())
+        assert self.ledger.select() == fresh.select()
 
     @invariant()
     def schedule_is_feasible(self):
