@@ -17,6 +17,7 @@ from common.config import (
     ObrsSection,
     RolloutSection,
     RunConfig,
+    StalenessSection,
 )
 from common.errors import ModelError, ProtocolError
 from common.process import StopFlag
@@ -247,6 +248,41 @@ def test_a_broker_that_restarts_takes_its_peers_back_under_the_same_run(make):
         for peer in (learner, actor):
             peer.link.close()
         second.end()
+
+
+def test_a_move_of_the_budget_is_told_and_outlives_a_restart(make):
+    broker = make(staleness=StalenessSection("auto", start=1, every=2, ess_target=0.8))
+    learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
+    granted = []
+    for step in range(STEPS - 1):
+        while len(granted) < B:
+            granted += [(int(g), grant.min_version) for grant in [actor.expect(wire.Grant)] for g in grant.groups]
+        for number, version in granted[:B]:
+            actor.link.send(group(actor.link.run_id, number, version))
+            actor.expect(wire.Ack)
+        granted = granted[B:]
+        learner.link.send(wire.Fetch(step, 0, 1))
+        learner.expect(wire.Shard)
+        learner.link.send(wire.Commit(step, step + 1, {"weight_ess": 0.3}))
+        learner.publish(step + 1, [actor])
+    for peer in (learner, actor):
+        peer.link.close()
+    broker.service._farewell = lambda: None
+    broker.end()
+    metrics = broker.config.run.path / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    (move,) = (line for line in lines if line["kind"] == "budget")
+    assert (move["step"], move["old"], move["value"], move["ess"]) == (2, 1, 0, 0.3)
+    assert move["reason"] == "ESS is 0.3, below staleness.ess_target=0.8"
+    assert [line["staleness_budget"] for line in lines if line["kind"] == "step"] == [1, 1, 1]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines if line["kind"] != "budget"))
+    second = Broker(broker.config)
+    second.end()
+    assert second.service.pipeline.ledger.budget == second.service.training.governor.budget == 0
+    status = second.status()
+    assert status["staleness_budget"] == 0 and status["staleness_move"]["reason"] == move["reason"]
+    again = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["value"] for line in again if line["kind"] == "budget"] == [0], "written down once, if late"
 
 
 def test_a_missing_model_directory_names_the_remedy(tmp_path):

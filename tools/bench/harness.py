@@ -50,6 +50,11 @@ REGISTRY = {  # name -> (module, what it measures, default repeats); imported wh
         "what timelines cost: each call, a step's share, the quick start with and without",
         5,
     ),
+    "closed_loop": (
+        "tools.bench.closed_loop.study",
+        "staleness.budget=auto beside every fixed budget: held-out reward at equal wall-clock; 45 minutes",
+        2,
+    ),
     "store": ("tools.bench.store", "LMDB and SQLite as the journal's store, beside append + fdatasync", 5),
     "verifiers": ("tools.bench.verifiers", "math-verify, reasoning-gym, searches and the order of questions", 5),
     "codec": ("tools.bench.codec", "encode + decode of 2,048-token trajectories", 15),

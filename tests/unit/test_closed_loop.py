@@ -1,0 +1,108 @@
+"""What the study of closed loops makes of runs: which versions are judged, who is best, what is written."""
+
+import json
+
+import pytest
+
+from common.errors import EngineError
+from tools.bench.closed_loop import runs
+from tools.bench.closed_loop.report import lines
+from tools.bench.closed_loop.runs import (
+    AUTO,
+    BUDGETS,
+    RATIOS,
+    TIME_S,
+    Cell,
+    Done,
+    at_the_end,
+    finished,
+    needed,
+    of_lines,
+)
+from tools.bench.closed_loop.study import Found, Options, chosen, rows, run_study, turns
+
+
+def done(cell=None, step_s=1.0, budgets=None, steps=49):
+    cell = cell or Cell("even", "2", 0)
+    at = [step_s * i for i in range(steps)]
+    return Done(cell.overrides(), at, [min(1.0, t / 50) for t in at], budgets or [2] * steps, 1.5, {"rollouts": 0.1})
+
+
+def test_settings_are_those_of_a_run():
+    for ratio, budget in zip(RATIOS, ("0", "16", AUTO), strict=True):
+        config = Cell(ratio, budget, 3).config(runs.Path("x"))
+        assert config.staleness.auto == (budget == AUTO) and config.optim.schedule == "constant"
+        assert config.run.seed == 3 and config.run.path.parts[:2] == ("x", f"{ratio}-{budget}-3")
+        assert config.actor.slowdown > 1 and config.learner.slowdown > 1
+
+
+def test_a_run_is_timed_from_its_first_step():
+    def line(second, budget):
+        parked = {"rollouts": (second - 7) / 2} if second > 7 else {}
+        return {"time_s": second, "reward": 0.5, "staleness_budget": budget, "lag_mean": 1.0, "parked": parked}
+
+    found = of_lines(Cell("even", AUTO, 0), [line(7.0, 1), line(9.0, 1), line(11.0, 2)])
+    assert found.at_s == [0.0, 2.0, 4.0] and found.budgets == [1, 1, 2]
+    assert found.idle == {"rollouts": 0.5} and chosen(found) == "1×2 2×1"
+
+
+def test_versions_around_the_last_part_are_judged():
+    # version v is there when step v - 1 is done: after v - 1 seconds
+    assert needed([10, 20, 33, 36, 40, 47, 49], done()) == [36, 40, 47]
+    assert needed([10, 40], done()) == [10, 40], "none after the end: the last one stands for it"
+    with pytest.raises(EngineError, match="do not enclose"):
+        needed([39, 40], done())
+    with pytest.raises(EngineError, match="do not enclose"):
+        needed([1, 2], done())
+
+
+def test_the_reward_is_the_mean_of_lines_over_the_last_part():
+    low, high = 0.8 * TIME_S, TIME_S
+    rewards = {1: 0.0, 49: 1.0}  # at 0 and 48 s: a straight line
+    assert at_the_end(done(), rewards) == pytest.approx((low + high) / 2 / 48, abs=1e-6)
+    assert at_the_end(done(), {30: 0.5, 47: 0.5}) == pytest.approx(0.5)
+
+
+def test_only_the_same_settings_are_reused(tmp_path):
+    cell = Cell("even", "2", 0)
+    assert finished(cell, tmp_path) is None
+    (tmp_path / cell.name).mkdir()
+    file = tmp_path / cell.name / runs.DONE
+    file.write_text(json.dumps(vars(done())))
+    assert finished(cell, tmp_path) == done()
+    file.write_text(json.dumps({**vars(done()), "overrides": ["other"]}))
+    assert finished(cell, tmp_path) is None
+    file.write_text('{"overrides": [')
+    assert finished(cell, tmp_path) is None
+
+
+def kept_study(root, seeds=(0, 1)):
+    """A study whose runs were all made and judged before."""
+    for ratio in RATIOS:
+        for budget in BUDGETS:
+            for seed in seeds:
+                cell = Cell(ratio, budget, seed)
+                (root / cell.name).mkdir(parents=True)
+                (root / cell.name / runs.DONE).write_text(json.dumps(vars(done(cell))))
+                reward = 0.5 if budget == AUTO else 0.4 + 0.01 * int(budget) * (1 + seed)
+                (root / cell.name / runs.REWARDS).write_text(json.dumps({"1": reward, "49": reward}))
+    return run_study(Options(tuple(seeds), directory=root, docs=root / "docs"))
+
+
+def test_a_study_that_is_done_is_only_written(tmp_path):
+    found = kept_study(tmp_path)
+    assert [found.best(ratio) for ratio in RATIOS] == ["16"] * 3
+    assert found.over_best("even") == pytest.approx([0.5 / 0.56, 0.5 / 0.72])
+    (first, *_) = rows(found)
+    assert (first.reference, first.reps) == ("budget 16, the best", 2)
+    assert first.ratio == pytest.approx(0.5 / 0.64)
+    text = (tmp_path / "docs" / "results" / "closed-loop.md").read_text()
+    assert "| equally fast | 0.500 | 16 | 0.640 | 0.893, 0.694 | **0.781** |" in text
+    assert "- equally fast, seed 1: 2×49" in text and text == "\n".join(lines(found)) + "\n"
+    assert (tmp_path / "docs" / "results" / "closed-loop.png").stat().st_size > 10_000
+
+
+def test_seeds_begin_with_different_budgets():
+    assert sorted(turns(BUDGETS, 1)) == sorted(BUDGETS)
+    assert len({turns(BUDGETS, seed)[0] for seed in range(7)}) == 7
+    assert isinstance(Found(Options((0,))).done, dict)

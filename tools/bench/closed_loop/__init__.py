@@ -1,0 +1,1 @@
+"""Whether ``staleness.budget: auto`` is as good as the best budget that could have been written down."""
