@@ -1,0 +1,134 @@
+"""One run of a sweep as a child process: ``tools.launch`` in a session of its own.
+
+A sweep that is killed takes its runs along: the kernel sends them SIGTERM, on which the launcher
+stops everything. Until it has, it holds the sweep's lock (:class:`Lock`), so that the same sweep does
+not start beside what is left of it.
+"""
+
+import contextlib
+import fcntl
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Protocol
+
+from common.config import RunConfig, to_yaml
+from common.errors import ConfigError
+
+STOP_S = 15.0  # for a launcher to stop all its processes, which it does within 10 s
+LOCK_S = 20.0  # for what is left of a killed sweep to end
+PORTS = (10_000, 32_000)  # below the ephemeral ones: a peer that waits must not be handed its broker's port
+FOLLOW = (  # SIGTERM with the parent, unless that is gone already; then the command
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15, 0, 0, 0); "
+    "sys.exit(1) if os.getppid() != int(sys.argv[1]) else os.execvp(sys.argv[2], sys.argv[2:])"
+)
+
+
+class Child(Protocol):
+    """A run that was started."""
+
+    def poll(self) -> int | None:
+        """Its exit code, or None while it runs."""
+        ...
+
+    def stop(self) -> None:
+        """End it and wait until it has ended."""
+        ...
+
+
+class Launcher(Protocol):
+    """Starts runs."""
+
+    def __call__(self, config: RunConfig, log: Path) -> Child:
+        """Start ``config``; what it says goes to ``log``."""
+        ...
+
+
+@dataclass
+class Launched:
+    """A ``tools.launch`` process."""
+
+    process: "subprocess.Popen[bytes]"
+
+    def poll(self) -> int | None:
+        """Its exit code, or None while it runs."""
+        return self.process.poll()
+
+    def stop(self) -> None:
+        """SIGTERM, and SIGKILL for the whole session if that is not enough."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait(STOP_S)
+
+
+def launch(config: RunConfig, log: Path, keep: Sequence[int] = ()) -> Launched:
+    """Start ``tools.launch`` on a free port; the file descriptors ``keep`` stay open in it."""
+    config = replace(config, broker=replace(config.broker, address=free_address()))
+    log.parent.mkdir(parents=True, exist_ok=True)
+    file = log.with_suffix(".yaml")
+    file.write_text(to_yaml(config))
+    command = [sys.executable, "-m", "tools.launch", str(file)]
+    if sys.platform == "linux":
+        command = [sys.executable, "-c", FOLLOW, str(os.getpid()), *command]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a terminal's Ctrl-C reaches the sweep alone
+            pass_fds=tuple(keep),
+        )
+    return Launched(process)
+
+
+def free_address() -> str:
+    """A broker address that nobody listens on now."""
+    while True:
+        port = random.randrange(*PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return f"tcp://127.0.0.1:{port}"
+
+
+class Lock:
+    """Held by a sweep, and by its launchers as long as they live: two sweeps never share a directory."""
+
+    def __init__(self, directory: Path) -> None:
+        """Take it within ``LOCK_S``. Raises :class:`ConfigError` if another sweep has it."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self._file: IO[str] = (directory / "lock").open("a")
+        deadline = time.monotonic() + LOCK_S
+        while not self._taken():
+            if time.monotonic() > deadline:
+                self._file.close()
+                raise ConfigError(f"{directory}: another sweep is running there; wait for it, or stop it first")
+            time.sleep(0.2)
+
+    def _taken(self) -> bool:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    @property
+    def descriptor(self) -> int:
+        """Of the lock file."""
+        return self._file.fileno()
+
+    def release(self) -> None:
+        """Let go; launchers that are still there keep it."""
+        self._file.close()
