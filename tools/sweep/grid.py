@@ -18,7 +18,7 @@ from common.errors import ConfigError
 MODES = {"obrs.budget": "budget", "obrs.threshold": "threshold"}  # key -> the obrs.mode that a number for it means
 OPENING, CLOSING, QUOTES = "[{(", "]})", "\"'"
 LONGEST_NAME = 120  # characters of a cell's directory; file systems allow 255 bytes
-MAX_CELLS = 1000
+MAX_CELLS = 500
 RESERVED = {
     "run.name": "the sweep names its runs; name the sweep with --name",
     "broker.address": "every run gets a free port; leave it out",

@@ -12,16 +12,17 @@ A run is finished if its ``summary.json`` says so and its ``config.yaml`` is wha
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 
 from common.config import RunConfig, load
-from common.errors import ConfigError, CroupierError
+from common.errors import ConfigError
 from tools.run_files import CONFIG, SUMMARY
 from tools.sweep.grid import Axis, Cell, cells
 from tools.sweep.start import shared_start
@@ -71,7 +72,7 @@ class Plan:
     cells: tuple[Cell, ...]
     seeds: tuple[int, ...]
     originals: tuple[RunConfig, ...] = field(repr=False)  # of the cells, before the sweep placed them
-    jobs: tuple[Job, ...] = field(repr=False)  # all cells of the first seed, then of the second: compared at any time
+    jobs: tuple[Job, ...] = field(repr=False)  # all cells of the first seed, then of the second, backwards
 
     def to_record(self) -> Record:
         """For :data:`STATE`."""
@@ -98,9 +99,9 @@ def make_plan(config_file: str, axes: Sequence[Axis], seeds: int, name: str) -> 
     numbers = tuple(range(first.seed, first.seed + seeds))
     jobs = [
         Job(cell, seed, _placed(configs[cell.name], directory, cell, seed))
-        for seed in numbers
-        for cell in found
-    ]  # fmt: skip
+        for turn, seed in enumerate(numbers)
+        for cell in (reversed(found) if turn % 2 else found)  # a machine that gets slower is not taken for a slow cell
+    ]
     return Plan(directory, config_file, tuple(axes), tuple(found), numbers, tuple(configs.values()), tuple(jobs))
 
 
@@ -133,9 +134,9 @@ def look(job: Job) -> tuple[Found, str]:
     if status != "finished":
         return Found.HALF, status
     try:
-        there = load(path / CONFIG)
-    except (CroupierError, OSError) as error:
-        return Found.OTHER, f"its {CONFIG} cannot be read ({error})"
+        there = yaml.load((path / CONFIG).read_text(), Loader=yaml.CSafeLoader)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        return Found.OTHER, f"its {CONFIG} cannot be read ({type(error).__name__})"
     changed = differences(there, job.config)
     return (Found.OTHER, "; ".join(changed)) if changed else (Found.FINISHED, "")
 
@@ -150,9 +151,12 @@ def _status(path: Path) -> str:
     return str(summary.get("status")) if isinstance(summary, dict) else "cut short: its summary is damaged"
 
 
-def differences(there: RunConfig, wanted: RunConfig) -> list[str]:
-    """``key: there -> wanted`` of the first few settings that differ, the broker's port aside."""
-    before, after = (dict(_leaves(OmegaConf.to_container(OmegaConf.structured(c)))) for c in (there, wanted))
+def differences(there: object, wanted: RunConfig) -> list[str]:
+    """``key: there -> wanted`` of the first few settings that differ, the broker's port aside.
+
+    ``there`` is what a ``config.yaml`` holds; a setting that it does not know had its default.
+    """
+    before, after = _usual() | dict(_leaves(there)), dict(_leaves(wanted))
     changed = [
         f"{key}: {before.get(key)} there, {after.get(key)} asked for"
         for key in sorted(before.keys() | after.keys())
@@ -162,12 +166,20 @@ def differences(there: RunConfig, wanted: RunConfig) -> list[str]:
     return [*changed[:SHOWN], f"and {more} more"] if more > 0 else changed
 
 
+@cache
+def _usual() -> dict[str, object]:
+    return dict(_leaves(RunConfig()))
+
+
 def _leaves(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
-    if isinstance(value, dict) and value:
+    """``section.key`` and value of everything in a mapping or a configuration."""
+    if is_dataclass(value):
+        value = {f.name: getattr(value, f.name) for f in fields(value)}
+    if isinstance(value, Mapping) and value:
         for key, child in value.items():
             yield from _leaves(child, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, value
+    elif value or not isinstance(value, Mapping):
+        yield prefix, list(value) if isinstance(value, tuple) else value
 
 
 def check_directory(plan: Plan) -> Record:

@@ -1,0 +1,285 @@
+"""A sweep goes on wherever it was cut short, repeats nothing that is finished, and is never ended by one run."""
+
+import json
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.config import RunConfig, load, to_yaml
+from common.errors import ConfigError, ModelError
+from tests.unit.swept import Clock, FakeLauncher, KilledError, Listener, moved, texts_of
+from tools.stamp import STAMP, fingerprint
+from tools.sweep.child import Lock, free_address
+from tools.sweep.grid import parse
+from tools.sweep.plan import Found, check_directory, differences, look, make_plan, read_state, write_state
+from tools.sweep.runner import Runner
+from tools.sweep.start import prepare_start, shared_start
+
+WORDS = ["staleness.budget=0,4"]
+SMOKE = "configs/smoke.yaml"
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return make_plan(SMOKE, parse(WORDS), 2, "swept")
+
+
+@pytest.fixture(scope="module")
+def texts(plan):
+    """Of every config.yaml, with a mark where the directory's name stands."""
+    return texts_of(moved(plan, Path("DIRECTORY")))
+
+
+def written(texts, directory):
+    return {key: text.replace("DIRECTORY", str(directory)) for key, text in texts.items()}
+
+
+def runner(plan, launcher, clock=None, **more):
+    def write(directory, record):
+        clock.tick()
+        write_state(directory, record)
+        clock.tick()
+
+    states = check_directory(plan)
+    write = write if clock else write_state
+    return Runner(plan, launcher, Listener(), lambda: False, states=states, write=write, sleep=lambda s: None, **more)
+
+
+def carry_out(plan, texts, end=None, **more):
+    clock = Clock(end)
+    launcher = FakeLauncher(clock, texts)
+    going = runner(plan, launcher, clock, **more)
+    going.prepare()
+    try:
+        return going.run(), launcher, clock
+    except KilledError:
+        return None, launcher, clock
+
+
+def test_all_cells_of_one_seed_come_before_the_next_in_turning_order(plan, texts, tmp_path):
+    here = moved(plan, tmp_path / "s")
+    whole, launcher, _ = carry_out(here, written(texts, tmp_path / "s"))
+    assert whole
+    assert launcher.started == [
+        "staleness.budget=0/seed-0", "staleness.budget=4/seed-0", "staleness.budget=4/seed-1",
+        "staleness.budget=0/seed-1",
+    ]  # fmt: skip
+    state = read_state(here.directory)
+    assert {run["state"] for run in state["runs"].values()} == {"finished"}
+    assert state["axes"] == {"staleness.budget": ["0", "4"]}
+    again, launcher, _ = carry_out(here, {})
+    assert again and launcher.started == []
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(1, 45), max_size=3), st.integers(1, 3))
+def test_a_sweep_that_is_killed_anywhere_goes_on(plan, texts, kills, jobs):
+    """Whatever finished before a kill is not run again; in the end every run is finished once and whole."""
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder) / "s"
+        here, known = moved(plan, directory), written(texts, directory)
+        finished: set[str] = set()
+        for end in [*kills, None]:
+            whole, launcher, _ = carry_out(here, known, end, jobs=jobs)
+            assert not finished & set(launcher.started)
+            if (directory / "sweep.json").exists():
+                read_state(directory)
+            finished = {job.key for job in here.jobs if look(job)[0] is Found.FINISHED}
+            assert (whole is None) == (len(finished) < len(here.jobs)) or end is not None
+        assert whole and len(finished) == 4
+        assert {run["state"] for run in read_state(directory)["runs"].values()} == {"finished"}
+
+
+def test_a_run_that_fails_is_told_and_tried_again_by_the_next_call(plan, texts, tmp_path):
+    here, known = moved(plan, tmp_path / "s"), written(texts, tmp_path / "s")
+    bad = "staleness.budget=4/seed-0"
+    going = runner(here, FakeLauncher(Clock(), known, fails={bad}))
+    going.prepare()
+    assert not going.run()
+    assert (going.count("finished"), going.count("failed")) == (3, 1)
+    assert any(f"FAILED {bad}" in line and "exit code 1" in line for line in going.view.lines)
+    assert f"  last words of {bad}" in going.view.lines
+    assert "exit code 1; failed" in read_state(here.directory)["runs"][bad]["reason"]
+
+    launcher = FakeLauncher(Clock(), known)
+    going = runner(here, launcher)
+    going.prepare()
+    assert going.count("failed") == 1 and going.run()
+    assert launcher.started == [bad]
+    assert read_state(here.directory)["runs"][bad]["attempts"] == 2
+    assert (here.directory / f"{bad}.1").is_dir()  # the attempt that failed
+
+
+def test_a_stop_ends_what_runs_and_leaves_the_rest(plan, texts, tmp_path):
+    here = moved(plan, tmp_path / "s")
+    launcher = FakeLauncher(Clock(), written(texts, tmp_path / "s"))
+    going = replace(runner(here, launcher), stopped=lambda: len(launcher.started) == 2)
+    going.prepare()
+    assert not going.run()
+    assert launcher.children[1].stopped and launcher.started[2:] == []
+    runs = read_state(here.directory)["runs"]
+    assert [run["state"] for run in runs.values()] == ["finished", "waiting", "waiting", "waiting"]
+
+
+def test_a_run_that_makes_no_step_is_given_up(plan, texts, tmp_path):
+    here = moved(plan, tmp_path / "s")
+    launcher = FakeLauncher(Clock(), written(texts, tmp_path / "s"))
+    going = runner(here, launcher, stall_s=-1.0)
+    going.prepare()
+    assert not going.run() and going.count("failed") == 4
+    assert all(child.stopped for child in launcher.children)
+    assert "no new step" in read_state(here.directory)["runs"][here.jobs[0].key]["reason"]
+
+
+def test_settings_that_changed_are_told_and_run_again_only_when_asked(plan, texts, tmp_path):
+    here, known = moved(plan, tmp_path / "s"), written(texts, tmp_path / "s")
+    carry_out(here, known)
+    job = here.jobs[0]
+    other = replace(here, jobs=(replace(job, config=replace(job.config, optim=replace(job.config.optim, lr=1e-4))),))
+    with pytest.raises(ConfigError, match=r"seed-0 \(optim\.lr: 0\.0003 there, 0\.0001 asked for\).*--redo"):
+        runner(other, FakeLauncher(Clock(), known)).prepare()
+    launcher = FakeLauncher(Clock(), known)
+    again = runner(other, launcher, redo=True)
+    again.prepare()
+    again.run()
+    assert launcher.started == [job.key]
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"status": "failed"}', '{"status": null}', "\0\0\0"])
+def test_a_run_is_finished_only_if_its_summary_says_so(plan, texts, tmp_path, damage):
+    here = moved(plan, tmp_path / "s")
+    job = here.jobs[0]
+    assert look(job) == (Found.NOTHING, "")
+    job.config.run.path.mkdir(parents=True)
+    assert look(job)[0] is Found.HALF
+    (job.config.run.path / "summary.json").write_text(damage)
+    assert look(job)[0] is Found.HALF
+    (job.config.run.path / "summary.json").write_text('{"status": "finished"}')
+    assert look(job)[0] is Found.OTHER  # finished as what?
+    (job.config.run.path / "config.yaml").write_text(written(texts, tmp_path / "s")[job.key])
+    assert look(job)[0] is Found.FINISHED
+    (job.config.run.path / "config.yaml").write_text("a: [")
+    assert look(job)[0] is Found.OTHER
+
+
+def test_differences_leave_out_the_port_and_know_defaults(plan):
+    config = plan.jobs[0].config
+    there = yaml.safe_load(to_yaml(config))
+    moved_port = replace(config, broker=replace(config.broker, address="tcp://127.0.0.1:9"))
+    assert differences(there, moved_port) == []
+    del there["trace"], there["alerts"]["patience"]  # as an older croupier, which did not know them, left it
+    assert differences(there, moved_port) == []
+    assert differences(there, replace(config, optim=replace(config.optim, freeze=("a",), lr=1.0))) == [
+        "optim.freeze: [] there, ['a'] asked for",
+        f"optim.lr: {config.optim.lr} there, 1.0 asked for",
+    ]
+    assert len(differences({}, config)) == 5 and differences({}, config)[-1].endswith(" more")
+    assert differences(None, RunConfig()) == []
+
+
+# ---- whose directory ----------------------------------------------------------------------------
+
+
+def test_a_directory_that_is_not_this_sweeps_is_refused(plan, tmp_path):
+    here = moved(plan, tmp_path / "s")
+    assert check_directory(here) == {}
+    here.directory.mkdir()
+    assert check_directory(here) == {}
+    (here.directory / "metrics.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"holds metrics\.jsonl and no sweep\.json.*--name"):
+        check_directory(here)
+    write_state(here.directory, here.to_record())
+    assert check_directory(here) == {}
+    other = replace(here, axes=tuple(parse(["optim.lr=1,2"])))
+    with pytest.raises(ConfigError, match=r"belongs to the sweep of staleness\.budget over configs/smoke\.yaml"):
+        check_directory(other)
+    more = replace(here, axes=tuple(parse(["staleness.budget=0,4,8", "run.steps=9"])), seeds=(0, 1, 2))
+    assert check_directory(more) == {}  # a sweep may grow; what was run under other settings is told run by run
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"sweep": 99}', '{"sweep": 1}', "\0"])
+def test_a_damaged_state_is_told_with_the_remedy(plan, tmp_path, text):
+    here = moved(plan, tmp_path)
+    (tmp_path / "sweep.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"remove it and give|choose another --name"):
+        check_directory(here)
+
+
+@pytest.mark.parametrize(
+    ("words", "seeds", "name", "said"),
+    [
+        (["staleness.bugdet=1,2"], 1, "", "cell staleness.bugdet=1.*did you mean 'budget'"),
+        (["staleness.budget=1,-2"], 1, "", "cell staleness.budget=-2.*must be 0"),
+        (["optim.lr=1e-3,0.001"], 1, "", "cells optim.lr=1e-3 and optim.lr=0.001 are the same run"),
+        ([], 0, "", "--seeds 0"),
+        ([], 1, "a/b", "--name 'a/b'"),
+    ],
+)
+def test_nothing_runs_before_every_cell_is_sound(words, seeds, name, said):
+    with pytest.raises(ConfigError, match=said):
+        make_plan(SMOKE, parse(words), seeds, name)
+
+
+def test_two_sweeps_do_not_share_a_directory(tmp_path, monkeypatch):
+    lock = Lock(tmp_path / "s")
+    monkeypatch.setattr("tools.sweep.child.LOCK_S", 0.0)
+    with pytest.raises(ConfigError, match="another sweep is running there"):
+        Lock(tmp_path / "s")
+    beside = os.dup(lock.descriptor)  # as a launcher that outlives its sweep has it
+    lock.release()
+    with pytest.raises(ConfigError, match="another sweep"):
+        Lock(tmp_path / "s")
+    os.close(beside)
+    Lock(tmp_path / "s").release()
+    assert free_address().startswith("tcp://127.0.0.1:")
+
+
+# ---- the starting model -------------------------------------------------------------------------
+
+
+def made_by_warmstart(path, config):
+    path.mkdir(parents=True)
+    (path / "weights").write_text(f"weights of seed {config.run.seed}")
+    (path / STAMP).write_text(json.dumps({"fingerprint": fingerprint(config)}))
+
+
+def test_all_seeds_start_from_one_model_and_the_original_is_left_alone(tmp_path):
+    config = load(SMOKE, [f"model.path={tmp_path}/model"])
+    made = []
+
+    def make(one, log):
+        made.append(one.model.path)
+        made_by_warmstart(Path(one.model.path), one)
+
+    placed = shared_start(config, tmp_path / "s")
+    copy = Path(placed.model.path)
+    assert copy == tmp_path / "s" / "start" / fingerprint(config)
+    prepare_start([config, config], tmp_path / "s", make)
+    assert made == [str(copy)] and not (copy / STAMP).exists()
+    prepare_start([config], tmp_path / "s", make)
+    assert len(made) == 1 and not (tmp_path / "model").exists()
+
+    made_by_warmstart(tmp_path / "model", config)
+    prepare_start([config], tmp_path / "t", make)  # copied, not made again
+    assert len(made) == 1
+    assert [file.name for file in (tmp_path / "t" / "start" / copy.name).iterdir()] == ["weights"]
+    assert (tmp_path / "model" / STAMP).exists()
+
+
+def test_a_model_that_the_warm_start_did_not_make_is_used_where_it_lies(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").touch()
+    config = load(SMOKE, [f"model.path={tmp_path}/model"])
+    assert shared_start(config, tmp_path / "s").model.path == str(tmp_path / "model")
+
+    def make(one, log):
+        raise ModelError("not to be made")
+
+    prepare_start([config], tmp_path / "s", make)
+    assert not (tmp_path / "s").exists()
