@@ -126,7 +126,7 @@ def test_there_is_no_band_with_one_seed():
     assert found.difference("b", "a") == pytest.approx((0.1, 1.96 * 0.02 * math.sqrt(2)))
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.dictionaries(st.text(max_size=3), st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=9))
 def test_the_front_is_what_nothing_beats(places):
     def beaten(cell):
@@ -235,8 +235,8 @@ def test_the_report_says_it_all_and_needs_no_other_file(tmp_path, capsys):
     for picture in re.findall(r"\]\(([\w-]+\.png)\)", text):
         assert (directory / picture).stat().st_size > 5_000, picture
     page = (directory / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == len(list(directory.glob("*.png"))) == 9
-    assert "http" not in re.sub(r"http-equiv", "", page)
+    assert page.count("<figure>") == len(list(directory.glob("*.png"))) == 9
+    assert not re.search(r"""(src|href)="(?!#|data:)""", page)
 
 
 def test_a_sweep_is_known_by_its_directories_where_its_state_is_damaged(tmp_path, capsys):

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from tools.sweep.analysis import Comparison, Runs
 
 GIVE_UP = 0.05  # of the gain in held-out reward until T
+ROUNDING = 1e-7  # nats; below it a divergence is a rounding error
 FEW_SEEDS = 3  # fewer of them say little about another seed
 
 
@@ -53,7 +54,7 @@ def advise(
     if chosen != best:
         reasons.append(
             f"The greatest mean is that of {labels[best]}: {_gap(*gaps[chosen])} above it, which these runs do not "
-            f"separate from nothing and which is at most {allowed:.3f}, {GIVE_UP:.0%} of what training gained."
+            f"separate from 0 and which is at most {allowed:.3f}, {GIVE_UP:.0%} of what training gained."
         )
         reasons += _traded(chosen, best, figures, labels)
     else:
@@ -94,8 +95,14 @@ def _traded(chosen: str, best: str, figures: Mapping[str, Mapping[str, float]], 
     ):
         values = figures.get(name, {})
         if chosen in values and best in values:
-            said.append(f"{title} {values[chosen]:{form}} instead of {values[best]:{form}}")
+            here, there = figure(values[chosen], form), figure(values[best], form)
+            said += [f"{title} {here} instead of {there}"] if here != there else []
     return [f"Beside reward it has, against {labels[best]}: {', '.join(said)}."] if said else []
+
+
+def figure(value: float, form: str) -> str:
+    """Formatted; what is only rounding is 0."""
+    return "0" if form.endswith("e") and abs(value) < ROUNDING else format(value, form)
 
 
 def _others(
@@ -144,5 +151,6 @@ def _needed(comparison: Comparison, gaps: Mapping[str, tuple[float, float]]) -> 
     largest = max(mean for mean, _ in gaps.values())
     if comparison.fit is None or not comparison.fit.freedom or largest <= 0:
         return "The order is that of the means."
-    count = math.ceil(2 * (1.96 * comparison.fit.deviation / largest) ** 2) + 1
+    seeds = len({seed for _, seed in comparison.rewards})
+    count = max(seeds, math.ceil(2 * (1.96 * comparison.fit.deviation / largest) ** 2)) + 1
     return f"The order is that of the means; about {count} seeds would show the largest difference, {largest:+.3f}."

@@ -1,25 +1,21 @@
 """The sweep's pictures, one question each."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")  # files only: no display is needed or opened
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.colors import to_hex
 
-from tools.plots import BLUE, GREEN, GRID, INK, MUTED, ORANGE, RED
+from tools.pictures import BLUE, GREEN, INK, MUTED, ORANGE, RED, SERIES, legend
 from tools.sweep.analysis import Comparison, Curve, front
 
-SIZE = (8.0, 4.4)  # inches
-DPI = 110
+# The page's own colours, which it changes in the dark, in the order of a rainbow.
+RAINBOW = (BLUE, SERIES[5], GREEN, SERIES[7], ORANGE, RED, SERIES[6], SERIES[4])
 STYLES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P")
+FEW_CELLS = 8  # more of them are named in smaller letters
 LEAST_KL = 1e-7  # nats; below it a divergence is a rounding error
 Figures = Mapping[str, Mapping[str, float]]  # figure -> cell -> mean over seeds
 
@@ -29,7 +25,8 @@ class Look:
     """How a cell is drawn: colour by the first axis, line and marker by the others."""
 
     label: str
-    color: tuple[float, float, float, float]
+    short: str  # the values alone
+    color: str
     style: str
     marker: str
 
@@ -38,14 +35,15 @@ def looks(cells: Sequence[tuple[str, str, Sequence[tuple[str, str]]]]) -> dict[s
     """``(name, label, values)`` of each cell -> how it is drawn."""
     firsts = list(dict.fromkeys(values[0][1] if values else "" for _, _, values in cells))
     rests = list(dict.fromkeys(tuple(values[1:]) for _, _, values in cells))
-    colors = colormaps["viridis"]
+    colors: Sequence[str] = RAINBOW
+    if len(firsts) > len(RAINBOW):
+        colors = [to_hex(colormaps["viridis"](place / len(firsts))) for place in range(len(firsts))]
     found = {}
     for name, label, values in cells:
-        place = firsts.index(values[0][1] if values else "") / max(1, len(firsts) - 1)
+        color = colors[firsts.index(values[0][1] if values else "")]
         rest = rests.index(tuple(values[1:]))
-        found[name] = Look(
-            label, colors(0.05 + 0.85 * place), STYLES[rest % len(STYLES)], MARKERS[rest % len(MARKERS)]
-        )  # fmt: skip
+        short = " · ".join(value for _, value in values) or label
+        found[name] = Look(label, short, color, STYLES[rest % len(STYLES)], MARKERS[rest % len(MARKERS)])
     return found
 
 
@@ -65,24 +63,6 @@ class Row:
 Parts = Sequence[tuple[str, str, str]]  # (figure, colour, label)
 
 
-def draw(path: Path, title: str, xlabel: str, ylabel: str, fill: Callable[[Axes], None]) -> str:
-    """One figure; returns the file's name."""
-    figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", color=INK, pad=12)
-    axes.set_xlabel(xlabel, color=MUTED)
-    axes.set_ylabel(ylabel, color=MUTED)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(which="both", colors=MUTED, length=0)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(GRID)
-    fill(axes)
-    figure.savefig(path)
-    return path.name
-
-
 def rewards(axes: Axes, curves: Mapping[str, Curve], looks: Mapping[str, Look], where: float) -> None:
     """Mean curves with their bands, and the place where they are compared."""
     for cell, curve in curves.items():
@@ -90,11 +70,11 @@ def rewards(axes: Axes, curves: Mapping[str, Curve], looks: Mapping[str, Look], 
         axes.plot(curve.x, curve.mean, color=look.color, linestyle=look.style, linewidth=1.8, label=look.label)
         if not any(map(math.isnan, curve.half)):
             low, high = curve.mean - curve.half, curve.mean + curve.half
-            axes.fill_between(curve.x, low, high, color=look.color, alpha=0.1, linewidth=0)
+            axes.fill_between(curve.x, low, high, color=look.color, alpha=0.08, linewidth=0)
     if math.isfinite(where):
         axes.axvline(where, color=MUTED, linewidth=1.0, linestyle=(0, (5, 3)))
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    _legend(axes, len(curves))
+    legend(axes)
 
 
 def bars(axes: Axes, row: Row, parts: Parts) -> None:
@@ -105,7 +85,7 @@ def bars(axes: Axes, row: Row, parts: Parts) -> None:
         at = [index + (number - (len(parts) - 1) / 2) * width for index in range(len(row.cells))]
         axes.bar(at, [values.get(cell, math.nan) for cell in row.cells], width * 0.92, color=color, label=label)
     _ticks(axes, row)
-    _legend(axes, len(parts))
+    legend(axes)
 
 
 def stacks(axes: Axes, row: Row, parts: Parts) -> None:
@@ -117,7 +97,7 @@ def stacks(axes: Axes, row: Row, parts: Parts) -> None:
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
     _ticks(axes, row)
-    _legend(axes, len(parts))
+    legend(axes)
 
 
 def divergences(axes: Axes, row: Row) -> None:
@@ -134,7 +114,7 @@ def divergences(axes: Axes, row: Row) -> None:
         axes.set_yscale("log")
         axes.set_ylim(bottom=max(LEAST_KL, axes.get_ylim()[0]))
     _ticks(axes, row)
-    _legend(axes, 3)
+    legend(axes)
 
 
 def lines(axes: Axes, row: Row, parts: Parts) -> None:
@@ -145,7 +125,7 @@ def lines(axes: Axes, row: Row, parts: Parts) -> None:
         if known:
             axes.plot(*zip(*known, strict=True), color=color, marker="o", linewidth=1.4, label=label)
     _ticks(axes, row)
-    _legend(axes, len(parts))
+    legend(axes)
 
 
 def pareto(
@@ -166,26 +146,20 @@ def pareto(
         if math.isfinite(half):
             axes.errorbar(cost, worth, yerr=half, color=look.color, linewidth=1.0, alpha=0.6)
         axes.plot(cost, worth, marker=look.marker, color=look.color, markersize=8, linestyle="none")
-        axes.annotate(look.label, (cost, worth), xytext=(7, 5), textcoords="offset points", fontsize=8, color=INK)
+        axes.annotate(look.short, (cost, worth), xytext=(7, 5), textcoords="offset points", fontsize=9, color=INK)
     if chosen in places:
         axes.plot(
             *places[chosen], marker="o", markersize=16, markerfacecolor="none", markeredgecolor=RED,
             markeredgewidth=1.8, linestyle="none", label="recommended",
         )  # fmt: skip
     axes.margins(0.14)
-    _legend(axes, 2)
+    legend(axes)
 
 
 def _ticks(axes: Axes, row: Row) -> None:
-    short = [row.looks[cell].label for cell in row.cells]
-    if all(label.count("=") == 1 for label in short):
-        axes.set_xlabel(short[0].partition("=")[0], color=MUTED)
-        axes.set_xticks(range(len(short)), [label.partition("=")[2] for label in short])
-        return
-    axes.set_xticks(range(len(short)), [label.replace(" ", "\n") for label in short])
-    axes.tick_params(axis="x", labelsize=7 if len(short) < 9 else 5)
-
-
-def _legend(axes: Axes, count: int) -> None:
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, labelcolor=INK, fontsize=8, ncols=1 if count < 7 else 2, handlelength=1.8)
+    shorts = [row.looks[cell].short for cell in row.cells]
+    labels = [row.looks[cell].label for cell in row.cells]
+    axes.set_xlabel(" · ".join(part.partition("=")[0] for part in labels[0].split(" ")), color=MUTED)
+    axes.set_xticks(range(len(shorts)), [short.replace(" · ", "\n") for short in shorts])
+    if len(shorts) > FEW_CELLS:
+        axes.tick_params(axis="x", labelsize=6)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import DataError
-from tools.run_files import METRICS
-from tools.runs import read_run
+from tools.run_files import METRICS, scan_metrics
+from tools.runs import Run
 
 Record = dict[str, Any]
 NORMAL_95 = 1.959964
@@ -44,7 +44,8 @@ class Measured:
 
 def measure(run_dir: Path, seed: int) -> Measured:
     """Read a run. Raises :class:`DataError` that says what is missing or damaged."""
-    run = read_run(run_dir, timelines=False)
+    records, notes = scan_metrics(run_dir)
+    run = Run(run_dir, None, {}, records)
     steps = run.steps
     if len(steps) < 2:
         raise DataError(f"{METRICS}: {len(steps)} step(s) recorded; two are the least that can be measured")
@@ -53,7 +54,7 @@ def measure(run_dir: Path, seed: int) -> Measured:
         figures = _figures(steps)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{METRICS}: its step or evaluation lines lack {error}") from error
-    return Measured(seed, points, figures, tuple(note for note in run.notes if note.startswith(METRICS)))
+    return Measured(seed, points, figures, tuple(notes))
 
 
 def origin_s(steps: Sequence[Record]) -> float:

@@ -1,13 +1,12 @@
 """Which pictures a sweep's report has, in which order, and what is said under them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
 
-from tools.plots import BLUE, GREEN, ORANGE, RED
+from tools.document import Block, Heading, Paragraph
+from tools.pictures import BLUE, GREEN, MUTED, ORANGE, RED, Picture, place
 from tools.sweep import charts
 from tools.sweep.analysis import by_samples, by_time, curves
 
@@ -23,55 +22,82 @@ LAGS = (("lag_max", BLUE, "oldest token"), ("lag_mean", GREEN, "mean"))
 SHARES = (("acceptance", GREEN, "acceptance"), ("ess", BLUE, "ESS of the learner's weights"))
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A file in the sweep's directory."""
+def draw_all(sweep: "Sweep", verdict: "Verdict") -> list[Block]:
+    """Draw what can be drawn into the sweep's directory; returns the blocks that show it."""
+    blocks: list[Block] = []
+    for section, pictures, caption in (
+        ("Reward", _rewards(sweep, verdict), _bands(verdict)),
+        ("Pareto fronts", _fronts(sweep, verdict), _fronted(sweep)),
+        ("What each cell costs", _costs(sweep, verdict), ""),
+    ):
+        if pictures:
+            blocks += [Heading(section), *(place(picture, sweep.directory) for picture in pictures)]
+            blocks += [Paragraph(caption)] if caption else []
+    return blocks
 
-    name: str
-    title: str
-    caption: str = ""
-    opens: bool = True  # a section of its own
+
+def _bands(verdict: "Verdict") -> str:
+    known = verdict.at_time.knows_seeds
+    band = "Bands are 95 % intervals over seeds, their spread pooled over the cells." if known else (
+        "One seed: no band can be drawn."
+    )  # fmt: skip
+    return f"{band} The dashed line is where cells are compared: what the fastest run took, and the fewest samples."
 
 
-def draw_all(sweep: "Sweep", verdict: "Verdict") -> list[Picture]:
-    """Draw what can be drawn; returns the pictures in the report's order."""
-    looks = charts.looks([(cell.name, cell.label, cell.values) for cell in sweep.cells])
-    cells = [cell.name for cell in sweep.cells if cell.name in sweep.runs]
-    found: list[Picture] = []
+def _fronted(sweep: "Sweep") -> str:
+    keys = " · ".join(key for key, _ in sweep.cells[0].values) or "the only cell"
+    return f"Points are named by {keys}; the line joins those that no other beats in both."
 
-    def add(name: str, title: str, xlabel: str, ylabel: str, fill: Callable[[Axes], None], caption: str = "") -> None:
-        charts.draw(sweep.directory / name, title, xlabel, ylabel, fill)
-        found.append(Picture(name, title, caption))
 
-    over_time, over_samples = curves(sweep.runs, by_time), curves(sweep.runs, by_samples)
-    if over_time:
-        known = verdict.at_time.knows_seeds
-        band = "Bands are 95 % intervals over seeds, their spread pooled over the cells." if known else (
-            "One seed: no band can be drawn."
-        )  # fmt: skip
-        fill = partial(charts.rewards, curves=over_time, looks=looks, where=verdict.at_time.where)
-        title = "Held-out reward against wall-clock"
-        add("reward-time.png", title, "seconds of training", "held-out reward", fill,
-            f"{band} The dashed line is where cells are compared: the training time of the fastest run.")  # fmt: skip
-        fill = partial(charts.rewards, curves=over_samples, looks=looks, where=verdict.at_samples.where)
-        title = "Held-out reward against samples"
-        add("reward-samples.png", title, "trajectories generated", "held-out reward", fill)
+def _labelled(xlabel: str, ylabel: str, draw: Callable[[Axes], None]) -> Callable[[Axes], None]:
+    def fill(axes: Axes) -> None:
+        axes.set_xlabel(xlabel, color=MUTED)
+        axes.set_ylabel(ylabel, color=MUTED)
+        draw(axes)
+
+    return fill
+
+
+def _looks(sweep: "Sweep") -> dict[str, charts.Look]:
+    return charts.looks([(cell.name, cell.label, cell.values) for cell in sweep.cells])
+
+
+def _rewards(sweep: "Sweep", verdict: "Verdict") -> list[Picture]:
+    looks, over_time, over_samples = _looks(sweep), curves(sweep.runs, by_time), curves(sweep.runs, by_samples)
+    if not over_time:
+        return []
+    time, samples = verdict.at_time.where, verdict.at_samples.where
+    return [
+        Picture("reward-time.png", "Held-out reward against wall-clock", _labelled(
+            "seconds of training", "held-out reward", lambda axes: charts.rewards(axes, over_time, looks, time))),
+        Picture("reward-samples.png", "Held-out reward against samples", _labelled(
+            "trajectories generated", "held-out reward",
+            lambda axes: charts.rewards(axes, over_samples, looks, samples))),
+    ]  # fmt: skip
+
+
+def _fronts(sweep: "Sweep", verdict: "Verdict") -> list[Picture]:
+    looks, chosen, found = _looks(sweep), verdict.advice.cell, []
     if verdict.frugal:
-        chosen = verdict.advice.cell
-        fill = partial(
-            charts.pareto, places=verdict.frugal, looks=looks, chosen=chosen, halves=verdict.at_time
-        )  # fmt: skip
-        add("pareto-reward.png", "Reward at equal wall-clock, and what it took",
-            f"trajectories generated in {verdict.at_time.where:.1f} s", "held-out reward then", fill)  # fmt: skip
+        found.append(Picture("pareto-reward.png", "Reward at equal wall-clock", _labelled(
+            f"trajectories generated in {verdict.at_time.where:.1f} s", "held-out reward then",
+            lambda axes: charts.pareto(axes, verdict.frugal, looks, chosen, verdict.at_time))))  # fmt: skip
     if verdict.fast:
-        fill = partial(charts.pareto, places=verdict.fast, looks=looks, chosen=verdict.advice.cell, halves=None)
-        add("pareto-speed.png", "Throughput, and what it costs in divergence",
-            f"{REMAINING[verdict.remaining]}, nats a token", "tokens generated a second", fill)  # fmt: skip
-    if cells:
-        row = charts.Row(cells, looks, verdict.figures)
-        add("throughput.png", "Throughput", "", "tokens/s", lambda axes: charts.bars(axes, row, SPEEDS))
-        add("kl.png", "Divergence from the policy", "", "KL, nats a token", lambda axes: charts.divergences(axes, row))
-        add("acceptance.png", "Acceptance and ESS", "", "share", lambda axes: charts.lines(axes, row, SHARES))
-        add("waste.png", "Waste", "", "share of the generated", lambda axes: charts.stacks(axes, row, WASTE))
-        add("lag.png", "Lag of trained tokens", "", "versions", lambda axes: charts.lines(axes, row, LAGS))
+        found.append(Picture("pareto-speed.png", "Throughput and divergence", _labelled(
+            f"{REMAINING[verdict.remaining]}, nats a token", "tokens generated a second",
+            lambda axes: charts.pareto(axes, verdict.fast, looks, chosen, None))))  # fmt: skip
     return found
+
+
+def _costs(sweep: "Sweep", verdict: "Verdict") -> list[Picture]:
+    cells = [cell.name for cell in sweep.cells if cell.name in sweep.runs]
+    if not cells:
+        return []
+    row = charts.Row(cells, _looks(sweep), verdict.figures)
+    return [
+        Picture("throughput.png", "Throughput", _labelled("", "tokens/s", lambda a: charts.bars(a, row, SPEEDS))),
+        Picture("kl.png", "Divergence", _labelled("", "KL, nats a token", lambda a: charts.divergences(a, row))),
+        Picture("acceptance.png", "Acceptance and ESS", _labelled("", "share", lambda a: charts.lines(a, row, SHARES))),
+        Picture("waste.png", "Waste", _labelled("", "share of the generated", lambda a: charts.stacks(a, row, WASTE))),
+        Picture("lag.png", "Lag of trained tokens", _labelled("", "versions", lambda a: charts.lines(a, row, LAGS))),
+    ]

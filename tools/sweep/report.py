@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError, DataError
-from tools.document import Block, Document, Figure, Heading, Items, Note, Paragraph, Table
+from tools.document import Block, Document, Heading, Items, Note, Paragraph, Table
 from tools.markdown import to_markdown
 from tools.page import to_html
 from tools.run_files import REPORT, SUMMARY
@@ -189,7 +189,7 @@ def budgets(sweep: Sweep, figures: Mapping[str, Mapping[str, float]]) -> dict[st
 # ---- writing ------------------------------------------------------------------------------------
 
 
-def _blocks(sweep: Sweep, verdict: Verdict, drawn: Sequence[pictures.Picture]) -> list[Block]:
+def _blocks(sweep: Sweep, verdict: Verdict, drawn: Sequence[Block]) -> list[Block]:
     finished = sum(map(len, sweep.runs.values()))
     wanted = len(sweep.cells) * len(sweep.seeds)
     blocks: list[Block] = [
@@ -207,11 +207,7 @@ def _blocks(sweep: Sweep, verdict: Verdict, drawn: Sequence[pictures.Picture]) -
     left_out = [f"{sweep.labels[words.partition(',')[0]]}," + words.partition(",")[2] for words in _left_out(verdict)]
     if left_out:
         blocks += [Paragraph("Finished, but with no reward to compare:"), Items(left_out)]
-    for picture in drawn:
-        blocks += [Heading(picture.title)] if picture.opens else []
-        blocks += [Figure(picture.name, picture.title, png=(sweep.directory / picture.name).read_bytes())]
-        blocks += [Paragraph(picture.caption)] if picture.caption else []
-    return blocks
+    return [*blocks, *drawn]
 
 
 def _left_out(verdict: Verdict) -> list[str]:
@@ -279,7 +275,7 @@ def _spread(mean: float, half: float, sign: str = "+") -> str:
 
 
 def _figure(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
+    return "–" if value is None else advice.figure(value, form)
 
 
 def _legend(verdict: Verdict) -> str:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from tools.bench.staleness.methods import METHODS, RATES, REGIMES
 from tools.bench.staleness.study import LAST, TUNING_SEED, Results, final_rewards
 from tools.bench.staleness.trainer import EVALUATE_EVERY, GROUPS, HELD_OUT, SIBLINGS, TUNING_UPDATES, UPDATES
+from tools.intervals import t_95
 
 Floats = NDArray[np.float64]
 PAIRS = (  # (method, what it is compared with)
@@ -16,17 +17,6 @@ PAIRS = (  # (method, what it is compared with)
     ("obrs", "tis"), ("z_tis", "tis"), ("jackpot", "tis"), ("jackpot", "z_tis"), ("obrs_clip", "ppo"),
     ("obrs_clip", "jackpot"),
 )  # fmt: skip
-T_95 = {
-    1: 12.706,
-    2: 4.303,
-    3: 3.182,
-    4: 2.776,
-    5: 2.571,
-    6: 2.447,
-    7: 2.365,
-    8: 2.306,
-    9: 2.262,
-}  # Student's, two-sided
 COLOURS = (
     "#9e9e9e", "#1f77b4", "#17becf", "#2ca02c", "#bcbd22", "#8c564b", "#e377c2", "#9467bd", "#ff7f0e", "#d62728"
 )  # fmt: skip
@@ -37,7 +27,7 @@ def interval(values: Floats) -> tuple[float, float]:
     n = len(values)
     if n < 2:
         return float(values.mean()), math.inf
-    return float(values.mean()), T_95.get(n - 1, 1.96) * float(values.std(ddof=1)) / math.sqrt(n)
+    return float(values.mean()), t_95(n - 1) * float(values.std(ddof=1)) / math.sqrt(n)
 
 
 def write_report(results: Results, seeds: list[int], directory: Path) -> None:
@@ -166,7 +156,7 @@ def _plot(results: Results, seeds: list[int], path: Path) -> None:
             mean = curves.mean(axis=0)
             axis.plot(updates, mean, color=colour, label=its.title, linewidth=1.4)
             if len(seeds) > 1:
-                half = T_95.get(len(seeds) - 1, 1.96) * curves.std(axis=0, ddof=1) / math.sqrt(len(seeds))
+                half = t_95(len(seeds) - 1) * curves.std(axis=0, ddof=1) / math.sqrt(len(seeds))
                 axis.fill_between(updates, mean - half, mean + half, color=colour, alpha=0.08, linewidth=0)
         axis.set_title(about.title, fontsize=10)
         axis.grid(alpha=0.3)
