@@ -29,6 +29,7 @@ def test_rejection_is_one_axis():
         ("staleness.budget=8", "obrs.mode=budget", "obrs.budget=0.95"),
     ]
     assert expand("obrs.threshold", "2") == ["obrs.mode=threshold", "obrs.threshold=2"]
+    assert expand("obrs.target_ess", "0.9") == ["obrs.mode=ess", "obrs.target_ess=0.9"]
     assert expand("obrs.threshold", "OFF") == ["obrs.mode=off"]
     assert expand("optim.lr", "off") == ["optim.lr=off"]
 

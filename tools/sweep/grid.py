@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 from common.errors import ConfigError
 
-MODES = {"obrs.budget": "budget", "obrs.threshold": "threshold"}  # key -> the obrs.mode that a number for it means
+# key -> the obrs.mode that a number for it means; off means obrs.mode=off
+MODES = {"obrs.budget": "budget", "obrs.threshold": "threshold", "obrs.target_ess": "ess"}
 OPENING, CLOSING, QUOTES = "[{(", "]})", "\"'"
 LONGEST_NAME = 120  # characters of a cell's directory; file systems allow 255 bytes
 MAX_CELLS = 500
