@@ -118,16 +118,11 @@ def _others(
     if smaller:
         said = [f"{labels[cell]} ({_gap(*gaps[cell])})" for cell in smaller]
         lines.append(f"Smaller budgets give up more than the rule allows, against the best: {', '.join(said)}.")
-    below = [
-        (cell, difference)
-        for cell in comparison.cells()
-        if cell != chosen
-        and cell not in smaller
-        and (difference := comparison.difference(chosen, cell))[0] > difference[1]
-    ]
-    if below:
-        said = [f"{labels[cell]} ({_gap(*difference)})" for cell, difference in below]
-        lines.append(f"Separated below it: {', '.join(said)}.")
+    rest = {cell: comparison.difference(chosen, cell) for cell in gaps if cell != chosen and cell not in smaller}
+    for words, wanted in (("Separated below it", True), ("Not separated from it", False)):
+        said = [f"{labels[cell]} ({_gap(*d)})" for cell, d in rest.items() if (d[0] > d[1]) is wanted]
+        if said:
+            lines.append(f"{words}, as differences in its favour: {', '.join(said)}.")
     return lines
 
 
