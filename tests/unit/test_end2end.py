@@ -15,7 +15,7 @@ from actor.tasks.sort6 import ALPHABET, Sort6, decode, encode, write_tokenizer
 from common.config import load
 from learner.optim import learning_rate
 from tools.bench.end2end.analysis import Ratio, Timed, band, paired, reaches
-from tools.bench.end2end.contestants import TRL, contestants, croupier_config, trl_job
+from tools.bench.end2end.contestants import TRL, apart, contestants, croupier_config, trl_job
 from tools.bench.end2end.report import lines, spread
 from tools.bench.end2end.running import (
     finished,
@@ -77,6 +77,7 @@ def test_ratios_are_of_the_seeds_that_both_have_and_turn_round() -> None:
     back = paired(theirs, ours)
     assert back is not None and back.mean == pytest.approx(1 / ratio.mean)
     assert paired({0: None}, theirs) is None
+    assert paired({0: 0.0}, theirs) is None  # reached before the clock began: nothing to compare
     assert (str(Ratio([1.5])), Ratio([1.5]).spread, spread({0: None}, 2)) == ("1.50", 0.0, "–")
 
 
@@ -95,6 +96,19 @@ def test_rows_stand_beside_the_synchronous_run_and_beside_trl() -> None:
     wall = by["wall-clock to 0.8 held out: asynchronous, budget 2, OBRS", "TRL GRPOTrainer"]
     assert wall.reference_value == pytest.approx(0.4 * 1.5)  # half way between versions 2 and 3, ended at 1 and 2 steps
     assert not any(row.name.endswith("uncorrected") for row in rows(found))
+
+
+def test_a_machine_for_each_side_has_rows_of_its_own() -> None:
+    found = study({"sync": (0.2, 0.2, 0.2), "obrs": (0.1, 0.1, 0.1)}, [0.2, 0.4, 1.0])
+    assert not any("each side" in row.name for row in rows(found))
+    found.apart = {"sync": {0: timed("sync", 0, 0.6)}, "obrs": {0: timed("obrs", 0, 0.4)}}
+    row = next(row for row in rows(found) if "each side" in row.name)
+    assert (row.ratio, row.reps, row.spread) == (pytest.approx(1.5), 1, 0.0)
+    assert "| asynchronous, budget 2, OBRS | 640 | **1.50** (1.50) |" in lines(found)
+    for key, one in apart("2").items():
+        config = croupier_config(one, one.settings[0], 0, 100, "m")
+        assert (config.actor.slowdown, config.learner.slowdown, config.actor.count) == (4, 4, 1)
+        assert config.staleness.budget == (0 if key == "sync" else 2)
 
 
 def test_who_misses_the_target_is_named_and_has_no_wall_clock() -> None:

@@ -94,8 +94,8 @@ class Ratio:
 
 
 def paired(ours: Mapping[int, float | None], theirs: Mapping[int, float | None]) -> Ratio | None:
-    """Ratios of the seeds on which both have a figure; None if there is no such seed."""
-    both = [(a, b) for seed, a in ours.items() if a is not None and (b := theirs.get(seed)) is not None]
+    """Ratios of the seeds on which both have a figure that is not 0; None if there is no such seed."""
+    both = [(a, b) for seed, a in ours.items() if a and (b := theirs.get(seed))]
     return Ratio([a / b for a, b in both]) if both else None
 
 

@@ -5,7 +5,7 @@ and its decay, AdamW, gradient clip, clip range and balance loss, and make the s
 of 32 × 8 completions. Advantages divide by the sample's deviation everywhere, as TRL does it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from common.config import RunConfig, load
 from tools.bench.end2end.trl_grpo import Job
@@ -14,6 +14,7 @@ CONFIG = "configs/quickstart.yaml"
 SAVE_EVERY = 25  # steps between two versions that are judged
 HELD_OUT, ANSWERS = 512, 4  # questions, and answers to each: one standard error is about .01
 SYNCHRONOUS, TRL = "sync", "trl"
+SLOWDOWN = 4  # of decoding and of training, where each is to have a machine of its own: three quarters are sleep
 UNCORRECTED = ("obrs.mode=off", "loss.anchor=proximal", "loss.correction=uncorrected")
 
 
@@ -56,6 +57,13 @@ def contestants(budget: str) -> dict[str, Contestant]:
         Contestant("bare", f"asynchronous, budget {budget}, uncorrected", ACTORS, (asynchronous, *UNCORRECTED)),
     )
     return {one.key: one for one in found}
+
+
+def apart(budget: str) -> dict[str, Contestant]:
+    """Croupier's three as if actor and learner had a machine each: both sleep so much that the cores are not short."""
+    slow = (f"actor.slowdown={SLOWDOWN}", f"learner.slowdown={SLOWDOWN}", "learner.checkpoint_every=0")
+    setting = Setting(f"1 actor, both sides slowed {SLOWDOWN} ×", ("actor.count=1", *slow))
+    return {key: replace(one, settings=(setting,)) for key, one in contestants(budget).items() if key != TRL}
 
 
 def shared(seed: int, steps: int, model: str) -> tuple[str, ...]:

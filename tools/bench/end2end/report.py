@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tools.bench.end2end import trl_env
 from tools.bench.end2end.analysis import Ratio, band, paired
-from tools.bench.end2end.contestants import ANSWERS, CONFIG, HELD_OUT, SAVE_EVERY, SYNCHRONOUS, TRL
-from tools.bench.end2end.study import TRY_STEPS, Found
+from tools.bench.end2end.contestants import ANSWERS, CONFIG, HELD_OUT, SAVE_EVERY, SLOWDOWN, SYNCHRONOUS, TRL
+from tools.bench.end2end.study import APART_STEPS, TRY_ROUNDS, TRY_STEPS, Found
 
 Values = Mapping[int, float | None]  # seed -> figure; None where there is none
 COLOURS = {SYNCHRONOUS: "#7f7f7f", TRL: "#d62728", "obrs": "#1f77b4", "bare": "#2ca02c"}
@@ -45,6 +45,7 @@ def lines(found: Found) -> list[str]:
         *_ratios(found),
         "",
         *_missed(found),
+        *_apart(found),
         "## What was made equal",
         "",
         *_equal(found),
@@ -110,6 +111,28 @@ def _ratio(ratio: Ratio | None) -> str:
     return "–" if ratio is None else f"**{ratio}** ({', '.join(f'{value:.2f}' for value in ratio.by_seed)})"
 
 
+def _apart(found: Found) -> list[str]:
+    if not found.apart:
+        return []
+    base = found.speed_apart(SYNCHRONOUS)
+    return [
+        "## With a machine for each side",
+        "",
+        f"Actor and learner share the cores above. Here one actor and the learner sleep, so that decoding and training "
+        f"take {SLOWDOWN} × as long and the cores are not short: as if each had a machine of its own, and one of about "
+        f"equal speed. {APART_STEPS} steps, speed alone.",
+        "",
+        "| contestant | completions/s | over synchronous |",
+        "|---|---|---|",
+        *(
+            f"| {found.contestants[key].title} | {spread(found.speed_apart(key), 0)} | "
+            f"{'1' if key == SYNCHRONOUS else _ratio(paired(found.speed_apart(key), base))} |"
+            for key in found.apart
+        ),
+        "",
+    ]
+
+
 def _missed(found: Found) -> list[str]:
     said = [
         f"- {one.title} did not reach {found.options.target:g} on seed{'s' * (len(missed) > 1)} "
@@ -135,8 +158,8 @@ def _equal(found: Found) -> list[str]:
         f"questions, {ANSWERS} answers each, of a version every {SAVE_EVERY} steps. Seconds to the target are "
         "interpolated between two of these.",
         "- The clock starts when the first step is done; start-up is from the command to that moment.",
-        f"- Each runs in its fastest setting of those tried for {TRY_STEPS} steps: croupier with one actor or two "
-        "(synchronous also with two threads for the learner), TRL with one thread or two and both of transformers' "
+        f"- Each runs in its fastest setting, of those tried {TRY_ROUNDS} × for {TRY_STEPS} steps: croupier with "
+        "one actor or two (synchronous also with two threads for the learner), TRL with one thread or two and both of transformers' "
         "faster ways to compute experts. The synchronous run and the uncorrected one need no policy replica.",
         *(trl if TRL in found.contestants else [f"- TRL was not installed: `{trl_env.HOW}`, then run this again."]),
         "- Seed by seed, contestants in turn.",
@@ -147,8 +170,9 @@ def _limits(found: Found) -> list[str]:
     lags = [timed.figures["lag"] for key in ("obrs", "bare") for timed in found.timed.get(key, {}).values()]
     return [
         "- Actors and learner share the cores, so there is nothing to gain from using both at once but what a "
-        "synchronous run leaves idle: hand-overs, stragglers and what one thread cannot spread. With machines of their "
-        "own for each, the limit is the slower of the two instead of their sum.",
+        "synchronous run leaves idle: hand-overs, stragglers and what one thread cannot spread. With a machine for "
+        "each the limit is the slower of the two instead of their sum; how near they come depends on their ratio "
+        "(`python -m tools.simulate`).",
         "- The model has some hundred thousand parameters and a step takes about a tenth of a second: what is compared "
         "is as much the cost of each system's own work as that of its arithmetic. `python -m tools.bench loop` "
         "measures a larger shape.",

@@ -5,7 +5,8 @@
     runs/bench-end2end/
       start-<seed>/              the model that all contestants of a seed begin from
       <contestant>-<seed>/       timed.json when the run is done; rewards.json when its versions are judged
-      tried/...                  the short runs that settings are chosen by
+      apart-<contestant>-<seed>/ with a machine for each side, for speed alone
+      tried/                     the last of the short runs that settings are chosen by
 """
 
 import json
@@ -68,6 +69,10 @@ class Place:
     def run(self, key: str, seed: int) -> Path:
         """A contestant's."""
         return self.root / f"{key}-{seed}"
+
+    def apart(self, key: str, seed: int) -> Path:
+        """The same contestant's, where each side has a machine of its own."""
+        return self.root / f"apart-{key}-{seed}"
 
 
 def recipe_of(one: Contestant, setting: Setting, seed: int, steps: int, model: Path) -> dict[str, Any]:

@@ -22,12 +22,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tools.bench.end2end import trl_env
 from tools.bench.end2end.analysis import Curve, Timed, paired, reaches
-from tools.bench.end2end.contestants import SYNCHRONOUS, TRL, Contestant, Setting, contestants
+from tools.bench.end2end.contestants import SYNCHRONOUS, TRL, Contestant, Setting, apart, contestants
 from tools.bench.end2end.running import TRIED, Place, finished, judge, judged, recipe_of, run_once
 from tools.bench.harness import Row
 
 DIRECTORY = Path("runs/bench-end2end")
-STEPS, TRY_STEPS = 600, 40
+STEPS, TRY_STEPS, APART_STEPS = 600, 40, 100
+TRY_ROUNDS = 2  # of which the faster counts: what else the machine does can only slow a run down
 CHOSEN = "chosen.json"
 Job = TypeVar("Job")
 
@@ -55,6 +56,7 @@ class Found:
     settings: dict[str, Setting]
     timed: dict[str, dict[int, Timed]] = field(default_factory=dict)  # contestant -> seed -> run
     rewards: dict[str, dict[int, dict[int, float]]] = field(default_factory=dict)  # ... -> version -> held-out reward
+    apart: dict[str, dict[int, Timed]] = field(default_factory=dict)  # as timed, where each side has its own machine
 
     def curve(self, key: str, seed: int) -> Curve:
         """Held-out reward by seconds."""
@@ -72,6 +74,10 @@ class Found:
     def each(self, key: str, figure: Callable[[Timed], float]) -> dict[int, float | None]:
         """Seed -> a figure of the run."""
         return {seed: figure(timed) for seed, timed in self.timed[key].items()}
+
+    def speed_apart(self, key: str) -> dict[int, float | None]:
+        """Seed -> completions/s where each side has a machine of its own."""
+        return {seed: timed.samples_per_s for seed, timed in self.apart.get(key, {}).items()}
 
     def figures(self) -> list[tuple[str, str, Callable[[str], dict[int, float | None]]]]:
         """(name, unit, contestant -> seed -> value) of all that is compared."""
@@ -103,6 +109,7 @@ def study(options: Options) -> Found:
     settings = _choose(among, place, models, python, console)
     found = Found(options, among, settings)
     _run_all(found, place, models, python, console)
+    _run_apart(found, place, models, console)
     if options.timed_only:
         return found
     _judge_all(found, place, models, console)
@@ -130,6 +137,17 @@ def rows(found: Found) -> list[Row]:
                         found.contestants[reference].title, _mean(values(reference)), len(ratio.by_seed), ratio.spread,
                     )
                 )  # fmt: skip
+    return made + _rows_apart(found)
+
+
+def _rows_apart(found: Found) -> list[Row]:
+    made, base = [], found.speed_apart(SYNCHRONOUS)
+    for key in found.apart:
+        ratio = None if key == SYNCHRONOUS else paired(found.speed_apart(key), base)
+        if ratio is not None:
+            name = f"samples/s, a machine for each side: {found.contestants[key].title}"
+            values = (_mean(found.speed_apart(key)), "completions/s", "synchronous, the same", _mean(base))
+            made.append(Row("end2end", name, *values, len(ratio.by_seed), ratio.spread))
     return made
 
 
@@ -137,13 +155,13 @@ def _mean(values: Mapping[int, float | None]) -> float:
     return statistics.fmean(value for value in values.values() if value is not None)
 
 
-# ---- the three stages ---------------------------------------------------------------------------
+# ---- the stages ---------------------------------------------------------------------------------
 
 
 def _choose(
     among: dict[str, Contestant], place: Place, models: dict[int, Path], python: Path, console: Console
 ) -> dict[str, Setting]:
-    """The fastest setting of each contestant by completions/s of a short run; kept, so that it is chosen once."""
+    """The fastest setting of each contestant by completions/s of short runs; kept, so that it is chosen once."""
     kept, seed = place.root / CHOSEN, min(models)
     try:
         before = json.loads(kept.read_text())
@@ -151,10 +169,10 @@ def _choose(
         before = {}
     jobs = [(one, s) for one in among.values() if before.get(one.key) not in _titles(one) for s in one.settings]
     speeds: dict[str, dict[str, float]] = {}
-    for number, (one, setting) in enumerate(_shown(jobs, "settings", console)):
-        folder = place.root / TRIED / str(number)
-        timed = run_once(one, setting, seed, TRY_STEPS, models[seed], folder, python)
-        speeds.setdefault(one.key, {})[setting.title] = timed.samples_per_s
+    for one, setting in _shown(jobs * TRY_ROUNDS, "settings", console):
+        speed = run_once(one, setting, seed, TRY_STEPS, models[seed], place.root / TRIED, python).samples_per_s
+        of = speeds.setdefault(one.key, {})
+        of[setting.title] = max(speed, of.get(setting.title, 0.0))
     chosen = before | {key: max(of, key=lambda title: of[title]) for key, of in speeds.items()}
     kept.write_text(json.dumps(chosen, indent=1) + "\n")
     for key, of in speeds.items():
@@ -183,6 +201,23 @@ def _run_all(found: Found, place: Place, models: dict[int, Path], python: Path, 
         timed = run_once(one, setting, seed, steps, models[seed], place.run(key, seed), python)
         found.timed.setdefault(key, {})[seed] = timed
         console.print(f"seed {seed}, {one.title}: {timed.wall_s:.0f} s, {timed.samples_per_s:,.0f} completions/s")
+
+
+def _run_apart(found: Found, place: Place, models: dict[int, Path], console: Console) -> None:
+    """Croupier's three with a machine for each side, for their speed alone."""
+    among, waiting = apart(found.options.budget), []
+    for seed in found.options.seeds:
+        for key, one in among.items():
+            recipe = recipe_of(one, one.settings[0], seed, APART_STEPS, models[seed])
+            timed = finished(place.apart(key, seed), recipe)
+            if timed is None:
+                waiting.append((seed, key))
+            else:
+                found.apart.setdefault(key, {})[seed] = timed
+    for seed, key in _shown(waiting, "a machine for each side", console):
+        one, folder = among[key], place.apart(key, seed)
+        timed = run_once(one, one.settings[0], seed, APART_STEPS, models[seed], folder, Path())
+        found.apart.setdefault(key, {})[seed] = timed
 
 
 def _judge_all(found: Found, place: Place, models: dict[int, Path], console: Console) -> None:
