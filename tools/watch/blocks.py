@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich.text import Text
 
+from common.trace import IDLE
 from tools.watch.bins import LAGS
 from tools.watch.curves import Canvas, Line, bar, bounds, short, sparkline, stacked, thinned
 from tools.watch.history import History, Receipt
@@ -16,7 +17,7 @@ from tools.watch.sound import text
 from tools.watch.view import SILENT_S, PeerRow, Role, View
 
 LEFT, RIGHT = "left", "right"
-KL_FLOOR = 1e-9  # nats; a divergence is drawn by its logarithm
+KL_FLOOR = 1e-7  # nats; a divergence is drawn by its logarithm, and below this it is a rounding error
 AXIS = 7  # cells for the numbers beside a curve
 PEER_BAR, NAME_SHOWN = 10, 22  # cells
 LAG_ROWS = 9  # lags with a line of their own; more share lines
@@ -126,7 +127,7 @@ def largest_wait(shares: Sequence[Share]) -> Text:
     if not waits:
         return Text("busy", style=DIM)
     most = max(waits, key=lambda share: share.share)
-    return Text(f"{most.share:.0%} {most.state}", style=colour(most.state))
+    return Text(f"{most.share:.0%} {most.state.removeprefix(IDLE)}", style=colour(most.state))
 
 
 def lag_rows(view: View, most: int = LAG_ROWS) -> list[tuple[str, int, bool]]:
@@ -148,14 +149,15 @@ def lags(view: View, width: int, lines: int) -> list[Text]:
     most = max(tokens for _, tokens, _ in rows) or 1
     inside = sum(within for *_, within in rows)
     room = max(4, width - 24)
+    beyond = "yellow" if view.budget_auto else "red"  # a group keeps the budget under which it was granted
     found = []
     for place, (label, tokens, within) in enumerate(rows):
         marked = view.budget is not None and place == inside - 1
         filled = bar(tokens / most, room)
         found.append(
             Text.assemble(
-                (f"{label:>6} ", "" if within else "bold red"),
-                (filled, "blue" if within else "red"),
+                (f"{label:>6} ", "" if within else beyond),
+                (filled, "blue" if within else beyond),
                 " " * (room - len(filled)),
                 (f" {tokens / total:5.1%} ", ""),
                 ("◄ budget" if marked else "", "red"),
@@ -232,7 +234,7 @@ def fleet(view: View, width: int, lines: int) -> list[Text]:
     """A row for each process, and a line for those that are not shown."""
     wide = width >= 58
     header = (
-        ("process", "version", "heard", "tok/s", "time", "waits for") if wide else ("process", "v", "heard", "time")
+        ("process", "v", "heard", "tok/s", "time", "waits for") if wide else ("process", "v", "heard", "time")
     )
     rest = view.hidden > 0 or any(role.silent for role in view.roles)
     rows = [peer_row(peer, wide) for peer in view.peers]

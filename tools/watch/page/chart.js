@@ -111,7 +111,7 @@ class Chart {
   px(x) { return PAD.left + (x - this.x0) / (this.x1 - this.x0) * (this.box.right - PAD.left); }
 
   py(y) {
-    const [a, b, v] = this.options.log ? [this.y0, this.y1, Math.max(y, this.y0)].map(Math.log10) : [this.y0, this.y1, y];
+    const [a, b, v] = this.options.log ? [this.y0, this.y1, Math.max(y, this.y0)].map((w) => Math.log10(w)) : [this.y0, this.y1, y];
     return this.box.bottom - (v - a) / (b - a) * (this.box.bottom - PAD.top);
   }
 
@@ -164,7 +164,7 @@ class Chart {
       let d = "", pen = false, last = null;
       x.forEach((v, i) => {
         const y = s.y[i];
-        if (y === null || y === undefined || (this.options.log && y <= 0)) { pen = false; return; }
+        if (y === null || y === undefined) { pen = false; return; }
         const px = n(this.px(v)), py = n(this.py(y));
         d += !pen ? `M${px} ${py}` : s.kind === "step" ? `L${px} ${last}L${px} ${py}` : `L${px} ${py}`;
         if (s.dots || (!pen && x.length === 1)) d += `m-2.6 0a2.6 2.6 0 1 0 5.2 0a2.6 2.6 0 1 0 -5.2 0M${px} ${py}`;

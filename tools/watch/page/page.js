@@ -56,7 +56,7 @@ function showTiles(state) {
     ["KL after", figure(f.kl_after), f.kl_before === null ? "" : `before ${figure(f.kl_before)}`],
     ["ESS", figure(f.weight_ess ?? f.ess), "share of the batch"],
     ["tokens/s", figure(state.tokens_per_s), "generated"],
-    ["queue", `${figure(state.queue_groups)} groups`, state.queue_mb === null ? "" : `${figure(state.queue_mb)}${state.queue_limit_mb ? " of " + figure(state.queue_limit_mb) : ""} MB`],
+    ["queue", `${figure(state.queue_groups)} groups`, state.queue_mb === null ? "" : `${state.queue_mb.toFixed(1)}${state.queue_limit_mb ? " of " + figure(state.queue_limit_mb) : ""} MB`],
   ];
   const box = at("tiles");
   tiles.forEach(([name, value, unit], i) => {

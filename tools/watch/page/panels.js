@@ -1,6 +1,8 @@
 "use strict";
 // The columns that /api/metrics sends, kept and joined; and what each chart is shown of them.
 
+const KL_FLOOR = 1e-7; // nats; below it a divergence is a rounding error
+
 class Columns {
   constructor() { this.reset(); }
 
@@ -74,10 +76,12 @@ function newest(values) {
   return null;
 }
 
-function smooth(values, half) {
+// The running mean, of logarithms where the axis has them.
+function smooth(values, half, log) {
+  const [into, out] = log ? [(v) => Math.log(Math.max(v, KL_FLOOR)), Math.exp] : [(v) => v, (v) => v];
   return values.map((v, i) => {
-    const near = values.slice(Math.max(0, i - half), i + half + 1).filter((w) => w !== null && w !== undefined);
-    return v === null || !near.length ? null : near.reduce((a, b) => a + b) / near.length;
+    const near = values.slice(Math.max(0, i - half), i + half + 1).filter((w) => w !== null && w !== undefined).map(into);
+    return v === null || !near.length ? null : out(near.reduce((a, b) => a + b) / near.length);
   });
 }
 
@@ -86,7 +90,7 @@ function noisy(columns, name, label, color, more = {}, interval = null) {
   const mean = columns.mean(name), extremes = columns.means[name] || {};
   const band = interval || { low: extremes.low, high: extremes.high };
   if (mean.length < 18) return [{ name: label, y: mean, color, ...band, ...more }];
-  return [{ name: `${label} each`, y: mean, color, thin: true, ...band }, { name: label, y: smooth(mean, 4), color, ...more }];
+  return [{ name: `${label} each`, y: mean, color, thin: true, ...band }, { name: label, y: smooth(mean, 4, more.log), color, ...more }];
 }
 
 function base(columns, series, says) { return { x: columns.x, spans: columns.spans, series, says }; }
@@ -122,8 +126,8 @@ const PANELS = [
   { title: "Acceptance", percent: true, data: (c) => base(c, [
     ...noisy(c, "acceptance", "accepted, 95 %", "var(--green)", {}, { low: c.mean("acceptance_low"), high: c.mean("acceptance_high") }),
   ], `Newest ${figure(newest(c.mean("acceptance")))}`) },
-  { title: "KL to the learner, nats a token", log: true, data: (c) => base(c, [
-    ...noisy(c, "kl_before", "before rejection", "var(--red)", { dash: "5 3" }), ...noisy(c, "kl_after", "after it", "var(--green)"),
+  { title: "KL to the learner, nats a token", log: true, floor: KL_FLOOR, data: (c) => base(c, [
+    ...noisy(c, "kl_before", "before rejection", "var(--red)", { dash: "5 3", log: true }), ...noisy(c, "kl_after", "after it", "var(--green)", { log: true }),
   ], `After rejection ${figure(newest(c.mean("kl_after")))}`) },
   { title: "Effective sample size and λ", y: [0, 1], data: (c) => base(c, [
     ...noisy(c, c.has("weight_ess") ? "weight_ess" : "ess", "ESS of weights", "var(--blue)"),
