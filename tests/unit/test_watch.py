@@ -20,13 +20,14 @@ import pytest
 from hypothesis import given, settings
 from rich.cells import cell_len
 
+from common.trace import IDLE, STATES
 from tests.made_run import HOSTILE, MadeRun
 from tools.watch.__main__ import main
 from tools.watch.bins import LAGS, Bins
 from tools.watch.curves import bar, short, sparkline, stacked
 from tools.watch.follow import Follower
 from tools.watch.history import History
-from tools.watch.palette import OTHER_WAITING, WAITING, WORK
+from tools.watch.palette import GREY, WAITING, WORK, colour
 from tools.watch.screen import frame
 from tools.watch.shares import Window, split_shard
 from tools.watch.tail import Tail
@@ -183,7 +184,7 @@ def test_a_huge_run_fits_any_terminal(huge, width, height):
     assert len(drawn) == height and {line.cell_len for line in drawn} == {width}
     if height >= 24:
         said = "\n".join(line.plain for line in drawn)
-        assert "Reward" in said and "idle.credits" in said and "Alerts" in said
+        assert "Reward" in said and "credits" in said and "Alerts" in said
 
 
 @pytest.fixture(scope="module")
@@ -251,10 +252,16 @@ def luminance(colour):
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-@pytest.mark.parametrize("colour", sorted({*WORK, *WAITING.values(), OTHER_WAITING}))
+@pytest.mark.parametrize("role", STATES)
+def test_no_two_kinds_of_work_of_a_role_look_alike(role):
+    work = [colour(state) for state in STATES[role] if not state.startswith(IDLE) and state not in ("start", "end")]
+    assert len(set(work)) == len(work) and GREY not in work
+
+
+@pytest.mark.parametrize("ink", sorted({*WORK, *WAITING.values(), GREY}))
 @pytest.mark.parametrize("ground", ["#ffffff", "#0f151d"])
-def test_states_stand_out_from_light_and_dark(colour, ground):
-    high, low = sorted((luminance(colour), luminance(ground)), reverse=True)
+def test_states_stand_out_from_light_and_dark(ink, ground):
+    high, low = sorted((luminance(ink), luminance(ground)), reverse=True)
     assert (high + 0.05) / (low + 0.05) >= 3
 
 

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from common.errors import ConfigError
 from common.process import StopFlag
+from common.trace import STATES
 from tests.made_run import HOSTILE, MadeRun
 from tools.watch import feed
 from tools.watch.follow import Follower
@@ -72,8 +73,11 @@ def test_the_state_is_the_view(server, run):
     state = json.loads(body)
     assert status == 200 and headers["Content-Type"] == "application/json"
     assert (state["step"], state["steps"], state["phase"]) == (30, 200, "running")
+    assert state["words"] == "" and state["says"] == "running"
     assert HOSTILE in [peer["peer"] for peer in state["peers"]]
     assert set(state["colours"]) >= {"sample", "idle.credits", "idle.shard:rollouts"}
+    assert state["meanings"]["actor idle.credits"] == STATES["actor"]["idle.credits"]
+    assert state["meanings"]["learner idle.shard:rollouts"] == "waits for a shard, which waits for rollouts"
     run.advance(5)
     deadline = time.monotonic() + 10
     while json.loads(ask(server, "/api/state")[2])["step"] != 35:

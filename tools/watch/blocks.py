@@ -233,9 +233,7 @@ def budget(view: View, lines: int) -> list[Text]:
 def fleet(view: View, width: int, lines: int) -> list[Text]:
     """A row for each process, and a line for those that are not shown."""
     wide = width >= 58
-    header = (
-        ("process", "v", "heard", "tok/s", "time", "waits for") if wide else ("process", "v", "heard", "time")
-    )
+    header = ("process", "v", "heard", "tok/s", "time", "waits for") if wide else ("process", "v", "heard", "time")
     rest = view.hidden > 0 or any(role.silent for role in view.roles)
     rows = [peer_row(peer, wide) for peer in view.peers]
     found = table(header, rows, width, lines - rest)

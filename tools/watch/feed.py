@@ -8,6 +8,7 @@ from tools.watch.bins import Bin
 from tools.watch.history import History
 from tools.watch.palette import colour
 from tools.watch.screen import phase_of
+from tools.watch.shares import words
 from tools.watch.view import View, part
 
 DRAWN = (
@@ -24,6 +25,9 @@ def state(view: View, epoch: str) -> dict[str, Any]:
     seen |= {one.state for peer in view.peers for one in peer.shares}
     found |= {"epoch": epoch, "over": view.over, "lost": view.lost, "says": phase_of(view).plain}
     found["colours"] = {name: colour(name) for name in sorted(seen)}
+    found["meanings"] = {
+        f"{role.role} {one.state}": words(role.role, one.state) for role in view.roles for one in role.shares
+    }
     return found
 
 

@@ -19,7 +19,6 @@ class Share:
 
     state: str
     share: float  # of 1
-    means: str  # in words
 
     @property
     def idle(self) -> bool:
@@ -50,12 +49,12 @@ def difference(now: Seconds, before: Seconds) -> dict[str, float]:
             for state, value in now.items()}  # fmt: skip
 
 
-def shares_of(role: str, seconds: Seconds) -> list[Share]:
+def shares_of(seconds: Seconds) -> list[Share]:
     """Largest first within work and within waiting; work comes first. Empty where no time passed."""
     total = sum(seconds.values())
     if total <= 0:
         return []
-    found = [Share(state, value / total, words(role, state)) for state, value in seconds.items() if value > 0]
+    found = [Share(state, value / total) for state, value in seconds.items() if value > 0]
     return sorted(found, key=lambda share: (share.idle, -share.share))
 
 

@@ -192,7 +192,7 @@ def _fleet(view: View, status: Record, history: History, window: Window) -> None
                 silent_s=number(peer.get("silent_s")) or 0.0,
                 tokens_per_s=window.rate(clock, "tokens"),
                 servers=servers.get(name, "") if role == "actor" else "",
-                shares=shares_of(role, seconds),
+                shares=shares_of(seconds),
             )
         )
     view.roles = [_role(role, fleet, view, window, history) for role in _roles(status, history)]
@@ -230,7 +230,7 @@ def _role(role: str, fleet: Record, view: View, window: Window, history: History
     silent = whole(told.get("silent"))
     if silent is None:
         silent = sum(peer.role == role and peer.silent_s > SILENT_S for peer in view.peers)
-    return Role(role, count, silent, shares_of(role, seconds))
+    return Role(role, count, silent, shares_of(seconds))
 
 
 def part(levels: dict[str, float], prefix: str) -> dict[str, float]:

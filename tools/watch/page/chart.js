@@ -201,11 +201,11 @@ class Chart {
   }
 
   drawLegend() {
-    const wanted = this.data.series.filter((s) => !s.thin && !s.unnamed).map((s) => `${s.name}|${s.color}|${s.dash || ""}|${s.kind}`).join();
+    const wanted = this.data.series.filter((s) => !s.thin && !s.unnamed).map((s) => `${s.name}|${s.color}|${s.dash || ""}|${s.title || ""}`).join();
     if (wanted === this.named) return;
     this.named = wanted;
     this.legend.replaceChildren(...this.data.series.filter((s) => !s.thin && !s.unnamed).map((s) => {
-      const item = make("span");
+      const item = make("span", { title: s.title || "" });
       item.append(swatch(s), document.createTextNode(s.name));
       return item;
     }));

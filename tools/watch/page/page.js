@@ -162,6 +162,7 @@ async function turn() {
     showTables(state);
     const sent = await ask(`/api/metrics?since=${columns.since}&key=${encodeURIComponent(columns.key)}`);
     columns.take(sent);
+    columns.meanings = state.meanings;
     showCharts();
     showConnection(true);
   } catch (error) {

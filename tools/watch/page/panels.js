@@ -9,6 +9,7 @@ class Columns {
   reset() {
     this.key = ""; this.width = 1; this.first = []; this.last = []; this.means = {}; this.levels = {}; this.lags = [];
     this.evaluations = { version: [], reward: [], reward_low: [], reward_high: [] }; this.colours = {};
+    this.meanings = this.meanings || {};
   }
 
   // From which step on the server should tell.
@@ -101,7 +102,7 @@ function areas(columns, role) {
   const series = shares.map(([state, y]) => {
     const bottom = floor, top = y.map((v, i) => (v === null ? null : bottom[i] + v));
     floor = top.map((v, i) => v ?? bottom[i]);
-    return { name: state, kind: "area", y, base: bottom, top, color: columns.colours[state] || "#78818c", hatched: state.startsWith("idle.") };
+    return { name: state, kind: "area", y, base: bottom, top, color: columns.colours[state] || "#78818c", hatched: state.startsWith("idle."), title: columns.meanings[`${role} ${state}`] || "" };
   });
   const says = shares.map(([state, y]) => `${state} ${Math.round(100 * (newest(y) || 0))} %`).join(", ");
   return { ...base(columns, series, says), y: [0, 1] };
