@@ -23,6 +23,7 @@ Records, by their first element::
     ["t", at, {state: [wall, cpu, times]}, [slices]]   totals since the life began, nanoseconds, the present
                                              state's wall-clock included; slices ["s", ...] that are not over
     ["y", at, {tally: {key: [times, wall, cpu, amount]}}]   tallies since the life began, nanoseconds
+    ["p", at, cpu]                           CPU time of all threads of the process, nanoseconds
     ["c", at, offset, delay]                 at ``at`` the broker's clock was ours + offset, known to within delay / 2
     ["e", at, reason]                        an orderly end, or that the file is full
 """
@@ -132,6 +133,7 @@ STATES: dict[str, dict[str, str]] = {
 # learner.slowdown are not in it.
 TALLIES = {
     "decode": "an actor's engine: rows that were live before the step; tokens sampled in it",
+    "context": "the same steps: rows; tokens of the longest context among them, no time",
     "prefill": "an actor's engine: prompt tokens, see power_of_two; the same, exactly",
     "swap": "an actor: bytes of the version, see power_of_two; the same, exactly",
     "score": "a replica: tokens of the batch, see power_of_two; the same, exactly",
@@ -389,6 +391,7 @@ class Tracer:
             if self.tallies:
                 tallies = {name: {k: list(v) for k, v in list(by.items())} for name, by in list(self.tallies.items())}
                 held.append(["y", now, tallies])
+            held.append(["p", now, time.process_time_ns()])
             best = self.offset.best
             if best is not None and best != self._told:
                 self._told = best

@@ -65,6 +65,8 @@ class Life:
     levels: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     totals: list[tuple[int, dict[str, list[int]]]] = field(default_factory=list)  # about one a second, cumulative
     tallies: dict[str, dict[int, list[float]]] = field(default_factory=dict)  # the last
+    tallied: list[tuple[int, dict[str, dict[int, list[float]]]]] = field(default_factory=list)  # each, cumulative
+    cpu: list[tuple[int, int]] = field(default_factory=list)  # of all threads, nanoseconds, about one a second
     clock: ClockMap = field(default_factory=ClockMap)  # from the process's own to the broker's
     ended: str = ""  # why; "" for a process that was killed or goes on
 
@@ -218,8 +220,11 @@ def _life(records: list[Any]) -> Life:
             case ["t", at, totals, slices]:
                 life.totals.append((clock(at), totals))
                 unfinished = slices
-            case ["y", _, tallies]:
+            case ["y", at, tallies]:
+                life.tallied.append((clock(at), tallies))
                 life.tallies = tallies
+            case ["p", at, cpu]:
+                life.cpu.append((clock(at), cpu))
             case ["e", _, reason]:
                 life.ended, unfinished = reason, []
     for _, state, start, end, step in unfinished:

@@ -60,7 +60,7 @@ def draw_torch(run_dir: Path, drawing: Drawing, timelines: Timelines, window: Wi
         if clock is None or process not in drawing.pids:
             notes.append(f"{path.name}: {process} has no timeline of that time, so its clock is not known")
             continue
-        count += _draw(record, drawing, drawing.pids[process], tids, clock, window)
+        count += _draw(record, drawing, drawing.pids[process], tids, clock, window, path.name)
     return count, notes
 
 
@@ -71,6 +71,7 @@ def _draw(
     tids: dict[tuple[int, Source], int],
     clock: ClockMap,
     window: Window,
+    name: str,
 ) -> int:
     count = 0
     for source, ops in sorted(record.ops.items(), key=lambda item: (item[0] in record.gpu, item[0])):
@@ -84,16 +85,13 @@ def _draw(
             if window.has(start, end):
                 drawing.slice(Place(pid, tid, start, max(start, end)), op.name, op.category, op.args)
                 count += 1
-
-    def _is_drawn(at: int, source: Source) -> bool:
-        return (pid, source) in tids and window.has(clock(at), clock(at))
-
-    for (category, _), ends in record.arrows.items():
-        if set(ends) == {"s", "f"} and all(_is_drawn(*end) for end in ends.values()):
-            flow = drawing.flow()
+    for (category, number), ends in record.arrows.items():
+        if set(ends) == {"s", "f"}:
             for phase, (at, source) in sorted(ends.items(), reverse=True):
-                place = Place(pid, tids[pid, source], clock(at), clock(at))
-                drawing.arrow(phase, flow, place, clock(at), category, category)
+                moment = clock(at)
+                if (pid, source) in tids and all(window.has(clock(t), clock(t)) for t, _ in ends.values()):
+                    place = Place(pid, tids[pid, source], moment, moment)
+                    drawing.arrow(phase, f"{name}/{category}/{number}", place, moment, category, category)
     return count
 
 

@@ -114,6 +114,7 @@ class LocalEngine:
         """
         decoding = self._rows.live
         began, cpu = self._tracer.now(), self._tracer.cpu()
+        longest = int(self._rows.positions.max()) + 1 if decoding else 0
         logits = [self._decode()] if decoding else []
         batches = self._admit()
         read = self._read(batches, logits) if batches else (0, 0)
@@ -123,6 +124,7 @@ class LocalEngine:
         sampled, completions = self._rows.live, self._finish()
         took = self._tracer.now() - began - read[0], self._tracer.cpu() - cpu - read[1]
         self._tracer.tally("decode", decoding, *took, sampled)
+        self._tracer.tally("context", decoding, 0, 0, longest)
         return completions
 
     def cancel(self, request_id: int, sibling: int) -> None:

@@ -1,0 +1,387 @@
+"""What everything cost in a run: its timelines and metrics read, its costs fitted, a :class:`Setup` made.
+
+::
+
+    RUN_DIR ... -> read_run -> Sample (CPU seconds by state, tallies, counts within the steady window)
+                -> fit: decode(rows, context), prefill(tokens), train(tokens), score(tokens), ... -> Setup
+
+Costs are CPU seconds of main threads; what other threads of a process took (receiving weights, sockets) is
+the rest of its CPU time. Several runs of the same model tell more than one: a cost that no run varies, the
+share of a step that does not depend on its tokens say, is taken as proportional. Where processes share a
+machine, ``machine.cores`` is what they got of it while more of them wanted to run than there were cores.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.config import RunConfig
+from common.errors import DataError
+from tools.profile.spent import NS, Course, Window, choose_window, course_of, processes_of
+from tools.runs import Run, read_run
+from tools.simulate.settings import Setup, settings_of
+from tools.timelines import Life, is_idle
+
+TRAINING = ("load", "forward", "backward", "reduce", "optimizer", "joint")  # states of a learner's step
+MOST_LENGTHS = 256  # of a histogram
+LEAST_STEPS = 4  # within the window
+
+Tally = dict[int, list[float]]  # key -> times, wall, cpu, amount
+
+
+@dataclass
+class Sample:
+    """One run's steady window."""
+
+    run: Run
+    config: RunConfig
+    window: Window
+    steps: int  # trained in it
+    tokens: float  # of a step, prompts included
+    sequences: float  # of a step
+    states: dict[str, Counter[str]] = field(default_factory=dict)  # role -> state -> CPU seconds of main threads
+    threads: Counter[str] = field(default_factory=Counter)  # role -> CPU seconds of other threads
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    cores: float | None = None  # that its processes got; None: there were enough, or they were on several machines
+
+    def cpu(self, role: str, *states: str) -> float:
+        """CPU seconds of a role in some states."""
+        return float(sum(self.states.get(role, Counter())[state] for state in states))
+
+
+@dataclass
+class Measured:
+    """A setup, and what could not be known."""
+
+    setup: Setup
+    notes: list[str]
+    samples: list[Sample]
+
+
+def measure(run_dirs: Sequence[Path]) -> Measured:
+    """The costs of one or several runs of the same model; settings are the first's.
+
+    Raises :class:`DataError` for runs that do not tell enough.
+    """
+    samples = [read_sample(run_dir) for run_dir in run_dirs]
+    notes = [f"{sample.run.path}: {note}" for sample in samples for note in sample.run.notes]
+    return Measured(fit(samples, notes), notes, samples)
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+def read_sample(run_dir: Path) -> Sample:
+    """What a run tells. Raises :class:`DataError` with what is missing."""
+    run = read_run(run_dir)
+    window, _ = choose_window(run.timelines)
+    if run.config is None:
+        raise DataError(f"{run_dir}: no config.yaml that can be read, so what was run is not known")
+    if window is None or window.last - window.first < LEAST_STEPS or window.first < 0:
+        raise DataError(
+            f"{run_dir}: its timelines tell of fewer than {LEAST_STEPS} steps after the first ones; let it run longer, "
+            "with trace.spans=true"
+        )
+    steps = [step for step in run.steps if window.first < step["step"] <= window.last]
+    if not steps:
+        raise DataError(f"{run_dir}: metrics.jsonl tells of none of the steps {window.first} to {window.last}")
+    found = Sample(
+        run, run.config, window, window.last - window.first,
+        float(np.mean([step["tokens"] for step in steps])), float(np.mean([step["trajectories"] for step in steps])),
+    )  # fmt: skip
+    for process in processes_of(run.timelines, window):
+        into = found.states.setdefault(process.role, Counter())
+        into.update({state: cpu for state, (_, cpu) in process.states.items()})
+    for life in run.timelines.lives:
+        _add_tallies(found.tallies, life, window)
+        _add_threads(found, life)
+    found.cores = _cores(found)
+    return found
+
+
+def _between(records: Sequence[tuple[int, Any]], window: Window) -> tuple[Any, Any] | None:
+    """The last record before the window (None: there is none) and the last within it."""
+    inside = [value for at, value in records if window.start < at <= window.end]
+    before = [value for at, value in records if at <= window.start]
+    return (before[-1] if before else None, inside[-1]) if inside else None
+
+
+def _add_tallies(into: dict[str, Tally], life: Life, window: Window) -> None:
+    """The tallies of a life within the window, to the nearest record."""
+    found = _between(life.tallied, window)
+    if found is None:
+        return
+    before, after = found
+    for name, by_key in after.items():
+        old = (before or {}).get(name, {})
+        for key, sums in by_key.items():
+            gained = [new - was for new, was in zip(sums, old.get(key, [0, 0, 0, 0]), strict=True)]
+            if gained[0] > 0:
+                there = into.setdefault(name, {}).setdefault(key, [0, 0, 0, 0])
+                there[:] = [a + b for a, b in zip(there, gained, strict=True)]
+
+
+def _add_threads(into: Sample, life: Life) -> None:
+    inside = [(at, cpu) for at, cpu in life.cpu if into.window.start <= at <= into.window.end]
+    if len(inside) < 2:
+        return
+    (start, first), (end, last) = inside[0], inside[-1]
+    totals = life.seconds(start, end)
+    main = sum(cpu for _, cpu in totals.values())
+    scale = into.window.ns / (end - start)
+    into.threads[life.role] += max(0.0, (last - first) * NS - main) * scale  # type: ignore[assignment]  # seconds
+
+
+def _cores(sample: Sample) -> float | None:
+    """The cores that all main threads got together while more wanted to run than that."""
+    lives = sample.run.timelines.lives
+    if len({life.header.get("host") for life in lives}) != 1:
+        return None
+    window = sample.window
+    busy = Counter[int]()  # threads that want to run -> nanoseconds
+    changes: list[tuple[int, int]] = []
+    for life in lives:
+        for state, start, end in _course(life).between(window.start, window.end):
+            if state and not is_idle(state) and state not in ("journal", "send"):
+                changes += [(start, 1), (end, -1)]
+    at, running = window.start, 0
+    for when, change in sorted(changes):
+        busy[running] += when - at
+        at, running = when, running + change
+    used = sum(sum(states.values()) for states in sample.states.values())
+    return solve_cores({n: ns * NS for n, ns in busy.items()}, used)
+
+
+def _course(life: Life) -> Course:
+    return course_of([life])
+
+
+def solve_cores(seconds: dict[int, float], used: float) -> float | None:
+    """c with sum over n of seconds[n] min(n, c) = used; None if even all threads together used no less."""
+    most = max(seconds, default=0)
+    if used >= sum(n * s for n, s in seconds.items()):
+        return None
+    low, high = 0.0, float(most)
+    for _ in range(60):
+        middle = (low + high) / 2
+        if sum(min(n, middle) * s for n, s in seconds.items()) < used:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+# ---- fitting ------------------------------------------------------------------------------------
+
+
+def fit(samples: Sequence[Sample], notes: list[str]) -> Setup:
+    """The setup of the first sample at the costs of all."""
+    first = samples[0]
+    setup = _with(Setup(), settings_of(first.config))
+    prompt = first.tokens / first.sequences - _sampled(first)
+    costs = {
+        "rollout": {"prompt_tokens": max(1, round(prompt))},
+        "length": _lengths(first),
+        "obrs": {"rejected_per_lag": _rejected(samples)},
+        "actor": _actor_costs(samples, notes),
+        "replica": _replica_costs(samples),
+        "learner": _learner_costs(samples),
+        "weights": _weights_costs(samples),
+        "broker": _broker_costs(samples),
+        "machine": _machine(samples, notes),
+    }
+    return _with(setup, costs)
+
+
+def _with(setup: Setup, values: dict[str, dict[str, Any]]) -> Setup:
+    """``setup`` with the given fields of its sections."""
+    sections = {f.name: getattr(setup, f.name) for f in fields(setup)}
+    return Setup(**{name: replace(part, **values.get(name, {})) for name, part in sections.items()})
+
+
+def least_squares(rows: Sequence[Sequence[float]], targets: Sequence[float]) -> NDArray[np.float64]:
+    """Coefficients, none negative, that fit best; columns that nothing varies are left to those that vary more.
+
+    Each row of ``rows`` is one equation; of columns that are proportional to each other the last one counts.
+    """
+    a, b = np.asarray(rows, np.float64), np.asarray(targets, np.float64)
+    chosen = list(range(a.shape[1]))
+    scale = np.maximum(np.abs(a).max(axis=0), 1e-300)
+    while chosen:
+        part = a[:, chosen] / scale[chosen]
+        singular = np.linalg.svd(part, compute_uv=False)
+        if len(part) < len(chosen) or singular[-1] < 0.02 * singular[0]:
+            chosen.pop(0)  # too alike to be told apart
+            continue
+        found = np.linalg.lstsq(part, b, rcond=None)[0] / scale[chosen]
+        if (found >= 0).all():
+            whole = np.zeros(a.shape[1])
+            whole[chosen] = found
+            return whole
+        chosen.pop(int(np.argmin(found * scale[chosen])))
+    return np.zeros(a.shape[1])
+
+
+def _all(samples: Iterable[Sample], name: str) -> list[tuple[int, list[float]]]:
+    return [(key, sums) for sample in samples for key, sums in sorted(sample.tallies.get(name, {}).items())]
+
+
+def _mean(samples: Sequence[Sample], seconds: Callable[[Sample], float], per: Callable[[Sample], float]) -> float:
+    """Seconds of all samples together over how often."""
+    count = sum(per(sample) for sample in samples)
+    return sum(seconds(sample) for sample in samples) / count if count else 0.0
+
+
+def _sampled(sample: Sample) -> float:
+    """Mean tokens of a completion."""
+    window = sample.window
+    lengths = [s["length_mean"] for s in sample.run.steps if window.first < s["step"] <= window.last]
+    return float(np.mean(lengths))
+
+
+def _actor_costs(samples: Sequence[Sample], notes: list[str]) -> dict[str, float]:
+    rows, costs = [], []
+    for sample in samples:
+        context = sample.tallies.get("context", {})
+        for live, (times, _, cpu, _) in sample.tallies.get("decode", {}).items():
+            if live:
+                longest = context[live][3] / context[live][0] if live in context else 0.0
+                weight = np.sqrt(times)
+                rows.append([weight, weight * live * longest, weight * live])
+                costs.append(weight * cpu * NS / times)
+    if not rows:
+        notes.append(
+            "actors' timelines tell of no decoding (SGLang servers?): actor.*_s are defaults, set them by hand"
+        )
+        return {}
+    fixed, of_context, of_row = least_squares(rows, costs).tolist()
+    prefill = _all(samples, "prefill")
+    pass_s, token_s = least_squares(
+        [[s[0], s[3]] for _, s in prefill], [s[2] * NS for _, s in prefill]
+    ).tolist() if prefill else (0.0, 0.0)  # fmt: skip
+    swaps = _all(samples, "swap")
+    return {
+        "step_s": fixed + _mean(samples, lambda s: s.cpu("actor", "play"), _engine_steps),
+        "row_s": of_row,
+        "context_s": of_context,
+        "prefill_s": pass_s,
+        "prefill_token_s": token_s,
+        "sequence_s": _mean(samples, lambda s: s.cpu("actor", "send"), lambda s: s.steps * s.sequences),
+        "swap_s": sum(s[2] for _, s in swaps) * NS / max(1, sum(s[0] for _, s in swaps)),
+    }
+
+
+def _engine_steps(sample: Sample) -> float:
+    return sum(sums[0] for sums in sample.tallies.get("decode", {}).values())
+
+
+def _replica_costs(samples: Sequence[Sample]) -> dict[str, float]:
+    scored = _all(samples, "score")
+    if not scored:
+        return {}
+    batch_s, token_s = least_squares([[s[0], s[3]] for _, s in scored], [s[2] * NS for _, s in scored]).tolist()
+    asked = [s for s in samples if s.config.obrs.mode != "off"]
+    swap_s = _mean(asked, lambda s: s.cpu("replica", "swap"), lambda s: s.steps * s.config.replica.count)
+    return {"score_s": batch_s, "score_token_s": token_s, "swap_s": swap_s}
+
+
+def _learner_costs(samples: Sequence[Sample]) -> dict[str, float]:
+    rows = [[s.steps, s.steps * s.tokens] for s in samples]
+    learners = [s.config.learner.ranks for s in samples]
+    costs = [s.cpu("learner", *TRAINING, "commit") / ranks for s, ranks in zip(samples, learners, strict=True)]
+    step_s, token_s = least_squares(rows, costs).tolist()
+    if not step_s:  # no run varies the size: the optimizer is known to look at no token
+        step_s = _mean(samples, lambda s: s.cpu("learner", "reduce", "optimizer", "commit"), lambda s: s.steps)
+        token_s = max(0.0, _mean(samples, lambda s: s.cpu("learner", *TRAINING, "commit"), lambda s: s.steps) - step_s)
+        token_s /= samples[0].tokens
+    checkpoints = [s for s in samples if s.config.learner.checkpoint_every]
+    checkpoint_s = _mean(
+        checkpoints, lambda s: s.cpu("learner", "checkpoint"), lambda s: s.steps / s.config.learner.checkpoint_every
+    )
+    return {"step_s": step_s, "token_s": token_s, "checkpoint_s": checkpoint_s}
+
+
+def _receivers(sample: Sample) -> int:
+    config = sample.config
+    return config.actor.count + (config.replica.count if config.obrs.mode != "off" else 0)
+
+
+def _weights_costs(samples: Sequence[Sample]) -> dict[str, float]:
+    """Threads that receive are the only ones beside the main one with much to do, so theirs is that time."""
+    received = _mean(samples, lambda s: s.threads["actor"] + s.threads["replica"], lambda s: s.steps * _receivers(s))
+    sent = _mean(samples, lambda s: s.cpu("learner", "send") + s.threads["learner"], lambda s: s.steps)
+    by_receivers = _mean(samples, lambda s: s.steps * _receivers(s), lambda s: s.steps)
+    return {
+        "gather_s": _mean(samples, lambda s: s.cpu("learner", "gather"), lambda s: s.steps),
+        "send_s": 0.0,
+        "receiver_s": sent / by_receivers,
+        "receive_s": received,
+    }
+
+
+def _broker_costs(samples: Sequence[Sample]) -> dict[str, float]:
+    """Messages are taken as those of trajectories; what is done a turn is spread over them."""
+
+    def each(*states: str) -> float:
+        return _mean(samples, lambda s: s.cpu("broker", *states), lambda s: s.steps)
+
+    admitted = _all(samples, "admit")
+    trajectories = max(1.0, sum(s[3] for _, s in admitted))
+    messages = sum(
+        sum(s[0] for s in sample.tallies.get("admit", {}).values()) + sample.steps * (4 + 4 * _receivers(sample))
+        for sample in samples
+    )  # fetch, commit, publish, published and scores; ready, applied and heartbeats
+    turns = sum(s.cpu("broker", "receive", "grant", "send", "journal") for s in samples)
+    return {
+        "message_s": turns / max(1, messages),
+        "trajectory_s": sum(s[2] for _, s in admitted) * NS / trajectories,
+        "assemble_s": each("collate"),
+        "decide_s": each("thin"),
+        "pack_s": each("pack"),
+        "commit_s": each("commit"),
+    }
+
+
+def _machine(samples: Sequence[Sample], notes: list[str]) -> dict[str, float | bool]:
+    hosts = {life.header.get("host") for s in samples for life in s.run.timelines.lives}
+    if len(hosts) != 1:
+        return {"shared": False}
+    found = [s.cores for s in samples if s.cores is not None]
+    if not found:
+        notes.append(
+            "more cores than its processes wanted: taken as enough for all; set machine.cores to what there is"
+        )
+        return {"shared": False}
+    return {"shared": True, "cores": float(np.mean(found))}
+
+
+def _lengths(sample: Sample) -> dict[str, Any]:
+    """All as long as they may be, or the lengths that receipts tell of: their means a step, spread as they are."""
+    config, status = sample.config, sample.run.status
+    if config.rollout.ignore_eos:
+        return {"kind": "longest"}
+    bins = status.get("trajectories_by_length", {}).get("trained", {})
+    mean = _sampled(sample)
+    if len(bins) < 2:
+        return {"kind": "histogram", "values": (max(1, round(mean)),), "weights": (1.0,)}
+    sizes = np.array(sorted(int(size) for size in bins), np.float64)
+    weights = np.array([bins[str(int(size))] for size in sizes], np.float64)
+    centres = np.maximum(1, np.round(sizes * 0.75))  # of a bin from half of its name to its name
+    centres *= mean / float((centres * weights).sum() / weights.sum())
+    return {"kind": "histogram", "values": tuple(max(1, round(c)) for c in centres), "weights": tuple(weights.tolist())}
+
+
+def _rejected(samples: Sequence[Sample]) -> float:
+    """Tokens that rejection took, over the lags of all tokens proposed."""
+    taken = lags = 0.0
+    for sample in samples:
+        for step in sample.run.steps:
+            if step.get("acceptance") is not None:
+                taken += step["tokens_proposed"] - step["tokens_accepted"]
+                lags += step["tokens_proposed"] * step["lag_mean"]
+    return taken / lags if lags else 0.0
