@@ -34,6 +34,7 @@ from common.config import MEGABYTE, RunConfig
 from common.identity import model_identity
 from common.link import connect
 from common.process import StopFlag
+from common.slowness import Slowness
 from common.trace import Tracer, open_tracer, power_of_two, silent
 from common.weights import Receiver, StagedWeights, WeightReceiver
 
@@ -91,6 +92,7 @@ class ActorService:
         self.engine = make_engine(config, name, self.tracer)
         self.outbox = Outbox()
         self.counters: Counter[str] = Counter()
+        self._slowness = Slowness(config.actor.slowdown)
         self.play = Play(config, self.task, self.engine, self.counters, self._send, self.tracer)
         self._grants: deque[wire.Grant] = deque()
         self._loading: StagedWeights | None = None  # the version that the engine is taking into use
@@ -146,9 +148,9 @@ class ActorService:
         self.play.follow_agents()
         if self.engine.busy:
             self.tracer.state("sample" if self.engine.in_flight else self._waits_for())
-            began = time.perf_counter()
+            rows, began = self.engine.in_flight, time.perf_counter()
             ended = self.engine.step(ENGINE_WAIT_S)
-            self._slow_down((self.config.actor.slowdown - 1) * (time.perf_counter() - began))
+            self._slow_down(self._slowness.pause_s(rows, time.perf_counter() - began))
             self.counters["seconds_decode"] += time.perf_counter() - began  # type: ignore[assignment]
             self.tracer.state("play")
             finished = self.play.collect(ended)

@@ -30,6 +30,7 @@ from common.identity import model_identity
 from common.joint import POLICY_STREAM, ROLLOUT_STREAM
 from common.link import BrokerLink, connect
 from common.process import StopFlag
+from common.slowness import Slowness
 from common.trace import Tracer, open_tracer, power_of_two
 from learner import checkpoint
 from learner.checkpoint import CheckpointWriter, TrainingState
@@ -84,7 +85,7 @@ class Learner:
         evaluated_every = config.evaluation.every if config.evaluation.keep_best else 0
         self.retention = Retention(directory, config.learner.checkpoint_keep, evaluated_every)
         writer = CheckpointWriter(directory, mesh, self.retention, config.learner.write_timeout_s)
-        self.streams = self._streams()
+        self.streams, slowness = self._streams(), Slowness(config.learner.slowdown)
         self._publish()
         while self.step < config.run.steps:
             began = time.perf_counter()
@@ -98,7 +99,7 @@ class Learner:
             fetched = time.perf_counter()
             with profiled(config, tracer, self.step, mesh.device):
                 metrics, batch = self._train(shard)
-                self._slow_down((config.learner.slowdown - 1) * (time.perf_counter() - fetched))
+                self._slow_down(slowness.pause_s(len(shard.token_ids), time.perf_counter() - fetched))
                 metrics |= {"seconds_fetch": fetched - began, "seconds_train": time.perf_counter() - fetched}
                 if self.rollout is not None:
                     tracer.state("joint", self.step)

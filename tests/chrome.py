@@ -1,6 +1,6 @@
 """A strict reader of Chrome traces, with the rules by which Perfetto's importer draws them. It knows no croupier.
 
-trace_processor itself cannot be had offline: the package `perfetto` downloads it when it is first used.
+Perfetto itself, as its page brings it along, is asked in tests/browser.
 """
 
 import gzip
@@ -19,6 +19,7 @@ def check_trace(trace):
     processes, threads = names_of(events)
     rows = defaultdict(list)
     flows = defaultdict(list)
+    numbers = {}
     for event in events:
         phase = event["ph"]
         assert phase in ("X", "i", "C", "M", "s", "t", "f"), event
@@ -38,6 +39,7 @@ def check_trace(trace):
         elif phase == "i":
             assert event["s"] in ("t", "p", "g"), event
         else:
+            assert isinstance(event["id"], int) and numbers.setdefault(event["id"], event["cat"]) == event["cat"], event
             flows[event["cat"], event["id"]].append((phase, ns(event["ts"]), where, event.get("bp")))
     for where, slices in rows.items():
         check_nesting(threads[where], slices)

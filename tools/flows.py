@@ -1,8 +1,10 @@
-"""Arrows through a drawn run: each followed trajectory from its actor to the optimizer step that trained on it.
+"""Arrows through a drawn run: each followed trajectory from its grant to the optimizer step that trained on it.
 
 ::
 
-    rollout (actor) -> group -> queued (broker) -> is scored -> score (replica) -> is thinned -> update (learner)
+    group (broker) -> rollout (actor) -> queued (broker) -> is scored -> score (replica) -> is thinned -> update
+
+Perfetto points every arrow from the slice that begins first to the other, so this is the order of their beginnings.
 """
 
 from collections.abc import Iterator
@@ -13,25 +15,25 @@ UPDATES = ("optimizer", "reduce", "backward", "forward", "load")  # the first th
 
 
 def draw_flows(drawing: Drawing, drawn: Drawn) -> int:
-    """An arrow for every followed trajectory that got further than its actor; returns how many."""
+    """An arrow for every followed trajectory that has got somewhere; returns how many."""
     count = 0
     for (group, sibling), rollout in sorted(drawn.rollouts.items()):
         hops = list(_in_order(_places(drawn, group, rollout)))
         if len(hops) < 2:
             continue
-        count += 1
+        number, count = drawing.flow(), count + 1
         name = f"trajectory {group}.{sibling}"
         for index, (place, at) in enumerate(hops):
             phase = "s" if index == 0 else "f" if index == len(hops) - 1 else "t"
-            drawing.arrow(phase, count, place, at, name, "trajectory")
+            drawing.arrow(phase, number, place, at, name, "trajectory")
     return count
 
 
 def _places(drawn: Drawn, group: int, rollout: Place) -> Iterator[tuple[Place, int]]:
     """Where the trajectory was, and at which moment to pass through."""
-    yield rollout, rollout.end - 1
     if group in drawn.groups:
-        yield drawn.groups[group], rollout.end
+        yield drawn.groups[group], min(drawn.groups[group].start, rollout.start) + 1
+    yield rollout, rollout.end - 1
     if group not in drawn.queued:
         return
     queued, step = drawn.queued[group]

@@ -53,6 +53,7 @@ class Drawing:
     base: int
     events: list[Event] = field(default_factory=list)
     pids: dict[str, int] = field(default_factory=dict)  # process -> its number here
+    flows: int = 0
 
     def us(self, at: int) -> float:
         """Microseconds since the base."""
@@ -95,10 +96,15 @@ class Drawing:
         )
 
     def level(self, pid: int, at: int, name: str, value: float) -> None:
-        """A point of a curve."""
-        self.events.append({"ph": "C", "pid": pid, "ts": self.us(at), "name": name, "args": {name: value}})
+        """A point of a curve. Perfetto calls it by both names, with a space between."""
+        self.events.append({"ph": "C", "pid": pid, "ts": self.us(at), "name": name, "args": {"": value}})
 
-    def arrow(self, phase: str, number: int | str, place: Place, at: int, name: str, category: str) -> None:
+    def flow(self) -> int:
+        """The number of a new one; Perfetto takes no words."""
+        self.flows += 1
+        return self.flows
+
+    def arrow(self, phase: str, number: int, place: Place, at: int, name: str, category: str) -> None:
         """A flow begins (s), goes on (t) or ends (f) within the slice at ``place``."""
         event: Event = {"ph": phase, "pid": place.pid, "tid": place.tid, "ts": self.us(at), "id": number, "name": name}
         event["cat"] = category

@@ -60,7 +60,7 @@ def draw_torch(run_dir: Path, drawing: Drawing, timelines: Timelines, window: Wi
         if clock is None or process not in drawing.pids:
             notes.append(f"{path.name}: {process} has no timeline of that time, so its clock is not known")
             continue
-        count += _draw(record, drawing, drawing.pids[process], tids, clock, window, path.name)
+        count += _draw(record, drawing, drawing.pids[process], tids, clock, window)
     return count, notes
 
 
@@ -71,7 +71,6 @@ def _draw(
     tids: dict[tuple[int, Source], int],
     clock: ClockMap,
     window: Window,
-    name: str,
 ) -> int:
     count = 0
     for source, ops in sorted(record.ops.items(), key=lambda item: (item[0] in record.gpu, item[0])):
@@ -85,13 +84,16 @@ def _draw(
             if window.has(start, end):
                 drawing.slice(Place(pid, tid, start, max(start, end)), op.name, op.category, op.args)
                 count += 1
-    for (category, number), ends in record.arrows.items():
-        if set(ends) == {"s", "f"}:
+
+    def _is_drawn(at: int, source: Source) -> bool:
+        return (pid, source) in tids and window.has(clock(at), clock(at))
+
+    for (category, _), ends in record.arrows.items():
+        if set(ends) == {"s", "f"} and all(_is_drawn(*end) for end in ends.values()):
+            flow = drawing.flow()
             for phase, (at, source) in sorted(ends.items(), reverse=True):
-                moment = clock(at)
-                if (pid, source) in tids and all(window.has(clock(t), clock(t)) for t, _ in ends.values()):
-                    place = Place(pid, tids[pid, source], moment, moment)
-                    drawing.arrow(phase, f"{name}/{category}/{number}", place, moment, category, category)
+                place = Place(pid, tids[pid, source], clock(at), clock(at))
+                drawing.arrow(phase, flow, place, clock(at), category, category)
     return count
 
 

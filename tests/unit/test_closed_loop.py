@@ -21,11 +21,13 @@ from tools.bench.closed_loop.runs import (
 )
 from tools.bench.closed_loop.study import Found, Options, chosen, rows, run_study, turns
 
+STEPS = round(TIME_S) + 4
 
-def done(cell=None, step_s=1.0, budgets=None, steps=49):
+
+def done(cell=None):
     cell = cell or Cell("even", "2", 0)
-    at = [step_s * i for i in range(steps)]
-    return Done(cell.overrides(), at, [min(1.0, t / 50) for t in at], budgets or [2] * steps, 1.5, {"rollouts": 0.1})
+    at = [float(i) for i in range(STEPS)]
+    return Done(cell.overrides(), at, [min(1.0, t / 60) for t in at], [2] * STEPS, 1.5, {"rollouts": 0.1})
 
 
 def test_settings_are_those_of_a_run():
@@ -47,20 +49,23 @@ def test_a_run_is_timed_from_its_first_step():
 
 
 def test_versions_around_the_last_part_are_judged():
-    # version v is there when step v - 1 is done: after v - 1 seconds
-    assert needed([10, 20, 33, 36, 40, 47, 49], done()) == [36, 40, 47]
-    assert needed([10, 40], done()) == [10, 40], "none after the end: the last one stands for it"
+    # version v is there when step v - 1 is done, a second each; the last part begins at BEGIN
+    end, begin = round(TIME_S), round((1 - runs.LAST) * TIME_S)
+    assert needed([10, begin - 3, begin, begin + 2, end - 3, end + 2, end + 3], done()) == [
+        begin, begin + 2, end - 3, end + 2
+    ]  # fmt: skip
+    assert needed([10, end - 3], done()) == [10, end - 3], "none after the end: the last one stands for it"
     with pytest.raises(EngineError, match="do not enclose"):
-        needed([39, 40], done())
+        needed([begin + 2, end], done())
     with pytest.raises(EngineError, match="do not enclose"):
         needed([1, 2], done())
 
 
 def test_the_reward_is_the_mean_of_lines_over_the_last_part():
-    low, high = 0.8 * TIME_S, TIME_S
-    rewards = {1: 0.0, 49: 1.0}  # at 0 and 48 s: a straight line
-    assert at_the_end(done(), rewards) == pytest.approx((low + high) / 2 / 48, abs=1e-6)
-    assert at_the_end(done(), {30: 0.5, 47: 0.5}) == pytest.approx(0.5)
+    last = len(done().at_s)
+    rewards = {1: 0.0, last: 1.0}  # a straight line from the first step to the last
+    assert at_the_end(done(), rewards) == pytest.approx((1 - runs.LAST / 2) * TIME_S / (last - 1), abs=1e-6)
+    assert at_the_end(done(), {30: 0.5, last: 0.5}) == pytest.approx(0.5)
 
 
 def test_only_the_same_settings_are_reused(tmp_path):
@@ -85,7 +90,7 @@ def kept_study(root, seeds=(0, 1)):
                 (root / cell.name).mkdir(parents=True)
                 (root / cell.name / runs.DONE).write_text(json.dumps(vars(done(cell))))
                 reward = 0.5 if budget == AUTO else 0.4 + 0.01 * int(budget) * (1 + seed)
-                (root / cell.name / runs.REWARDS).write_text(json.dumps({"1": reward, "49": reward}))
+                (root / cell.name / runs.REWARDS).write_text(json.dumps({"1": reward, "30": reward}))
     return run_study(Options(tuple(seeds), directory=root, docs=root / "docs"))
 
 
@@ -98,7 +103,7 @@ def test_a_study_that_is_done_is_only_written(tmp_path):
     assert first.ratio == pytest.approx(0.5 / 0.64)
     text = (tmp_path / "docs" / "results" / "closed-loop.md").read_text()
     assert "| equally fast | 0.500 | 16 | 0.640 | 0.893, 0.694 | **0.781** |" in text
-    assert "- equally fast, seed 1: 2×49" in text and text == "\n".join(lines(found)) + "\n"
+    assert f"- equally fast, seed 1: 2×{STEPS}" in text and text == "\n".join(lines(found)) + "\n"
     assert (tmp_path / "docs" / "results" / "closed-loop.png").stat().st_size > 10_000
 
 

@@ -9,6 +9,7 @@ from common import wire
 from common.config import ActorSection, EngineSection, LearnerSection, RunConfig
 from common.errors import ConfigError
 from common.process import StopFlag
+from common.slowness import Slowness
 from learner.train import Learner
 
 AN_HOUR = 3600.0
@@ -42,6 +43,15 @@ def test_there_is_no_pause_without_slowdown(process):
     link = Link()
     process._slow_down(SimpleNamespace(stop=StopFlag(), link=link), 0.0)
     assert link.waits == []
+
+
+def test_a_pause_is_of_the_least_that_such_work_took():
+    slowness = Slowness(4.0)
+    assert slowness.pause_s(100, 0.5) == 1.5
+    assert slowness.pause_s(120, 0.25) == 0.75
+    assert slowness.pause_s(70, 9.0) == 0.75, "somebody else was on the machine"
+    assert slowness.pause_s(200, 1.0) == 3.0 and slowness.pause_s(0, 0.0) == 0.0
+    assert Slowness(1.0).pause_s(100, 0.5) == 0.0
 
 
 def test_slowness_is_checked():

@@ -91,7 +91,7 @@ def measure(folder: Path) -> Costs:
             tracer.span("rollouts", "rollout", index, index + RESOLUTION_NS, group=index, sibling=3, tokens=64)
 
     def timed(work: Callable[[], object], calls: int) -> float:
-        return 1e9 / rate(work, calls, least_s=0.3)
+        return statistics.median(1e9 / rate(work, calls, least_s=0.02) for _ in range(15))
 
     tracer.state("play")
     found = timed(changes, 2), timed(lambda: tracer.state("play"), 1), timed(tally, 1)

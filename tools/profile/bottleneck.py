@@ -21,6 +21,7 @@ from tools.profile.spent import Process
 FULL = 0.9
 STARVED = 0.9  # of the busy time with a core; less is starved where cores are too few
 LEAST_BUSY = 0.02  # of the window: who works less is not called starved
+NAMED = 3  # starved processes; more are counted
 CAUSED_BY = {  # what of the run answers for a cause of the learner's waiting
     "rollouts.sampling": "actors", "rollouts.credits": "staleness budget", "rollouts.weights": "publish",
     "rollouts.server": "servers", "rollouts.scoring": "rewards", "rollouts.agents": "agents",
@@ -84,7 +85,8 @@ def find_bottleneck(processes: Sequence[Process], machines: Sequence[Machine]) -
     for machine in machines:
         if machine.full:
             assert machine.cores
-            waits = f"; {', '.join(machine.starved)} wait for one" if machine.starved else ""
+            names = ", ".join(machine.starved) if len(machine.starved) <= NAMED else f"{len(machine.starved)} of them"
+            waits = f"; {names} wait for one" if machine.starved else ""
             return Bottleneck(
                 "cores",
                 min(1.0, machine.cpu / machine.cores),

@@ -6,7 +6,7 @@
     rollouts   x  what the actors did meanwhile   ->  rollouts.sampling, rollouts.credits, rollouts.weights, ...
     scoring    x  what the replicas did meanwhile ->  scoring, scoring.weights, scoring.transport
     actor idle.credits  x  what the learner did   ->  credits.training, credits.publish, credits.waiting
-    any other idle.X  ->  X
+    actor idle.scoring  ->  rewards;   any other idle.X  ->  X
 
 A wait is cut at the milestones that fall into it, so its parts add up to it exactly. Where several
 processes could be the reason (actors), a moment is shared out equally among them.
@@ -34,38 +34,40 @@ STAGES = (
 UNKNOWN = "unknown"  # marks are missing: the broker's timeline was cut, or its file is full
 
 WORDS = {  # cause -> what it means; what to do about it
-    "rollouts.sampling": ("too few groups: actors sample as fast as they can", "more or faster actors"),
-    "rollouts.credits": ("too few groups, and actors may not start more", "a larger staleness.budget"),
-    "rollouts.weights": ("too few groups: actors wait for or load a version", "a cheaper publish, or a larger budget"),
-    "rollouts.server": ("too few groups: requests hang in the servers", "look at the servers; engine.concurrency"),
-    "rollouts.scoring": ("groups are sampled, their rewards are not there", "reward.threads, faster verifiers"),
+    "rollouts.sampling": ("too few groups; actors sample all they can", "more or faster actors"),
+    "rollouts.credits": ("too few groups; actors may not start more", "a larger staleness.budget"),
+    "rollouts.weights": ("too few groups; actors wait for a version", "a cheaper publish, a larger budget"),
+    "rollouts.server": ("too few groups; requests hang in the servers", "engine.concurrency; the servers' logs"),
+    "rollouts.scoring": ("groups are sampled, rewards are not there", "reward.threads, faster verifiers"),
     "rollouts.agents": ("agents are at work outside", "faster agents, more of them"),
-    "rollouts.broker": ("actors wait for acknowledgements", "actor.unacked_mb, a faster disk for the journal"),
+    "rollouts.broker": ("actors wait for acknowledgements", "actor.unacked_mb, a faster disk"),
     "rollouts.nobody": ("no actor is there", "start actors; read their logs"),
-    "version": ("the version that scores the step is not out", "a cheaper publish, or broker.assemble_ahead"),
-    "scoring": ("the replica scores the step", "a faster replica (replica.tp, .ep, .threads), or obrs.mode=off"),
+    "version": ("the version that scores it is not out", "broker.assemble_ahead=1"),
+    "scoring": ("the replica scores", "a faster replica, or obrs.mode=off"),
     "scoring.weights": ("the replica waits for or loads a version", "a cheaper publish"),
-    "scoring.transport": ("tokens and scores are on their way, or wait for the broker", "broker.assemble_ahead=1"),
-    "thinning": ("the broker tosses coins and writes the receipt", "nothing: it is small, or the cores are too few"),
-    "packing": ("the broker makes shards", "nothing: it is small, or the cores are too few"),
-    "journal": ("the shard may not leave before the journal is on disk", "a faster disk, or broker.journal_mb=0"),
-    "transport": ("request and shard are on their way, or are decoded", "a faster network"),
-    "receivers": ("a receiver is not ready for the new version", "look at the slowest receiver's timeline"),
-    "ranks": ("other ranks of the learner are late", "look at tools.trace: which rank is slow"),
-    "credits.training": ("the budget is spent, and the learner trains", "a larger budget, a faster learner"),
-    "credits.publish": ("the budget is spent, and the learner publishes", "a larger budget, a cheaper publish"),
-    "credits.waiting": ("the budget is spent, and the learner waits too", "what the learner waits for"),
-    "credits.nobody": ("nothing is granted and no learner is there", "start the learner; read its log"),
+    "scoring.transport": ("tokens and scores are on their way", "broker.assemble_ahead=1"),
+    "thinning": ("the broker tosses coins, writes the receipt", "small, unless cores are too few"),
+    "packing": ("the broker makes shards", "small, unless cores are too few"),
+    "journal": ("the journal must be on disk first", "a faster disk, broker.journal_mb=0"),
+    "transport": ("request or shard is on its way, or decoded", "a faster network"),
+    "receivers": ("a receiver is not ready for a version", "the slowest one's track in tools.trace"),
+    "ranks": ("other ranks of the learner are late", "their tracks in tools.trace"),
+    "credits.training": ("the budget is spent; the learner trains", "a larger budget, a faster learner"),
+    "credits.publish": ("the budget is spent; the learner publishes", "a larger budget, a cheaper publish"),
+    "credits.waiting": ("the budget is spent; the learner waits too", "a larger budget"),
+    "credits.nobody": ("nothing is granted; no learner is there", "start the learner; read its log"),
+    "credits": ("the budget is spent", "a larger budget"),
     "weights": ("a version is on its way", "a cheaper publish"),
     "server": ("everything is under way on the servers", "more servers, engine.concurrency"),
+    "rewards": ("all is sampled and is being scored", "reward.threads, faster verifiers"),
     "agents": ("agents are at work and ask for nothing", "faster agents, more of them"),
-    "broker": ("trajectories sent wait to be acknowledged", "actor.unacked_mb, a faster disk for the journal"),
-    "requests": ("the replica is asked nothing", "nothing: it is fast enough"),
-    "messages": ("nobody has sent anything to the broker", "nothing: it is fast enough"),
-    "start": ("before the broker's welcome", "nothing"),
-    "end": ("everything is trained", "nothing"),
-    UNKNOWN: ("the broker's marks of that moment are missing", "trace.limit_mb, if its file is full"),
-}  # fmt: skip
+    "broker": ("trajectories wait to be acknowledged", "actor.unacked_mb, a faster disk"),
+    "requests": ("nothing is asked: it is fast enough", ""),
+    "messages": ("nobody sends anything: it is fast enough", ""),
+    "start": ("before the broker's welcome", ""),
+    "end": ("everything is trained", ""),
+    UNKNOWN: ("the broker's marks of it are missing", "trace.limit_mb, if its file is full"),
+}
 
 ACTOR_AT = {  # what an actor did while the learner waited for rollouts
     "idle.credits": "rollouts.credits", "idle.weights": "rollouts.weights", "swap": "rollouts.weights",
@@ -168,7 +170,7 @@ class Causes:
             return self._of_shard(start, end, step)
         if role == "actor" and state == "idle.credits":
             return shared(self._learner, start, end, LEARNER_AT, "credits.training")
-        return Counter({state.removeprefix(IDLE): end - start})
+        return Counter({plain(role, state): end - start})
 
     def _of_shard(self, start: int, end: int, step: int) -> Counter[str]:
         found: Counter[str] = Counter()
@@ -211,4 +213,9 @@ class Causes:
 
 def unsplit(role: str, state: str) -> str:
     """The cause of waits that were all too short to be drawn, or that nothing is known about."""
-    return UNKNOWN if (role, state) == ("learner", "idle.shard") else state.removeprefix(IDLE)
+    return UNKNOWN if (role, state) == ("learner", "idle.shard") else plain(role, state)
+
+
+def plain(role: str, state: str) -> str:
+    """The cause that an idle state names itself."""
+    return "rewards" if (role, state) == ("actor", "idle.scoring") else state.removeprefix(IDLE)

@@ -6,21 +6,26 @@ import matplotlib
 
 matplotlib.use("Agg")  # files only: no display is needed or opened
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tools.pictures import INK, MUTED
+from tools.profile.spent import Process
 from tools.profile.verdict import Verdict
-from tools.profile.words import LEAST, shown
+from tools.profile.words import shown
 from tools.timelines import is_idle
 
 WIDTH, ROW, REST = 5.6, 0.42, 1.9  # inches: of the picture, of a bar, of title, axis and legend
 ON_GREY = "#1f2932"  # of words in a bar; INK is light where a page is dark
 DPI = 130
 WORK = (
-    "#2563eb", "#0e9f6e", "#7c3aed", "#0891b2", "#4d7c0f", "#be185d", "#b45309", "#1d4ed8", "#047857", "#6d28d9",
-)  # fmt: skip
+    "#2563eb", "#0e9f6e", "#be185d", "#b45309", "#7c3aed", "#0891b2", "#4d7c0f", "#d64545", "#ea7317", "#0f766e",
+    "#9333ea", "#60a5fa", "#34d399", "#f472b6", "#fbbf24", "#a78bfa", "#22d3ee", "#a3e635", "#fb7185",
+)  # fmt: skip  # one for each state, as long as they last
+OTHER, OTHER_COLOR = "other work", "#52606d"
 IDLE_COLORS = ("#cbd2d9", "#9aa5b1", "#e4e7eb", "#7b8794", "#d9c7b8", "#b8a99a")  # of causes, one after the other
-NAMED = 0.04  # of the window: a wait that long has its cause written into it
+SMALL = 0.02  # of the window: less work in one state is drawn as OTHER
+LETTER = 0.0115  # of the window: what is as wide as its name has it written into it
 
 
 def draw(verdict: Verdict, path: Path) -> bool:
@@ -40,20 +45,14 @@ def figure_of(verdict: Verdict) -> Figure | None:
     axes = figure.add_subplot()
     colors: dict[str, str] = {}
     for row, process in enumerate(processes):
-        whole = process.there_s + process.absent_s
         at = 0.0
-        work = [(s, wall) for s, (wall, _) in process.states.items() if not is_idle(s) and wall / whole >= LEAST]
-        for state, wall in work:
-            first = state not in colors
-            color = colors.setdefault(state, WORK[len(colors) % len(WORK)])
-            axes.barh(row, wall / whole, left=at, color=color, label=state if first else None)
-            at += wall / whole
+        for state, share in work_of(process):
+            label = None if state in colors else state
+            color = colors.setdefault(state, OTHER_COLOR if state == OTHER else WORK[len(colors) % len(WORK)])
+            at = _part(axes, row, at, share, state, color, "white", label)
         for number, (cause, seconds) in enumerate(sorted(process.causes.items(), key=lambda pair: -pair[1])):
-            share = seconds / whole
-            axes.barh(row, share, left=at, color=IDLE_COLORS[number % len(IDLE_COLORS)])
-            if share >= NAMED * max(1, len(cause) / 6):
-                axes.text(at + share / 2, row, cause, ha="center", va="center", fontsize=8, color=ON_GREY)
-            at += share
+            share = seconds / (process.there_s + process.absent_s)
+            at = _part(axes, row, at, share, cause, IDLE_COLORS[number % len(IDLE_COLORS)], ON_GREY, None)
     axes.set_yticks(range(len(processes)), [process.name for process in processes])
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
@@ -65,3 +64,21 @@ def figure_of(verdict: Verdict) -> Figure | None:
     if colors:
         figure.legend(loc="outside lower left", ncols=4, frameon=False, fontsize=9, labelcolor=INK, columnspacing=1.2)
     return figure
+
+
+def work_of(process: Process) -> list[tuple[str, float]]:
+    """Shares of the window, in the order in which the states came; small ones together at the end."""
+    whole = process.there_s + process.absent_s
+    parts = [(state, wall / whole) for state, (wall, _) in process.states.items() if not is_idle(state)]
+    other = sum(share for _, share in parts if share < SMALL)
+    large = [(state, share) for state, share in parts if share >= SMALL]
+    return [*large, (OTHER, other)] if other > 0 else large
+
+
+def _part(axes: Axes, row: int, at: float, share: float, name: str, color: str, ink: str, label: str | None) -> float:
+    """One part of a bar; returns where the next begins."""
+    axes.barh(row, share, left=at, color=color, label=label)
+    words = name.replace(".", ".\n")
+    if share >= LETTER * (max(map(len, words.split("\n"))) + 1):
+        axes.text(at + share / 2, row, words, ha="center", va="center", fontsize=8, color=ink, linespacing=0.9)
+    return at + share

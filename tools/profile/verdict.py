@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from common.trace import IDLE
 from tools.profile.advice import Recommendation, recommend
 from tools.profile.bottleneck import Bottleneck, Machine, find_bottleneck, machines_of
-from tools.profile.causes import Causes
+from tools.profile.causes import Causes, plain
 from tools.profile.drift import fit
 from tools.profile.figures import (
     Publishes,
@@ -33,7 +32,7 @@ from tools.profile.predict import Bounds, Predictor
 from tools.profile.spent import FIRST_STEP, NS, Process, Window, choose_window, processes_of
 from tools.run_files import Record
 from tools.runs import Run
-from tools.timelines import Timelines
+from tools.timelines import Timelines, is_idle
 
 
 @dataclass
@@ -190,7 +189,7 @@ def _roles(steps: Sequence[Record]) -> list[Process]:
         taken = {state: max(0.0, value - (before.get(state) or 0.0)) for state, value in states.items()}
         process = Process(f"all {role}s" if role == "actor" else str(role), str(role))
         process.states = {state: (seconds, 0.0) for state, seconds in taken.items() if seconds}
-        process.causes = {state.removeprefix(IDLE): s for state, s in taken.items() if state.startswith(IDLE) and s}
+        process.causes = {plain(str(role), state): s for state, s in taken.items() if is_idle(state) and s}
         if role == "learner" and (whole := process.causes.pop("shard", 0.0)):
             parked = Counter({
                 PARKED.get(cause, cause): max(0.0, value - ((steps[0].get("parked") or {}).get(cause) or 0.0))

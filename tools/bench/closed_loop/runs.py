@@ -32,7 +32,7 @@ from tools.export import export
 from tools.run_files import Record, last_lines, of_kind, read_metrics
 
 CONFIG = "configs/quickstart.yaml"
-TIME_S = 45.0  # of the clock, at whose end runs are compared
+TIME_S = 50.0  # of the clock, at whose end runs are compared
 LAST = 0.2  # of it, over which the held-out reward is averaged
 MARGIN_S = 2.5  # beyond it, so that a version from after it is saved
 START_LIMIT_S, END_LIMIT_S = 60.0, 30.0
@@ -52,9 +52,9 @@ class Ratio:
 
 
 RATIOS = {  # both sides sleep for most of the time, so that they hardly compete for the cores
-    "slow-actors": Ratio("actors 2.5 times slower", ("actor.slowdown=8", "learner.slowdown=2"), 3),
-    "even": Ratio("equally fast", ("actor.slowdown=6", "learner.slowdown=3.5"), 4),
-    "slow-learner": Ratio("learner 3.5 times slower", ("actor.slowdown=2", "learner.slowdown=4"), 4),
+    "slow-actors": Ratio("slow actors", ("actor.slowdown=12", "learner.slowdown=4"), 3),
+    "even": Ratio("equally fast", ("actor.slowdown=8", "learner.slowdown=8"), 4),
+    "slow-learner": Ratio("slow learner", ("actor.slowdown=4", "learner.slowdown=10"), 3),
 }
 AUTO = "auto"
 BUDGETS = ("0", "1", "2", "4", "8", "16", AUTO)
