@@ -24,7 +24,7 @@ ROLES = ("broker", "learner", "replica", "actor")  # from top to bottom
 MAIN = 1  # the thread track of a process's main thread
 TRACKS = ("steps", "groups", "rollouts", "weights", "publish")  # below it
 LANES = 1000  # between two tracks' numbers
-GREY = "grey"  # Chromium's name of the colour of what idles
+GREY = "grey"  # of what idles, in viewers that heed Chromium's names of colours; Perfetto's goes by the slice's name
 
 # What a step waits for between two of its milestones.
 STAGES = {
@@ -48,7 +48,8 @@ class Place:
 
 @dataclass
 class Drawing:
-    """Events as they are drawn. ``base``: the run's first moment, nanoseconds of the broker's clock."""
+    """Events as they are drawn. ``base``: the run's first moment, nanoseconds of the broker's clock; Perfetto knows no
+    time before 0."""
 
     base: int
     events: list[Event] = field(default_factory=list)
@@ -143,7 +144,7 @@ def draw(timelines: Timelines, window: Window) -> tuple[Drawing, Drawn]:
     by_process: dict[str, list[Life]] = defaultdict(list)
     for life in timelines.lives:
         by_process[life.process].append(life)
-    drawing, drawn = Drawing(window.start), Drawn()
+    drawing, drawn = Drawing(min(life.start for life in timelines.lives)), Drawn()
     for name, lives in sorted(by_process.items(), key=lambda item: _order(item[1][0])):
         header = lives[-1].header
         pid = drawing.process(name, f"{header.get('host', '?')} pid {header.get('pid', '?')}")

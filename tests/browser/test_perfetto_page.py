@@ -50,11 +50,12 @@ def perfetto(tmp_path_factory):
     server.server_close()
 
 
-def test_perfetto_draws_all_of_it_and_finds_nothing_wrong(tmp_path, tmp_path_factory, perfetto):
+@pytest.mark.parametrize("part", [(), ("--from-step", "0", "--to-step", "0")])
+def test_perfetto_draws_all_of_it_and_finds_nothing_wrong(tmp_path, tmp_path_factory, perfetto, part):
     url, folder = perfetto
     run = Made(tmp_path / "run").play().end()
     record_of_torch(run)
-    assert main([str(run), "--out", str(folder / "trace.json.gz")]) == 0
+    assert main([str(run), "--out", str(folder / "trace.json.gz"), *part]) == 0
     trace = load_trace(folder / "trace.json.gz")
     rows = check_trace(trace)
     browser = Browser(find_chromium(), tmp_path_factory.mktemp("profile"))
