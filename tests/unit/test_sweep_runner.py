@@ -1,5 +1,6 @@
 """A sweep goes on wherever it was cut short, repeats nothing that is finished, and is never ended by one run."""
 
+import io
 import json
 import os
 import tempfile
@@ -10,15 +11,17 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from common.config import RunConfig, load, to_yaml
 from common.errors import ConfigError, ModelError
-from tests.unit.swept import Clock, FakeLauncher, KilledError, Listener, moved, texts_of
+from tests.unit.swept import Clock, FakeLauncher, FakeRun, KilledError, Listener, moved, texts_of
 from tools.stamp import STAMP, fingerprint
 from tools.sweep.child import Lock, free_address
 from tools.sweep.grid import parse
 from tools.sweep.plan import Found, check_directory, differences, look, make_plan, read_state, write_state
-from tools.sweep.runner import Runner
+from tools.sweep.progress import eta_s, panel, plain_line
+from tools.sweep.runner import Active, Runner
 from tools.sweep.start import prepare_start, shared_start
 
 WORDS = ["staleness.budget=0,4"]
@@ -227,16 +230,19 @@ def test_nothing_runs_before_every_cell_is_sound(words, seeds, name, said):
 
 
 def test_two_sweeps_do_not_share_a_directory(tmp_path, monkeypatch):
-    lock = Lock(tmp_path / "s")
+    said = []
+    lock = Lock(tmp_path / "s", said.append)
+    assert said == []
     monkeypatch.setattr("tools.sweep.child.LOCK_S", 0.0)
     with pytest.raises(ConfigError, match="another sweep is running there"):
-        Lock(tmp_path / "s")
+        Lock(tmp_path / "s", said.append)
     beside = os.dup(lock.descriptor)  # as a launcher that outlives its sweep has it
     lock.release()
     with pytest.raises(ConfigError, match="another sweep"):
-        Lock(tmp_path / "s")
+        Lock(tmp_path / "s", said.append)
     os.close(beside)
-    Lock(tmp_path / "s").release()
+    assert len(said) == 2 and "waiting for what is left" in said[0]
+    Lock(tmp_path / "s", said.append).release()
     assert free_address().startswith("tcp://127.0.0.1:")
 
 
@@ -283,3 +289,35 @@ def test_a_model_that_the_warm_start_did_not_make_is_used_where_it_lies(tmp_path
 
     prepare_start([config], tmp_path / "s", make)
     assert not (tmp_path / "s").exists()
+
+
+# ---- what a person sees -------------------------------------------------------------------------
+
+
+def test_the_screen_says_how_many_are_done_where_the_present_run_is_and_how_long_it_takes(plan, texts, tmp_path):
+    here = moved(plan, tmp_path / "s")
+    going = runner(here, FakeLauncher(Clock(), {}))
+    going.prepare()
+    job = going.waiting.popleft()
+    going.states[job.key] = {"state": "finished"}
+    failed, present = going.waiting.popleft(), going.waiting.popleft()
+    going.states[failed.key] = {"state": "failed"}
+    status = {"step": 30, "steps": 40, "time": 130.0, "reward": 0.5, "tokens_per_s": 1234.5, "lag_mean": 1.9}
+    active = Active(present, FakeRun(present.config, "", Clock(), False), started=900.0, status=status)
+    going.active.append(active)
+    assert eta_s(going, 1000.0) is None  # no pace yet
+    assert "ETA –" in plain_line(going, None)
+    active.first = (100.0, 15)  # 15 steps took 30 s, so 10 take 20 s
+    assert eta_s(going, 1000.0) == pytest.approx(20 + (100 + 20))  # and the one that waits as long as this one
+    going.walls = [70.0, 90.0]
+    assert eta_s(going, 1000.0) == pytest.approx(20 + 80)
+    status["evaluations"] = [{"version": 25, "reward": 0.625}]
+    line = plain_line(going, 100.0)
+    assert line == (
+        "1/4 runs done, 1 failed  staleness.budget=4/seed-1 step 30/40 reward 0.500 held-out 0.625@v25  ETA 1:40"
+    )
+    console = Console(width=110, record=True, file=io.StringIO())
+    console.print(panel(going, 200.0, 100.0))
+    shown = console.export_text()
+    for words in ("runs 1/4", "ETA 1:40", "30/40", "0.625@v25", "1,234", "1 run(s) failed"):
+        assert words in shown

@@ -65,9 +65,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(plan: Plan, jobs: int, redo: bool, console: Console) -> int:
     stop = StopFlag().install()
-    lock = Lock(plan.directory)
+    screen = Screen(console)
+    lock = Lock(plan.directory, screen.say)
     try:
-        screen = Screen(console)
         starter = partial(launch, keep=(lock.descriptor,))
         states = check_directory(plan)
         runner = Runner(plan, starter, screen, lambda: stop.is_set, jobs, redo, states)

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Protocol
@@ -106,12 +106,15 @@ def free_address() -> str:
 class Lock:
     """Held by a sweep, and by its launchers as long as they live: two sweeps never share a directory."""
 
-    def __init__(self, directory: Path) -> None:
-        """Take it within ``LOCK_S``. Raises :class:`ConfigError` if another sweep has it."""
+    def __init__(self, directory: Path, say: Callable[[str], None]) -> None:
+        """Take it within ``LOCK_S``, and ``say`` so if that takes time. Raises :class:`ConfigError` if it cannot."""
         directory.mkdir(parents=True, exist_ok=True)
         self._file: IO[str] = (directory / "lock").open("a")
-        deadline = time.monotonic() + LOCK_S
+        deadline, told = time.monotonic() + LOCK_S, False
         while not self._taken():
+            if not told:
+                say(f"{directory}: waiting for what is left of an earlier sweep to end, {LOCK_S:.0f} s at most")
+                told = True
             if time.monotonic() > deadline:
                 self._file.close()
                 raise ConfigError(f"{directory}: another sweep is running there; wait for it, or stop it first")
