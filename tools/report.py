@@ -33,7 +33,7 @@ from tools.run_files import CONFIG, METRICS, PAGE, REPORT, STATUS, SUMMARY, Reco
 from tools.runs import Run, read_run
 
 Outcome = Literal["finished", "interrupted", "failed"]
-TIMELINES_BYTES = 64 << 20  # read for the verdict; about 2 s for each 10 MB
+TIMELINES_BYTES = 64 << 20  # read for the verdict, about a second for each 10 MB
 
 
 def write_report(run_dir: Path, status: Outcome, wall_s: float) -> Record:
