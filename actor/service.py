@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from actor.engine.base import Engine
+from actor.exports import counter_families
 from actor.outbox import Finished, Outbox, by_channels, pack
 from actor.play import Play, open_task
 from actor.tasks.base import count_questions
@@ -31,6 +32,7 @@ from actor.tasks.mixed import parts_of
 from actor.weights import GroupCollective
 from common import wire
 from common.config import MEGABYTE, RunConfig
+from common.exporter import Families, families_of_peer, gauge, open_exporter
 from common.identity import model_identity
 from common.link import connect
 from common.process import StopFlag
@@ -209,6 +211,17 @@ class ActorService:
             case wire.Stop():
                 self.stop.set(f"the broker said stop: {message.reason}")
 
+    def families(self) -> Families:
+        """For Prometheus, whenever it asks."""
+        yield from families_of_peer(self.link)
+        yield from counter_families(self.link.counters)
+        yield gauge("croupier_actor_in_flight", "Trajectories being sampled.", self.engine.in_flight)
+        yield gauge("croupier_actor_unacknowledged", "Trajectories that the broker has not taken.", len(self.outbox))
+        yield gauge("croupier_actor_unacknowledged_bytes", "Their bytes.", self.outbox.nbytes)
+        yield gauge(
+            "croupier_actor_grants", "Groups granted and not started.", sum(len(g.groups) for g in self._grants)
+        )
+
     # ---- weights --------------------------------------------------------------------------------
 
     def _take_weights(self) -> None:
@@ -274,5 +287,7 @@ class ActorService:
 
 def run_actor(config: RunConfig, name: str, stop: StopFlag) -> None:
     """Serve one run to its end."""
-    with open_tracer(config, name, "actor") as tracer:
-        ActorService(config, name, stop, tracer).run()
+    with open_tracer(config, name, "actor") as tracer, open_exporter(config, tracer) as exporter:
+        service = ActorService(config, name, stop, tracer)
+        exporter.families = service.families
+        service.run()

@@ -27,14 +27,14 @@ class Figures:
         self.score_seconds = 0.0  # of the policy replicas
         self.frozen_seconds = 0.0  # of reference and teachers, added up
         self.decide_seconds = 0.0  # of thinning: coins, log m, receipt and audit of each batch
-        self._lag_sum, self._lag_tokens, self._lag_max = 0.0, 0, 0
+        self.lags: Counter[int] = Counter()  # tokens trained at each lag
         self._actor_seconds = 0.0
         self._rate: deque[tuple[float, int]] = deque()
 
     def state(self) -> dict[str, Any]:
         """What :meth:`restore` needs."""
         return {
-            "lag": [self._lag_sum, self._lag_tokens, self._lag_max],
+            "lags": [[lag, tokens] for lag, tokens in self.lags.items()],
             "last_step": self.last_step,
             "alerts": self.alerts.state(),
             "budget_move": self.budget_move,
@@ -42,17 +42,14 @@ class Figures:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up where :meth:`state` was written."""
-        self._lag_sum, self._lag_tokens, self._lag_max = state["lag"]
+        self.lags = Counter({lag: tokens for lag, tokens in state.get("lags", [])})
         self.last_step, self.budget_move = state["last_step"], state.get("budget_move")
         if "alerts" in state:  # not in a journal of before they were
             self.alerts.restore(state["alerts"])
 
     def count(self, receipt: dict[str, Any]) -> None:
         """Add a trained step's lags."""
-        lags = {int(k): v for k, v in receipt["lag_histogram"].items()}
-        self._lag_sum += sum(k * v for k, v in lags.items())
-        self._lag_tokens += sum(lags.values())
-        self._lag_max = max(self._lag_max, *lags)
+        self.lags.update({int(lag): tokens for lag, tokens in receipt["lag_histogram"].items()})
 
     def committed(
         self, receipt: dict[str, Any], metrics: dict[str, float], pipeline: Pipeline, roster: Roster
@@ -90,8 +87,9 @@ class Figures:
         (t0, n0), (t1, n1) = self._rate[0], self._rate[-1]
         return {
             "reward": self.last_step.get("reward"),
-            "lag_mean": self._lag_sum / self._lag_tokens if self._lag_tokens else 0.0,
-            "lag_max": self._lag_max,
+            "lag_mean": sum(k * n for k, n in self.lags.items()) / self.lags.total() if self.lags else 0.0,
+            "lag_max": max(self.lags, default=0),
+            "lag_histogram": {str(lag): tokens for lag, tokens in sorted(self.lags.items())},
             "acceptance": self.last_step.get("acceptance"),
             "tokens_generated": counts["tokens_generated"],
             "tokens_proposed": counts["tokens_proposed"],

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from broker import exports
 from broker.distribution import Distribution
 from broker.door import Door
 from broker.figures import Figures
@@ -28,6 +29,7 @@ from broker.training import Training
 from common import wire
 from common.config import MEGABYTE, RunConfig
 from common.errors import DataError, ModelError, ProtocolError
+from common.exporter import open_exporter
 from common.frozen import command_of, words_of
 from common.identity import check_same_tokens
 from common.keys import broker_keys
@@ -98,6 +100,7 @@ class BrokerService:
         self.door.objection = self.rollouts.objection
         self.training = Training(config, self.recorder, self.door, self.files, self.figures, self.waiting_for)
         self.phase = "waiting"
+        self.told: dict[str, Any] = {}  # what status.json was last made of
         self._next_word = time.monotonic() + WORD_EVERY_S
         if journal is not None and journal.last >= 0:
             self._recover(journal)
@@ -123,7 +126,7 @@ class BrokerService:
             self.tracer.state("end")
             self._farewell()
         finally:
-            self.files.status(self.status())
+            self._write_status()
             self.files.close()
             self.router.close()
             if self.recorder.journal is not None:
@@ -160,7 +163,7 @@ class BrokerService:
         does("status")
         self.recorder.trail.levels()
         if self.files.status_due():
-            self.files.status(self.status())
+            self._write_status()
         if now > self._next_word:
             self._next_word = now + WORD_EVERY_S
             if self.phase == "waiting":
@@ -332,6 +335,10 @@ class BrokerService:
             )
         return ""
 
+    def _write_status(self) -> None:
+        self.told = self.status()
+        self.files.status(self.told)
+
     def status(self) -> dict[str, Any]:
         """What status.json holds."""
         schedule, weights = self.rollouts.schedule, self.distribution.streams
@@ -363,5 +370,7 @@ class BrokerService:
 
 def run_broker(config: RunConfig, stop: StopFlag) -> None:
     """Serve one run to its end. Raises what :class:`common.errors.CroupierError` covers."""
-    with open_tracer(config, "broker", "broker") as tracer:
-        BrokerService(config, stop, tracer).run()
+    with open_tracer(config, "broker", "broker") as tracer, open_exporter(config, tracer) as exporter:
+        service = BrokerService(config, stop, tracer)
+        exporter.families = lambda: exports.families(service.told, service.figures.last_step)
+        service.run()

@@ -98,6 +98,11 @@ class BrokerLink:
         """The run that the broker told us of; empty before the first Welcome."""
         return self._hello.run_id
 
+    @property
+    def version(self) -> int:
+        """The weights that this peer holds, as it last said."""
+        return self._hello.version
+
     def set_version(self, version: int) -> None:
         """The weights that this peer now holds."""
         self._hello.version = version

@@ -30,7 +30,12 @@ class MetricsSection:
     tensorboard: bool = True  # tools.launch writes event files into the run directory
     wandb: str = ""  # a Weights & Biases project; needs `pip install wandb`
     prometheus: bool = False  # each process answers scrapes and leaves its address in RUN_DIR/prometheus
-    host: str = "127.0.0.1"  # where they answer
+    host: str = "127.0.0.1"  # where they answer; beyond this machine anybody there may read
+    port: int = 0  # each process takes the first free one from here on; 0: any
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        require(0 <= self.port < 1 << 16, "metrics.port", self.port, "is a TCP port, or 0 for any that is free")
 
 
 @dataclass(frozen=True)

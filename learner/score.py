@@ -31,6 +31,7 @@ from common import wire
 from common.cli import run_process
 from common.config import RunConfig
 from common.errors import ConfigError, CroupierError, DataError
+from common.exporter import Families, families_of_peer, gauge, open_exporter
 from common.frozen import POLICY
 from common.identity import model_identity
 from common.link import connect
@@ -256,6 +257,11 @@ class ReplicaService:
         self._keep_company()
         return self.stop.is_set
 
+    def families(self) -> Families:
+        """For Prometheus, whenever it asks; what was scored is in the tracer's tallies."""
+        yield from families_of_peer(self.link)
+        yield gauge("croupier_replica_waiting_requests", "Requests that wait to be scored.", len(self._requests))
+
     def _waits_for(self) -> str:
         """The state of a main thread that has nothing to do."""
         return "idle.weights" if self._requests else "idle.requests"
@@ -387,10 +393,15 @@ def run_replica(config: RunConfig, name: str, stop: StopFlag, serves: str = POLI
     name = name_of(name, mesh)
     process = f"{name}.{mesh.rank}" if mesh.rank else name
     try:
-        with open_tracer(config, process, "replica", rank_of(mesh)) as tracer:
+        with (
+            open_tracer(config, process, "replica", rank_of(mesh)) as tracer,
+            open_exporter(config, tracer) as exporter,
+        ):
             scorer = build_scorer(config, mesh)
             if mesh.rank == 0:
-                ReplicaService(config, name, stop, scorer, tracer, serves).run()
+                service = ReplicaService(config, name, stop, scorer, tracer, serves)
+                exporter.families = service.families
+                service.run()
             else:
                 scorer.follow(tracer)
     finally:

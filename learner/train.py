@@ -26,6 +26,7 @@ import torch
 from common import wire
 from common.config import MEGABYTE, RunConfig
 from common.errors import CheckpointError
+from common.exporter import Exporter, Families, families_of_peer, gauge, open_exporter
 from common.identity import model_identity
 from common.joint import POLICY_STREAM, ROLLOUT_STREAM
 from common.link import BrokerLink, connect
@@ -35,6 +36,7 @@ from common.trace import Tracer, open_tracer, power_of_two
 from learner import checkpoint
 from learner.checkpoint import CheckpointWriter, TrainingState
 from learner.device import keep_freed_memory
+from learner.exports import step_families
 from learner.feed import Feed, check_experts, check_ids, experts_tensor
 from learner.freeze import freeze
 from learner.hf import load_model, save_hf
@@ -75,6 +77,7 @@ class Learner:
     rollout: RolloutTrainer | None = None  # the model that actors run, where it is trained beside the policy
     streams: list[WeightStream] = field(default_factory=list)
     publish_seconds: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last step
     retention: Retention | None = None  # which checkpoints stay
 
     def run(self) -> None:
@@ -106,8 +109,9 @@ class Learner:
                     metrics |= self.rollout.step(self.model, batch)
             tracer.state("commit", self.step)
             self.step += 1
+            self.metrics = metrics | {"seconds_publish": self.publish_seconds}
             if mesh.rank == 0:
-                feed.commit(self.step - 1, metrics | {"seconds_publish": self.publish_seconds})
+                feed.commit(self.step - 1, self.metrics)
             self._publish()
             self._checkpoint(writer, feed)
         self._finish(writer, feed)
@@ -125,6 +129,12 @@ class Learner:
         tokens = len(shard.token_ids)
         tracer.tally("train", power_of_two(tokens), tracer.now() - began, tracer.cpu() - cpu, tokens)
         return metrics, batch
+
+    def families(self) -> Families:
+        """For Prometheus, whenever it asks; tokens and publishes are in the tracer's tallies."""
+        yield from families_of_peer(self.link)
+        yield from step_families(self.metrics)
+        yield gauge("croupier_learner_step", "The step that is trained next.", self.step)
 
     # ---- weights --------------------------------------------------------------------------------
 
@@ -319,13 +329,13 @@ def run_learner(config: RunConfig, _name: str, stop: StopFlag) -> None:
     mesh = Mesh.from_environment(config.learner)
     try:
         process = f"learner.{mesh.rank}" if mesh.rank else "learner"
-        with open_tracer(config, process, "learner", mesh.rank) as tracer:
-            _train(config, mesh, stop, tracer)
+        with open_tracer(config, process, "learner", mesh.rank) as tracer, open_exporter(config, tracer) as exporter:
+            _train(config, mesh, stop, tracer, exporter)
     finally:
         mesh.close()
 
 
-def _train(config: RunConfig, mesh: Mesh, stop: StopFlag, tracer: Tracer) -> None:
+def _train(config: RunConfig, mesh: Mesh, stop: StopFlag, tracer: Tracer, exporter: Exporter) -> None:
     model = load_model(config, mesh, recompute=config.learner.recompute)
     frozen = freeze(model, config.optim.freeze)
     optimizer = Optimizer(model, config.optim, config.run.steps)
@@ -346,6 +356,7 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopFlag, tracer: Tracer) -> Non
             learner = Learner(
                 config, stop, mesh, model, optimizer, frozen, link, tracer, expert_fraction, step, published, rollout
             )
+            exporter.families = learner.families
             learner.run()
     finally:
         tracer.state("end")
