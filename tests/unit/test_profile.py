@@ -19,10 +19,12 @@ from tools.profile.drift import Drift, fit
 from tools.profile.figures import staleness_of
 from tools.profile.picture import draw
 from tools.profile.predict import Prediction
+from tools.profile.simulated import Simulated, simulated
 from tools.profile.spent import Window, apportion, choose_window, course_of, processes_of
 from tools.profile.verdict import verdict
 from tools.profile.words import lines_of
 from tools.runs import Run, read_run
+from tools.simulate.settings import ActorPart, LearnerPart, MachinePart, RolloutPart, Setup
 
 STEPS = 12
 
@@ -284,7 +286,7 @@ def advised(oracle, config=None, **more):
     steps = [one for lag in range(1, 5) for one in step_lines(4, 100, lag=lag / 2, kl_after=1e-3 * lag, **more)]
     run = starved_learner(config=config)
     run.records = [{**one, "step": n, "lag_histogram": {"2": 100}} for n, one in enumerate(steps)][:STEPS]
-    return verdict(run, predictors=[oracle]).recommendation
+    return verdict(run, ask=lambda *_: (oracle, "")).recommendation
 
 
 def test_the_best_prediction_is_recommended_with_what_it_does_to_kl():
@@ -300,6 +302,8 @@ def test_of_changes_that_are_worth_the_same_the_cheaper_one_is_taken():
     found = advised(Oracle(staleness_budget_4=1.30, actor_count_3=1.31))
     assert found.best.changes == {"staleness.budget": 4}
     assert found.others[0].changes == {"actor.count": 3}
+    found = advised(Oracle(staleness_budget_4=1.10, actor_count_1=1.09))  # of actors on too few cores one is too many
+    assert found.best.changes == {"actor.count": 1}
 
 
 def test_what_costs_no_speed_and_saves_something_comes_before_nothing():
@@ -337,6 +341,28 @@ def test_a_prediction_that_would_break_the_alert_is_not_recommended():
 def test_a_budget_that_moves_itself_is_left_alone():
     found = advised(Oracle(), RunConfig(staleness=StalenessSection(budget="auto")))
     assert all("staleness.budget" not in j.changes for j in found.others)
+
+
+def test_the_simulator_sees_what_the_bounds_do_not():
+    """Two slow actors and a quick learner, each with a core: an actor more is worth 3:2; the lag is the run's own."""
+    setup = Setup(
+        rollout=RolloutPart(groups_per_step=12, group_size=4, max_tokens=16), actor=ActorPart(row_s=0.01),
+        learner=LearnerPart(step_s=1e-3, token_s=1e-6), machine=MachinePart(shared=False),
+    )  # fmt: skip
+    simulator = Simulated(setup, 1.0, 4.0)
+    more, same = simulator.predict({"actor.count": 3}), simulator.predict({"actor.count": 2})
+    assert more.speedup == pytest.approx(1.5, rel=0.02) and not more.bound
+    assert (same.speedup, same.lag_mean) == (1.0, pytest.approx(4.0))
+    assert simulator.predict({"learner.dp_replicate": 2}) is None  # it knows no ranks: the bounds are asked
+    assert "off on this run itself" in simulator.by
+    assert Simulated(setup, simulator._now.steps_per_s, None).by == "the simulator"
+
+
+def test_a_run_that_the_simulator_cannot_be_fed_from_is_left_to_the_bounds(tmp_path):
+    run = starved_learner()
+    run.path = tmp_path
+    found = verdict(run, ask=simulated)
+    assert any("only bounds" in note for note in found.notes) and found.recommendation.best.bound
 
 
 # ---- the command --------------------------------------------------------------------------------

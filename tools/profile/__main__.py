@@ -5,6 +5,7 @@
     python -m tools.profile RUN_DIR
     python -m tools.profile RUN_DIR --json            everything, for programs
     python -m tools.profile RUN_DIR --skip-s 60       leave out the first minute instead of the first steps
+    python -m tools.profile RUN_DIR --bounds          quicker: without the simulator
     python -m tools.profile RUN_DIR --picture bars.png
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 from common.errors import CroupierError
 from tools.console import make_console, print_error
 from tools.profile.picture import draw
+from tools.profile.simulated import simulated
 from tools.profile.verdict import verdict
 from tools.profile.words import print_verdict
 from tools.runs import print_notes, read_run
@@ -28,12 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run_dir", type=Path, help="such as runs/quickstart; it may still be written")
     parser.add_argument("--json", action="store_true", help="everything as one object")
     parser.add_argument("--skip-s", type=float, help="seconds to leave out at the beginning")
+    parser.add_argument("--bounds", action="store_true", help="do not ask the simulator: quicker, but only bounds")
     parser.add_argument("--picture", type=Path, help="write the bars as .png or .svg too")
     given = parser.parse_args(arguments)
     console = make_console()
     try:
         run = read_run(given.run_dir)
-        found = verdict(run, given.skip_s)
+        found = verdict(run, given.skip_s, None if given.bounds else simulated)
     except CroupierError as error:
         print_error(console, error)
         return 2

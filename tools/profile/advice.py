@@ -136,11 +136,11 @@ def recommend(
             judged.append((candidate, judge(candidate, prediction, config, now, drift)))
     judged.sort(key=lambda pair: -pair[1].speedup)
     basis = drift.basis if drift is not None else ""
-    open_ = [(c, j) for c, j in judged if not j.refused and not c.saves]
+    open_ = [(c, j) for c, j in judged if not j.refused]
     top = max((j.speedup for _, j in open_), default=0.0)
     if top >= WORTH:
         alike = [(c, j) for c, j in open_ if j.speedup >= max(WORTH, top - ALIKE)]
-        chosen = min(alike, key=lambda pair: (pair[0].cost, -pair[1].speedup))[1]
+        chosen = min(alike, key=lambda pair: (pair[0].cost, not pair[0].saves, -pair[1].speedup))[1]
         why = f"by {chosen.by}"
     else:
         spare = [j for c, j in judged if c.saves and not j.bound and j.speedup >= COSTLESS]

@@ -9,7 +9,7 @@
 import os
 import socket
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -33,6 +33,8 @@ from tools.profile.spent import FIRST_STEP, NS, Process, Window, choose_window, 
 from tools.run_files import Record
 from tools.runs import Run
 from tools.timelines import Timelines, is_idle
+
+Ask = Callable[[Run, float, float | None], tuple[Predictor | None, str]]  # of a run, its steps a second, its mean lag
 
 
 @dataclass
@@ -61,8 +63,8 @@ class Verdict:
         return found
 
 
-def verdict(run: Run, skip_s: float | None = None, predictors: Sequence[Predictor] = ()) -> Verdict:
-    """Judge what could be read of a run; ``predictors`` are asked before the bounds are."""
+def verdict(run: Run, skip_s: float | None = None, ask: Ask | None = None) -> Verdict:
+    """Judge what could be read of a run; whom ``ask`` gives is asked for predictions before the bounds are."""
     window, word = choose_window(run.timelines, skip_s)
     notes = [*run.notes, *([word] if word else [])]
     if window is None:
@@ -77,7 +79,7 @@ def verdict(run: Run, skip_s: float | None = None, predictors: Sequence[Predicto
     slowed = {"actor": run.config.actor.slowdown, "learner": run.config.learner.slowdown} if run.config else {}
     found.machines = machines_of(processes, seconds, cores_of(run.timelines), slowed)
     found.publishes = publishes_of(run.timelines, window, _published(run, window))
-    _judge(found, run, steps, predictors)
+    _judge(found, run, steps, ask)
     return found
 
 
@@ -100,7 +102,7 @@ def _published(run: Run, window: Window) -> list[Record]:
     return [p for p in run.publishes if window.first + 1 < p["version"] <= window.last + 1]
 
 
-def _judge(found: Verdict, run: Run, steps: Sequence[Record], predictors: Sequence[Predictor]) -> None:
+def _judge(found: Verdict, run: Run, steps: Sequence[Record], ask: Ask | None) -> None:
     """What follows from times and steps together."""
     budget = run.config.staleness.limit if run.config else None
     if len(steps) >= 2:
@@ -116,7 +118,10 @@ def _judge(found: Verdict, run: Run, steps: Sequence[Record], predictors: Sequen
         rest = f"change nothing: the learner is busy {learner.busy_s / found.seconds:.0%} of the time"
         if found.bottleneck and found.bottleneck.resource == "cores":
             rest = "change nothing on this machine: its cores are used up, more of them would help"
-        asked = [*predictors, bounds_of(found, run)]
+        predictor, word = ask(run, found.rates.steps_s, found.staleness.lag_mean) if ask else (None, "")
+        found.notes += [word] if word else []
+        bounds = bounds_of(found, run)
+        asked: list[Predictor] = [bounds] if predictor is None else [predictor, bounds]
         found.recommendation = recommend(run.config, asked, found.staleness, fit(run.steps), rest)
 
 
@@ -174,7 +179,7 @@ def _from_records(run: Run, notes: list[str], skip_s: float | None) -> Verdict:
     found.publishes = publishes_of(
         run.timelines, Window(0, 0), [p for p in run.publishes if found.first + 1 < p["version"] <= found.last + 1]
     )
-    _judge(found, run, steps, ())
+    _judge(found, run, steps, None)
     return found
 
 
