@@ -110,6 +110,7 @@ class Play:
         channels = [(*part.channels, *config.reward.models) for part in parts_of(task)]
         self._evaluations = Evaluations(self._labels, channels, config.task.mixture, counters)
         self._held_out: deque[tuple[int, PromptItem, int]] = deque()  # (request id, question, samples) to begin
+        self._held_out_items: dict[int, PromptItem] = {}  # the same at every evaluation
         self._evaluating = 0  # held-out completions under way
         self._members = Members(config, task, counters)
         self._scorer = Scorer(config, task, self._members.exemplars, counters)
@@ -159,7 +160,7 @@ class Play:
 
     def start_evaluation(self, number: int, prompts: int, samples: int = 1) -> None:
         """Held-out questions ``[0, prompts)``, each completed ``samples`` times."""
-        asked, finished = self._evaluations.start(number, prompts, samples, lambda n: self._prompt(n, "heldout"))
+        asked, finished = self._evaluations.start(number, prompts, samples, self._held_out_question)
         self._held_out.extend((request_id, item, samples) for request_id, item in asked)
         self._ask_held_out()
         if finished is not None:
@@ -181,6 +182,12 @@ class Play:
             self._held_out.popleft()
             self._evaluating += samples
             self._begin(self.rollouts.start(request_id, item, samples, samples))
+
+    def _held_out_question(self, index: int) -> PromptItem:
+        """Made once: hundreds at the beginning of an evaluation hold up everything else that this actor samples."""
+        if index not in self._held_out_items:
+            self._held_out_items[index] = self._prompt(index, "heldout")
+        return self._held_out_items[index]
 
     def _prompt(self, index: int, split: Any) -> PromptItem:
         """Raises TaskError if the task has none or it is too long, and whatever else the task raises."""

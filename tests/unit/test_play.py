@@ -1,6 +1,8 @@
 """An actor's play with a scripted engine: mixed tasks, and evaluations of several samples."""
 
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,12 +11,15 @@ import pytest
 from actor.evaluation import answer_key
 from actor.outbox import by_channels, pack
 from actor.play import Play, open_task
+from actor.service import ActorService
 from actor.tasks.mixed import MixedTask
 from actor.tasks.sort6 import decode
 from common import wire
 from common.config import ActorSection, EvaluationSection, RolloutSection, RunConfig, TaskEntry, TaskSection
 from common.errors import ConfigError, TaskError
-from tests.unit.scripted import Script, ScriptedEngine
+from common.trace import STATES, Tracer, trace_path
+from tests.unit.scripted import Script, ScriptedEngine, play_out
+from tools.timelines import read_timelines
 
 MIX = TaskSection(
     mix={
@@ -164,6 +169,17 @@ def test_what_fails_is_worth_nothing_and_is_not_correct() -> None:
     assert table.counters["evaluation_failures"] == 3
 
 
+def test_held_out_questions_are_made_once() -> None:
+    table, made = Table(config(), answer_of), []
+    prompt = table.play.task.prompt
+    table.play.task.prompt = lambda index, split: made.append((index, split)) or prompt(index, split)  # type: ignore[method-assign]
+    for number in range(2):
+        table.play.start_evaluation(number, 6, 1)
+        table.play_on()
+    assert sorted(made) == [(index, "heldout") for index in range(6)]
+    assert len(table.sent) == 2
+
+
 def test_evaluations_leave_groups_alone() -> None:
     table = Table(config(samples=2), answer_of)
     table.play.start_evaluation(0, 2, 2)
@@ -240,3 +256,46 @@ def test_an_evaluation_goes_on_however_busy_training_keeps_the_actor() -> None:
             group += 1
         table.play.collect(table.engine.step())
     assert len(table.sent) == 1 and len(table.sent[0].rewards) == 20
+
+
+def test_followed_rollouts_are_on_the_timeline_and_others_are_not(tmp_path: Path) -> None:
+    settings = config()
+    with Tracer(trace_path(tmp_path, "actor-0"), "actor-0", "actor", follow_every=2) as tracer:
+        engine = ScriptedEngine(answer_of, version=3)
+        play = Play(settings, open_task(settings), engine, Counter(), lambda message: None, tracer)
+        for group in range(4):
+            play.start_group(group, group)
+        play.start_evaluation(0, 2, 1)
+        finished = play_out(play, engine)
+    (life,) = read_timelines(tmp_path).lives
+    spans = {(span.args["group"], span.args["sibling"]): span.args for span in life.spans}
+    assert spans.keys() == {(f.group, f.sibling) for f in finished if f.group % 2 == 0} and len(spans) == 4
+    for one in finished:
+        if one.group % 2 == 0:
+            args = spans[one.group, one.sibling]
+            assert args["tokens"] == sum(len(turn.completion.token_ids) for turn in one.turns)
+            assert args["prompt_tokens"] == sum(len(turn.given) for turn in one.turns)
+            assert args["version"] == 3 and args["turns"] == len(one.turns)
+
+
+@pytest.mark.parametrize(
+    ("state", "cause"),
+    [
+        ({}, "idle.credits"),
+        ({"_grants": [SimpleNamespace(min_version=4)]}, "idle.weights"),
+        ({"_grants": [SimpleNamespace(min_version=3)]}, "idle.broker"),
+        ({"rollouts": [1]}, "idle.scoring"),
+        ({"waits_for_agents": True, "rollouts": [1]}, "idle.agents"),
+        ({"version": -1, "rollouts": [1]}, "idle.server"),
+        ({"_loading": object()}, "swap"),
+    ],
+)
+def test_an_actor_names_what_it_waits_for(state: dict[str, Any], cause: str) -> None:
+    actor = SimpleNamespace(
+        _loading=state.get("_loading"),
+        _grants=state.get("_grants", []),
+        engine=SimpleNamespace(version=state.get("version", 3)),
+        play=SimpleNamespace(waits_for_agents=state.get("waits_for_agents", False), rollouts=state.get("rollouts", [])),
+    )
+    found = ActorService._waits_for(actor)  # type: ignore[arg-type]
+    assert found == cause and found in STATES["actor"]
