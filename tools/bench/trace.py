@@ -3,7 +3,7 @@
 ::
 
     Tracer.state, .tally, .span, .write      nanoseconds a call, alone in a process
-      x calls of each process in a real run   -> microseconds a step, beside the step
+      x calls of each process in a real run   -> what it pays, of each step
     quick start, trace.spans=true | false     in turns -> steps/s, and the ratio of neighbours
 
 The bar is 1 % of a step for the process that pays most.
@@ -117,16 +117,9 @@ def quick_start(folder: Path, spans: bool) -> RunConfig:
 
 
 def shares(costs: Costs, lives: list[Life]) -> list[Row]:
-    """Microseconds a step of each process, beside the step."""
-    (learner,) = [life for life in lives if life.role == "learner"]
-    training = [s for s in learner.slices if s.step >= 0]
-    step_ns = (training[-1].end - training[0].start) / STEPS
-    rows = []
-    for life in sorted(lives, key=lambda one: one.process):
-        per_step = costs.of(life) / (life.end - life.start) * step_ns
-        rows.append(
-            Row("trace", f"timeline of {life.process}", per_step / 1e3, "µs a step", "a step", step_ns / 1e3, 1)
-        )
-    most = max(row.ratio for row in rows)
-    rows.append(Row("trace", "the most that a process pays", most, "of a step", f"bar: {BAR:.0%}", BAR, 1))
-    return rows
+    """What each process pays for its timeline, in hundredths of its time and so of a step."""
+    found = {life.process: 100 * costs.of(life) / (life.end - life.start) for life in lives}
+    return [
+        Row("trace", f"timeline of {process}", share, "% of a step", "bar", 100 * BAR, 1)
+        for process, share in sorted(found.items())
+    ]
