@@ -12,6 +12,7 @@ from tools.simulate.settings import override
 STEPS = (20, 120)  # simulated for each change, at least and at most
 TRAJECTORIES = 30_000  # about so many for each change
 FAR = 0.15  # of the run's own rate: a simulation of the run as it was that is further off is said to be
+USELESS = 0.5  # and is not believed beyond this
 
 
 class Simulated:
@@ -24,8 +25,9 @@ class Simulated:
         self._setup = replace(setup, run=replace(setup.run, steps=steps))
         self._now: Outcome = simulate(self._setup)
         self._lag = lag_mean
-        off = self._now.steps_per_s / steps_s - 1 if steps_s > 0 else 0.0
-        self.by = "the simulator" if abs(off) <= FAR else f"the simulator, which is {off:+.0%} off on this run itself"
+        self.off = self._now.steps_per_s / steps_s - 1 if steps_s > 0 else 0.0  # from the run's own rate
+        far = abs(self.off) > FAR
+        self.by = "the simulator" + (f", which is {self.off:+.0%} off on this run itself" if far else "")
 
     def predict(self, changes: Mapping[str, int | str]) -> Prediction | None:
         """None for settings that it does not know."""
@@ -42,6 +44,9 @@ class Simulated:
 def simulated(run: Run, steps_s: float, lag_mean: float | None) -> tuple[Predictor | None, str]:
     """What :func:`tools.profile.verdict.verdict` may ask; None and the reason where the run does not tell enough."""
     try:
-        return Simulated(Setup.from_run(run.path), steps_s, lag_mean), ""
+        found = Simulated(Setup.from_run(run.path), steps_s, lag_mean)
     except CroupierError as error:
         return None, f"no simulation of this run, only bounds: {error}"
+    if abs(found.off) > USELESS:
+        return None, f"only bounds: the simulator is {found.off:+.0%} off on this run itself"
+    return found, ""
