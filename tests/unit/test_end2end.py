@@ -2,20 +2,22 @@
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
+from actor.tasks.base import make_task
+from actor.tasks.fixed import FixedLength
 from actor.tasks.sort6 import ALPHABET, Sort6, decode, encode, write_tokenizer
 from common.config import load
 from learner.optim import learning_rate
 from tools.bench.end2end.analysis import Ratio, Timed, band, paired, reaches
-from tools.bench.end2end.contestants import TRL, apart, contestants, croupier_config, trl_job
+from tools.bench.end2end.contestants import APART, LARGER, MAIN, TRL, arenas, contestants, run_config, trl_job
 from tools.bench.end2end.report import lines, spread
 from tools.bench.end2end.running import (
     finished,
@@ -25,14 +27,16 @@ from tools.bench.end2end.running import (
     recipe_of,
     run_once,
     saved,
-    write_questions,
 )
+from tools.bench.end2end.shapes import write_questions, write_words
 from tools.bench.end2end.study import Found, Options, rows
 from tools.bench.end2end.trl_env import PACKAGES, interpreter
 from tools.bench.end2end.trl_grpo import correct, decay
+from tools.bench.loop import loop_config
 from tools.warmstart import ensure
 
-FOUR = contestants("2")
+ARENAS = arenas("2", 600, with_trl=True)
+FOUR = ARENAS[MAIN].contestants
 
 
 def timed(key: str, seed: int, step_s: float, steps: int = 5) -> Timed:
@@ -42,11 +46,10 @@ def timed(key: str, seed: int, step_s: float, steps: int = 5) -> Timed:
 
 def study(speeds: dict[str, tuple[float, ...]], rewards: list[float]) -> Found:
     """Each contestant's seconds a step by seed; everybody learns the same in the same steps."""
-    settings = {key: FOUR[key].settings[0] for key in speeds}
-    found = Found(Options(tuple(range(3)), docs=None), {key: FOUR[key] for key in speeds}, settings)
-    for key, of in speeds.items():
-        found.timed[key] = {seed: timed(key, seed, s) for seed, s in enumerate(of)}
-        found.rewards[key] = {seed: dict(enumerate(rewards)) for seed in range(len(of))}
+    arena = replace(ARENAS[MAIN], contestants={key: FOUR[key] for key in speeds})
+    found = Found(Options((0, 1, 2), docs=None), {MAIN: arena}, {MAIN: {key: FOUR[key].settings[0] for key in speeds}})
+    found.timed[MAIN] = {key: {seed: timed(key, seed, s) for seed, s in enumerate(of)} for key, of in speeds.items()}
+    found.rewards = {key: {seed: dict(enumerate(rewards)) for seed in range(len(of))} for key, of in speeds.items()}
     return found
 
 
@@ -98,17 +101,32 @@ def test_rows_stand_beside_the_synchronous_run_and_beside_trl() -> None:
     assert not any(row.name.endswith("uncorrected") for row in rows(found))
 
 
-def test_a_machine_for_each_side_has_rows_of_its_own() -> None:
+def test_other_arenas_have_rows_of_their_own() -> None:
     found = study({"sync": (0.2, 0.2, 0.2), "obrs": (0.1, 0.1, 0.1)}, [0.2, 0.4, 1.0])
     assert not any("each side" in row.name for row in rows(found))
-    found.apart = {"sync": {0: timed("sync", 0, 0.6)}, "obrs": {0: timed("obrs", 0, 0.4)}}
+    arena = ARENAS[APART]
+    found.arenas[APART] = replace(arena, contestants={key: arena.contestants[key] for key in ("sync", "obrs")})
+    found.settings[APART] = {key: arena.contestants[key].settings[0] for key in ("sync", "obrs")}
+    found.timed[APART] = {"sync": {0: timed("sync", 0, 0.6)}, "obrs": {0: timed("obrs", 0, 0.4)}}
     row = next(row for row in rows(found) if "each side" in row.name)
     assert (row.ratio, row.reps, row.spread) == (pytest.approx(1.5), 1, 0.0)
-    assert "| asynchronous, budget 2, OBRS | 640 | **1.50** (1.50) |" in lines(found)
-    for key, one in apart("2").items():
-        config = croupier_config(one, one.settings[0], 0, 100, "m")
+    asleep = "1 actor, both sides slowed 4 ×"
+    assert f"| asynchronous, budget 2, OBRS | {asleep} | 4,500 | **1.50** (1.50) |" in lines(found)
+
+
+def test_arenas_differ_from_the_quick_start_in_what_they_are_named_for() -> None:
+    assert TRL not in ARENAS[APART].contestants
+    for key, one in ARENAS[APART].contestants.items():
+        config = run_config(one, one.settings[0], 0, 100, "m")
         assert (config.actor.slowdown, config.learner.slowdown, config.actor.count) == (4, 4, 1)
         assert config.staleness.budget == (0 if key == "sync" else 2)
+    for one in ARENAS[LARGER].contestants.values():
+        config = run_config(one, one.settings[0], 0, 24, "m")
+        bar = loop_config(Path("x"), Path("m"), "tcp://127.0.0.1:1")
+        assert (config.rollout, config.task) == (bar.rollout, bar.task)
+        if one.key == TRL:
+            job = trl_job(config, one.settings[0], "q", "o")
+            assert (job.prompts, job.siblings, job.max_tokens, job.ignore_eos) == (4, 4, 128, True)
 
 
 def test_who_misses_the_target_is_named_and_has_no_wall_clock() -> None:
@@ -144,17 +162,30 @@ def test_only_a_run_of_the_same_recipe_need_not_be_run_again(tmp_path: Path) -> 
     assert judged(tmp_path) is None
 
 
-def test_trl_is_asked_what_croupier_s_actors_are_asked(tmp_path: Path) -> None:
-    write_tokenizer(tmp_path)
-    write_questions(tmp_path / "q.jsonl", seed=3, count=20)
-    tokenizer, task = Tokenizer.from_file(str(tmp_path / "tokenizer.json")), Sort6(3, {})
+@pytest.mark.parametrize("arena", [MAIN, LARGER])
+def test_trl_is_asked_what_croupier_s_actors_are_asked(arena: str, tmp_path: Path) -> None:
+    if arena == MAIN:
+        write_tokenizer(tmp_path)
+    else:
+        write_words(tmp_path, 4096)
+        (tmp_path / "config.json").write_text('{"vocab_size": 4096}')
+    one = ARENAS[arena].contestants[TRL]
+    config = run_config(one, one.settings[0], 3, 9, str(tmp_path))
+    write_questions(tmp_path / "q.jsonl", config, count=20)
+    tokenizer, task = (
+        AutoTokenizer.from_pretrained(tmp_path),
+        make_task(config.task.name, str(tmp_path), 3, config.task.params),
+    )
     for index, line in enumerate((tmp_path / "q.jsonl").read_text().splitlines()):
         row, item = json.loads(line), task.prompt(index, "train")
-        assert tokenizer.encode(row["prompt"]).ids == item.prompt_ids.tolist()
-        assert decode(np.array(row["answer"], np.int32)) == item.reference
+        assert tokenizer(text=[row["prompt"]])["input_ids"] == [item.prompt_ids.tolist()]
+        if item.reference is None:
+            assert row["answer"] is None
+        else:
+            assert decode(np.array(row["answer"], np.int32)) == item.reference
 
 
-def test_trl_s_verifier_is_the_task_s() -> None:
+def test_trl_s_verifier_is_the_task_s(tmp_path: Path) -> None:
     task = Sort6(0, {})
     item = task.prompt(0, "train")
     right = item.reference
@@ -163,6 +194,10 @@ def test_trl_s_verifier_is_the_task_s() -> None:
         expected = task.reward(item, encode(answer))["correct"]
         assert correct(encode(answer).tolist(), encode(right).tolist()) == expected
     assert [correct(encode(a).tolist(), encode(right).tolist()) for a in answers].count(1.0) == 1
+    (tmp_path / "config.json").write_text('{"vocab_size": 4096}')
+    fixed = FixedLength(str(tmp_path), 0, {})
+    for ids in ([1, 2, 3], [1, 2, 4], [4095]):
+        assert correct(ids, None) == fixed.reward(fixed.prompt(0, "train"), np.array(ids, np.int32))["correct"]
 
 
 def test_all_four_have_the_quick_start_s_numbers() -> None:
@@ -170,17 +205,17 @@ def test_all_four_have_the_quick_start_s_numbers() -> None:
     for one in FOUR.values():
         if one.key == TRL:
             continue
-        config = croupier_config(one, one.settings[0], 1, 600, "models/x")
+        config = run_config(one, one.settings[0], 1, 600, "models/x")
         assert (config.optim, config.rollout, config.task) == (base.optim, base.rollout, base.task)
         assert (config.run.steps, config.run.seed, config.evaluation.prompts) == (600, 1, 0)
         assert config.advantage.deviation == "sample"  # as TRL divides
-    assert [croupier_config(FOUR[k], FOUR[k].settings[0], 0, 9, "m").staleness.budget for k in ("sync", "obrs")] == [
+    assert [run_config(FOUR[k], FOUR[k].settings[0], 0, 9, "m").staleness.budget for k in ("sync", "obrs")] == [
         0,
         2,
     ]
-    bare = croupier_config(FOUR["bare"], FOUR["bare"].settings[0], 0, 9, "m")
+    bare = run_config(FOUR["bare"], FOUR["bare"].settings[0], 0, 9, "m")
     assert (bare.obrs.mode, bare.loss.anchor, bare.loss.correction) == ("off", "proximal", "uncorrected")
-    job = trl_job(FOUR[TRL].settings[0], 1, 600, "m", "q", "o")
+    job = trl_job(run_config(FOUR[TRL], FOUR[TRL].settings[0], 1, 600, "m"), FOUR[TRL].settings[0], "q", "o")
     for key in ("lr", "min_lr_ratio", "beta1", "beta2", "eps", "weight_decay", "max_grad_norm"):
         assert asdict(job)[key] == getattr(base.optim, key)
     assert (job.prompts, job.siblings, job.max_tokens) == (32, 8, 8)

@@ -7,10 +7,12 @@ from pathlib import Path
 from rich.console import Console
 
 from common.errors import CroupierError
+from tools.bench.end2end.contestants import APART, LARGER, MAIN
 from tools.bench.end2end.study import DIRECTORY, STEPS, Options, rows, study
 from tools.bench.harness import show
 
 PIPE_COLUMNS = 180
+ARENAS = (MAIN, APART, LARGER)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,19 +23,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of a run")
     parser.add_argument("--directory", type=Path, default=DIRECTORY, help="where finished runs are kept")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where results/end2end.md is written")
+    parser.add_argument("--among", nargs="+", choices=ARENAS, default=ARENAS, help="arenas; without main no report")
     parser.add_argument("--timed-only", action="store_true", help="run, and judge the versions another time")
     parser.add_argument("--fresh", action="store_true", help="forget the runs that are done")
     given = parser.parse_args(arguments)
     options = Options(
         seeds=tuple(given.seeds), budget=given.budget, target=given.target, steps=given.steps,
-        directory=given.directory, docs=given.docs, timed_only=given.timed_only, fresh=given.fresh,
+        directory=given.directory, docs=given.docs, among=tuple(given.among), timed_only=given.timed_only,
+        fresh=given.fresh,
     )  # fmt: skip
     try:
         found = study(options)
     except CroupierError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if not options.timed_only:
+    if found.rewards or MAIN not in options.among:
         console = Console()
         show(rows(found), console if console.is_terminal else Console(width=PIPE_COLUMNS))
     return 0

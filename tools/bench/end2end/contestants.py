@@ -9,12 +9,19 @@ from dataclasses import dataclass, replace
 
 from common.config import RunConfig, load
 from tools.bench.end2end.trl_grpo import Job
+from tools.bench.loop import COMPLETION, GROUPS, PROMPT, SIBLINGS
 
 CONFIG = "configs/quickstart.yaml"
 SAVE_EVERY = 25  # steps between two versions that are judged
 HELD_OUT, ANSWERS = 512, 4  # questions, and answers to each: one standard error is about .01
 SYNCHRONOUS, TRL = "sync", "trl"
+MAIN, APART, LARGER = "main", "apart", "larger"  # arenas
 SLOWDOWN = 4  # of decoding and of training, where each is to have a machine of its own: three quarters are sleep
+LARGER_SHAPE = (  # that of tools.bench loop
+    "task.name=fixed", f"task.params={{prompt_tokens: {PROMPT}}}", "rollout.ignore_eos=true",
+    f"rollout.groups_per_step={GROUPS}", f"rollout.group_size={SIBLINGS}", f"rollout.max_prompt_tokens={PROMPT}",
+    f"rollout.max_tokens={COMPLETION}", "learner.checkpoint_every=0",
+)  # fmt: skip
 UNCORRECTED = ("obrs.mode=off", "loss.anchor=proximal", "loss.correction=uncorrected")
 
 
@@ -35,7 +42,7 @@ class Contestant:
     key: str
     title: str
     settings: tuple[Setting, ...]
-    overrides: tuple[str, ...] = ()  # croupier's, beside those that all share
+    overrides: tuple[str, ...] = ()  # beside those that all share
 
 
 ACTORS = tuple(Setting(f"{n} actor{'s' * (n > 1)}", (f"actor.count={n}",)) for n in (1, 2))
@@ -59,15 +66,36 @@ def contestants(budget: str) -> dict[str, Contestant]:
     return {one.key: one for one in found}
 
 
-def apart(budget: str) -> dict[str, Contestant]:
-    """Croupier's three as if actor and learner had a machine each: both sleep so much that the cores are not short."""
+@dataclass(frozen=True)
+class Arena:
+    """Where contestants meet: a task and its model, and how many steps they make."""
+
+    name: str
+    steps: int
+    try_steps: int  # of the runs that settings are chosen by
+    contestants: dict[str, Contestant]
+
+    def directory(self, key: str, seed: int) -> str:
+        """Name of a contestant's run."""
+        return f"{key}-{seed}" if self.name == MAIN else f"{self.name}-{key}-{seed}"
+
+
+def arenas(budget: str, steps: int, with_trl: bool) -> dict[str, Arena]:
+    """The quick start, the same with a machine for each side, and a larger shape, both for their speed alone.
+
+    Where each side has a machine, actor and learner sleep so much that the cores are not short.
+    """
+    four = {key: one for key, one in contestants(budget).items() if with_trl or key != TRL}
     slow = (f"actor.slowdown={SLOWDOWN}", f"learner.slowdown={SLOWDOWN}", "learner.checkpoint_every=0")
-    setting = Setting(f"1 actor, both sides slowed {SLOWDOWN} ×", ("actor.count=1", *slow))
-    return {key: replace(one, settings=(setting,)) for key, one in contestants(budget).items() if key != TRL}
+    asleep = (Setting(f"1 actor, both sides slowed {SLOWDOWN} ×", ("actor.count=1", *slow)),)
+    apart = {key: replace(one, settings=asleep) for key, one in four.items() if key != TRL}
+    larger = {key: replace(one, overrides=(*LARGER_SHAPE, *one.overrides)) for key, one in four.items()}
+    found = (Arena(MAIN, steps, 40, four), Arena(APART, 100, 0, apart), Arena(LARGER, 24, 6, larger))
+    return {arena.name: arena for arena in found}
 
 
 def shared(seed: int, steps: int, model: str) -> tuple[str, ...]:
-    """Overrides of the quick start that all of croupier's contestants take."""
+    """Overrides of the quick start that all contestants take."""
     return (
         f"run.seed={seed}",
         f"run.steps={steps}",
@@ -79,22 +107,26 @@ def shared(seed: int, steps: int, model: str) -> tuple[str, ...]:
     )
 
 
-def croupier_config(one: Contestant, setting: Setting, seed: int, steps: int, model: str) -> RunConfig:
-    """The run of ``one``, without its name, directory and address."""
-    return load(CONFIG, [*shared(seed, steps, model), *one.overrides, *setting.overrides])
+def overrides_of(one: Contestant, setting: Setting, seed: int, steps: int, model: str) -> list[str]:
+    """All that decides the run of ``one`` beside the quick start's file."""
+    return [*shared(seed, steps, model), *one.overrides, *setting.overrides]
 
 
-def trl_job(setting: Setting, seed: int, steps: int, model: str, questions: str, out: str) -> Job:
+def run_config(one: Contestant, setting: Setting, seed: int, steps: int, model: str) -> RunConfig:
+    """The run of ``one``, without its name, directory and address; TRL's job is read from it too."""
+    return load(CONFIG, overrides_of(one, setting, seed, steps, model))
+
+
+def trl_job(config: RunConfig, setting: Setting, questions: str, out: str) -> Job:
     """The same run for TRL's script: every number is read from croupier's configuration."""
-    config = load(CONFIG, list(shared(seed, steps, model)))
     optim, rollout, loss = config.optim, config.rollout, config.loss
     return Job(
-        model=model,
+        model=config.model.path,
         questions=questions,
         out=out,
-        seed=seed,
-        steps=steps,
-        save_every=SAVE_EVERY,
+        seed=config.run.seed,
+        steps=config.run.steps,
+        save_every=config.learner.checkpoint_every,
         prompts=rollout.groups_per_step,
         siblings=rollout.group_size,
         max_tokens=rollout.max_tokens,
@@ -108,9 +140,10 @@ def trl_job(setting: Setting, seed: int, steps: int, model: str, questions: str,
         max_grad_norm=optim.max_grad_norm,
         clip_low=loss.clip_low,
         clip_high=loss.clip_high,
-        router_aux_loss_coef=loss.balance / config.warmstart.experts_per_token,
+        router_aux_loss_coef=loss.balance / config.warmstart.experts_per_token,  # two in both shapes
         threads=setting.threads,
         experts=setting.experts,
+        ignore_eos=rollout.ignore_eos,
     )
 
 

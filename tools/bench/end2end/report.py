@@ -2,15 +2,26 @@
 
 import os
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from tools.bench.end2end import trl_env
 from tools.bench.end2end.analysis import Ratio, band, paired
-from tools.bench.end2end.contestants import ANSWERS, CONFIG, HELD_OUT, SAVE_EVERY, SLOWDOWN, SYNCHRONOUS, TRL
-from tools.bench.end2end.study import APART_STEPS, TRY_ROUNDS, TRY_STEPS, Found
+from tools.bench.end2end.contestants import (
+    ANSWERS,
+    APART,
+    CONFIG,
+    HELD_OUT,
+    LARGER,
+    MAIN,
+    SAVE_EVERY,
+    SLOWDOWN,
+    SYNCHRONOUS,
+    TRL,
+)
+from tools.bench.end2end.study import TRY_ROUNDS, Found, Values
+from tools.bench.loop import COMPLETION, GROUPS, PROMPT, SIBLINGS
 
-Values = Mapping[int, float | None]  # seed -> figure; None where there is none
 COLOURS = {SYNCHRONOUS: "#7f7f7f", TRL: "#d62728", "obrs": "#1f77b4", "bare": "#2ca02c"}
 NAME = "end2end"
 
@@ -45,7 +56,7 @@ def lines(found: Found) -> list[str]:
         *_ratios(found),
         "",
         *_missed(found),
-        *_apart(found),
+        *_elsewhere(found),
         "## What was made equal",
         "",
         *_equal(found),
@@ -71,10 +82,10 @@ def _table(found: Found) -> list[str]:
         "| contestant | as run | " + " | ".join(title for title, _, _ in columns) + " |",
         "|---|---|" + "---|" * len(columns),
         *(
-            f"| {one.title} | {found.settings[key].title} | "
+            f"| {one.title} | {found.settings[MAIN][key].title} | "
             + " | ".join(spread(values(key), digits) for _, digits, values in columns)
             + " |"
-            for key, one in found.contestants.items()
+            for key, one in found.main.items()
         ),
     ]
 
@@ -93,16 +104,16 @@ def spread(values: Values, digits: int) -> str:
 
 
 def _ratios(found: Found) -> list[str]:
-    references = [key for key in (SYNCHRONOUS, TRL) if key in found.contestants]
+    references = [key for key in (SYNCHRONOUS, TRL) if key in found.main]
     return [
-        "| figure | contestant | " + " | ".join(f"over {found.contestants[key].title}" for key in references) + " |",
+        "| figure | contestant | " + " | ".join(f"over {found.main[key].title}" for key in references) + " |",
         "|---|---|" + "---|" * len(references),
         *(
             f"| {name} | {one.title} | "
             + " | ".join("1" if key == r else _ratio(paired(values(key), values(r))) for r in references)
             + " |"
-            for name, _, values in found.figures()
-            for key, one in found.contestants.items()
+            for name, _, values in found.figures(MAIN)
+            for key, one in found.main.items()
         ),
     ]
 
@@ -111,25 +122,42 @@ def _ratio(ratio: Ratio | None) -> str:
     return "–" if ratio is None else f"**{ratio}** ({', '.join(f'{value:.2f}' for value in ratio.by_seed)})"
 
 
-def _apart(found: Found) -> list[str]:
-    if not found.apart:
-        return []
-    base = found.speed_apart(SYNCHRONOUS)
+def _elsewhere(found: Found) -> list[str]:
+    """The arenas in which speed alone is compared."""
+    about = {
+        APART: [
+            "## With a machine for each side",
+            "",
+            "Actor and learner share the cores above. Here one actor and the learner sleep, so that decoding and "
+            f"training take {SLOWDOWN} × as long and the cores are not short: as if each had a machine of its own.",
+        ],
+        LARGER: [
+            "## A larger shape",
+            "",
+            f"The shape of `python -m tools.bench loop`: a random Qwen3-MoE of 4 layers of 256, {GROUPS * SIBLINGS} × "
+            f"({PROMPT} + {COMPLETION}) tokens a step, all sampled to the end.",
+        ],
+    }
+    said = []
+    for name, words in about.items():
+        if name in found.arenas:
+            said += [*words, f"{found.arenas[name].steps} steps, speed alone.", "", *_speeds(found, name), ""]
+    return said
+
+
+def _speeds(found: Found, arena: str) -> list[str]:
+    [(_, unit, values)] = found.figures(arena)
+    among, settings = found.arenas[arena].contestants, found.settings[arena]
+    references = [key for key in (SYNCHRONOUS, TRL) if key in among]
     return [
-        "## With a machine for each side",
-        "",
-        f"Actor and learner share the cores above. Here one actor and the learner sleep, so that decoding and training "
-        f"take {SLOWDOWN} × as long and the cores are not short: as if each had a machine of its own, and one of about "
-        f"equal speed. {APART_STEPS} steps, speed alone.",
-        "",
-        "| contestant | completions/s | over synchronous |",
-        "|---|---|---|",
+        f"| contestant | as run | {unit} | " + " | ".join(f"over {among[key].title}" for key in references) + " |",
+        "|---|---|---|" + "---|" * len(references),
         *(
-            f"| {found.contestants[key].title} | {spread(found.speed_apart(key), 0)} | "
-            f"{'1' if key == SYNCHRONOUS else _ratio(paired(found.speed_apart(key), base))} |"
-            for key in found.apart
+            f"| {one.title} | {settings[key].title} | {spread(values(key), 0)} | "
+            + " | ".join("1" if key == r else _ratio(paired(values(key), values(r))) for r in references)
+            + " |"
+            for key, one in among.items()
         ),
-        "",
     ]
 
 
@@ -137,7 +165,7 @@ def _missed(found: Found) -> list[str]:
     said = [
         f"- {one.title} did not reach {found.options.target:g} on seed{'s' * (len(missed) > 1)} "
         f"{', '.join(map(str, missed))}; its wall-clock is of the others."
-        for key, one in found.contestants.items()
+        for key, one in found.main.items()
         if (missed := [seed for seed, value in found.seconds(key).items() if value is None])
     ]
     return [*said, ""] if said else []
@@ -158,28 +186,27 @@ def _equal(found: Found) -> list[str]:
         f"questions, {ANSWERS} answers each, of a version every {SAVE_EVERY} steps. Seconds to the target are "
         "interpolated between two of these.",
         "- The clock starts when the first step is done; start-up is from the command to that moment.",
-        f"- Each runs in its fastest setting, of those tried {TRY_ROUNDS} × for {TRY_STEPS} steps: croupier with "
-        "one actor or two (synchronous also with two threads for the learner), TRL with one thread or two and "
+        f"- Each runs in its fastest setting of those tried {TRY_ROUNDS} × for {found.arenas[MAIN].try_steps} steps: "
+        "croupier with one actor or two (synchronous also with two threads for the learner), TRL with one thread or two and "
         "both of transformers' faster ways to compute experts. The synchronous run and the uncorrected one need no "
         "policy replica.",
-        *(trl if TRL in found.contestants else [f"- TRL was not installed: `{trl_env.HOW}`, then run this again."]),
+        *(trl if TRL in found.main else [f"- TRL was not installed: `{trl_env.HOW}`, then run this again."]),
         "- Seed by seed, contestants in turn.",
     ]
 
 
 def _limits(found: Found) -> list[str]:
-    lags = [timed.figures["lag"] for key in ("obrs", "bare") for timed in found.timed.get(key, {}).values()]
+    lags = [t.figures["lag"] for key in ("obrs", "bare") for t in found.timed[MAIN].get(key, {}).values()]
     return [
         "- Actors and learner share the cores, so there is nothing to gain from using both at once but what a "
         "synchronous run leaves idle: hand-overs, stragglers and what one thread cannot spread. With a machine for "
         "each the limit is the slower of the two instead of their sum; how near they come depends on their ratio "
         "(`python -m tools.simulate`).",
-        "- The model has some hundred thousand parameters and a step takes about a tenth of a second: what is compared "
-        "is as much the cost of each system's own work as that of its arithmetic. `python -m tools.bench loop` "
-        "measures a larger shape.",
-        f"- The data were {min(lags):.1f} to {max(lags):.1f} versions old on average: too little for a correction to "
-        "matter, and what it costs is all that this shows of it. What old data cost without one: "
-        "[../results.md](../results.md).",
+        "- The quick start's model has a quarter of a million parameters and a step takes about a tenth of a second: "
+        "what is compared is as much the cost of each system's own work as that of its arithmetic. The larger shape is "
+        "still a small one.",
+        f"- The data of the asynchronous runs were {min(lags):.1f} to {max(lags):.1f} versions old on average. What "
+        "other ages cost, with and without a correction: [../results.md](../results.md).",
         "- TRL's fast path, vLLM on a GPU, does not run here; its AsyncGRPOTrainer needs a vLLM server.",
     ]
 
@@ -191,7 +218,7 @@ def _plot(found: Found, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(8.5, 4.8))
-    for key, one in found.contestants.items():
+    for key, one in found.main.items():
         x, mean, low, high = band([found.curve(key, seed) for seed in found.rewards[key]])
         axis.plot(x, mean, color=COLOURS[key], label=one.title, linewidth=1.6)
         axis.fill_between(x, low, high, color=COLOURS[key], alpha=0.15, linewidth=0)

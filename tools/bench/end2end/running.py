@@ -3,9 +3,9 @@
 ::
 
     runs/bench-end2end/
-      start-<seed>/              the model that all contestants of a seed begin from
+      start-<seed>/              the model that all contestants of a seed begin from (larger-start-<seed>: the larger)
       <contestant>-<seed>/       timed.json when the run is done; rewards.json when its versions are judged
-      apart-<contestant>-<seed>/ with a machine for each side, for speed alone
+      apart-... larger-...       the same of the other arenas, for speed alone
       tried/                     the last of the short runs that settings are chosen by
 """
 
@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -24,62 +24,36 @@ from typing import Any
 
 import torch
 
-from actor.tasks.sort6 import Sort6, decode, encode
-from common.config import load
 from common.errors import EngineError
 from common.process import free_port
 from learner.retention import complete, step_of
 from tools.bench.end2end import trl_grpo
 from tools.bench.end2end.analysis import Timed
 from tools.bench.end2end.contestants import (
-    CONFIG,
     TRL,
     Contestant,
     Setting,
-    croupier_config,
     judge_config,
-    shared,
+    overrides_of,
+    run_config,
     trl_job,
 )
+from tools.bench.end2end.shapes import write_questions
 from tools.bench.launching import launch
 from tools.evaluate import held_out
 from tools.export import export
 from tools.run_files import Record, last_lines
-from tools.warmstart import ensure
 
 LIMIT_S = 1800.0  # of one run
 JUDGE_LIMIT_S = 300.0  # of one version
-TIMED, REWARDS, START, TRIED = "timed.json", "rewards.json", "start", "tried"
+TIMED, REWARDS = "timed.json", "rewards.json"
 FIGURES = {"lag": "lag_mean", "acceptance": "acceptance", "weight_ess": "weight_ess"}  # ours -> of a step's line
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the runs of a study lie."""
-
-    root: Path
-
-    def start(self, seed: int) -> Path:
-        """The model that every contestant of ``seed`` begins from; made if it is not there."""
-        path = self.root / f"{START}-{seed}"
-        if not (path / "config.json").exists():
-            ensure(load(CONFIG, [f"model.path={path}", f"run.seed={seed}"]))
-        return path
-
-    def run(self, key: str, seed: int) -> Path:
-        """A contestant's."""
-        return self.root / f"{key}-{seed}"
-
-    def apart(self, key: str, seed: int) -> Path:
-        """The same contestant's, where each side has a machine of its own."""
-        return self.root / f"apart-{key}-{seed}"
 
 
 def recipe_of(one: Contestant, setting: Setting, seed: int, steps: int, model: Path) -> dict[str, Any]:
     """All that decides a run; the same recipe need not be run twice."""
-    if one.key == TRL:
-        return asdict(trl_job(setting, seed, steps, str(model), "", ""))
-    return {"overrides": [*shared(seed, steps, str(model)), *one.overrides, *setting.overrides]}
+    recipe: dict[str, Any] = {"overrides": overrides_of(one, setting, seed, steps, str(model))}
+    return recipe | ({"threads": setting.threads, "experts": setting.experts} if one.key == TRL else {})
 
 
 def finished(folder: Path, recipe: dict[str, Any]) -> Timed | None:
@@ -114,7 +88,7 @@ def run_once(
 
 
 def _run_croupier(one: Contestant, setting: Setting, seed: int, steps: int, model: Path, folder: Path) -> Timed:
-    config = croupier_config(one, setting, seed, steps, str(model))
+    config = run_config(one, setting, seed, steps, str(model))
     config = replace(
         config,
         run=replace(config.run, name="run", dir=str(folder)),
@@ -149,22 +123,13 @@ def of_lines(one: Contestant, seed: int, recipe: dict[str, Any], lines: list[Rec
 # ---- TRL ----------------------------------------------------------------------------------------
 
 
-def write_questions(path: Path, seed: int, count: int) -> None:
-    """The first ``count`` training questions of ``seed`` as croupier's actors are given them, as TRL reads them."""
-    task = Sort6(seed, {})
-    with path.open("w") as file:
-        for index in range(count):
-            item = task.prompt(index, "train")
-            line = {"prompt": decode(item.prompt_ids), "answer": encode(item.reference).tolist()}
-            file.write(json.dumps(line) + "\n")
-
-
 def _run_trl(
     one: Contestant, setting: Setting, seed: int, steps: int, model: Path, folder: Path, python: Path
 ) -> Timed:
     questions, job_file, log = folder / "questions.jsonl", folder / "job.json", folder / "trl.log"
-    job = trl_job(setting, seed, steps, str(model), str(questions), str(folder))
-    write_questions(questions, seed, steps * job.prompts)
+    config = run_config(one, setting, seed, steps, str(model))
+    job = trl_job(config, setting, str(questions), str(folder))
+    write_questions(questions, config, steps * job.prompts)
     job_file.write_text(json.dumps(asdict(job)))
     environment = os.environ | {"OMP_NUM_THREADS": str(setting.threads), "HF_HUB_OFFLINE": "1"}
     began = time.monotonic()

@@ -1,12 +1,13 @@
-"""``python -m tools.bench end2end``: what asynchrony is worth, on the quick start's task.
+"""``python -m tools.bench end2end``: what asynchrony is worth.
 
 ::
 
-    a short run of each setting -> the fastest of each contestant -> seed by seed, contestants in turn
+    short runs of each setting -> the fastest of each contestant -> seed by seed, contestants in turn
     -> versions judged -> docs/results/end2end.md, end2end.png
 
-Runs that are done are kept in ``runs/bench-end2end``, so that an interrupted study goes on.
-``--reps`` is the number of seeds; ``python -m tools.bench.end2end`` takes more options.
+Three arenas: the quick start, whose versions are judged; the same with a machine for each side; and a
+larger shape. Runs that are done are kept in ``runs/bench-end2end``, so that an interrupted study goes
+on. ``--reps`` is the number of seeds; ``python -m tools.bench.end2end`` takes more options.
 """
 
 import json
@@ -22,15 +23,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tools.bench.end2end import trl_env
 from tools.bench.end2end.analysis import Curve, Timed, paired, reaches
-from tools.bench.end2end.contestants import SYNCHRONOUS, TRL, Contestant, Setting, apart, contestants
-from tools.bench.end2end.running import TRIED, Place, finished, judge, judged, recipe_of, run_once
+from tools.bench.end2end.contestants import APART, LARGER, MAIN, SYNCHRONOUS, TRL, Arena, Contestant, Setting, arenas
+from tools.bench.end2end.running import finished, judge, judged, recipe_of, run_once
+from tools.bench.end2end.shapes import start_model
 from tools.bench.harness import Row
 
 DIRECTORY = Path("runs/bench-end2end")
-STEPS, TRY_STEPS, APART_STEPS = 600, 40, 100
+STEPS = 600
 TRY_ROUNDS = 2  # of which the faster counts: what else the machine does can only slow a run down
-CHOSEN = "chosen.json"
+CHOSEN, TRIED = "chosen.json", "tried"
+ELSEWHERE = {APART: "a machine for each side", LARGER: "a larger shape"}
 Job = TypeVar("Job")
+Values = Mapping[int, float | None]  # seed -> figure; None where there is none
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Options:
     steps: int = STEPS
     directory: Path = DIRECTORY
     docs: Path | None = Path("docs")  # where the report goes; None: nowhere
+    among: tuple[str, ...] = (MAIN, APART, LARGER)  # arenas
     timed_only: bool = False  # stop before versions are judged
     fresh: bool = False  # forget earlier runs
 
@@ -52,40 +57,45 @@ class Found:
     """All runs of a study."""
 
     options: Options
-    contestants: dict[str, Contestant]
-    settings: dict[str, Setting]
-    timed: dict[str, dict[int, Timed]] = field(default_factory=dict)  # contestant -> seed -> run
-    rewards: dict[str, dict[int, dict[int, float]]] = field(default_factory=dict)  # ... -> version -> held-out reward
-    apart: dict[str, dict[int, Timed]] = field(default_factory=dict)  # as timed, where each side has its own machine
+    arenas: dict[str, Arena]
+    settings: dict[str, dict[str, Setting]] = field(default_factory=dict)  # arena -> contestant
+    timed: dict[str, dict[str, dict[int, Timed]]] = field(default_factory=dict)  # arena -> contestant -> seed
+    rewards: dict[str, dict[int, dict[int, float]]] = field(default_factory=dict)  # contestant -> seed -> version
+
+    @property
+    def main(self) -> dict[str, Contestant]:
+        """Those whose versions are judged."""
+        return self.arenas[MAIN].contestants
 
     def curve(self, key: str, seed: int) -> Curve:
         """Held-out reward by seconds."""
-        return self.timed[key][seed].curve(self.rewards[key][seed])
+        return self.timed[MAIN][key][seed].curve(self.rewards[key][seed])
 
-    def seconds(self, key: str) -> dict[int, float | None]:
+    def seconds(self, key: str) -> Values:
         """Seed -> seconds to the target; None where it was not reached."""
         return {seed: reaches(self.curve(key, seed), self.options.target) for seed in self.rewards[key]}
 
-    def steps(self, key: str) -> dict[int, float | None]:
+    def steps(self, key: str) -> Values:
         """Seed -> steps to the target."""
         curves = {seed: [(float(v), r) for v, r in sorted(of.items())] for seed, of in self.rewards[key].items()}
         return {seed: reaches(curve, self.options.target) for seed, curve in curves.items()}
 
-    def each(self, key: str, figure: Callable[[Timed], float]) -> dict[int, float | None]:
+    def each(self, key: str, figure: Callable[[Timed], float], arena: str = MAIN) -> Values:
         """Seed -> a figure of the run."""
-        return {seed: figure(timed) for seed, timed in self.timed[key].items()}
+        return {seed: figure(timed) for seed, timed in self.timed.get(arena, {}).get(key, {}).items()}
 
-    def speed_apart(self, key: str) -> dict[int, float | None]:
-        """Seed -> completions/s where each side has a machine of its own."""
-        return {seed: timed.samples_per_s for seed, timed in self.apart.get(key, {}).items()}
-
-    def figures(self) -> list[tuple[str, str, Callable[[str], dict[int, float | None]]]]:
-        """(name, unit, contestant -> seed -> value) of all that is compared."""
-        return [
-            ("samples/s", "completions/s", lambda key: self.each(key, lambda t: t.samples_per_s)),
-            ("tokens/s", "completion tokens/s", lambda key: self.each(key, lambda t: t.tokens_per_s)),
-            (f"wall-clock to {self.options.target:g} held out", "s", self.seconds),
-        ]
+    def figures(self, arena: str) -> list[tuple[str, str, Callable[[str], Values]]]:
+        """(name, unit, contestant -> seed -> value) of all that is compared there."""
+        where = "" if arena == MAIN else f", {ELSEWHERE[arena]}"
+        samples = (f"samples/s{where}", "completions/s", lambda key: self.each(key, lambda t: t.samples_per_s, arena))
+        tokens = (
+            f"tokens/s{where}",
+            "completion tokens/s",
+            lambda key: self.each(key, lambda t: t.tokens_per_s, arena),
+        )
+        if arena != MAIN:
+            return [tokens]
+        return [samples, tokens, (f"wall-clock to {self.options.target:g} held out", "s", self.seconds)]
 
 
 def run(reps: int) -> list[Row]:
@@ -98,21 +108,18 @@ def study(options: Options) -> Found:
     if options.fresh:
         shutil.rmtree(options.directory, ignore_errors=True)
     options.directory.mkdir(parents=True, exist_ok=True)
-    console = Console(stderr=True)
-    place, python = Place(options.directory), trl_env.interpreter()
-    among = contestants(options.budget)
+    console, python = Console(stderr=True), trl_env.interpreter()
     if python is None:
-        del among[TRL]
         console.print(f"TRL is not installed, so its rows are left out; make its environment with `{trl_env.HOW}`")
-        python = Path()
-    models = {seed: place.start(seed) for seed in options.seeds}
-    settings = _choose(among, place, models, python, console)
-    found = Found(options, among, settings)
-    _run_all(found, place, models, python, console)
-    _run_apart(found, place, models, console)
-    if options.timed_only:
+    among = arenas(options.budget, options.steps, with_trl=python is not None)
+    found = Found(options, {name: among[name] for name in options.among})
+    for arena in found.arenas.values():
+        host = Host(options.directory, arena, options.seeds, python or Path(), console)
+        found.settings[arena.name] = host.choose()
+        found.timed[arena.name] = host.run_all(found.settings[arena.name])
+    if options.timed_only or MAIN not in found.arenas:
         return found
-    _judge_all(found, place, models, console)
+    _judge_all(found, console)
     if options.docs is not None:
         from tools.bench.end2end.report import write_report
 
@@ -122,115 +129,114 @@ def study(options: Options) -> Found:
 
 def rows(found: Found) -> list[Row]:
     """Every figure beside the synchronous run's, then beside TRL's; what did not reach the target has no row."""
-    made = []
-    for reference in (SYNCHRONOUS, TRL):
-        for key, one in found.contestants.items():
-            if key == reference or reference not in found.contestants:
-                continue
-            for name, unit, values in found.figures():
-                ratio = paired(values(key), values(reference))
-                if ratio is None:
-                    continue
-                made.append(
-                    Row(
-                        "end2end", f"{name}: {one.title}", _mean(values(key)), unit,
-                        found.contestants[reference].title, _mean(values(reference)), len(ratio.by_seed), ratio.spread,
-                    )
-                )  # fmt: skip
-    return made + _rows_apart(found)
+    return [
+        row
+        for arena in found.arenas.values()
+        for reference in (SYNCHRONOUS, TRL)
+        for key in arena.contestants
+        for name, unit, values in found.figures(arena.name)
+        if (row := _row(arena, name, unit, values, key, reference)) is not None
+    ]
 
 
-def _rows_apart(found: Found) -> list[Row]:
-    made, base = [], found.speed_apart(SYNCHRONOUS)
-    for key in found.apart:
-        ratio = None if key == SYNCHRONOUS else paired(found.speed_apart(key), base)
-        if ratio is not None:
-            name = f"samples/s, a machine for each side: {found.contestants[key].title}"
-            values = (_mean(found.speed_apart(key)), "completions/s", "synchronous, the same", _mean(base))
-            made.append(Row("end2end", name, *values, len(ratio.by_seed), ratio.spread))
-    return made
+def _row(arena: Arena, name: str, unit: str, values: Callable[[str], Values], key: str, reference: str) -> Row | None:
+    if key == reference or reference not in arena.contestants:
+        return None
+    ours, theirs = values(key), values(reference)
+    ratio = paired(ours, theirs)
+    if ratio is None:
+        return None
+    beside, title = arena.contestants[reference].title, arena.contestants[key].title
+    return Row(
+        "end2end", f"{name}: {title}", _mean(ours), unit, beside, _mean(theirs), len(ratio.by_seed), ratio.spread
+    )  # fmt: skip
 
 
-def _mean(values: Mapping[int, float | None]) -> float:
+def _mean(values: Values) -> float:
     return statistics.fmean(value for value in values.values() if value is not None)
 
 
-# ---- the stages ---------------------------------------------------------------------------------
+# ---- running ------------------------------------------------------------------------------------
 
 
-def _choose(
-    among: dict[str, Contestant], place: Place, models: dict[int, Path], python: Path, console: Console
-) -> dict[str, Setting]:
-    """The fastest setting of each contestant by completions/s of short runs; kept, so that it is chosen once."""
-    kept, seed = place.root / CHOSEN, min(models)
-    try:
-        before = json.loads(kept.read_text())
-    except (FileNotFoundError, ValueError):
-        before = {}
-    jobs = [(one, s) for one in among.values() if before.get(one.key) not in _titles(one) for s in one.settings]
-    speeds: dict[str, dict[str, float]] = {}
-    for one, setting in _shown(jobs * TRY_ROUNDS, "settings", console):
-        speed = run_once(one, setting, seed, TRY_STEPS, models[seed], place.root / TRIED, python).samples_per_s
-        of = speeds.setdefault(one.key, {})
-        of[setting.title] = max(speed, of.get(setting.title, 0.0))
-    chosen = before | {key: max(of, key=lambda title: of[title]) for key, of in speeds.items()}
-    kept.write_text(json.dumps(chosen, indent=1) + "\n")
-    for key, of in speeds.items():
-        said = ", ".join(f"{title} {speed:,.0f}" for title, speed in of.items())
-        console.print(f"{among[key].title}: {said} completions/s")
-    return {key: next(s for s in one.settings if s.title == chosen[key]) for key, one in among.items()}
+@dataclass(frozen=True)
+class Host:
+    """Runs what an arena lacks."""
+
+    root: Path
+    arena: Arena
+    seeds: tuple[int, ...]
+    python: Path  # TRL's
+    console: Console
+
+    def choose(self) -> dict[str, Setting]:
+        """The fastest setting of each contestant by completions/s of short runs; kept, so that it is chosen once."""
+        arena, kept = self.arena, self.root / CHOSEN
+        try:
+            before = json.loads(kept.read_text())
+        except (FileNotFoundError, ValueError):
+            before = {}
+        names = {key: key if arena.name == MAIN else f"{arena.name}-{key}" for key in arena.contestants}
+        found = {key: _titled(one, before.get(names[key])) for key, one in arena.contestants.items()}
+        jobs = [(key, s) for key, one in arena.contestants.items() if found[key] is None for s in one.settings]
+        speeds: dict[str, dict[str, float]] = {}
+        for key, setting in self._shown(jobs * TRY_ROUNDS, "settings"):
+            timed = self._run(key, setting, min(self.seeds), arena.try_steps, self.root / TRIED)
+            of = speeds.setdefault(key, {})
+            of[setting.title] = max(timed.samples_per_s, of.get(setting.title, 0.0))
+        chosen = {key: max(of, key=lambda title: of[title]) for key, of in speeds.items()}
+        kept.write_text(json.dumps(before | {names[key]: title for key, title in chosen.items()}, indent=1) + "\n")
+        for key, of in speeds.items():
+            said = ", ".join(f"{title} {speed:,.0f}" for title, speed in of.items())
+            self.console.print(f"{arena.contestants[key].title}: {said} completions/s")
+        settings = {key: found[key] or _titled(one, chosen.get(key)) for key, one in arena.contestants.items()}
+        return {key: setting for key, setting in settings.items() if setting is not None}
+
+    def run_all(self, settings: dict[str, Setting]) -> dict[str, dict[int, Timed]]:
+        """Seed by seed, contestants in turn, so that a noisy neighbour disturbs all of them alike."""
+        timed: dict[str, dict[int, Timed]] = {key: {} for key in settings}
+        waiting = []
+        for seed in self.seeds:
+            model = start_model(self.root, self.arena, seed)
+            for key, setting in settings.items():
+                recipe = recipe_of(self.arena.contestants[key], setting, seed, self.arena.steps, model)
+                before = finished(self.root / self.arena.directory(key, seed), recipe)
+                if before is None:
+                    waiting.append((seed, key))
+                else:
+                    timed[key][seed] = before
+        for seed, key in self._shown(waiting, f"runs, {self.arena.name}"):
+            folder = self.root / self.arena.directory(key, seed)
+            one = timed[key][seed] = self._run(key, settings[key], seed, self.arena.steps, folder)
+            title = self.arena.contestants[key].title
+            self.console.print(f"seed {seed}, {title}: {one.wall_s:.0f} s, {one.samples_per_s:,.0f} completions/s")
+        return timed
+
+    def _run(self, key: str, setting: Setting, seed: int, steps: int, folder: Path) -> Timed:
+        model = start_model(self.root, self.arena, seed)
+        return run_once(self.arena.contestants[key], setting, seed, steps, model, folder, self.python)
+
+    def _shown(self, jobs: list[Job], what: str) -> Iterable[Job]:
+        if not jobs:
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self.console) as progress:
+            yield from progress.track(jobs, description=what)
 
 
-def _titles(one: Contestant) -> list[str]:
-    return [setting.title for setting in one.settings]
+def _titled(one: Contestant, title: str | None) -> Setting | None:
+    """The setting of that title; the only one where there is no choice."""
+    if len(one.settings) == 1:
+        return one.settings[0]
+    return next((setting for setting in one.settings if setting.title == title), None)
 
 
-def _run_all(found: Found, place: Place, models: dict[int, Path], python: Path, console: Console) -> None:
-    """Seed by seed, contestants in turn, so that a noisy neighbour disturbs all of them alike."""
-    steps, waiting = found.options.steps, []
-    for seed in found.options.seeds:
-        for key, one in found.contestants.items():
-            recipe = recipe_of(one, found.settings[key], seed, steps, models[seed])
-            timed = finished(place.run(key, seed), recipe)
-            if timed is None:
-                waiting.append((seed, key))
-            else:
-                found.timed.setdefault(key, {})[seed] = timed
-    for seed, key in _shown(waiting, "runs", console):
-        one, setting = found.contestants[key], found.settings[key]
-        timed = run_once(one, setting, seed, steps, models[seed], place.run(key, seed), python)
-        found.timed.setdefault(key, {})[seed] = timed
-        console.print(f"seed {seed}, {one.title}: {timed.wall_s:.0f} s, {timed.samples_per_s:,.0f} completions/s")
-
-
-def _run_apart(found: Found, place: Place, models: dict[int, Path], console: Console) -> None:
-    """Croupier's three with a machine for each side, for their speed alone."""
-    among, waiting = apart(found.options.budget), []
-    for seed in found.options.seeds:
-        for key, one in among.items():
-            recipe = recipe_of(one, one.settings[0], seed, APART_STEPS, models[seed])
-            timed = finished(place.apart(key, seed), recipe)
-            if timed is None:
-                waiting.append((seed, key))
-            else:
-                found.apart.setdefault(key, {})[seed] = timed
-    for seed, key in _shown(waiting, "a machine for each side", console):
-        one, folder = among[key], place.apart(key, seed)
-        timed = run_once(one, one.settings[0], seed, APART_STEPS, models[seed], folder, Path())
-        found.apart.setdefault(key, {})[seed] = timed
-
-
-def _judge_all(found: Found, place: Place, models: dict[int, Path], console: Console) -> None:
-    waiting = [(key, seed) for key, of in found.timed.items() for seed in of if judged(place.run(key, seed)) is None]
-    for key, seed in _shown(waiting, "judged", console):
-        judge(place.run(key, seed), seed, models[seed])
-    for key, of in found.timed.items():
-        found.rewards[key] = {seed: judged(place.run(key, seed)) or {} for seed in of}
-
-
-def _shown(jobs: list[Job], what: str, console: Console) -> Iterable[Job]:
-    if not jobs:
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        yield from progress.track(jobs, description=what)
+def _judge_all(found: Found, console: Console) -> None:
+    arena, root = found.arenas[MAIN], found.options.directory
+    runs = {(key, seed): root / arena.directory(key, seed) for key, of in found.timed[MAIN].items() for seed in of}
+    for (key, seed), folder in runs.items():
+        rewards = judged(folder)
+        if rewards is None:
+            console.print(f"judging the versions of {folder}")
+            rewards = judge(folder, seed, start_model(root, arena, seed))
+        found.rewards.setdefault(key, {})[seed] = rewards

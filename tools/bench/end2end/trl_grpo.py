@@ -25,7 +25,7 @@ class Job:
     """What to train; every number is that of the croupier run beside it."""
 
     model: str  # Hugging Face directory with a tokenizer
-    questions: str  # JSON lines {"prompt": text, "answer": ids}, in the order in which they are asked
+    questions: str  # JSON lines {"prompt": text, "answer": ids or null}, in the order in which they are asked
     out: str
     seed: int
     steps: int
@@ -46,10 +46,13 @@ class Job:
     router_aux_loss_coef: float  # transformers' balance loss is experts-per-token times croupier's
     threads: int
     experts: str = "grouped_mm"  # transformers' way to compute the experts
+    ignore_eos: bool = False  # sample max_tokens always
 
 
-def correct(completion_ids: Sequence[int], answer: Sequence[int]) -> float:
-    """The verifier of sort6: 1 for exactly the right ids, end token included."""
+def correct(completion_ids: Sequence[int], answer: Sequence[int] | None) -> float:
+    """The verifier of sort6, 1 for exactly the right ids, end token included; without an answer that of fixed."""
+    if answer is None:
+        return float(sum(completion_ids) % 2)
     return float(list(completion_ids) == list(answer))
 
 
@@ -77,7 +80,7 @@ def train(job: Job) -> None:
     counts = {"samples": 0, "tokens": 0, "right": 0.0}
     saving_s = 0.0
 
-    def reward(completion_ids: list[list[int]], answer: list[list[int]], **_: Any) -> list[float]:
+    def reward(completion_ids: list[list[int]], answer: list[list[int] | None], **_: Any) -> list[float]:
         values = [correct(ids, wanted) for ids, wanted in zip(completion_ids, answer, strict=True)]
         counts["samples"] += len(values)
         counts["tokens"] += sum(map(len, completion_ids))
@@ -126,6 +129,7 @@ def train(job: Job) -> None:
                 num_generations=job.siblings,
                 max_completion_length=job.max_tokens,
                 temperature=job.temperature,
+                generation_kwargs={"min_new_tokens": job.max_tokens} if job.ignore_eos else None,
                 beta=0.0,
                 epsilon=job.clip_low,
                 epsilon_high=job.clip_high,
