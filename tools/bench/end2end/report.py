@@ -187,9 +187,9 @@ def _equal(found: Found) -> list[str]:
         "interpolated between two of these.",
         "- The clock starts when the first step is done; start-up is from the command to that moment.",
         f"- Each runs in its fastest setting of those tried {TRY_ROUNDS} × for {found.arenas[MAIN].try_steps} steps: "
-        "croupier with one actor or two (synchronous also with two threads for the learner), TRL with one thread or two and "
-        "both of transformers' faster ways to compute experts. The synchronous run and the uncorrected one need no "
-        "policy replica.",
+        "croupier with one actor or two (synchronous also with two threads for the learner), TRL with one thread or "
+        "two and both of transformers' faster ways to compute experts.",
+        "- The synchronous run and the uncorrected one need no policy replica and have none.",
         *(trl if TRL in found.main else [f"- TRL was not installed: `{trl_env.HOW}`, then run this again."]),
         "- Seed by seed, contestants in turn.",
     ]
