@@ -138,7 +138,7 @@ class Door:
         if now >= self._next_pong:
             self._next_pong = now + self.section.heartbeat_s
             for peer in self.roster.all():
-                if not self.router.send(peer.identity, wire.Pong(self.version, *peer.beat, time.monotonic_ns())):
+                if not self.router.send(peer.identity, wire.Pong(self.version)):
                     self.lose(peer, "its connection closed")
         for peer in self.roster.silent(now, self.section.peer_timeout_s):
             self.lose(peer, f"silent for {now - peer.heard:.0f} s (broker.peer_timeout_s)")

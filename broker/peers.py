@@ -17,7 +17,6 @@ class Peer:
     version: int
     counters: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)  # in each state (common.trace.STATES)
-    beat: tuple[int, int] = (0, 0)  # its last heartbeat: sent by its clock, received by ours, nanoseconds
 
     @property
     def name(self) -> str:

@@ -296,7 +296,8 @@ class BrokerService:
         peer.version = max(peer.version, message.version)
         peer.counters = message.counters
         self.figures.fleet.heard(peer, message.seconds)
-        peer.beat = (message.sent_ns, time.monotonic_ns())
+        pong = wire.Pong(self.door.version, message.sent_ns, time.monotonic_ns(), time.monotonic_ns())
+        self.router.send(peer.identity, pong)  # at once: the shorter the way, the better its clock is known
 
     # ---- figures --------------------------------------------------------------------------------
 

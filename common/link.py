@@ -209,7 +209,10 @@ class BrokerLink:
                 self._note_handshakes(monitor)
             if socket in ready:
                 self._silent_s, next_word = 0.0, SILENT_BROKER_S
+                known = self.welcomed
                 self._take(socket)
+                if self.welcomed and not known:
+                    next_beat = 0.0  # the sooner the clocks are compared
             self._drain(socket)
             if self._closing.is_set() and not self._outbox:
                 break

@@ -166,11 +166,11 @@ class Heartbeat:
 
 @dataclass
 class Pong(_Unchecked):
-    """The broker lives; its clock, beside that of the peer's last heartbeat (:class:`common.trace.ClockOffset`)."""
+    """The broker lives; in answer to a heartbeat also its clock (:class:`common.trace.ClockOffset`)."""
 
     TAG: ClassVar[str] = "pong"
     version: int
-    echo_ns: int = 0  # ``sent_ns`` of the heartbeat, by the peer's clock; 0 before the first
+    echo_ns: int = 0  # ``sent_ns`` of the heartbeat, by the peer's clock; 0 where it answers none
     received_ns: int = 0  # when it came, by the broker's clock
     sent_ns: int = 0  # by the broker's clock
 

@@ -195,9 +195,6 @@ def test_the_counting_ledger_decides_as_the_brokers_does(budget, size, pick):
                 theirs.assembled(chosen)
                 trained.append(theirs.next_step)
             assert ours.take() == chosen and ours.next_step == theirs.next_step
-        elif what < 0.9:
-            ours.budget = pick.randint(0, 4)
-            theirs.set_budget(ours.budget)
         elif trained:
             version = trained.pop(0)
 

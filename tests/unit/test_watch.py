@@ -343,7 +343,7 @@ class Terminal:
     def resize(self, rows, columns):
         fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
-    def until(self, what, seconds=20.0):
+    def until(self, what, seconds=60.0):
         deadline = time.monotonic() + seconds
         while what not in STYLE.sub("", self.said):
             assert time.monotonic() < deadline, self.said[-2000:]

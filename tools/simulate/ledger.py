@@ -2,7 +2,7 @@
 
 That one walks over everything outstanding at each question, which is nothing for a broker and too much
 for millions of groups a minute. Here groups are counted by their deadline, of which there are at most
-about budget + 1 at a time. A test lets both decide side by side.
+about budget + 1 at a time. The budget does not move: then the oldest group is the one that is due first. A test lets both decide side by side.
 """
 
 import heapq
@@ -13,13 +13,13 @@ class CountingLedger:
     """Promised and completed groups against the steps that will train them."""
 
     def __init__(self, budget: int, groups_per_step: int, steps: int) -> None:
-        self.budget = budget  # may be moved: every group keeps the one under which it was granted
+        self.budget = budget
         self.groups_per_step, self.steps = groups_per_step, steps
         self.next_step = 0  # the next step to assemble
         self.outstanding = 0  # groups granted and not assembled
         self.queued = 0  # of them complete
         self._counts: Counter[int] = Counter()  # outstanding groups by deadline
-        self._deadlines: dict[int, tuple[int, int]] = {}  # of those in flight, with the budget they were granted under
+        self._deadlines: dict[int, int] = {}  # of those in flight
         self._ready: dict[int, list[int]] = {}  # deadline -> heap of complete groups
 
     @property
@@ -36,14 +36,14 @@ class CountingLedger:
     def grant(self, group: int, version: int) -> None:
         """Promise ``group``, started at ``version`` or later."""
         deadline = version + self.budget
-        self._deadlines[group] = (deadline, self.budget)
+        self._deadlines[group] = deadline
         self._counts[deadline] += 1
         self.outstanding += 1
 
     def complete(self, group: int, oldest_version: int) -> None:
         """``group`` is whole; ``oldest_version`` sampled its oldest token."""
-        granted, budget = self._deadlines.pop(group)
-        deadline = max(granted, oldest_version + budget)
+        granted = self._deadlines.pop(group)
+        deadline = max(granted, oldest_version + self.budget)
         if deadline != granted:
             self._count(granted, -1)
             self._counts[deadline] += 1
