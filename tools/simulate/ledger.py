@@ -2,7 +2,8 @@
 
 That one walks over everything outstanding at each question, which is nothing for a broker and too much
 for millions of groups a minute. Here groups are counted by their deadline, of which there are at most
-about budget + 1 at a time. The budget does not move: then the oldest group is the one that is due first. A test lets both decide side by side.
+about budget + 1 at a time. The budget does not move, so the oldest group is the one that is due first.
+A test lets both decide side by side.
 """
 
 import heapq
