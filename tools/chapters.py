@@ -285,7 +285,7 @@ def receipts(run: Run) -> list[Block]:
         blocks += [Paragraph("Batches that stand out:"), Table(head, rows, numbers=range(1, len(head)))]
     try:
         last = receipt_rows(steps[-1])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         return [*blocks, Paragraph("The last receipt was written by another croupier and cannot be told in full.")]
     command = f"python -m tools.receipt {run.path} --step N"
     return [

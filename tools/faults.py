@@ -10,6 +10,7 @@ from tools.run_files import LOGS, Record, of_kind
 from tools.runs import Run
 
 TAIL_BYTES = 1 << 20  # of a log that are looked at
+ALERTS = "Alerts"  # the section's title
 LINES_SHOWN = 30  # of warnings, and of a log's end
 SERIOUS = re.compile(r"^\d\d:\d\d:\d\d \S+ (WARNING|ERROR|CRITICAL) ")
 LEFT = re.compile(r"^\S+ broker WARNING (actor|replica|learner) \S+ left: ")
@@ -26,7 +27,7 @@ def alert_blocks(run: Run) -> list[Block]:
         (str(alert.get("sign")), str(alert.get("since")), _ended(alert, told), str(alert.get("text")))
         for alert in raised
     ]
-    return [Heading("Alerts"), Table(("sign", "from step", "until", "what"), rows, numbers=(1,))]
+    return [Heading(ALERTS), Table(("sign", "from step", "until", "what"), rows, numbers=(1,))]
 
 
 def _ended(alert: Record, told: Sequence[Record]) -> str:

@@ -115,7 +115,8 @@ def _of_evaluations(evaluations: Sequence[Record]) -> list[Picture]:
 
 def _band(axes: Axes, lines: Sequence[Record], key: str, color: str) -> None:
     """The 95 % interval of ``key``, where it is known."""
-    known = [(x["version"], x[f"{key}_low"], x[f"{key}_high"]) for x in lines if x.get(f"{key}_low") is not None]
+    rows = [(line["version"], line.get(f"{key}_low"), line.get(f"{key}_high")) for line in lines]
+    known = [row for row in rows if None not in row]
     if len(known) > 1:
         x, low, high = zip(*known, strict=True)
         axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
@@ -254,7 +255,7 @@ def _acceptance(axes: Axes, steps: Sequence[Record]) -> None:
         axes.plot(
             expected_x, expected, color=INK, linewidth=1.0, linestyle=(0, (1, 1.5)), label="expected, without coins"
         )
-    axes.set_ylim(top=min(1.005, max([*highs, *y]) + 0.01))
+    axes.set_ylim(top=min(1.005, max([*highs, *y], default=1.0) + 0.01))
     axes.set_ylabel("share of trainable tokens", color=MUTED)
     legend(axes)
 
@@ -280,7 +281,7 @@ def _joint(axes: Axes, steps: Sequence[Record]) -> None:
     after = [
         {"step": step["step"], "after": step["joint_kl"] - step["joint_kl_drop"]}
         for step in steps
-        if step.get("joint_kl") is not None
+        if step.get("joint_kl") is not None and step.get("joint_kl_drop") is not None
     ]
     noisy(axes, after, "after", GREEN, "after it")
     axes.set_yscale("log")
@@ -289,7 +290,7 @@ def _joint(axes: Axes, steps: Sequence[Record]) -> None:
 
 
 def _throughput(axes: Axes, steps: Sequence[Record]) -> None:
-    pairs = [(step["step"], step["time_s"], step.get("tokens_generated")) for step in steps]
+    pairs = [(step["step"], step.get("time_s"), step.get("tokens_generated")) for step in steps]
     known = [(step, time, tokens) for step, time, tokens in pairs if tokens is not None and time is not None]
     window = max(1, min(SMOOTH, len(known) // 3))
     x, y = [], []

@@ -22,9 +22,10 @@ from common.errors import CroupierError
 from common.trace import SUFFIX, TRACE
 from tools import chapters
 from tools.chapters import END_STEPS, mean
-from tools.document import Block, Bold, Document, Figure, Items, Note, Paragraph
+from tools.checked import checked
+from tools.document import Block, Bold, Document, Figure, Items, Link, Note, Paragraph
 from tools.evaluations import evaluation_blocks
-from tools.faults import alert_blocks, fault_blocks, last_words
+from tools.faults import ALERTS, alert_blocks, fault_blocks, last_words
 from tools.markdown import to_markdown
 from tools.page import to_html
 from tools.plots import plot_all
@@ -54,7 +55,7 @@ def _read(run_dir: Path) -> Run:
     run = read_run(run_dir, timelines=size <= TIMELINES_BYTES)
     if size > TIMELINES_BYTES:
         run.notes.append(f"{TRACE}: {size >> 20} MB of timelines are left to `python -m tools.profile {run_dir}`")
-    return run
+    return checked(run)
 
 
 def summarize(config: RunConfig | None, last: Record, records: list[Record], status: Outcome, wall_s: float) -> Record:
@@ -147,8 +148,10 @@ def _warnings(run: Run, summary: Record) -> Iterator[Block]:
     if run.notes:
         yield Paragraph("What could not be read:")
         yield Items(run.notes)
-    for alert in run.status.get("alerts") or []:
-        yield Note((Bold("Alert: "), str(alert.get("text"))), "warning")
+    if raised := run.status.get("alerts"):
+        signs = ", ".join(str(alert.get("sign")) for alert in raised)
+        words = f" lasted to the end: {signs}. See "
+        yield Note((Bold("Signs of a collapse"), words, Link(ALERTS, f"#{ALERTS.lower()}"), "."), "warning")
     if not run.steps:
         yield Paragraph("No optimizer step was completed, so there are no curves.")
 
@@ -181,7 +184,7 @@ def _earlier(run_dir: Path) -> tuple[Outcome, float]:
             return summary["status"], float(summary["wall_s"])
     except (OSError, ValueError, TypeError, KeyError):
         pass  # none yet, or half of one: it is written anew
-    status = read_run(run_dir, timelines=False).status
+    status = checked(read_run(run_dir, timelines=False)).status
     outcome: Outcome = "finished" if status.get("phase") == "finished" else "interrupted"
     return outcome, float(status.get("time", 0.0) - status.get("started_at", status.get("time", 0.0)))
 

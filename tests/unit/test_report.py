@@ -1,6 +1,8 @@
 """What a run leaves, from whole, torn and missing files."""
 
 import json
+import math
+import random
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from broker.heldout import evaluate
 from common.config import RunConfig, RunSection, to_yaml
 from common.mixture import mixture
 from common.wire import EvaluationResult
+from tools.checked import checked
 from tools.document import Document, Figure
 from tools.evaluations import ROWS, evaluation_blocks, thinned
 from tools.markdown import to_markdown
@@ -63,7 +66,7 @@ def fill(run_dir: Path, records: list[dict[str, object]], tail: str = "") -> Non
 
 def told(run_dir: Path, status: Outcome = "finished") -> str:
     """report.md without its PNGs, which take a second each; every picture is drawn all the same."""
-    run = read_run(run_dir)
+    run = checked(read_run(run_dir))
     summary = summarize(run.config, run.status, run.records, status, 30.0)
     pictures = pictures_of(run.records, summary["staleness_budget"] or 0)
     for picture in pictures:
@@ -262,3 +265,30 @@ def test_a_run_without_faults_says_so_and_long_runs_are_thinned(tmp_path: Path) 
     points = thinned_steps([step_record(step) for step in range(3 * MAX_POINTS + 1)])
     assert len(points) <= MAX_POINTS and points[-1]["step"] == 3 * MAX_POINTS
     assert points[0]["reward"] == pytest.approx(sum(range(len(points[:1]) * 4)) / 4 / 20)
+
+
+JUNK = (None, "x", -1, 1e308, math.nan, [], {}, [1, 2], {"a": 1}, True, {"0": "x"}, "\x1b[31m", [[1]])
+
+
+def mutated(value: object, rng: random.Random, share: float) -> object:
+    """``value`` with so many of its parts replaced or missing."""
+    if rng.random() < share:
+        return rng.choice(JUNK)
+    if isinstance(value, dict):
+        return {key: mutated(inner, rng, share) for key, inner in value.items() if rng.random() > share / 3}
+    return [mutated(inner, rng, share) for inner in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_figures_of_the_wrong_kind_are_left_out_and_the_rest_is_told(tmp_path: Path, seed: int) -> None:
+    rng, run_dir = random.Random(seed), tmp_path / "x"
+    more = {"entropy": 0.5, "weight_ess": 0.9, "truncated": 0.1, "seconds_train": 0.1, "joint_kl": 0.1}
+    lines = [step_record(step, **more) for step in range(12)] + [evaluation_of(version, 1) for version in (0, 5, 10)]
+    lines.append({"kind": "alert", "sign": "kl", "state": "raised", "step": 3, "since": 2, "text": "t"})
+    lines.append({"kind": "budget", "step": 4, "old": 1, "value": 2, "reason": "r", "move": 0})
+    share = (0.02, 0.1, 0.2, 0.5)[seed]
+    fill(run_dir, [mutated(line, rng, share) for line in lines])
+    (run_dir / "status.json").write_text(json.dumps(mutated(STATUS, rng, share)))
+    report = told(run_dir, "failed")
+    assert "figures are none and were left out: " in report or "torn or foreign" in report
+    assert "## Faults survived" in report and "## Configuration" in report

@@ -11,6 +11,7 @@ from typing import Any
 
 from tools.follow.events import Histogram, Scalar, Value, Words
 from tools.run_files import Record
+from tools.watch.sound import number
 
 GROUPS = {  # heading -> how the figures under it begin
     "reward": ("reward", "advantage_", "groups_", "exemplars", "channels_", "questions_"),
@@ -29,6 +30,7 @@ GROUPS = {  # heading -> how the figures under it begin
     "joint": ("joint_",),
     "frozen": ("kl_reference", "reference_", "teachers"),
 }  # fmt: skip
+MOST_LAG = 4096  # versions; staleness.most allows 1024
 LEFT_OUT = {"kind", "time_s", "step", "version", "audit", "lag_histogram", "pass_rates", "version_max", "version_asked"}
 
 
@@ -74,6 +76,14 @@ def _of_step(record: Record) -> Iterator[Value]:
             yield _histogram(f"{'staleness' if width == 1.0 else 'reward'}/{name}", counts, width)
 
 
+def is_place(at: object) -> bool:
+    """Whether a key of a histogram is a number that one may draw."""
+    try:
+        return 0 <= float(str(at)) <= MOST_LAG
+    except ValueError:
+        return False
+
+
 def heading(name: str) -> str:
     """The longest beginning wins: kl_to_behaviour is the learner's."""
     found = [(len(start), group) for group, starts in GROUPS.items() for start in starts if name.startswith(start)]
@@ -81,8 +91,9 @@ def heading(name: str) -> str:
 
 
 def _histogram(tag: str, counts: Mapping[str, Any], width: float) -> Histogram:
-    """Integers (or tenths) as bins around them."""
-    known = {round(float(at) / width): float(count) for at, count in counts.items()}
+    """Integers (or tenths) as bins around them; what is neither, or beyond every budget, is left out."""
+    sound = {at: count for at, value in counts.items() if (count := number(value)) is not None and is_place(at)}
+    known = {round(float(at) / width): count for at, count in sound.items()} or {0: 0.0}
     low, high = min(known), max(known)
     edges = [width * (at - 0.5) for at in range(low, high + 2)]
     return Histogram(tag, edges, [known.get(at, 0.0) for at in range(low, high + 1)])
