@@ -52,9 +52,9 @@ class Ratio:
 
 
 RATIOS = {  # both sides sleep for most of the time, so that they hardly compete for the cores
-    "slow-actors": Ratio("slow actors", ("actor.slowdown=12", "learner.slowdown=4"), 3),
-    "even": Ratio("equally fast", ("actor.slowdown=8", "learner.slowdown=8"), 4),
-    "slow-learner": Ratio("slow learner", ("actor.slowdown=4", "learner.slowdown=10"), 3),
+    "slow-actors": Ratio("actors 2.5 times slower", ("actor.slowdown=20", "learner.slowdown=3"), 3),
+    "even": Ratio("equally fast", ("actor.slowdown=14", "learner.slowdown=5"), 4),
+    "slow-learner": Ratio("learner 2.5 times slower", ("actor.slowdown=4", "learner.slowdown=6"), 3),
 }
 AUTO = "auto"
 BUDGETS = ("0", "1", "2", "4", "8", "16", AUTO)
