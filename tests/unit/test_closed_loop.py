@@ -19,7 +19,7 @@ from tools.bench.closed_loop.runs import (
     needed,
     of_lines,
 )
-from tools.bench.closed_loop.study import Found, Options, chosen, rows, run_study, turns
+from tools.bench.closed_loop.study import Options, chosen, rows, run_study
 
 STEPS = round(TIME_S) + 4
 
@@ -105,9 +105,3 @@ def test_a_study_that_is_done_is_only_written(tmp_path):
     assert "| equally fast | 0.500 | 16 | 0.640 | 0.893, 0.694 | **0.781** |" in text
     assert f"- equally fast, seed 1: 2×{STEPS}" in text and text == "\n".join(lines(found)) + "\n"
     assert (tmp_path / "docs" / "results" / "closed-loop.png").stat().st_size > 10_000
-
-
-def test_seeds_begin_with_different_budgets():
-    assert sorted(turns(BUDGETS, 1)) == sorted(BUDGETS)
-    assert len({turns(BUDGETS, seed)[0] for seed in range(7)}) == 7
-    assert isinstance(Found(Options((0,))).done, dict)

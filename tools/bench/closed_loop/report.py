@@ -12,7 +12,7 @@ from tools.bench.closed_loop.study import Found, chosen
 NAME = "closed-loop"
 COLOURS = ("#9e9e9e", "#c6dbef", "#9ecae1", "#6baed6", "#3182bd", "#08519c")  # of fixed budgets, ascending
 AUTO_COLOUR = "#ea7317"
-SMOOTHED_S = 4.0  # seconds that batch rewards are averaged over in the picture
+SMOOTHED_S = 16.0  # seconds that batch rewards are averaged over in the picture
 
 
 def write_report(found: Found, docs: Path) -> None:
@@ -30,7 +30,9 @@ def lines(found: Found) -> list[str]:
         "",
         f"Written by `python -m tools.bench closed_loop`. The quick start (`{CONFIG}`) at a constant learning rate, "
         f"{seeds} seeds, {os.cpu_count()} cores, no GPU, at three ratios of speeds made by sleeping "
-        f"(`actor.slowdown`, `learner.slowdown`). Every run is ended by the clock; what is compared is the held-out "
+        f"(`actor.slowdown`, `learner.slowdown`). The {len(found.options.budgets)} runs of a ratio and seed go side by "
+        "side, asleep for most of the time, so that whatever else happens on the machine happens to all of them. Every "
+        "run is ended by the clock; what is compared is the held-out "
         f"reward of saved versions ({HELD_OUT} prompts each, judged off the clock, the same questions for all of a "
         f"seed), averaged over the last {LAST:.0%} of {TIME_S:g} s from the first step on.",
         "",

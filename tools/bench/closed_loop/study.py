@@ -2,15 +2,19 @@
 
 ::
 
-    ratio by ratio, seed by seed, budgets in turn -> versions judged off the clock -> docs/results/closed-loop.md, .png
+    seed by seed, ratio by ratio: all budgets side by side -> versions judged off the clock
+    -> docs/results/closed-loop.md, closed-loop.png
 
-Runs that are done are kept in ``runs/bench-closed-loop``, so that an interrupted study goes on. ``--reps`` is the
+The budgets of one ratio and seed run at the same time, asleep for most of it: whatever else happens on the machine
+happens to all of them. Runs that are done are kept in ``runs/bench-closed-loop``, so that an interrupted study goes on. ``--reps`` is the
 number of seeds; ``python -m tools.bench.closed_loop`` takes more options.
 """
 
 import shutil
 import statistics
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +37,7 @@ from tools.bench.closed_loop.runs import (
 from tools.bench.harness import Row
 from tools.warmstart import ensure
 
+START_EVERY_S = 1.0
 DIRECTORY = Path("runs/bench-closed-loop")
 
 
@@ -81,13 +86,14 @@ def run_study(options: Options) -> Found:
     if options.fresh:
         shutil.rmtree(root, ignore_errors=True)
     ensure(load(CONFIG))
-    cells = [Cell(r, b, seed) for seed in options.seeds for r in options.ratios for b in turns(options.budgets, seed)]
-    for number, cell in enumerate(cells, 1):
-        done = finished(cell, root)
-        if done is None:
-            done = make(cell, root)
-            console.print(f"{number}/{len(cells)} {cell.name}: {done.speed():.2f} steps/s, budgets {chosen(done)}")
-        found.done[cell] = done
+    for seed in options.seeds:
+        for ratio in options.ratios:
+            cells = [Cell(ratio, budget, seed) for budget in options.budgets]
+            kept = {cell: done for cell in cells if (done := finished(cell, root)) is not None}
+            made = side_by_side([cell for cell in cells if cell not in kept], root)
+            found.done |= kept | made
+            for cell, done in made.items():
+                console.print(f"{cell.name}: {done.speed():.2f} steps/s, budgets {chosen(done)}")
     if options.timed_only:
         return found
     for cell, done in found.done.items():
@@ -99,10 +105,14 @@ def run_study(options: Options) -> Found:
     return found
 
 
-def turns(budgets: Sequence[str], seed: int) -> list[str]:
-    """Every seed begins with another budget, so that a machine that slows down is nobody's fault."""
-    shift = (3 * seed) % len(budgets)
-    return [*budgets[shift:], *budgets[:shift]]
+def side_by_side(cells: Sequence[Cell], root: Path) -> dict[Cell, Done]:
+    """Make these runs at the same time; what one raises ends the study when the others are done."""
+    with ThreadPoolExecutor(max(1, len(cells))) as pool:
+        futures = {}
+        for cell in cells:
+            futures[cell] = pool.submit(make, cell, root)
+            time.sleep(START_EVERY_S)
+        return {cell: future.result() for cell, future in futures.items()}
 
 
 def chosen(done: Done) -> str:
