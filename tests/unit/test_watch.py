@@ -335,7 +335,7 @@ class Terminal:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tools.watch", *map(str, arguments)],
             stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-            env={**os.environ, "TERM": "xterm-256color"},
+            env={k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | {"TERM": "xterm-256color"},
         )  # fmt: skip
         os.close(slave)
         self.said = ""
