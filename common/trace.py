@@ -133,7 +133,8 @@ STATES: dict[str, dict[str, str]] = {
 # learner.slowdown are not in it.
 TALLIES = {
     "decode": "an actor's engine: rows that were live before the step; tokens sampled in it",
-    "context": "the same steps: rows; tokens of the longest context among them, no time",
+    "context": "the same steps: tokens of the longest context among the rows, over 32; rows times that context",
+    "context_rows": "the same: rows, and no time",
     "prefill": "an actor's engine: prompt tokens, see power_of_two; the same, exactly",
     "swap": "an actor: bytes of the version, see power_of_two; the same, exactly",
     "score": "a replica: tokens of the batch, see power_of_two; the same, exactly",

@@ -34,6 +34,7 @@ from common.routing import REMEDY
 from common.trace import Tracer, power_of_two, silent
 from common.weights import Bucket
 
+CONTEXT_BIN = 32  # tokens: contexts are tallied to so many
 PREFILL_TOKENS = 8192  # padded prompt tokens of one pass: bounds its activations
 
 
@@ -124,7 +125,8 @@ class LocalEngine:
         sampled, completions = self._rows.live, self._finish()
         took = self._tracer.now() - began - read[0], self._tracer.cpu() - cpu - read[1]
         self._tracer.tally("decode", decoding, *took, sampled)
-        self._tracer.tally("context", decoding, 0, 0, longest)
+        self._tracer.tally("context", longest // CONTEXT_BIN, *took, decoding * longest)
+        self._tracer.tally("context_rows", longest // CONTEXT_BIN, 0, 0, decoding)
         return completions
 
     def cancel(self, request_id: int, sibling: int) -> None:

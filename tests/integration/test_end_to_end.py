@@ -117,7 +117,7 @@ def assert_timelines_tell_everything(run, steps):
 
 
 def test_a_whole_run_keeps_its_promises(tmp_path, model):
-    done, run = launch(tmp_path, model, "trace.torch_steps=[5]", *SOON)  # clocks are measured with heartbeats
+    done, run = launch(tmp_path, model, "trace.torch_steps=[5]")
     assert done.returncode == 0, explain(done, run)
     summary = assert_books_balance(run)
     assert summary["status"] == "finished"

@@ -50,6 +50,11 @@ REGISTRY = {  # name -> (module, what it measures, default repeats); imported wh
         "what timelines cost: each call, a step's share, the quick start with and without",
         5,
     ),
+    "simulate": (
+        "tools.bench.simulate",
+        "the simulator's predictions beside real runs of other settings, 8 minutes",
+        1,
+    ),
     "closed_loop": (
         "tools.bench.closed_loop.study",
         "staleness.budget=auto beside every fixed budget: held-out reward at equal wall-clock; half an hour",

@@ -60,6 +60,8 @@ class Broker:
         self._next_group = 0
         self._with_room: set[int] = set()  # actors
         self._inbox: list[Message] = []
+        self._held: list[tuple[Callable[..., None], tuple[object, ...]]] = []  # answers until they are on disk
+        self._writing = False  # a group commit is under way
         self._busy = False
         self._wanted = -1  # the step that the learner waits for
         self._evaluator = -1  # the actor that evaluates
@@ -97,9 +99,25 @@ class Broker:
             action(*arguments)
         self._look()
 
-    def _answer(self, action: Callable[..., None], *arguments: object) -> None:
-        """Send what was decided, once that is on disk."""
-        self.world.clock.after(self.world.setup.broker.hold_s, self.world.send, action, *arguments)
+    def answer(self, action: Callable[..., None], *arguments: object) -> None:
+        """Send what was decided, once that is on disk: with the next group commit."""
+        self._held.append((action, arguments))
+        self._write()
+
+    def _write(self) -> None:
+        if not self._writing and self._held:
+            self._writing = True
+            held, self._held = self._held, []
+            self.world.clock.after(self.world.setup.broker.hold_s, self._durable, held)
+
+    def _durable(self, held: list[tuple[Callable[..., None], tuple[object, ...]]]) -> None:
+        self._writing = False
+        for action, arguments in held:
+            self.world.send(action, *arguments)
+        self._write()
+
+    def _acknowledge(self) -> None:
+        """Nobody waits for it but the next group commit."""
 
     # ---- a turn ---------------------------------------------------------------------------------
 
@@ -125,7 +143,7 @@ class Broker:
             self._scoring = step
             replica = self.replicas[self._turns % len(self.replicas)]
             self._turns += 1
-            self._answer(replica.asked, step)
+            self.answer(replica.asked, step)
         else:
             self.decided[step.number] = step
         self._look()
@@ -144,7 +162,7 @@ class Broker:
             self._end_turn()
 
     def _serve(self, number: int) -> None:
-        self._answer(self.learner.served, self.decided.pop(number))
+        self.answer(self.learner.served, self.decided.pop(number))
         self._end_turn()
 
     def _end_turn(self) -> None:
@@ -187,11 +205,12 @@ class Broker:
         actor.in_flight += count
         if actor.in_flight >= actor.capacity:
             self._with_room.discard(actor.number)
-        self._answer(actor.granted, groups, [])
+        self.answer(actor.granted, groups, [])
         return count
 
     def on_trajectories(self, ended: list[Ended]) -> None:
-        """Completions have come."""
+        """Completions have come; they are journaled before they are acknowledged."""
+        self.answer(self._acknowledge)
         for one in ended:
             group: Group = one.request.group
             for version, tokens in one.versions:
@@ -218,7 +237,7 @@ class Broker:
         actor = min(self.actors, key=lambda a: (a.in_flight, a.number))
         self._evaluator, self._missing, self._asked = actor.number, part.prompts, self.published
         questions = [Group(-1, actor.number, part.samples, evaluation=True) for _ in range(part.prompts)]
-        self._answer(actor.granted, [], questions)
+        self.answer(actor.granted, [], questions)
 
     def evaluated(self) -> None:
         """A held-out question is answered; with the last one the actor says so."""

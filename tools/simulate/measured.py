@@ -12,8 +12,8 @@ machine, ``machine.cores`` is what they got of it while more of them wanted to r
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,18 @@ from numpy.typing import NDArray
 
 from common.config import RunConfig
 from common.errors import DataError
+from tools.profile.causes import marks_of
 from tools.profile.spent import NS, Course, Window, choose_window, course_of, processes_of
+from tools.profile.verdict import cores_of
 from tools.runs import Run, read_run
-from tools.simulate.settings import Setup, settings_of
+from tools.simulate.settings import Setup, replaced, settings_of
 from tools.timelines import Life, is_idle
 
 TRAINING = ("load", "forward", "backward", "reduce", "optimizer", "joint")  # states of a learner's step
 MOST_LENGTHS = 256  # of a histogram
+WAITING = ("journal", "send")  # states in which a thread mostly waits for others of its process
+CROWDED = 0.3  # of its time a run must have more threads than cores to say how many cores there were
+ALIKE = 0.004  # columns of a fit whose least singular value is a smaller share of the greatest are too alike
 LEAST_STEPS = 4  # within the window
 
 Tally = dict[int, list[float]]  # key -> times, wall, cpu, amount
@@ -45,9 +50,13 @@ class Sample:
     tokens: float  # of a step, prompts included
     sequences: float  # of a step
     states: dict[str, Counter[str]] = field(default_factory=dict)  # role -> state -> CPU seconds of main threads
+    walls: dict[str, Counter[str]] = field(default_factory=dict)  # the same, seconds that passed
     threads: Counter[str] = field(default_factory=Counter)  # role -> CPU seconds of other threads
     tallies: dict[str, Tally] = field(default_factory=dict)
-    cores: float | None = None  # that its processes got; None: there were enough, or they were on several machines
+
+    def wall(self, role: str, *states: str) -> float:
+        """Seconds of a role in some states."""
+        return float(sum(self.walls.get(role, Counter())[state] for state in states))
 
     def cpu(self, role: str, *states: str) -> float:
         """CPU seconds of a role in some states."""
@@ -97,10 +106,10 @@ def read_sample(run_dir: Path) -> Sample:
     for process in processes_of(run.timelines, window):
         into = found.states.setdefault(process.role, Counter())
         into.update({state: cpu for state, (_, cpu) in process.states.items()})
+        found.walls.setdefault(process.role, Counter()).update({s: wall for s, (wall, _) in process.states.items()})
     for life in run.timelines.lives:
         _add_tallies(found.tallies, life, window)
         _add_threads(found, life)
-    found.cores = _cores(found)
     return found
 
 
@@ -137,36 +146,27 @@ def _add_threads(into: Sample, life: Life) -> None:
     into.threads[life.role] += max(0.0, (last - first) * NS - main) * scale  # type: ignore[assignment]  # seconds
 
 
-def _cores(sample: Sample) -> float | None:
-    """The cores that all main threads got together while more wanted to run than that."""
-    lives = sample.run.timelines.lives
-    if len({life.header.get("host") for life in lives}) != 1:
-        return None
-    window = sample.window
-    busy = Counter[int]()  # threads that want to run -> nanoseconds
-    changes: list[tuple[int, int]] = []
-    for life in lives:
+def _wanting(sample: Sample) -> Counter[int]:
+    """How many main threads wanted to run, and for how many seconds; a slowed process's sleeps count as wanting."""
+    window, changes = sample.window, list[tuple[int, int]]()
+    for life in sample.run.timelines.lives:
         for state, start, end in _course(life).between(window.start, window.end):
-            if state and not is_idle(state) and state not in ("journal", "send"):
+            if state and not is_idle(state) and state not in WAITING:
                 changes += [(start, 1), (end, -1)]
-    at, running = window.start, 0
+    found, at, running = Counter[int](), window.start, 0
     for when, change in sorted(changes):
-        busy[running] += when - at
+        found[running] += (when - at) * NS  # type: ignore[assignment]  # seconds
         at, running = when, running + change
-    used = sum(sum(states.values()) for states in sample.states.values())
-    return solve_cores({n: ns * NS for n, ns in busy.items()}, used)
+    return found
 
 
 def _course(life: Life) -> Course:
     return course_of([life])
 
 
-def solve_cores(seconds: dict[int, float], used: float) -> float | None:
-    """c with sum over n of seconds[n] min(n, c) = used; None if even all threads together used no less."""
-    most = max(seconds, default=0)
-    if used >= sum(n * s for n, s in seconds.items()):
-        return None
-    low, high = 0.0, float(most)
+def solve_cores(seconds: Mapping[int, float], used: float) -> float:
+    """c with sum over n of seconds[n] min(n, c) = used; the most threads at once if even all of them used no more."""
+    low, high = 0.0, float(max(seconds, default=0))
     for _ in range(60):
         middle = (low + high) / 2
         if sum(min(n, middle) * s for n, s in seconds.items()) < used:
@@ -182,7 +182,7 @@ def solve_cores(seconds: dict[int, float], used: float) -> float | None:
 def fit(samples: Sequence[Sample], notes: list[str]) -> Setup:
     """The setup of the first sample at the costs of all."""
     first = samples[0]
-    setup = _with(Setup(), settings_of(first.config))
+    setup = replaced(Setup(), settings_of(first.config))
     prompt = first.tokens / first.sequences - _sampled(first)
     costs = {
         "rollout": {"prompt_tokens": max(1, round(prompt))},
@@ -192,16 +192,10 @@ def fit(samples: Sequence[Sample], notes: list[str]) -> Setup:
         "replica": _replica_costs(samples),
         "learner": _learner_costs(samples),
         "weights": _weights_costs(samples),
-        "broker": _broker_costs(samples),
+        "broker": _broker_costs(samples, notes),
         "machine": _machine(samples, notes),
     }
-    return _with(setup, costs)
-
-
-def _with(setup: Setup, values: dict[str, dict[str, Any]]) -> Setup:
-    """``setup`` with the given fields of its sections."""
-    sections = {f.name: getattr(setup, f.name) for f in fields(setup)}
-    return Setup(**{name: replace(part, **values.get(name, {})) for name, part in sections.items()})
+    return replaced(setup, costs)
 
 
 def least_squares(rows: Sequence[Sequence[float]], targets: Sequence[float]) -> NDArray[np.float64]:
@@ -215,7 +209,7 @@ def least_squares(rows: Sequence[Sequence[float]], targets: Sequence[float]) -> 
     while chosen:
         part = a[:, chosen] / scale[chosen]
         singular = np.linalg.svd(part, compute_uv=False)
-        if len(part) < len(chosen) or singular[-1] < 0.02 * singular[0]:
+        if len(part) < len(chosen) or singular[-1] < ALIKE * singular[0]:
             chosen.pop(0)  # too alike to be told apart
             continue
         found = np.linalg.lstsq(part, b, rcond=None)[0] / scale[chosen]
@@ -247,33 +241,46 @@ def _sampled(sample: Sample) -> float:
 def _actor_costs(samples: Sequence[Sample], notes: list[str]) -> dict[str, float]:
     rows, costs = [], []
     for sample in samples:
-        context = sample.tallies.get("context", {})
-        for live, (times, _, cpu, _) in sample.tallies.get("decode", {}).items():
-            if live:
-                longest = context[live][3] / context[live][0] if live in context else 0.0
-                weight = np.sqrt(times)
-                rows.append([weight, weight * live * longest, weight * live])
-                costs.append(weight * cpu * NS / times)
+        for times, of_rows, of_context, cpu in _decoding(sample):
+            weight = 1 / np.sqrt(times)  # of sums over that many steps, each equally uncertain
+            rows.append([weight * times, weight * of_context, weight * of_rows])
+            costs.append(weight * cpu)
     if not rows:
         notes.append(
             "actors' timelines tell of no decoding (SGLang servers?): actor.*_s are defaults, set them by hand"
         )
         return {}
     fixed, of_context, of_row = least_squares(rows, costs).tolist()
+    played_s, turn_s = least_squares(
+        [[s.steps * s.sequences, _engine_steps(s)] for s in samples], [s.cpu("actor", "play") for s in samples]
+    ).tolist()
     prefill = _all(samples, "prefill")
     pass_s, token_s = least_squares(
         [[s[0], s[3]] for _, s in prefill], [s[2] * NS for _, s in prefill]
     ).tolist() if prefill else (0.0, 0.0)  # fmt: skip
     swaps = _all(samples, "swap")
     return {
-        "step_s": fixed + _mean(samples, lambda s: s.cpu("actor", "play"), _engine_steps),
+        "step_s": fixed + turn_s,
         "row_s": of_row,
         "context_s": of_context,
         "prefill_s": pass_s,
         "prefill_token_s": token_s,
-        "sequence_s": _mean(samples, lambda s: s.cpu("actor", "send"), lambda s: s.steps * s.sequences),
+        "sequence_s": played_s + _mean(samples, lambda s: s.cpu("actor", "send"), lambda s: s.steps * s.sequences),
         "swap_s": sum(s[2] for _, s in swaps) * NS / max(1, sum(s[0] for _, s in swaps)),
     }
+
+
+def _decoding(sample: Sample) -> Iterator[tuple[float, float, float, float]]:
+    """Steps, rows, rows times contexts and CPU seconds: by the context where that is tallied, else by rows."""
+    of_rows = sample.tallies.get("context_rows", {})
+    for place, (times, _, cpu, amount) in sample.tallies.get("context", {}).items():
+        if place in of_rows and of_rows[place][3]:
+            yield times, of_rows[place][3], amount, cpu * NS
+    rows = sum(sums[3] for sums in of_rows.values())
+    longest = sum(sums[3] for sums in sample.tallies.get("context", {}).values()) / rows if rows else 0.0  # on average
+    for live, (times, _, cpu, _) in sample.tallies.get("decode", {}).items():
+        if live:
+            yield times, times * live, times * live * longest, cpu * NS
 
 
 def _engine_steps(sample: Sample) -> float:
@@ -324,7 +331,7 @@ def _weights_costs(samples: Sequence[Sample]) -> dict[str, float]:
     }
 
 
-def _broker_costs(samples: Sequence[Sample]) -> dict[str, float]:
+def _broker_costs(samples: Sequence[Sample], notes: list[str]) -> dict[str, float]:
     """Messages are taken as those of trajectories; what is done a turn is spread over them."""
 
     def each(*states: str) -> float:
@@ -344,20 +351,49 @@ def _broker_costs(samples: Sequence[Sample]) -> dict[str, float]:
         "decide_s": each("thin"),
         "pack_s": each("pack"),
         "commit_s": each("commit"),
+        **_delays(samples, notes),
     }
+
+
+def _delays(samples: Sequence[Sample], notes: list[str]) -> dict[str, float]:
+    """From the marks of steps that were ready when the learner asked: packed, on disk, sent, there."""
+    held, under_way = [], []
+    for sample in samples:
+        marks, packed = marks_of(sample.run.timelines), sample.wall("broker", "pack") / sample.steps
+        for life in sample.run.timelines.of("learner"):
+            for wait in life.slices:
+                mark = marks.get(wait.step, {})
+                if wait.state != "idle.shard" or wait.start < sample.window.start or not mark.get("served"):
+                    continue
+                if mark.get("decided") and mark.get("asked") and mark["decided"][0] < mark["asked"][0]:
+                    held.append((mark["served"][0] - mark["asked"][0]) * NS - packed)
+                    under_way.append((wait.end - mark["served"][0]) * NS)
+    if not held:
+        notes.append("no shard was ready when the learner asked: how long the journal holds answers is a default")
+        return {}
+    return {"hold_s": max(0.0, float(np.median(held))), "link_s": max(0.0, float(np.median(under_way)))}
 
 
 def _machine(samples: Sequence[Sample], notes: list[str]) -> dict[str, float | bool]:
     hosts = {life.header.get("host") for s in samples for life in s.run.timelines.lives}
     if len(hosts) != 1:
         return {"shared": False}
-    found = [s.cores for s in samples if s.cores is not None]
-    if not found:
-        notes.append(
-            "more cores than its processes wanted: taken as enough for all; set machine.cores to what there is"
-        )
+    there = min(cores_of(samples[0].run.timelines).values(), default=None)
+    if there is None:
+        notes.append("how many cores the machine has is not known: taken as enough for all; set machine.cores")
         return {"shared": False}
-    return {"shared": True, "cores": float(np.mean(found))}
+    got = [cores for sample in samples if (cores := _cores_got(sample, there)) is not None]
+    return {"shared": True, "cores": min(float(there), float(np.mean(got))) if got else float(there)}
+
+
+def _cores_got(sample: Sample, there: int) -> float | None:
+    """What the processes had of the machine's cores while they wanted more than all; None: that was seldom."""
+    slowed = sample.config.actor.slowdown > 1 or sample.config.learner.slowdown > 1
+    wanting = _wanting(sample)
+    crowded = sum(seconds for threads, seconds in wanting.items() if threads >= there)
+    if slowed or crowded < CROWDED * sum(wanting.values()):
+        return None
+    return solve_cores(wanting, sum(sum(states.values()) for states in sample.states.values()))
 
 
 def _lengths(sample: Sample) -> dict[str, Any]:

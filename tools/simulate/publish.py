@@ -19,6 +19,9 @@ class Post(Protocol):
     def post(self, cost: float, action: Callable[..., None], *arguments: object) -> None:
         """A message leaves for the broker; handled there it costs ``cost`` and does ``action``."""
 
+    def answer(self, action: Callable[..., None], *arguments: object) -> None:
+        """The broker sends what it decided, once that is on disk."""
+
 
 class Publish:
     """One attempt, which never fails."""
@@ -46,11 +49,11 @@ class Publish:
         """The broker asks everybody; with nobody to ask it is settled."""
         if not self._receivers:
             self._published = True
-            self._world.send(self._sent)
+            self._broker.answer(self._sent)
             self._settled(self)
             return
         for receiver in self._receivers:
-            self._world.send(receiver.prepare, self)
+            self._broker.answer(receiver.prepare, self)
 
     def ready(self, receiver: Receiver) -> None:
         """``receiver`` says so."""
@@ -60,10 +63,9 @@ class Publish:
         self._not_ready -= 1
         if self._not_ready:
             return
-        delay = self._world.setup.broker.hold_s  # the journal notes that it is being sent
         for receiver in self._receivers:
-            self._world.clock.after(delay, self._world.send, receiver.go, self)
-        self._world.clock.after(delay, self._world.send, self._enter)
+            self._broker.answer(receiver.go, self)  # the journal notes that it is being sent
+        self._broker.answer(self._enter)
 
     def enter(self, receiver: Receiver) -> None:
         """``receiver`` is in the collective."""

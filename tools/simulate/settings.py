@@ -12,8 +12,8 @@ time otherwise. Tokens are those sampled, unless said otherwise.
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -302,6 +302,12 @@ def _merge(base: Setup, file: DictConfig, source: str, overrides: Sequence[str])
         raise ConfigError(f"{source}: {key}: {str(error).splitlines()[0]}") from error
     assert isinstance(merged, Setup)
     return merged
+
+
+def replaced(setup: Setup, values: Mapping[str, Mapping[str, Any]]) -> Setup:
+    """``setup`` with the given fields of its sections. Raises :class:`ConfigError`."""
+    sections = {f.name: getattr(setup, f.name) for f in fields(setup)}
+    return Setup(**{name: replace(part, **values.get(name, {})) for name, part in sections.items()})
 
 
 def variants(overrides: Sequence[str]) -> list[list[str]]:
