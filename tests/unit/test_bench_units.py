@@ -59,6 +59,7 @@ def test_unknown_names_and_repeats_are_refused(capsys: pytest.CaptureFixture[str
         "store",
         "fleet",
         "trace",
+        "simulate",
         "closed_loop",
     }
 
