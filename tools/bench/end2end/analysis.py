@@ -7,7 +7,6 @@
 """
 
 import json
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -75,28 +74,39 @@ def reaches(curve: Curve, target: float) -> float | None:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A figure over its reference, seed by seed."""
+    """A figure and its reference, seed by seed."""
 
-    by_seed: list[float]
+    pairs: list[tuple[float, float]]
 
     @property
-    def mean(self) -> float:
-        """Geometric, so that turning a ratio round turns its mean round."""
-        return math.exp(statistics.fmean(math.log(value) for value in self.by_seed))
+    def value(self) -> float:
+        """Mean of the figure."""
+        return statistics.fmean(value for value, _ in self.pairs)
+
+    @property
+    def reference(self) -> float:
+        """Mean of the reference, over the same seeds."""
+        return statistics.fmean(reference for _, reference in self.pairs)
+
+    @property
+    def by_seed(self) -> list[float]:
+        """The figure over its reference."""
+        return [value / reference for value, reference in self.pairs]
 
     @property
     def spread(self) -> float:
         """Standard deviation over seeds; 0 for one seed, which has none to show."""
-        return statistics.stdev(self.by_seed) if len(self.by_seed) > 1 else 0.0
+        return statistics.stdev(self.by_seed) if len(self.pairs) > 1 else 0.0
 
     def __str__(self) -> str:
-        return f"{self.mean:.2f} ± {self.spread:.2f}" if len(self.by_seed) > 1 else f"{self.mean:.2f}"
+        mean = f"{self.value / self.reference:.2f}"
+        return f"{mean} ± {self.spread:.2f}" if len(self.pairs) > 1 else mean
 
 
 def paired(ours: Mapping[int, float | None], theirs: Mapping[int, float | None]) -> Ratio | None:
-    """Ratios of the seeds on which both have a figure that is not 0; None if there is no such seed."""
-    both = [(a, b) for seed, a in ours.items() if a and (b := theirs.get(seed))]
-    return Ratio([a / b for a, b in both]) if both else None
+    """Of the seeds on which both have a figure that is not 0; None if there is no such seed."""
+    pairs = [(a, b) for seed, a in ours.items() if a and (b := theirs.get(seed))]
+    return Ratio(pairs) if pairs else None
 
 
 def band(curves: Sequence[Curve], points: int = 200) -> tuple[Floats, Floats, Floats, Floats]:

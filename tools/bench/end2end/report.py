@@ -50,7 +50,7 @@ def lines(found: Found) -> list[str]:
         "",
         "## Ratios, seed by seed",
         "",
-        "Each contestant over a reference on the same seed; geometric mean ± standard deviation (and every seed). "
+        "Each contestant over a reference: of means over seeds ± standard deviation over seeds (and every seed). "
         "Speeds: more is better; wall-clock: less.",
         "",
         *_ratios(found),

@@ -12,7 +12,6 @@ on. ``--reps`` is the number of seeds; ``python -m tools.bench.end2end`` takes m
 
 import json
 import shutil
-import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,18 +141,11 @@ def rows(found: Found) -> list[Row]:
 def _row(arena: Arena, name: str, unit: str, values: Callable[[str], Values], key: str, reference: str) -> Row | None:
     if key == reference or reference not in arena.contestants:
         return None
-    ours, theirs = values(key), values(reference)
-    ratio = paired(ours, theirs)
+    ratio = paired(values(key), values(reference))
     if ratio is None:
         return None
-    beside, title = arena.contestants[reference].title, arena.contestants[key].title
-    return Row(
-        "end2end", f"{name}: {title}", _mean(ours), unit, beside, _mean(theirs), len(ratio.by_seed), ratio.spread
-    )  # fmt: skip
-
-
-def _mean(values: Values) -> float:
-    return statistics.fmean(value for value in values.values() if value is not None)
+    beside, name = arena.contestants[reference].title, f"{name}: {arena.contestants[key].title}"
+    return Row("end2end", name, ratio.value, unit, beside, ratio.reference, len(ratio.pairs), ratio.spread)
 
 
 # ---- running ------------------------------------------------------------------------------------
