@@ -20,6 +20,8 @@ import matplotlib
 matplotlib.use("Agg")  # files only: no display is needed or opened
 
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from tools import document
@@ -67,7 +69,7 @@ def place(picture: Picture, directory: Path) -> document.Figure:
 
 def place_figure(figure: Figure, name: str, alt: str, directory: Path) -> document.Figure:
     """As :func:`place`, for a picture that was drawn already; ``alt`` says what it shows."""
-    figure.savefig(directory / name)
+    FigureCanvasAgg(figure).print_png(directory / name)  # savefig would draw it twice, and drawing is what takes time
     figure.set_layout_engine("none")  # it is laid out
     svg = to_svg(figure)
     png = b"" if len(svg) <= SVG_LIMIT else (directory / name).read_bytes()
@@ -77,8 +79,10 @@ def place_figure(figure: Figure, name: str, alt: str, directory: Path) -> docume
 def to_svg(figure: Figure) -> str:
     """Its SVG element, in the page's colours and type; two decimals of a point are enough."""
     buffer = io.StringIO()
+    for patch in (figure.patch, *(axes.patch for axes in figure.axes)):
+        patch.set_facecolor("none")
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "croupier"}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
