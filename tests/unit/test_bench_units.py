@@ -61,7 +61,6 @@ def test_unknown_names_and_repeats_are_refused(capsys: pytest.CaptureFixture[str
         "trace",
         "simulate",
         "closed_loop",
-        "simulate",
     }
 
 
