@@ -19,6 +19,7 @@ from actor.engine.server import State
 from actor.service import make_receiver
 from common import wire
 from common.config import WeightsSection
+from common.trace import silent
 from tests.sglang.servers import (
     TOLERANCE,
     ask,
@@ -127,7 +128,7 @@ def fleet(server, models, tmp_path):
         config = replace(config, weights=WeightsSection(route=route, deadline_s=6.0))
         engine = sglang_engine(config)
         sent = queue.Queue()
-        receiver = make_receiver(config, engine, sent.put)
+        receiver = make_receiver(config, engine, sent.put, silent())
         open_.append((engine, receiver))
         return engine, receiver, sent
 
