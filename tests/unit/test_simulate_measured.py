@@ -14,7 +14,8 @@ from tools.bench.predictions import Compared, Figures, rows_of
 from tools.profile.spent import Window
 from tools.runs import Run
 from tools.simulate.__main__ import main
-from tools.simulate.measured import Sample, fit, least_squares, read_sample, solve_cores
+from tools.simulate.costs import fit, least_squares, solve_cores
+from tools.simulate.sample import Sample, read_sample
 
 STEP, ROW, CONTEXT = 5e-3, 3e-4, 2e-6  # seconds a decode step, row, row and token of context
 
@@ -70,8 +71,8 @@ def sample_of(steps=10, sequences=16, sampled=48, rows=(8, 16, 32), contexts=(40
     walls = {"broker": Counter(pack=steps * 2e-3)}
     run = Run(Path("runs/x"), config, {}, lines, lives)
     return Sample(
-        run, config, window, steps, tokens, sequences, states, walls, Counter(actor=steps * 0.02, learner=steps * 0.01),
-        {**tallies, **more},
+        run, config, window, steps, tokens, sequences, sampled, states, walls,
+        Counter(actor=steps * 0.02, learner=steps * 0.01), {**tallies, **more},
     )  # fmt: skip
 
 

@@ -31,7 +31,15 @@ from tools.bench.predictions import Compared, Figures, figures_of, rows_of
 from tools.runs import read_run
 from tools.simulate import Setup, simulate
 from tools.simulate.measured import measure
-from tools.simulate.settings import replaced, settings_of
+from tools.simulate.settings import override, replaced, settings_of
+
+SCALE = (  # 240,000 rows in flight, 1.6 million completions of 2,000 tokens
+    "machine.shared=false", "actor.count=10000", "actor.max_sequences=32", "rollout.groups_per_step=10000",
+    "rollout.group_size=8", "rollout.max_tokens=8192", "length.kind=lognormal", "length.mean=2000", "length.sigma=0.8",
+    "run.steps=20", "replica.count=8", "replica.score_token_s=2e-8", "learner.step_s=1", "learner.token_s=2e-7",
+    "broker.message_s=5e-6", "broker.trajectory_s=5e-6", "weights.send_s=2", "weights.receive_s=2",
+)  # fmt: skip
+SCALE_BAR_S = 60.0  # of one core, for 10,000 actors
 
 BASE = ("rollout.max_tokens=48", "staleness.budget=2", "run.steps=30")
 CALIBRATION = {
@@ -62,7 +70,16 @@ def run(reps: int) -> list[Row]:
     """Launch everything once (``reps`` is not used: the medians are over configurations), compare, report."""
     with tempfile.TemporaryDirectory(prefix="croupier-bench-") as folder:
         launch_all(Path(folder))
-        return rows_of(compare(Path(folder)))
+        return [*rows_of(compare(Path(folder))), scale()]
+
+
+def scale() -> Row:
+    """CPU seconds of a simulation of 10,000 actors; it has one thread."""
+    began = time.process_time()
+    outcome = simulate(override(Setup(), SCALE))
+    took = time.process_time() - began
+    name = f"10,000 actors, {outcome.generated / 1e9:.1f} billion tokens: CPU seconds"
+    return Row("simulate", name, took, "s", "bar: a minute", SCALE_BAR_S, 1)
 
 
 def launch_all(folder: Path) -> None:
@@ -120,6 +137,8 @@ def main() -> int:
         )
     for row in rows_of(compare(directory))[-4:]:
         print(f"{row.name:50} {row.value:.1%}  ({row.reference})")
+    row = scale()
+    print(f"{row.name:50} {row.value:.1f} s  ({row.reference})")
     return 0
 
 

@@ -61,6 +61,7 @@ class Broker:
         self._with_room: set[int] = set()  # actors
         self._inbox: list[Message] = []
         self._held: list[tuple[Callable[..., None], tuple[object, ...]]] = []  # answers until they are on disk
+        self._unwritten = False  # something was journaled that nobody waits for
         self._writing = False  # a group commit is under way
         self._busy = False
         self._wanted = -1  # the step that the learner waits for
@@ -105,8 +106,8 @@ class Broker:
         self._write()
 
     def _write(self) -> None:
-        if not self._writing and self._held:
-            self._writing = True
+        if not self._writing and (self._held or self._unwritten):
+            self._writing, self._unwritten = True, False
             held, self._held = self._held, []
             self.world.clock.after(self.world.setup.broker.hold_s, self._durable, held)
 
@@ -115,9 +116,6 @@ class Broker:
         for action, arguments in held:
             self.world.send(action, *arguments)
         self._write()
-
-    def _acknowledge(self) -> None:
-        """Nobody waits for it but the next group commit."""
 
     # ---- a turn ---------------------------------------------------------------------------------
 
@@ -210,7 +208,8 @@ class Broker:
 
     def on_trajectories(self, ended: list[Ended]) -> None:
         """Completions have come; they are journaled before they are acknowledged."""
-        self.answer(self._acknowledge)
+        self._unwritten = True
+        self._write()
         for one in ended:
             group: Group = one.request.group
             for version, tokens in one.versions:

@@ -92,7 +92,8 @@ class Clock:
 
     def __init__(self, cores: float = 1.0, crowded: float = 1.0) -> None:
         self.now = 0.0  # seconds
-        self.events = 0
+        self.events = 0  # that have happened
+        self.halted = False  # set by whoever has seen enough
         self.shared = Cores(cores, crowded)
         self._heap: Heap = []
         self._order = 0
@@ -118,31 +119,30 @@ class Clock:
         """``action(*arguments)`` in so many seconds."""
         self.start(seconds, action, *arguments)
 
-    def turn(self) -> bool:
-        """Let the next thing happen; False if nothing ever will."""
-        own, shared = self._heap, self.shared
-        while own and not own[0][2].alive:
-            heapq.heappop(own)
-        at = own[0][0] if own else math.inf
+    def run(self, events: int = 1) -> int:
+        """Let up to so many things happen; returns how many did: fewer if nothing is left, or :attr:`halted`."""
+        own, shared, pop, done = self._heap, self.shared, heapq.heappop, 0
         working = shared.heap
-        if working:
+        while done < events and not self.halted:
+            while own and not own[0][2].alive:
+                pop(own)
+            at = own[0][0] if own else math.inf
             while working and not working[0][2].alive:
-                heapq.heappop(working)
+                pop(working)
             if working and (ends := self.now + max(0.0, working[0][0] - shared.work) / shared.rate) < at:
                 self.now = ends
-                work, _, task = heapq.heappop(working)
+                work, _, task = pop(working)
                 shared.work = max(shared.work, work)
                 shared.count(-task.threads)
-                self._do(task)
-                return True
-        if not own:
-            return False
-        shared.work += (at - self.now) * shared.rate
-        self.now = at
-        self._do(heapq.heappop(own)[2])
-        return True
-
-    def _do(self, task: Task) -> None:
-        self.events += 1
-        task.alive = False
-        task.action(*task.arguments)
+            elif own:
+                if working or shared.busy:
+                    shared.work += (at - self.now) * shared.rate
+                self.now = at
+                task = pop(own)[2]
+            else:
+                break
+            done += 1
+            task.alive = False
+            task.action(*task.arguments)
+        self.events += done
+        return done

@@ -47,13 +47,13 @@ class Simulation:
 
     def _run(self, progress: Progress | None) -> None:
         clock, steps = self.world.clock, self.setup.run.steps
-        while len(self.counts.commits) < steps:
-            if not clock.turn():
+        while not clock.halted:
+            if clock.run(LOOK_EVERY) < LOOK_EVERY and not clock.halted:
                 raise ConfigError(
                     f"the run stops after {len(self.counts.commits)} of {steps} steps: nobody has anything to do; "
                     "this is a fault of the simulator, please report the setup"
                 )
-            if progress is not None and clock.events % LOOK_EVERY == 0:
+            if progress is not None:
                 progress(len(self.counts.commits), steps)
 
     def _trained(self, step: Step) -> None:
@@ -64,6 +64,7 @@ class Simulation:
         counts.generated.append(sum(actor.sent + actor.cancelled for actor in self.broker.actors))
         if step.number in (first_step(self.setup), self.setup.run.steps - 1):
             counts.seconds.append(self.world.totals())
+        self.world.clock.halted = len(counts.commits) == self.setup.run.steps
 
 
 def simulate(setup: Setup, progress: Progress | None = None) -> Outcome:

@@ -6,8 +6,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from tools.pictures import BLUE, DPI, GREEN, INK, MUTED, ORANGE, SERIES, dress, legend
+from tools.pictures import BLUE, DPI, GREEN, INK, MUTED, ORANGE, SERIES, dress
 from tools.simulate.table import Line
 
 PANEL = (4.2, 3.4)  # inches
@@ -37,22 +38,24 @@ def _draw_sweep(lines: Sequence[Line], keys: Sequence[str], axes: Sequence[Axes]
         dress(one, title)
         one.set_xlabel(across, color=MUTED)
         one.set_xticks(range(len(ticks)), ticks)
-        one.set_ylim(bottom=0)
     for number, (label, curve) in enumerate(list(curves.items())[:MOST_CURVES]):
         color, at = SERIES[number % len(SERIES)], [ticks.index(line.values[across]) for line in curve]
         style: dict[str, Any] = {"color": color, "marker": "o", "markersize": 4}
         axes[0].plot(at, [line.outcome.steps_per_s for line in curve], label=label or None, **style)
         axes[1].plot(at, [line.outcome.lag_mean for line in curve], **style)
         axes[1].plot(at, [line.outcome.lag_p95 for line in curve], linestyle=":", **style)
+    label, curve = next(iter(curves.items()))
+    at = [ticks.index(line.values[across]) for line in curve]
     for role, color in IDLE.items():
-        curve = next(iter(curves.values()))
-        at = [ticks.index(line.values[across]) for line in curve]
         if all(role in line.outcome.idle for line in curve):
             axes[2].plot(at, [line.outcome.idle[role] for line in curve], color=color, marker="o", label=role)
+    axes[2].set_title(
+        f"idle share{f', {label}' if label else ''}", loc="left", fontsize=13, fontweight="bold", color=INK
+    )
     axes[2].yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    legend(axes[2])
+    axes[2].legend(frameon=False, fontsize=9, labelcolor=INK)
     if others:
-        axes[0].legend(frameon=False, fontsize=8, labelcolor=INK)
+        axes[0].legend(frameon=False, fontsize=9, labelcolor=INK)
     for one in axes:
         one.set_ylim(bottom=0)
 
@@ -62,6 +65,8 @@ def _draw_one(line: Line, axes: Sequence[Axes]) -> None:
     dress(axes[0], "tokens by lag")
     axes[0].bar(list(outcome.lags), list(outcome.lags.values()), color=BLUE)
     axes[0].set_xlabel("versions", color=MUTED)
+    axes[0].set_xlim(-0.6, max(outcome.lag_max, 1) + 0.6)
+    axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     dress(axes[1], "steps trained")
     axes[1].plot(outcome.commits, range(1, len(outcome.commits) + 1), color=BLUE)
     axes[1].set_xlabel("seconds", color=MUTED)

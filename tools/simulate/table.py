@@ -42,7 +42,7 @@ def cells(outcome: Outcome) -> list[str]:
     actors = outcome.shares.get("actor", {})
     replica = f"{outcome.idle['replica']:.0%}" if "replica" in outcome.idle else "–"
     return [
-        f"{outcome.steps_per_s:.3g}", f"{outcome.generated_per_s:,.0f}", f"{outcome.trained_per_s:,.0f}",
+        f"{outcome.steps_per_s:#.3g}", f"{outcome.generated_per_s:,.0f}", f"{outcome.trained_per_s:,.0f}",
         f"{outcome.lag_mean:.2f}", str(outcome.lag_p95), str(outcome.lag_max), f"{outcome.learner_idle:.0%}",
         f"{actors.get('idle.credits', 0.0):.0%}", f"{actors.get('idle.weights', 0.0):.0%}", replica,
         f"{outcome.waste:.1%}",
