@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker.batch import Batch, Decision
+from common.ragged import count
 
 WARN_SIGMA = 4.0  # a difference from the rest of the batch beyond its noise
 WARN_SHARE = 0.02  # ... and at least this large
@@ -23,7 +24,7 @@ LENGTH_BINS = 4
 
 def strata(batch: Batch) -> dict[str, NDArray[np.int64]]:
     """``name -> stratum of each trajectory [B]``: length quartile, sign of the advantage, of a mixture the task."""
-    lengths = batch.sampled_tokens()
+    lengths = batch.sampled_tokens
     edges = np.quantile(lengths[batch.sampled], np.linspace(0, 1, LENGTH_BINS + 1)[1:-1])
     found = {
         "length": np.searchsorted(edges, lengths, side="left"),
@@ -37,25 +38,24 @@ def audit(batch: Batch, decision: Decision) -> dict[str, Any]:
 
     Values are numbers, of a task its label.
     """
-    on = batch.trainable == 1
-    owner = batch.owner[on]
-    accepted = decision.accept[on].astype(np.float64)
-    by_token = {name: of[owner] for name, of in strata(batch).items()}
-    by_token["lag"] = (batch.step - batch.versions[on]).astype(np.int64)
+    tokens, accepted = batch.sampled_tokens, count(decision.accept == 1, batch.cu_seqlens)
+    by_stratum = {name: (of, tokens, accepted) for name, of in strata(batch).items()}
+    taken = batch.lags_of(decision.accept == 1)
+    by_stratum["lag"] = (np.arange(len(batch.lags)), batch.lags, taken)
     found: dict[str, Any] = {}
     warnings: list[str] = []
-    for name, values in by_token.items():
+    for name, (values, of, hits) in by_stratum.items():
         found[name] = {}
-        for value in np.unique(values):
+        for value in np.unique(values[of > 0]).tolist():
             inside = values == value
-            count, rest = int(inside.sum()), int((~inside).sum())
-            rate = float(accepted[inside].mean())
-            comparison = compare_shares(float(accepted[inside].sum()), count, float(accepted[~inside].sum()), rest)
-            called = batch.labels[value] if name == "task" else str(int(value))
-            found[name][called] = [count, rate, round(comparison.z, 2)]
-            difference = comparison.difference
+            here, rest = int(of[inside].sum()), int(of[~inside].sum())
+            got, elsewhere = int(hits[inside].sum()), int(hits[~inside].sum())
+            comparison = compare_shares(got, here, elsewhere, rest)
+            called = batch.labels[value] if name == "task" else str(value)
+            found[name][called] = [here, got / here, round(comparison.z, 2)]
             if comparison.stands_out:
-                warnings.append(f"{name} {called}: acceptance {rate:.3f}, {difference:+.3f} from the rest")
+                difference = comparison.difference
+                warnings.append(f"{name} {called}: acceptance {got / here:.3f}, {difference:+.3f} from the rest")
     return {"strata": found, "warnings": warnings}
 
 

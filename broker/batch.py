@@ -22,6 +22,7 @@ from common.config import RunConfig
 from common.errors import DataError
 from common.objective import AdvantageSection, Aggregate
 from common.obrs import Divergence, Thinning, coins, divergence, effective_sample_size, thin
+from common.ragged import count
 from common.wire import EXPERT, STARTS, Shard
 from common.zbounds import enumerated_acceptance, interpolate, kappa, without_impossible, z_bounds
 
@@ -73,9 +74,48 @@ class Batch:
         counts = np.bincount(self.tasks, minlength=len(self.labels)).tolist()
         return {label: count for label, count in zip(self.labels, counts, strict=True) if count}
 
+    @cached_property
+    def on(self) -> NDArray[np.bool_]:
+        """``[N]``: sampled tokens in the loss."""
+        return np.asarray(self.trainable == 1, np.bool_)
+
+    @cached_property
     def sampled_tokens(self) -> NDArray[np.int64]:
         """Sampled tokens in the loss, of each trajectory ``[B]``."""
-        return np.add.reduceat((self.trainable == 1).astype(np.int64), self.cu_seqlens[:-1])
+        return count(self.on, self.cu_seqlens)
+
+    @cached_property
+    def counted_tokens(self) -> NDArray[np.int64]:
+        """Tokens in the loss, of each trajectory ``[B]``: the sampled, and exemplars'."""
+        if self.trainable.max(initial=0) <= 1:
+            return self.sampled_tokens
+        return count(self.trainable > 0, self.cu_seqlens)
+
+    @cached_property
+    def own_log_q(self) -> NDArray[np.float32]:
+        """``[N]``: log q of sampled tokens in the loss, 0 elsewhere."""
+        return np.where(self.on, self.log_q, np.float32(0))
+
+    @cached_property
+    def lags(self) -> NDArray[np.int64]:
+        """How many sampled tokens in the loss have lag 0, 1, ..."""
+        return self.lags_of(self.on)
+
+    def lags_of(self, flags: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """How many tokens of ``flags[N]``, all of them sampled, have lag 0, 1, ..., as long as :attr:`lags`."""
+        lag, first = self._runs
+        found = np.zeros(int(lag.max(initial=-1)) + 1, np.int64)
+        kept = lag >= 0
+        np.add.at(found, lag[kept], count(flags, first)[kept])
+        return found
+
+    @cached_property
+    def _runs(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """``(lag [R], offsets [R+1])``: stretches of one version; -1 for what is not sampled or not in the loss."""
+        edges = np.flatnonzero((self.versions[1:] != self.versions[:-1]) | (self.on[1:] != self.on[:-1])) + 1
+        offsets = np.concatenate(([0], edges, [len(self.on)]))
+        at = offsets[:-1]
+        return np.where(self.on[at], self.step - self.versions[at].astype(np.int64), -1), offsets
 
     @cached_property
     def sampled(self) -> NDArray[np.bool_]:
@@ -249,19 +289,16 @@ class Decision:
     z: dict[str, float] = field(default_factory=dict)  # means of the acceptance bounds, where alternatives are known
 
 
-def loss_denominator(batch: Batch, counted: NDArray[np.bool_]) -> int:
-    """``counted[N]`` tokens; those of a group that misses siblings count as often as if copies made up for them."""
-    tokens = np.add.reduceat(counted.astype(np.int64), batch.cu_seqlens[:-1])
+def loss_denominator(batch: Batch, tokens: NDArray[np.int64]) -> int:
+    """``tokens[B]`` of each trajectory; where a group misses siblings they count as if copies made up for those."""
     return max(1, round(float((tokens * batch.copies).sum())))
 
 
 def accept_all(batch: Batch) -> Decision:
     """Rejection off: every token is accepted with the density that it was sampled from."""
-    on = batch.trainable == 1
-    count = int(on.sum())
-    log_q = np.where(on, batch.log_q, np.float32(0))
-    denominator = loss_denominator(batch, batch.trainable > 0)
-    return Decision(-1, on.astype(np.uint8), log_q, log_q, count, count, 0, None, denominator)
+    proposed, log_q = int(batch.sampled_tokens.sum()), batch.own_log_q
+    denominator = loss_denominator(batch, batch.counted_tokens)
+    return Decision(-1, batch.on.view(np.uint8), log_q, log_q, proposed, proposed, 0, None, denominator)
 
 
 @dataclass(frozen=True)
@@ -291,7 +328,7 @@ class Rule:
 
 def trainable_scores(batch: Batch, scores: Scores) -> tuple[NDArray[np.float32], NDArray[np.float32], int]:
     """``(log p, log q)`` of the trainable tokens and how many scores were NaN (made -inf: rejected)."""
-    on = np.flatnonzero(batch.trainable == 1)
+    on = np.flatnonzero(batch.on)
     log_p, unscorable = scores.at(on)
     return log_p, batch.log_q[on], unscorable
 
@@ -303,7 +340,7 @@ def reject(batch: Batch, scored: Scores, rule: Rule) -> Decision:
     ``pi / m`` weighs by ``Z pi / m`` without knowing of it; ``batch`` divides by the accepted
     tokens instead of all (algorithms.md 1.4, 1.6).
     """
-    on = np.flatnonzero(batch.trainable == 1)
+    on = np.flatnonzero(batch.on)
     version, seed, log_threshold = scored.version, rule.seed, rule.log_threshold
     scores, log_q, unscorable = trainable_scores(batch, scored)
     uniforms = coins(seed, batch.groups, batch.siblings, np.diff(batch.cu_seqlens), version)[on]
@@ -315,7 +352,7 @@ def reject(batch: Batch, scored: Scores, rule: Rule) -> Decision:
         _divide(decision, on, z)
     elif rule.z_weight == "batch" and decision.accepted:
         _divide(decision, on, np.full(len(on), decision.divergence.expected_acceptance, np.float32))
-        decision.denominator = loss_denominator(batch, decision.accept == 1)
+        decision.denominator = loss_denominator(batch, count(decision.accept == 1, batch.cu_seqlens))
         decision.accepted_only = True
     return decision
 
@@ -393,15 +430,18 @@ def _spread(
     accept[on] = thinning.accept
     log_m[on] = np.where(thinning.accept, thinning.log_m, np.float32(0))
     log_p[on] = np.where(thinning.accept, scores, np.float32(0))
-    denominator = loss_denominator(batch, batch.trainable > 0)
+    denominator = loss_denominator(batch, batch.counted_tokens)
     return Decision(version, accept, log_m, log_p, len(on), int(thinning.accept.sum()), unscorable, None, denominator)
 
 
 def weights_of(batch: Batch, decision: Decision, aggregate: Aggregate, longest: int) -> NDArray[np.float32]:
     """The weight of a token of each span ``[S]`` (:func:`broker.aggregation.span_weights`)."""
-    counted = decision.accept == 1 if decision.accepted_only else batch.trainable > 0
-    running = np.concatenate(([0], np.cumsum(counted)))
-    tokens = running[batch.spans[1:]] - running[batch.spans[:-1]]
+    if decision.accepted_only:
+        tokens = count(decision.accept == 1, batch.spans)
+    elif batch.spans is batch.cu_seqlens:
+        tokens = batch.counted_tokens
+    else:
+        tokens = count(batch.trainable > 0, batch.spans)
     owner = np.searchsorted(batch.cu_seqlens, batch.spans[:-1], side="right") - 1
     if batch.span_scale is not None:
         weights = block_weights(tokens, owner, batch.copies, batch.span_scale)
@@ -423,18 +463,23 @@ def make_shards(
     A shard's rows are segments; those of one trajectory share its rank. ``log_reference[N]`` and
     ``log_teacher[N]`` travel along where there are any.
     """
-    log_q = np.where(batch.trainable == 1, batch.log_q, np.float32(0))
-    accept = np.where(batch.trainable == EXPERT, np.uint8(EXPERT), decision.accept)
+    accept = decision.accept
+    if batch.counted_tokens is not batch.sampled_tokens:
+        accept = np.where(batch.trainable == EXPERT, np.uint8(EXPERT), accept)
     weights = weights_of(batch, decision, config.loss.aggregate, config.rollout.max_sampled)
     lengths = np.diff(batch.cu_seqlens)
     shards = []
     for rank, members in enumerate(balance(lengths, world)):
         ranges = [(int(batch.cu_seqlens[a]), int(batch.cu_seqlens[b])) for a, b in runs(members)]
 
-        def part(array: NDArray[Any], ranges: list[tuple[int, int]] = ranges) -> NDArray[Any]:
-            if len(ranges) == 1:
-                return array[ranges[0][0] : ranges[0][1]]
-            return np.concatenate([array[a:b] for a, b in ranges]) if ranges else array[:0]
+        made: dict[int, NDArray[Any]] = {}  # by identity: with rejection off three arrays are one
+
+        def part(
+            array: NDArray[Any], ranges: list[tuple[int, int]] = ranges, made: dict[int, NDArray[Any]] = made
+        ) -> NDArray[Any]:
+            if id(array) not in made:
+                made[id(array)] = _pieces(array, ranges)
+            return made[id(array)]
 
         segments, rows = _cut(batch.segments, batch.cu_seqlens, members)
         spans, inside = _cut(batch.spans, batch.cu_seqlens, members, which=True)
@@ -454,7 +499,7 @@ def make_shards(
                 token_ids=part(batch.token_ids),
                 trainable=part(batch.trainable),
                 accept=part(accept),
-                log_q=part(log_q),
+                log_q=part(batch.own_log_q),
                 log_m=part(decision.log_m),
                 log_p=part(decision.log_p),
                 experts=batch.experts(members),
@@ -463,6 +508,13 @@ def make_shards(
             )
         )
     return shards
+
+
+def _pieces(array: NDArray[Any], ranges: list[tuple[int, int]]) -> NDArray[Any]:
+    """``array[a:b]`` of each range end to end; a view where there is one range."""
+    if len(ranges) == 1:
+        return array[ranges[0][0] : ranges[0][1]]
+    return np.concatenate([array[a:b] for a, b in ranges]) if ranges else array[:0]
 
 
 def _cut(

@@ -3,6 +3,7 @@
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from common.wire import Trajectories
 
 NO_BLOCKS, NO_REWARDS = np.zeros((0, 4), np.int32), np.zeros(0, np.float32)
+TOKEN_BYTES = 4 + 1 + 4 + 4  # id, trainable, log_q, version
 TOMBSTONES_KEPT = 20_000  # late messages of older groups are refused as unknown, with the same effect
 
 
@@ -46,8 +48,8 @@ class Trajectory:
     @property
     def nbytes(self) -> int:
         """Bytes held in the queue."""
-        per_token = (self.token_ids, self.trainable, self.log_q, self.versions, self.topk_ids, self.topk_log_q)
-        return sum(a.nbytes for a in per_token) + self.experts.nbytes
+        beside = self.topk_ids.nbytes + self.topk_log_q.nbytes + self.experts.nbytes
+        return len(self.token_ids) * TOKEN_BYTES + beside
 
 
 LoadTrajectory = Callable[[int, int, int], Trajectory]  # by its source in the journal, and its prompt
@@ -58,40 +60,48 @@ def unpack_all(
 ) -> list[Trajectory]:
     """The trajectories of a message, without a copy; ``prompts`` are those of their groups."""
     oldest, sampled = (part.tolist() for part in message.summary)
-    of = prompts if prompts is not None else [0] * len(oldest)
-    return [unpack(message, i, oldest[i], sampled[i], actor, seq, of[i]) for i in range(len(oldest))]
+    n = len(oldest)
+    groups, siblings, finish = message.groups.tolist(), message.siblings.tolist(), message.finish.tolist()
+    rewards, channels, cuts = message.rewards.tolist(), message.channels.tolist(), message.cu_seqlens.tolist()
+    names, of = message.channel_names, prompts if prompts is not None else [0] * n
+    blocks, block_rewards = _blocks_of(message)
+    found = []
+    for i in range(n):
+        tokens = slice(cuts[i], cuts[i + 1])
+        found.append(
+            Trajectory(
+                group=groups[i],
+                sibling=siblings[i],
+                reward=rewards[i],
+                token_ids=message.token_ids[tokens],
+                trainable=message.trainable[tokens],
+                log_q=message.log_q[tokens],
+                versions=message.versions[tokens],
+                topk_ids=message.topk_ids[tokens],
+                topk_log_q=message.topk_log_q[tokens],
+                experts=message.experts[tokens],
+                truncated=finish[i] == 1,
+                oldest_version=oldest[i],
+                sampled_tokens=sampled[i],
+                actor=actor,
+                channels=dict(zip(names, channels[i], strict=True)),
+                source=(seq, i),
+                prompt=of[i],
+                blocks=blocks[i],
+                block_rewards=block_rewards[i],
+            )
+        )
+    return found
 
 
-def unpack(
-    message: Trajectories, index: int, oldest_version: int, sampled_tokens: int, actor: str, seq: int, prompt: int
-) -> Trajectory:
-    """Trajectory ``index`` of a message, without a copy."""
-    a, b = int(message.cu_seqlens[index]), int(message.cu_seqlens[index + 1])
-    blocks, block_rewards = NO_BLOCKS, NO_REWARDS
-    if len(message.blocks):
-        first, end = np.searchsorted(message.blocks[:, 0], (index, index + 1)).tolist()
-        blocks, block_rewards = message.blocks[first:end, 1:], message.block_rewards[first:end]
-    return Trajectory(
-        group=int(message.groups[index]),
-        sibling=int(message.siblings[index]),
-        reward=float(message.rewards[index]),
-        token_ids=message.token_ids[a:b],
-        trainable=message.trainable[a:b],
-        log_q=message.log_q[a:b],
-        versions=message.versions[a:b],
-        topk_ids=message.topk_ids[a:b],
-        topk_log_q=message.topk_log_q[a:b],
-        experts=message.experts[a:b],
-        truncated=bool(message.finish[index] == 1),
-        oldest_version=oldest_version,
-        sampled_tokens=sampled_tokens,
-        actor=actor,
-        channels=dict(zip(message.channel_names, message.channels[index].tolist(), strict=True)),
-        source=(seq, index),
-        prompt=prompt,
-        blocks=blocks,
-        block_rewards=block_rewards,
-    )
+def _blocks_of(message: Trajectories) -> tuple[list[NDArray[np.int32]], list[NDArray[np.float32]]]:
+    """The blocks of each trajectory and their rewards."""
+    n = len(message.groups)
+    if not len(message.blocks):
+        return [NO_BLOCKS] * n, [NO_REWARDS] * n
+    cuts = np.searchsorted(message.blocks[:, 0], np.arange(n + 1)).tolist()
+    pieces = [slice(a, b) for a, b in pairwise(cuts)]
+    return [message.blocks[of, 1:] for of in pieces], [message.block_rewards[of] for of in pieces]
 
 
 @dataclass

@@ -24,7 +24,7 @@ from common.config import MEGABYTE, RunConfig
 from common.errors import ProtocolError
 from common.frozen import words_of
 from common.routing import Routing
-from common.wire import EXPERT, Ack, Grant, ScoreRequest, ScoreResult, Shard, Trajectories
+from common.wire import Ack, Grant, ScoreRequest, ScoreResult, Shard, Trajectories
 
 RESAMPLE_STEPS = 8  # steps' worth of groups without signal in a row, after which they are trained after all
 PROMPT_RETRIES = 3  # a prompt whose groups failed this often is left out
@@ -125,14 +125,12 @@ class Pipeline:
         ``seq`` is the number under which the journal holds the message.
         """
         faults = message.faults(self.vocab_size, newest_version, self.expert_count)
-        if not self.config.rollout.exemplars and bool((message.trainable == EXPERT).any()):
-            owner = np.repeat(np.arange(len(message.groups)), np.diff(message.cu_seqlens))
+        if not self.config.rollout.exemplars:
             unasked = "holds an exemplar's tokens, rollout.exemplars=0"
-            faults |= {b: unasked for b in np.unique(owner[message.trainable == EXPERT]).tolist() if b not in faults}
+            faults |= {b: unasked for b in message.with_exemplars() if b not in faults}
         trajectories = unpack_all(message, actor, seq, self.book.prompts(message.groups))
         reasons = []
-        for index in range(len(message.groups)):
-            group, sibling = int(message.groups[index]), int(message.siblings[index])
+        for index, (group, sibling) in enumerate(zip(message.groups.tolist(), message.siblings.tolist(), strict=True)):
             reason = self.book.refusal(group, sibling, actor)
             if self.book.is_done(group):
                 self.counts["repeats"] += 1
@@ -295,7 +293,7 @@ class Pipeline:
             return None
         self.committed_step = max(self.committed_step, step)
         self.counts["trajectories_trained"] += len(entry.batch.groups)
-        sampled = entry.batch.sampled_tokens()[entry.batch.sampled]
+        sampled = entry.batch.sampled_tokens[entry.batch.sampled]
         self.lengths["trained"].update(length_bin(int(n)) for n in sampled)
         self.tasks["trained"].update(entry.batch.count_tasks())
         return {**entry.receipt, "staleness_budget": self.ledger.budget, **self.curriculum.receipt(step)}

@@ -12,9 +12,8 @@ from common.obrs import wilson_interval
 
 def receipt(batch: Batch, decision: Decision, threshold: float) -> dict[str, Any]:
     """One JSON object; rates are None with rejection off. Lags are in policy versions, per token."""
-    on = batch.trainable == 1
-    lags = batch.step - batch.versions[on]
-    lengths = batch.sampled_tokens()[batch.sampled]
+    lags = batch.lags
+    lengths = batch.sampled_tokens[batch.sampled]
     sizes = np.unique(batch.groups, return_counts=True)[1]
     scored = decision.divergence is not None
     own = batch.sampled  # the policy's, without exemplars
@@ -34,9 +33,9 @@ def receipt(batch: Batch, decision: Decision, threshold: float) -> dict[str, Any
         "groups_without_signal": int(without_signal(batch.mixed.rewards, sizes).sum()),
         "advantage_positive": float((batch.advantages[own] > 0).mean()),
         "advantage_negative": float((batch.advantages[own] < 0).mean()),
-        "lag_mean": float(lags.mean()),
-        "lag_max": int(lags.max()),
-        "lag_histogram": {str(k): int(v) for k, v in enumerate(np.bincount(lags)) if v},
+        "lag_mean": float(lags @ np.arange(len(lags)) / lags.sum()),
+        "lag_max": len(lags) - 1,
+        "lag_histogram": {str(k): int(v) for k, v in enumerate(lags) if v},
         "length_mean": float(lengths.mean()),
         "length_max": int(lengths.max()),
         "truncated": float(batch.truncated[own].mean()),
@@ -67,7 +66,7 @@ def receipt(batch: Batch, decision: Decision, threshold: float) -> dict[str, Any
 
 def _by_task(batch: Batch) -> dict[str, dict[str, float]]:
     """``label -> figures`` of each task of a mixture that the batch has trajectories of."""
-    lengths, sizes = batch.sampled_tokens(), np.unique(batch.groups, return_counts=True)[1]
+    lengths, sizes = batch.sampled_tokens, np.unique(batch.groups, return_counts=True)[1]
     silent = np.repeat(without_signal(batch.mixed.rewards, sizes), sizes)
     found = {}
     for number, label in enumerate(batch.labels):

@@ -15,6 +15,7 @@ memory), and what an error quotes is short.
 """
 
 import dataclasses
+import math
 import reprlib
 import types
 import typing
@@ -62,6 +63,8 @@ def array(dtype: str, ndim: int, default: Any = dataclasses.MISSING) -> Any:
 class _Layout:
     arrays: dict[str, tuple[str, int]]  # name -> dtype, axes
     plain: dict[str, Any]  # name -> annotation
+    names: list[str]  # of the arrays, in order
+    itemsizes: list[int]  # bytes, of each
 
 
 @cache
@@ -73,7 +76,7 @@ def _layout(kind: Any) -> _Layout:
             arrays[f.name] = (f.metadata["dtype"], f.metadata["ndim"])
         else:
             plain[f.name] = hints[f.name]
-    return _Layout(arrays, plain)
+    return _Layout(arrays, plain, list(arrays), [np.dtype(dtype).itemsize for dtype, _ in arrays.values()])
 
 
 def encode(message: Any) -> list[Any]:
@@ -203,58 +206,58 @@ def _is_plain(value: Any, depth: int) -> bool:
 
 
 def _array_fields(tag: str, table: list[Any], payload: Sequence[Any], layout: _Layout) -> dict[str, Any]:
-    if len(table) > MAX_ARRAYS or [row[0] if isinstance(row, list) and row else None for row in table] != list(
-        layout.arrays
-    ):
+    if len(table) > MAX_ARRAYS or [row[0] if isinstance(row, list) and row else None for row in table] != layout.names:
         raise WireError(f"{tag}: arrays must be exactly {', '.join(layout.arrays) or 'none'}, in this order")
     values: dict[str, Any] = {}
+    buffers = [memoryview(frame).toreadonly() for frame in payload]
+    sizes = [buffer.nbytes for buffer in buffers]
     last, end = -1, 0  # the frame of the array before, and where that array ends
-    for row in table:
-        if len(row) != 5:
-            raise WireError(f"{tag}: array entry {_short(row)} is malformed")
-        name, dtype, shape, frame, offset = row
-        expected_dtype, ndim = layout.arrays[name]
-        if dtype != expected_dtype:
-            raise WireError(f"{tag}.{name}: dtype {_short(dtype)}, needs {expected_dtype!r}")
-        if not isinstance(shape, list) or len(shape) != ndim or not all(_is_length(n) for n in shape):
-            raise WireError(f"{tag}.{name}: shape {_short(shape)}, needs {ndim} axes of 0 to {INT_BOUND - 1}")
-        if not isinstance(frame, int) or not isinstance(offset, int) or not 0 <= frame < len(payload):
+    for row, itemsize in zip(table, layout.itemsizes, strict=True):
+        name, shape, frame, offset = _checked_row(tag, row, layout, len(payload))
+        if frame != last or offset != end + -end % ALIGNMENT:
+            if frame != last + 1 or offset:
+                raise WireError(f"{tag}.{name}: frame {frame} at {offset} does not follow the array before it")
+            _check_filled(tag, sizes, last, end)
+        count = math.prod(shape)
+        end = offset + count * itemsize
+        if end > sizes[frame]:
             raise WireError(
-                f"{tag}.{name}: frame {_short(frame)} at {_short(offset)} is not in the message of {len(payload)} "
-                "payload frames"
-            )
-        if (frame, offset) not in ((last, end + -end % ALIGNMENT), (last + 1, 0)):
-            raise WireError(f"{tag}.{name}: frame {frame} at {offset} does not follow the array before it")
-        if frame != last:
-            _check_filled(tag, payload, last, end)
-        count = 1
-        for n in shape:
-            count *= n
-        need = count * np.dtype(expected_dtype).itemsize
-        buffer = memoryview(payload[frame])
-        if offset + need > buffer.nbytes:
-            raise WireError(
-                f"{tag}.{name}: shape {shape} needs {need} bytes at {offset}, the frame has {buffer.nbytes}"
+                f"{tag}.{name}: shape {shape} needs {end - offset} bytes at {offset}, the frame has {sizes[frame]}"
             )
         try:
-            view = np.frombuffer(buffer, dtype=expected_dtype, count=count, offset=offset).reshape(shape)
+            view = np.frombuffer(buffers[frame], layout.arrays[name][0], count, offset)
+            values[name] = view if len(shape) == 1 else view.reshape(shape)
         except (ValueError, OverflowError) as error:  # an empty array whose other axis no memory could hold
             raise WireError(f"{tag}.{name}: shape {shape} cannot be: {error}") from error
-        view.flags.writeable = False
-        values[name] = view
-        last, end = frame, offset + need
-    _check_filled(tag, payload, last, end)
+        last = frame
+    _check_filled(tag, sizes, last, end)
     if last + 1 != len(payload):
         raise WireError(f"{tag}: {len(payload)} payload frames, the arrays need {last + 1}")
     return values
 
 
+def _checked_row(tag: str, row: list[Any], layout: _Layout, frames: int) -> tuple[str, list[int], int, int]:
+    """``(name, shape, frame, offset)`` of an array's entry in the table."""
+    if len(row) != 5:
+        raise WireError(f"{tag}: array entry {_short(row)} is malformed")
+    name, dtype, shape, frame, offset = row
+    expected_dtype, ndim = layout.arrays[name]
+    if dtype != expected_dtype:
+        raise WireError(f"{tag}.{name}: dtype {_short(dtype)}, needs {expected_dtype!r}")
+    if type(shape) is not list or len(shape) != ndim or not all(map(_is_length, shape)):
+        raise WireError(f"{tag}.{name}: shape {_short(shape)}, needs {ndim} axes of 0 to {INT_BOUND - 1}")
+    if type(frame) is not int or type(offset) is not int or not 0 <= frame < frames:
+        raise WireError(
+            f"{tag}.{name}: frame {_short(frame)} at {_short(offset)} is not in the message of {frames} payload frames"
+        )
+    return name, shape, frame, offset
+
+
 def _is_length(n: Any) -> bool:
-    return isinstance(n, int) and not isinstance(n, bool) and 0 <= n < INT_BOUND
+    return type(n) is int and 0 <= n < INT_BOUND
 
 
-def _check_filled(tag: str, payload: Sequence[Any], frame: int, end: int) -> None:
+def _check_filled(tag: str, sizes: list[int], frame: int, end: int) -> None:
     """A frame stays in memory as long as any array in it, so it holds nothing else."""
-    if frame >= 0 and memoryview(payload[frame]).nbytes - end >= ALIGNMENT:
-        nbytes = memoryview(payload[frame]).nbytes
-        raise WireError(f"{tag}: payload frame {frame} has {nbytes} bytes, its arrays end at {end}")
+    if frame >= 0 and sizes[frame] - end >= ALIGNMENT:
+        raise WireError(f"{tag}: payload frame {frame} has {sizes[frame]} bytes, its arrays end at {end}")

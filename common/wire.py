@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from common.codec import array
 from common.errors import DataError
+from common.ragged import count, least
 
 FINISH_REASONS = ("stop", "length")
 LOG_Q_TOLERANCE = 1e-6
@@ -282,20 +283,14 @@ class Trajectories(_Routed):
             raise DataError("trajectories: blocks must lie within their trajectory, in order and apart")
 
     @cached_property
-    def summary(self) -> tuple[Int32, Int32]:
+    def summary(self) -> tuple[Int32, Int64]:
         """Each trajectory's oldest version (of a sampled token) and its count of sampled tokens, ``[B]`` each.
 
         A trajectory without a sampled token has the oldest version NEVER.
         """
-        lengths = np.diff(self.cu_seqlens)
-        full = np.flatnonzero(lengths)
-        oldest, sampled = np.full(len(lengths), NEVER, np.int32), np.zeros(len(lengths), np.int32)
-        if len(full):
-            starts = self.cu_seqlens[:-1][full]
-            versions = np.where(self.trainable == 1, self.versions, np.int32(NEVER))
-            oldest[full] = np.minimum.reduceat(versions, starts)
-            sampled[full] = np.add.reduceat(self.trainable == 1, starts, dtype=np.int32)
-        return oldest, sampled
+        sampled = self.trainable == 1
+        versions = np.where(sampled, self.versions, np.int32(NEVER))
+        return least(versions, self.cu_seqlens, NEVER), count(sampled, self.cu_seqlens)
 
     def faults(self, vocab_size: int, newest_version: int, expert_count: int = 0) -> dict[int, str]:
         """What is wrong with the contents, by trajectory; an empty dict if nothing is.
@@ -318,7 +313,7 @@ class Trajectories(_Routed):
         if not len(self.token_ids):
             return False
         oldest, _ = self.summary
-        starts, role = self.cu_seqlens[:-1], int(self.trainable.max())
+        starts, role = self.cu_seqlens[:-1], self.highest_role
         return bool(
             math.isfinite(float(self.log_q.sum()) + float(self.rewards.sum()) + float(self.channels.sum()))
             and self.log_q.max() <= LOG_Q_TOLERANCE
@@ -342,10 +337,20 @@ class Trajectories(_Routed):
             )
         )
 
+    def with_exemplars(self) -> list[int]:
+        """Trajectories that hold an exemplar's token."""
+        if not len(self.trainable) or self.highest_role < EXPERT:
+            return []
+        return [int(b) for b in np.flatnonzero(self._exemplar_tokens())]
+
+    @cached_property
+    def highest_role(self) -> int:
+        """The largest value of ``trainable``, of which there is one."""
+        return int(self.trainable.max())
+
     def _exemplar_tokens(self) -> Int64:
         """Of each trajectory ``[B]``."""
-        counts = np.concatenate(([0], np.cumsum(self.trainable == EXPERT)))
-        return np.diff(counts[self.cu_seqlens])
+        return count(self.trainable == EXPERT, self.cu_seqlens)
 
     def _is_dated(self, expert: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """``[N]``: an exemplar's token that claims to be sampled."""

@@ -322,7 +322,7 @@ def test_truncated_trajectories_leave_the_loss_and_keep_their_reward():
         loss=LossSection(aggregate="token_mean"),
     )
     batch = collate(0, [member(0, 0, 1.0, 4), member(0, 1, 0.0, 8, truncated=True)], config)
-    assert batch.sampled_tokens().tolist() == [4, 0]
+    assert batch.sampled_tokens.tolist() == [4, 0]
     assert batch.advantages.tolist() == [1.0, -1.0]  # of 1 and 0 - 1: eight of eight tokens are a whole penalty
     assert weights_of(batch, accept_all(batch), "token_mean", 8)[0] == np.float32(1 / 4)
 
@@ -352,8 +352,8 @@ def test_a_silent_group_is_masked_only_where_another_speaks():
     config = RunConfig(rollout=RolloutSection(group_size=2), advantage=AdvantageSection(zero_signal="mask"))
     silent = [member(0, 0, 1.0, 3), member(0, 1, 1.0, 3)]
     speaks = [member(1, 0, 1.0, 3), member(1, 1, 0.0, 3)]
-    assert collate(0, silent + speaks, config).sampled_tokens().tolist() == [0, 0, 3, 3]
-    assert collate(0, silent, config).sampled_tokens().tolist() == [3, 3]
+    assert collate(0, silent + speaks, config).sampled_tokens.tolist() == [0, 0, 3, 3]
+    assert collate(0, silent, config).sampled_tokens.tolist() == [3, 3]
 
 
 def test_every_way_to_cut_a_batch_adds_up_to_the_same_loss():

@@ -406,7 +406,7 @@ def test_a_group_that_misses_siblings_counts_in_the_denominator_as_if_copies_mad
     pipeline.failed(1, 2, "environment")
     assert pipeline.assemble(0) is None
     batch = pipeline.step(0).batch
-    tokens = batch.sampled_tokens()
+    tokens = batch.sampled_tokens
     assert pipeline.step(0).decision.denominator == round(tokens[:G].sum() + tokens[G:].sum() * G / 2)
 
 
