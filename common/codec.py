@@ -6,7 +6,7 @@
 
 The header is ``{"w": WIRE_VERSION, "t": tag, "h": {plain fields}, "a": [[name, dtype, shape,
 frame, offset], ...]}``. Arrays of a small message share one payload frame (fewer frames are
-faster), those of a large one get a frame each and are sent without a copy. Decoding copies
+faster), long ones of a large one get a frame each and are sent without a copy. Decoding copies
 nothing: arrays are read-only views of the received frames. Nothing is ever unpickled.
 
 What arrives may be hostile. Refusing costs no more than reading the bytes: a header is walked
@@ -31,6 +31,7 @@ from common.errors import WireError
 
 WIRE_VERSION = 5
 JOIN_BELOW_BYTES = 64 * 1024  # arrays of smaller messages share one frame
+OWN_FRAME_BYTES = 8 * 1024  # of an array in a larger message; smaller ones share a frame with their neighbours
 ALIGNMENT = 8
 MAX_HEADER_BYTES = 4 << 20  # the largest is a Publish: 70 bytes a tensor, 18,000 tensors for Qwen3-30B-A3B
 HEAVY_FROM_BYTES = 4096  # longer headers may be no more than a quarter lists and maps: empty ones are 64 times dearer
@@ -90,22 +91,25 @@ def encode(message: Any) -> list[Any]:
         if value.ndim != ndim:
             raise WireError(f"{message.TAG}.{name}: has shape {value.shape}, needs {ndim} axes")
         arrays[name] = value
-    joined = sum(a.nbytes for a in arrays.values()) < JOIN_BELOW_BYTES
+    own_frame = OWN_FRAME_BYTES if sum(a.nbytes for a in arrays.values()) >= JOIN_BELOW_BYTES else JOIN_BELOW_BYTES
     table: list[list[Any]] = []
     payload: list[Any] = []
-    if joined:
-        offset = 0
-        pieces = []
-        for name, value in arrays.items():
+    pieces: list[bytes] = []  # of the frame that small arrays share
+    offset = 0
+    for name, value in arrays.items():
+        alone = value.nbytes >= own_frame
+        if alone and pieces:
+            payload.append(b"".join(pieces))
+            pieces, offset = [], 0
+        table.append([name, value.dtype.str, list(value.shape), len(payload), offset])
+        if alone:
+            payload.append(value.reshape(-1).view(np.uint8).data)
+        else:
             padding = -value.nbytes % ALIGNMENT
-            table.append([name, value.dtype.str, list(value.shape), 0, offset])
             pieces += [value.tobytes(), b"\0" * padding]
             offset += value.nbytes + padding
-        payload = [b"".join(pieces)] if arrays else []
-    else:
-        for frame, (name, value) in enumerate(arrays.items()):
-            table.append([name, value.dtype.str, list(value.shape), frame, 0])
-            payload.append(value.reshape(-1).view(np.uint8).data)
+    if pieces:
+        payload.append(b"".join(pieces))
     header = msgpack.packb({"w": WIRE_VERSION, "t": message.TAG, "h": plain, "a": table})
     if len(header) > MAX_HEADER_BYTES:
         raise WireError(f"{message.TAG}: header of {len(header)} bytes exceeds {MAX_HEADER_BYTES}")
