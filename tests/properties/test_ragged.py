@@ -1,5 +1,7 @@
 """Sums over pieces, long and short, beside a loop."""
 
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +21,6 @@ def test_pieces_are_counted_as_one_by_one(lengths, factor, seed):
     offsets = np.concatenate(([0], np.cumsum(lengths) * factor)).astype(np.int32)
     flags = random.random(offsets[-1]) < 0.5
     values = random.integers(-5, 50, offsets[-1]).astype(np.int32)
-    pieces = [slice(a, b) for a, b in zip(offsets, offsets[1:], strict=False)]
+    pieces = [slice(a, b) for a, b in pairwise(offsets)]
     assert count(flags, offsets).tolist() == [sum(flags[p].tolist()) for p in pieces]
     assert least(values, offsets, EMPTY).tolist() == [min(values[p].tolist(), default=EMPTY) for p in pieces]
