@@ -42,7 +42,7 @@ from common.weights import Receiver, StagedWeights, WeightReceiver
 
 IDLE_WAIT_S = 0.01  # how long an idle actor blocks for a message before it looks for new weights
 AGENTS_WAIT_S = 0.002  # the same while agents are at work, whose requests come from another thread
-PAUSE_S = 0.1  # actor.slowdown: how long at a time
+PAUSE_S = 0.1  # actor.slowdown and .pace_s: how long at a time
 ENGINE_WAIT_S = 0.005  # how long a step may wait for an engine that samples elsewhere
 
 log = logging.getLogger("actor")
@@ -94,7 +94,7 @@ class ActorService:
         self.engine = make_engine(config, name, self.tracer)
         self.outbox = Outbox()
         self.counters: Counter[str] = Counter()
-        self._slowness = Slowness(config.actor.slowdown)
+        self._slowness = Slowness(config.actor.slowdown, config.actor.pace_s)
         self.play = Play(config, self.task, self.engine, self.counters, self._send, self.tracer)
         self._grants: deque[wire.Grant] = deque()
         self._loading: StagedWeights | None = None  # the version that the engine is taking into use
@@ -187,7 +187,7 @@ class ActorService:
         return "idle.credits"
 
     def _slow_down(self, seconds: float) -> None:
-        """Let ``seconds`` pass and take what comes meanwhile (actor.slowdown)."""
+        """Let ``seconds`` pass and take what comes meanwhile (actor.slowdown, actor.pace_s)."""
         deadline = time.perf_counter() + seconds
         while not self.stop.is_set and (left := deadline - time.perf_counter()) > 0:
             if (message := self.link.receive(min(left, PAUSE_S))) is not None:

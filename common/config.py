@@ -53,7 +53,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "optim.beta1": (0, 0.999999), "optim.beta2": (0, 0.999999), "optim.eps": (0, 1), "optim.weight_decay": (0, 10),
     "broker.journal_mb": (0, 1e9), "broker.retain_mb": (0, 1e9), "broker.queue_mb": (0, 1e9),
     "broker.score_timeout_s": (0.1, 1e6), "broker.peer_timeout_s": (0.1, 1e6), "broker.verify_rate": (0, 1),
-    "actor.slowdown": (1, 1000), "learner.slowdown": (1, 1000),
+    "actor.slowdown": (1, 1000), "learner.slowdown": (1, 1000), "actor.pace_s": (0, 3600), "learner.pace_s": (0, 3600),
     "actor.threads": (1, 4096), "actor.unacked_mb": (0.01, 1e9), "actor.wait_s": (0, 1e6),
     "rollout.oversample": (1, 4), "rollout.max_turns": (1, 1000), "rollout.max_reply_tokens": (0, 1e6),
     "engine.tp": (1, 4096), "engine.concurrency": (0, 1e6), "engine.restarts": (0, 1e6),
@@ -409,6 +409,7 @@ class ActorSection:
     engine: Literal["local", "sglang"] = "local"
     max_sequences: int = 256  # decoded together
     slowdown: float = 1.0  # sleeps, so that decoding takes so many times as long: to study other actor:learner ratios
+    pace_s: float = 0.0  # sleeps, so that decoding a token of every sequence takes at least this: as a larger model's
     threads: int = 1
     unacked_mb: float = 64.0  # trajectories sent and not yet acknowledged; above it the actor starts none
     wait_s: float = 120.0  # how long to wait for a broker
@@ -483,6 +484,7 @@ class LearnerSection:
     recompute: bool = False  # activation checkpointing: keep each layer's input, compute the rest twice
     compile: bool = False  # torch.compile between the large products; needs a C++ compiler on CPUs
     slowdown: float = 1.0  # sleeps, so that a step takes so many times as long: to study other actor:learner ratios
+    pace_s: float = 0.0  # sleeps, so that a step takes at least this: as a larger model's would
     threads: int = 1
     checkpoint_every: int = 0  # steps; 0 writes only the final one
     checkpoint_keep: int = 2
@@ -686,12 +688,12 @@ class RunConfig:
             self.engine.addresses,
             "an actor passes weights on over loopback alone; run it beside its servers, or set weights.route=direct",
         )
-        require(
-            self.actor.slowdown == 1 or self.actor.engine == "local",
-            "actor.slowdown",
-            self.actor.slowdown,
-            f"actor.engine={self.actor.engine} samples at its servers' pace; set it to 1 or actor.engine=local",
-        )
+        own_pace = self.actor.engine == "local"
+        for key, value, off in (("slowdown", self.actor.slowdown, 1), ("pace_s", self.actor.pace_s, 0)):
+            why = (
+                f"actor.engine={self.actor.engine} samples at its servers' pace; set it to {off} or actor.engine=local"
+            )
+            require(value == off or own_pace, f"actor.{key}", value, why)
         require(
             self.loss.expert_bias_rate == 0 or self.actor.engine == "local",
             "loss.expert_bias_rate",

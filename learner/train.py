@@ -53,7 +53,7 @@ from learner.weights.publish import WeightPublisher
 from learner.weights.stream import WeightStream
 
 EXPORT_BUCKET_BYTES = 256 * MEGABYTE  # gathered at once for the final model
-PAUSE_S = 0.1  # learner.slowdown: how long at a time
+PAUSE_S = 0.1  # learner.slowdown and .pace_s: how long at a time
 FAREWELL_S = 60.0  # how long the learner stays for late joiners after its last step
 
 log = logging.getLogger("learner")
@@ -88,7 +88,8 @@ class Learner:
         evaluated_every = config.evaluation.every if config.evaluation.keep_best else 0
         self.retention = Retention(directory, config.learner.checkpoint_keep, evaluated_every)
         writer = CheckpointWriter(directory, mesh, self.retention, config.learner.write_timeout_s)
-        self.streams, slowness = self._streams(), Slowness(config.learner.slowdown)
+        self.streams, slow = self._streams(), config.learner
+        slowness = Slowness(slow.slowdown, slow.pace_s)
         self._publish()
         while self.step < config.run.steps:
             began = time.perf_counter()
@@ -183,7 +184,7 @@ class Learner:
             stream.catch_up(self.step, self._note, self._stopping)
 
     def _slow_down(self, seconds: float) -> None:
-        """Let ``seconds`` pass (learner.slowdown). Who lacks this version is sent the next: its weights are gone."""
+        """Let ``seconds`` pass (learner.slowdown, .pace_s). Who lacks this version is sent the next: its weights are gone."""
         deadline = time.perf_counter() + seconds
         while not self.stop.is_set and (left := deadline - time.perf_counter()) > 0:
             self._note(self.link.receive(min(left, PAUSE_S)))

@@ -35,7 +35,7 @@ def test_settings_are_those_of_a_run():
         config = Cell(ratio, budget, 3).config(runs.Path("x"))
         assert config.staleness.auto == (budget == AUTO) and config.optim.schedule == "constant"
         assert config.run.seed == 3 and config.run.path.parts[:2] == ("x", f"{ratio}-{budget}-3")
-        assert config.actor.slowdown > 1 and config.learner.slowdown > 1
+        assert config.actor.pace_s > 0 and config.learner.pace_s > 0
 
 
 def test_a_run_is_timed_from_its_first_step():

@@ -54,8 +54,17 @@ def test_a_pause_is_of_the_least_that_such_work_took():
     assert Slowness(1.0).pause_s(100, 0.5) == 0.0
 
 
+def test_a_pace_is_kept_whatever_the_work_took():
+    slowness = Slowness(2.0, pace_s=1.0)
+    assert slowness.pause_s(100, 0.25) == 0.75
+    assert slowness.pause_s(100, 0.75) == 0.25 and slowness.pause_s(100, 3.0) == 0.25
+    assert slowness.pause_s(4000, 2.0) == 2.0 and Slowness(1.0, 1.0).pause_s(1, 1.5) == 0.0
+
+
 def test_slowness_is_checked():
     RunConfig(actor=ActorSection(slowdown=4.0), learner=LearnerSection(slowdown=1.5))
+    with pytest.raises(ConfigError, match=r"actor.pace_s=-1.*\[0, 3600\]"):
+        RunConfig(actor=ActorSection(pace_s=-1))
     with pytest.raises(ConfigError, match=r"learner.slowdown=0.5.*\[1, 1000\]"):
         RunConfig(learner=LearnerSection(slowdown=0.5))
     with pytest.raises(ConfigError, match=r"actor.slowdown=2.*pace.*actor.engine=local"):

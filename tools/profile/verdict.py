@@ -76,7 +76,8 @@ def verdict(run: Run, skip_s: float | None = None, ask: Ask | None = None) -> Ve
     steps = [step for step in run.steps if window.first <= step["step"] <= window.last]
     seconds = window.ns * NS
     found = Verdict(run.path.name, seconds, window.first, window.last, processes, notes=notes)
-    slowed = {"actor": run.config.actor.slowdown, "learner": run.config.learner.slowdown} if run.config else {}
+    parts = {"actor": run.config.actor, "learner": run.config.learner} if run.config else {}
+    slowed = {role: max(part.slowdown, PACED if part.pace_s else 1.0) for role, part in parts.items()}
     found.machines = machines_of(processes, seconds, cores_of(run.timelines), slowed)
     found.publishes = publishes_of(run.timelines, window, _published(run, window))
     _judge(found, run, steps, ask)
@@ -157,6 +158,7 @@ def bounds_of(found: Verdict, run: Run) -> Bounds:
 
 # ---- runs without timelines ---------------------------------------------------------------------
 
+PACED = 1e3  # taken for the slowdown of a role that sleeps up to a pace_s: nearly all of its work is sleep
 PARKED = {"rollouts": "rollouts.sampling", "scoring": "scoring", "packing": "packing", "publish": "version"}
 
 

@@ -230,7 +230,7 @@ def _machine(samples: Sequence[Sample], notes: list[str]) -> dict[str, float | b
 
 def _cores_got(sample: Sample, there: int) -> float | None:
     """What the processes had of the machine's cores while they wanted more than all; None: that was seldom."""
-    slowed = sample.config.actor.slowdown > 1 or sample.config.learner.slowdown > 1
+    slowed = any(part.slowdown > 1 or part.pace_s > 0 for part in (sample.config.actor, sample.config.learner))
     threads = wanting(sample)
     crowded = sum(seconds for count, seconds in threads.items() if count >= there)
     if slowed or crowded < CROWDED * sum(threads.values()):

@@ -71,8 +71,9 @@ class Engine:
 
     def __init__(self, owner: Owner, part: ActorPart, prompt_tokens: int, clock: Clock, cores: Processors) -> None:
         self._owner, self._part, self._prompt, self._clock, self._cores = owner, part, prompt_tokens, clock, cores
-        self._sleeps = part.slowdown > 1 and cores.contended  # a sleep takes no processor
-        self._factor = 1.0 if self._sleeps else part.slowdown
+        self._slowdown = part.slowdown if cores.contended else 1.0  # a sleep takes no processor
+        self._factor = 1.0 if cores.contended else part.slowdown
+        self._sleeps = self._slowdown > 1 or part.pace_s > 0
         self._ending_s = 0.0 if part.servers else part.sequence_s  # a server's answers are its actor's work
         self.steps = 0  # done
         self.live = 0  # rows
@@ -230,7 +231,8 @@ class Engine:
         self._jump = None
         if self._sleeps:
             self._sleeping = True
-            self._clock.after((self._part.slowdown - 1) * (self._clock.now - self._began), self._stepped)
+            took = self._clock.now - self._began
+            self._clock.after(max((self._slowdown - 1) * took, self._part.pace_s - took, 0.0), self._stepped)
         else:
             self._stepped()
 

@@ -40,9 +40,12 @@ class Learner:
         cores.start(cost, self._slow_down, step, threads=part.threads)
 
     def _slow_down(self, step: Step) -> None:
-        clock, slowdown = self._world.clock, self._part.slowdown
-        if slowdown > 1 and self._world.cores.contended:  # a sleep takes no processor
-            clock.after((slowdown - 1) * (clock.now - self._began), self._commit, step)
+        clock, part = self._world.clock, self._part
+        took = clock.now - self._began
+        slowdown = part.slowdown if self._world.cores.contended else 1.0  # a sleep takes no processor
+        pause = max((slowdown - 1) * took, part.pace_s - took, 0.0)
+        if pause:
+            clock.after(pause, self._commit, step)
         else:
             self._commit(step)
 

@@ -88,6 +88,7 @@ class ActorPart:
     servers: int = 0  # SGLang servers behind each, with processors of their own; 0: it samples itself
     max_sequences: int = 256  # rows that one engine or server decodes together
     slowdown: float = 1.0
+    pace_s: float = 0.0  # what a decode step takes at least
     threads: int = 1
     step_s: float = 0.004
     row_s: float = 0.0001
@@ -115,6 +116,7 @@ class LearnerPart:
     """The trainer."""
 
     slowdown: float = 1.0
+    pace_s: float = 0.0  # what a step takes at least
     threads: int = 1
     step_s: float = 0.02  # a step, whatever is in it: the optimizer
     token_s: float = 1e-4  # a token of it, prompts included
@@ -344,12 +346,12 @@ def settings_of(config: Any) -> dict[str, Any]:
         "obrs": {"mode": config.obrs.mode},
         "actor": {
             "count": actor.count, "max_sequences": actor.max_sequences, "slowdown": actor.slowdown,
-            "threads": actor.threads,
+            "pace_s": actor.pace_s, "threads": actor.threads,
             "servers": 0 if actor.engine == "local" else max(config.engine.launch, len(config.engine.addresses)),
         },
         "replica": {"count": config.replica.count if config.obrs.mode != "off" else 0},
         "learner": {
-            "slowdown": learner.slowdown, "threads": learner.threads * learner.ranks,
+            "slowdown": learner.slowdown, "pace_s": learner.pace_s, "threads": learner.threads * learner.ranks,
             "checkpoint_every": learner.checkpoint_every,
         },
         "broker": {"assemble_ahead": config.broker.assemble_ahead},

@@ -30,7 +30,7 @@ def lines(found: Found) -> list[str]:
         "",
         f"Written by `python -m tools.bench closed_loop`. The quick start (`{CONFIG}`) at a constant learning rate, "
         f"{seeds} seeds, {os.cpu_count()} cores, no GPU, at three ratios of speeds made by sleeping "
-        f"(`actor.slowdown`, `learner.slowdown`). The {len(found.options.budgets)} runs of a ratio and seed go side by "
+        f"(`actor.pace_s`, `learner.pace_s`). The {len(found.options.budgets)} runs of a ratio and seed go side by "
         "side, asleep for most of the time, so that whatever else happens on the machine happens to all of them. Every "
         "run is ended by the clock; what is compared is the held-out "
         f"reward of saved versions ({HELD_OUT} prompts each, judged off the clock, the same questions for all of a "

@@ -32,11 +32,12 @@ from tools.export import export
 from tools.run_files import Record, last_lines, of_kind, read_metrics
 
 CONFIG = "configs/quickstart.yaml"
-TIME_S = 160.0  # of the clock, at whose end runs are compared
+TIME_S = 270.0  # of the clock, at whose end runs are compared
 LAST = 0.2  # of it, over which the held-out reward is averaged
-MARGIN_S = 10.0  # beyond it, so that a version from after it is saved
+MARGIN_S = 15.0  # beyond it, so that a version from after it is saved
 START_LIMIT_S, END_LIMIT_S = 120.0, 90.0
 POLL_S = 0.5
+SAVE_EVERY = 5  # steps between versions that are judged
 DONE, REWARDS = "done.json", "rewards.json"
 HELD_OUT = 1024  # prompts that a version is judged by: one standard error is about .015
 JUDGE_LIMIT_S = 120.0
@@ -48,13 +49,26 @@ class Ratio:
 
     title: str
     overrides: tuple[str, ...]
-    save_every: int  # steps between versions that are judged
 
 
-RATIOS = {  # a step takes about 2.5 s, nearly all of it asleep: that is how seven runs fit on two cores
-    "slow-actors": Ratio("actors 2.5 times slower", ("actor.slowdown=70", "learner.slowdown=12"), 2),
-    "even": Ratio("equally fast", ("actor.slowdown=60", "learner.slowdown=25"), 3),
-    "slow-learner": Ratio("learner 2.5 times slower", ("actor.slowdown=22", "learner.slowdown=28"), 3),
+SLOW_S, FAST_S = (
+    1.5,
+    0.6,
+)  # a step of the slower side and of the faster, nearly all asleep: so seven runs fit on 2 cores
+ROWS = 64  # that an actor decodes at once: a step's rollouts are two rounds of answers of ANSWER tokens on two actors
+ANSWER = 8
+
+
+def _ratio(title: str, rollout_s: float, train_s: float) -> Ratio:
+    """``rollout_s`` to sample a step's trajectories, ``train_s`` to train on them."""
+    token_s = rollout_s / (2 * ANSWER)
+    return Ratio(title, (f"actor.max_sequences={ROWS}", f"actor.pace_s={token_s:g}", f"learner.pace_s={train_s:g}"))
+
+
+RATIOS = {
+    "slow-actors": _ratio("actors 2.5 times slower", SLOW_S, FAST_S),
+    "even": _ratio("equally fast", SLOW_S, SLOW_S),
+    "slow-learner": _ratio("learner 2.5 times slower", FAST_S, SLOW_S),
 }
 AUTO = "auto"
 BUDGETS = ("0", "1", "2", "4", "8", "16", AUTO)
@@ -73,17 +87,22 @@ class Cell:
         """Of its directory."""
         return f"{self.ratio}-{self.budget}-{self.seed}"
 
+    @property
+    def model(self) -> str:
+        """Name of the model's directory that all runs of the seed begin from."""
+        return f"start-{self.seed}"
+
     def overrides(self) -> list[str]:
-        """All that differs from the quick start."""
+        """All that differs from the quick start, but for the places of its files."""
         return [
             f"run.seed={self.seed}", "run.steps=100000", f"staleness.budget={self.budget}",
             "optim.schedule=constant", "evaluation.prompts=0", "learner.checkpoint_keep=100000",
-            f"learner.checkpoint_every={RATIOS[self.ratio].save_every}", *RATIOS[self.ratio].overrides,
+            f"learner.checkpoint_every={SAVE_EVERY}", *RATIOS[self.ratio].overrides,
         ]  # fmt: skip
 
     def config(self, root: Path) -> RunConfig:
         """The run, with an address of its own."""
-        found = load(CONFIG, self.overrides())
+        found = load(CONFIG, [*self.overrides(), f"model.path={root / self.model}"])
         return replace(
             found,
             run=replace(found.run, name="run", dir=str(root / self.name)),
@@ -184,7 +203,9 @@ def judge(cell: Cell, done: Done, root: Path) -> dict[int, float]:
     """Judge the versions that :func:`at_the_end` needs; everybody's with the same questions and noise."""
     folder = root / cell.name
     versions = needed([step_of(path) for path in complete(folder / "run" / "checkpoints")], done)
-    config = load(CONFIG, [f"run.seed={cell.seed}", f"evaluation.prompts={HELD_OUT}"])
+    config = load(
+        CONFIG, [f"run.seed={cell.seed}", f"model.path={root / cell.model}", f"evaluation.prompts={HELD_OUT}"]
+    )
     rewards: dict[int, float] = {}
     with tempfile.TemporaryDirectory() as room:
         for version in versions:

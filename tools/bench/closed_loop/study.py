@@ -20,11 +20,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from common.config import load
 from tools.bench.closed_loop.runs import (
     AUTO,
     BUDGETS,
-    CONFIG,
     RATIOS,
     Cell,
     Done,
@@ -85,8 +83,8 @@ def run_study(options: Options) -> Found:
     root, console, found = options.directory, Console(stderr=True), Found(options)
     if options.fresh:
         shutil.rmtree(root, ignore_errors=True)
-    ensure(load(CONFIG))
     for seed in options.seeds:
+        ensure(Cell(options.ratios[0], AUTO, seed).config(root))
         for ratio in options.ratios:
             cells = [Cell(ratio, budget, seed) for budget in options.budgets]
             kept = {cell: done for cell in cells if (done := finished(cell, root)) is not None}
