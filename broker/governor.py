@@ -20,7 +20,9 @@ No clock, no randomness: a function of what it is told. Its moves are inputs of 
 it has learned is not, so a broker that comes back keeps the budget and learns anew.
 """
 
-from collections.abc import Mapping
+import statistics
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from common.config import StalenessSection
@@ -30,7 +32,7 @@ SLACK = 0.02  # below which a smaller one is tried; between the two nothing is d
 PAYS = 0.02  # more work done by the side that idles least pays for a raise; as much less may be lost by lowerings
 CLEARLY = 0.5  # of the learner's idle share: a side below it sets the pace
 MARGIN = 0.8  # of a target that may be used up when the budget is raised
-SMOOTHED = 8  # steps that KL and ESS are averaged over, exponentially
+RECENT = 8  # steps whose median of KL and of ESS stands for them: a few bad batches are not yet a bad budget
 SETTLES = 2  # steps that are under way when the budget moves
 CALM = 2  # intervals in a row that must give cause for a lowering
 MOST_STRIDE = 8  # versions that the budget is raised by at once
@@ -136,8 +138,8 @@ class Governor:
     def __init__(self, section: StalenessSection, budget: int, least_s: float) -> None:
         """``least_s``: what an interval lasts at least, several heartbeats, which bring the actors' seconds."""
         self.section, self.budget, self._least_s = section, budget, least_s
-        self.kl: float | None = None  # smoothed
-        self.ess: float | None = None
+        self._kl: deque[float] = deque(maxlen=RECENT)
+        self._ess: deque[float] = deque(maxlen=RECENT)
         self._floor, self._ceiling, self._allowed = Barrier(), Barrier(), Barrier(patience=TARGET_PATIENCE)
         self._stride = 1  # of the next raise
         self._calm = 0  # intervals in a row after which a smaller budget might do
@@ -149,7 +151,8 @@ class Governor:
 
     def observe(self, now: Totals) -> Move | None:
         """A step was committed."""
-        self.kl, self.ess = _smooth(self.kl, now.kl), _smooth(self.ess, now.ess)
+        self._kl.extend([] if now.kl is None else [now.kl])
+        self._ess.extend([] if now.ess is None else [now.ess])
         if self._from < 0:
             self._from = self._off_until = now.step + self.section.every  # the pipeline fills
         if now.step >= self._off_until and (reason := self._off_target()):
@@ -167,6 +170,16 @@ class Governor:
 
     # ---- targets --------------------------------------------------------------------------------
 
+    @property
+    def kl(self) -> float | None:
+        """Of the last steps, nats a token; None as long as there are too few."""
+        return _middle(self._kl)
+
+    @property
+    def ess(self) -> float | None:
+        """The same of the effective sample size."""
+        return _middle(self._ess)
+
     def _off_target(self) -> str:
         """Which target is missed, in words; "" for none."""
         section = self.section
@@ -183,8 +196,9 @@ class Governor:
         self._allowed.set(old - 1)
         self._stride, self._tried = 1, None
         move = self._move(now, old // 2, reason, None)
-        self._off_until = now.step + max(self.section.every, old) + SMOOTHED  # what is promised is trained by then
-        self.kl = self.ess = None
+        self._off_until = now.step + max(self.section.every, old) + RECENT  # what is promised is trained by then
+        self._kl.clear()
+        self._ess.clear()
         return move
 
     def _room(self) -> bool:
@@ -257,10 +271,8 @@ class Governor:
         return Move(old, new, reason, figures)
 
 
-def _smooth(before: float | None, value: float | None) -> float | None:
-    if value is None or before is None:
-        return before if value is None else value
-    return before + (value - before) / SMOOTHED
+def _middle(recent: Sequence[float]) -> float | None:
+    return statistics.median(recent) if len(recent) > RECENT // 2 else None
 
 
 def _rounded(value: float | None) -> float | None:

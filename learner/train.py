@@ -184,7 +184,7 @@ class Learner:
             stream.catch_up(self.step, self._note, self._stopping)
 
     def _slow_down(self, seconds: float) -> None:
-        """Let ``seconds`` pass (learner.slowdown, .pace_s). Who lacks this version is sent the next: its weights are gone."""
+        """Let ``seconds`` pass (learner.slowdown, .pace_s). Who lacks this version is sent the next: it is gone."""
         deadline = time.perf_counter() + seconds
         while not self.stop.is_set and (left := deadline - time.perf_counter()) > 0:
             self._note(self.link.receive(min(left, PAUSE_S)))

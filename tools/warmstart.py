@@ -64,6 +64,9 @@ def ensure(config: RunConfig) -> Path:
     part.mkdir(parents=True)
     try:
         make(config, part)
+        if model_state(config) is ModelState.CURRENT:
+            print(f"{path}: made meanwhile by another process", flush=True)
+            return path
         if path.exists():
             shutil.rmtree(path)
         part.rename(path)

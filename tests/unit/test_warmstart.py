@@ -1,6 +1,7 @@
 """The warm start: the same seed gives the same bytes, nothing foreign is overwritten, nothing leaks."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer, Qwen3MoeForCausalLM
 
+import tools.warmstart
 from actor.tasks.base import DemonstratedTask, make_task
 from actor.tasks.sort6 import write_tokenizer
 from common.config import RunConfig, load
@@ -55,6 +57,18 @@ def test_it_is_a_hugging_face_directory(two: tuple[Path, Path]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(path)
     assert config["eos_token_id"] == tokenizer.convert_tokens_to_ids("$")
     assert torch.isfinite(model(input_ids=torch.tensor([tokenizer.encode("582013>")])).logits).all()
+
+
+def test_two_at_once_make_one_model(two: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, made = tmp_path / "c", tools.warmstart.make
+
+    def overtaken(config: RunConfig, directory: Path) -> None:
+        made(config, directory)
+        shutil.copytree(two[0], path)
+
+    monkeypatch.setattr(tools.warmstart, "make", overtaken)
+    assert ensure(tiny(path)) == path
+    assert content(path) == content(two[0]) and not list(tmp_path.glob("*.part"))
 
 
 def test_a_second_call_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,8 +76,11 @@ def verdict(run: Run, skip_s: float | None = None, ask: Ask | None = None) -> Ve
     steps = [step for step in run.steps if window.first <= step["step"] <= window.last]
     seconds = window.ns * NS
     found = Verdict(run.path.name, seconds, window.first, window.last, processes, notes=notes)
-    parts = {"actor": run.config.actor, "learner": run.config.learner} if run.config else {}
-    slowed = {role: max(part.slowdown, PACED if part.pace_s else 1.0) for role, part in parts.items()}
+    slowed = {}
+    if run.config is not None:
+        actor, learner = run.config.actor, run.config.learner
+        slowed["actor"] = PACED if actor.pace_s else actor.slowdown
+        slowed["learner"] = PACED if learner.pace_s else learner.slowdown
     found.machines = machines_of(processes, seconds, cores_of(run.timelines), slowed)
     found.publishes = publishes_of(run.timelines, window, _published(run, window))
     _judge(found, run, steps, ask)
