@@ -27,7 +27,7 @@ STEPS = round(TIME_S) + 4
 def done(cell=None):
     cell = cell or Cell("even", "2", 0)
     at = [float(i) for i in range(STEPS)]
-    return Done(cell.overrides(), at, [min(1.0, t / 60) for t in at], [2] * STEPS, 1.5, {"rollouts": 0.1})
+    return Done(cell.overrides(), at, [min(1.0, t / 60) for t in at], [2] * STEPS, 1.5, {"rollouts": 0.1}, 0.4)
 
 
 def test_settings_are_those_of_a_run():
@@ -43,7 +43,7 @@ def test_a_run_is_timed_from_its_first_step():
         parked = {"rollouts": (second - 7) / 2} if second > 7 else {}
         return {"time_s": second, "reward": 0.5, "staleness_budget": budget, "lag_mean": 1.0, "parked": parked}
 
-    found = of_lines(Cell("even", AUTO, 0), [line(7.0, 1), line(9.0, 1), line(11.0, 2)])
+    found = of_lines(Cell("even", AUTO, 0), [line(7.0, 1), line(9.0, 1), line(11.0, 2)], 0.4)
     assert found.at_s == [0.0, 2.0, 4.0] and found.budgets == [1, 1, 2]
     assert found.idle == {"rollouts": 0.5} and chosen(found) == "1×2 2×1"
 

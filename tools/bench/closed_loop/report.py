@@ -31,7 +31,7 @@ def lines(found: Found) -> list[str]:
         f"Written by `python -m tools.bench closed_loop`. The quick start (`{CONFIG}`) at a constant learning rate, "
         f"{seeds} seeds, {os.cpu_count()} cores, no GPU, at three ratios of speeds made by sleeping "
         f"(`actor.pace_s`, `learner.pace_s`). The {len(found.options.budgets)} runs of a ratio and seed go side by "
-        "side, asleep for most of the time, so that whatever else happens on the machine happens to all of them. Every "
+        "side, asleep for much of the time, so that whatever else happens on the machine happens to all of them. Every "
         "run is ended by the clock; what is compared is the held-out "
         f"reward of saved versions ({HELD_OUT} prompts each, judged off the clock, the same questions for all of a "
         f"seed), averaged over the last {LAST:.0%} of {TIME_S:g} s from the first step on.",
@@ -50,7 +50,7 @@ def lines(found: Found) -> list[str]:
         "",
         "Held-out reward, mean (each seed); steps a second; mean lag.",
         "",
-        "| budget | " + " | ".join(RATIOS[r].title for r in found.options.ratios) + " |",
+        "| budget | " + " | ".join(_heading(found, r) for r in found.options.ratios) + " |",
         "|---|" + "---|" * len(found.options.ratios),
         *(
             f"| {budget} | " + " | ".join(_cell(found, ratio, budget) for ratio in found.options.ratios) + " |"
@@ -67,6 +67,11 @@ def lines(found: Found) -> list[str]:
             for seed in found.options.seeds
         ),
     ]
+
+
+def _heading(found: Found, ratio: str) -> str:
+    idle = statistics.fmean(d.machine_idle for cell, d in found.done.items() if cell.ratio == ratio)
+    return f"{RATIOS[ratio].title} (at most {RATIOS[ratio].steps_per_s:.2f}/s; cores idle {idle:.0%})"
 
 
 def _verdict(found: Found, ratio: str) -> str:

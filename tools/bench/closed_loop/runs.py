@@ -49,20 +49,17 @@ class Ratio:
 
     title: str
     overrides: tuple[str, ...]
+    steps_per_s: float  # of the slower side, if nothing else took time
 
 
-SLOW_S, FAST_S = (
-    1.5,
-    0.6,
-)  # a step of the slower side and of the faster, nearly all asleep: so seven runs fit on 2 cores
-ROWS = 64  # that an actor decodes at once: a step's rollouts are two rounds of answers of ANSWER tokens on two actors
-ANSWER = 8
+SLOW_S, FAST_S = 2.0, 0.8  # a step of the slower side and of the faster; seven runs then use half of two cores
+ANSWER, IN_FLIGHT = 8, 2  # tokens of an answer; steps' worth of trajectories that two actors can decode at once
 
 
 def _ratio(title: str, rollout_s: float, train_s: float) -> Ratio:
-    """``rollout_s`` to sample a step's trajectories, ``train_s`` to train on them."""
-    token_s = rollout_s / (2 * ANSWER)
-    return Ratio(title, (f"actor.max_sequences={ROWS}", f"actor.pace_s={token_s:g}", f"learner.pace_s={train_s:g}"))
+    """``rollout_s`` to sample a step's trajectories where the fleet is full, ``train_s`` to train on them."""
+    token_s = rollout_s * IN_FLIGHT / ANSWER
+    return Ratio(title, (f"actor.pace_s={token_s:g}", f"learner.pace_s={train_s:g}"), 1 / max(rollout_s, train_s))
 
 
 RATIOS = {
@@ -120,6 +117,7 @@ class Done:
     budgets: list[int]  # in force when it was done
     lag_mean: float
     idle: dict[str, float]  # the learner's share of the clock parked, by cause
+    machine_idle: float  # share of the cores' time, from the first step to the end
 
     def speed(self) -> float:
         """Steps a second until TIME_S."""
@@ -133,13 +131,12 @@ def make(cell: Cell, root: Path) -> Done:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     config = cell.config(root)
-    lines = _until(config, folder, TIME_S + MARGIN_S)
-    done = of_lines(cell, lines)
+    done = of_lines(cell, *_until(config, folder, TIME_S + MARGIN_S))
     _write(folder / DONE, asdict(done))
     return done
 
 
-def of_lines(cell: Cell, steps: list[Record]) -> Done:
+def of_lines(cell: Cell, steps: list[Record], machine_idle: float) -> Done:
     """From the step lines of its metrics."""
     first, last = steps[0], steps[-1]
     clock = last["time_s"] - first["time_s"]
@@ -147,11 +144,21 @@ def of_lines(cell: Cell, steps: list[Record]) -> Done:
     return Done(
         cell.overrides(), [s["time_s"] - first["time_s"] for s in steps], [s["reward"] for s in steps],
         [s["staleness_budget"] for s in steps], float(np.mean([s["lag_mean"] for s in steps])), parked,
+        machine_idle,
     )  # fmt: skip
 
 
-def _until(config: RunConfig, folder: Path, clock_s: float) -> list[Record]:
-    """Launch ``config`` and end it once ``clock_s`` have passed since its first step; its step lines."""
+def _cores() -> tuple[int, int]:
+    """``(idle, all)`` of the machine's cores since it was started, in ticks."""
+    ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    return ticks[3] + ticks[4], sum(ticks)
+
+
+def _until(config: RunConfig, folder: Path, clock_s: float) -> tuple[list[Record], float]:
+    """Launch ``config`` and end it once ``clock_s`` have passed since its first step.
+
+    Returns its step lines, and which share of the cores' time was idle meanwhile.
+    """
     file, log = folder / "run.yaml", folder / "launch.log"
     file.write_text(to_yaml(config))
     with log.open("wb") as output:
@@ -160,13 +167,14 @@ def _until(config: RunConfig, folder: Path, clock_s: float) -> list[Record]:
             stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         try:
-            began, first = time.monotonic(), None
+            began, first, before = time.monotonic(), None, _cores()
             while first is None or time.monotonic() < first + clock_s:
                 time.sleep(POLL_S)
                 if launcher.poll() is not None or time.monotonic() - began > START_LIMIT_S + clock_s:
                     raise EngineError("the run did not come to its end:\n" + "\n".join(last_lines(log, 25)))
                 if first is None and of_kind(read_metrics(config.run.path), "step"):
-                    first = time.monotonic()
+                    first, before = time.monotonic(), _cores()
+            after = _cores()
             launcher.send_signal(signal.SIGINT)
             launcher.wait(END_LIMIT_S)
         except subprocess.TimeoutExpired as late:
@@ -175,7 +183,7 @@ def _until(config: RunConfig, folder: Path, clock_s: float) -> list[Record]:
             if launcher.poll() is None:
                 launcher.kill()
                 launcher.wait()
-    return of_kind(read_metrics(config.run.path), "step")
+    return of_kind(read_metrics(config.run.path), "step"), (after[0] - before[0]) / max(1, after[1] - before[1])
 
 
 def finished(cell: Cell, root: Path) -> Done | None:
