@@ -1,6 +1,7 @@
 """tools.watch without a browser: what it reads, how it stays small, and that every frame fits."""
 
 import fcntl
+import io
 import itertools
 import json
 import os
@@ -19,7 +20,9 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 from rich.cells import cell_len
+from rich.console import Console
 
+from common.process import StopFlag
 from common.trace import IDLE, STATES
 from tests.made_run import HOSTILE, MadeRun
 from tools.watch.__main__ import main
@@ -31,6 +34,7 @@ from tools.watch.palette import GREY, WAITING, WORK, colour
 from tools.watch.screen import frame
 from tools.watch.shares import Window, split_shard
 from tools.watch.tail import Tail
+from tools.watch.terminal import watch_lines
 from tools.watch.view import make_view
 
 # ---- the tail -----------------------------------------------------------------------------------
@@ -318,6 +322,48 @@ def test_a_broker_that_fell_silent_is_told(tmp_path):
     os.utime(run.directory / "status.json", (time.time() - 100, time.time() - 100))
     view = Follower(run.directory).look()
     assert view.lost and "no word from the broker for 1:40" in frame(view, History(), 80)[0].plain
+
+
+class Writing(Follower):
+    """A run that makes a step whenever it is looked at, until its ``last``."""
+
+    def __init__(self, run, last, end):
+        super().__init__(run.directory)
+        self.run, self.last, self.end = run, last, end
+
+    def look(self, seconds=0.3):
+        if self.run.step < self.last:
+            self.run.advance(1)
+        elif self.end:
+            self.run.write_status(self.end)
+        return super().look(seconds)
+
+
+@pytest.mark.parametrize(("end", "code"), [("finished", 0), ("", 1)])
+def test_plain_lines_end_with_the_run_or_once_nobody_writes(tmp_path, end, code):
+    said, run = io.StringIO(), MadeRun(tmp_path / "r", 4)
+    assert watch_lines(Writing(run, 4, end), Console(file=said, width=200), StopFlag(), silence_s=0.1) == code
+    lines = said.getvalue().splitlines()
+    assert [line.split()[1] for line in lines[:4]] == ["1/4", "2/4", "3/4", "4/4"]
+    assert ("given up: nobody wrote status.json or metrics.jsonl" in lines[-1]) == (code == 1)
+
+
+def test_a_run_that_was_killed_or_never_began_does_not_hold_a_pipe(tmp_path, capsys):
+    MadeRun(tmp_path / "r").advance(3)
+    os.utime(tmp_path / "r" / "status.json", (time.time() - 900, time.time() - 900))
+    assert main([str(tmp_path / "r"), "--silence-s", "0.1"]) == 1
+    assert "no word from the broker for 15:00" in capsys.readouterr().out
+    assert main([str(tmp_path / "none"), "--silence-s", "0.1"]) == 1
+    assert "for 0.1 s (--silence-s)" in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["other"], "one run is watched at a time, not 2: give other a terminal"), (["--silence-s", "nan"], "nan: must")],
+)
+def test_what_is_not_meant_is_refused_in_words(tmp_path, capsys, words, said):
+    assert main([str(tmp_path), *words]) == 2
+    assert said in capsys.readouterr().out.replace("\n", " ")
 
 
 # ---- a real terminal ----------------------------------------------------------------------------

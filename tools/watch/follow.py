@@ -53,6 +53,15 @@ class Follower:
         """Whether everything that is there was read."""
         return not self.tail.behind
 
+    @property
+    def sign(self) -> tuple[int, int]:
+        """Another whenever somebody wrote: when status.json was replaced (ns), bytes read of metrics.jsonl."""
+        try:
+            written = (self.run_dir / STATUS).stat().st_mtime_ns
+        except OSError:
+            written = -1
+        return written, self.tail.offset
+
     def _read_status(self) -> None:
         try:
             found = read_status(self.run_dir)

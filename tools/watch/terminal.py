@@ -14,6 +14,7 @@ from rich.console import Console, ConsoleDimensions
 from rich.live import Live
 
 from common.process import StopFlag
+from tools.run_files import LOGS, METRICS, STATUS
 from tools.watch.follow import Follower
 from tools.watch.screen import Screen, phase_of, plain_line
 from tools.watch.view import View
@@ -21,10 +22,11 @@ from tools.watch.view import View
 EVERY_S = 0.5  # the broker replaces status.json as often
 KEY_S = 0.1  # how often keys and the terminal's size are looked at
 LINE_S = 5.0  # between plain lines
+SILENCE_S = 300.0  # without a new word: a run whose broker lives writes twice a second
 QUIT = "qQ\x03\x04"
 KEYS = "q quits"
 
-EXIT_OK, EXIT_NOTHING = 0, 2
+EXIT_OK, EXIT_SILENT, EXIT_NOTHING = 0, 1, 2
 
 
 def watch_live(follower: Follower, console: Console, stop: StopFlag) -> int:
@@ -52,16 +54,29 @@ def _rest(seconds: float, pressed: "Pressed", disturbed: Callable[[], bool]) -> 
     return True
 
 
-def watch_lines(follower: Follower, console: Console, stop: StopFlag) -> int:
-    """A line every few seconds until the run is over."""
-    nobody = Pressed(None)
+def watch_lines(follower: Follower, console: Console, stop: StopFlag, silence_s: float = SILENCE_S) -> int:
+    """A line every few seconds until the run is over; 1 once nobody has written for ``silence_s``."""
+    nobody, sign, heard = Pressed(None), follower.sign, time.monotonic()
     while not stop.is_set:
         view = read_all(follower)
         console.print(plain_line(view), markup=False, soft_wrap=True)
         if view.over:
             break
-        _rest(LINE_S, nobody, lambda: stop.is_set)
+        if follower.sign != sign:
+            sign, heard = follower.sign, time.monotonic()
+        left = heard + silence_s - time.monotonic()
+        if left <= 0:
+            console.print(_given_up(follower, silence_s), style="red", markup=False, soft_wrap=True)
+            return EXIT_SILENT
+        _rest(min(LINE_S, left), nobody, lambda: stop.is_set)
     return EXIT_OK
+
+
+def _given_up(follower: Follower, silence_s: float) -> str:
+    return (
+        f"given up: nobody wrote {STATUS} or {METRICS} in {follower.run_dir} for {silence_s:g} s (--silence-s), so the "
+        f"run was killed or its broker hangs; {follower.run_dir / LOGS} tells more"
+    )
 
 
 def show_once(follower: Follower, console: Console) -> int:
