@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from actor.tasks.fixed import FixedLength
 from actor.tasks.sort6 import ALPHABET, Sort6, decode, encode, write_tokenizer
 from common.config import load
 from learner.optim import learning_rate
+from tools.bench.end2end.__main__ import main
 from tools.bench.end2end.analysis import Ratio, Timed, band, paired, reaches
 from tools.bench.end2end.contestants import APART, LARGER, MAIN, TRL, arenas, contestants, run_config, trl_job
 from tools.bench.end2end.report import lines, spread
@@ -219,6 +221,14 @@ def test_all_four_have_the_quick_start_s_numbers() -> None:
     assert (job.prompts, job.siblings, job.max_tokens) == (32, 8, 8)
     assert job.router_aux_loss_coef == pytest.approx(0.005)  # transformers sums over k = 2 choices, croupier averages
     assert contestants("auto")["obrs"].overrides == ("staleness.budget=auto",)
+
+
+def test_the_budget_is_the_one_that_the_sweep_recommends(capsys: pytest.CaptureFixture[str]) -> None:
+    recommended = re.search(r"^recommended: staleness\.budget=(\d+)$", Path("docs/sweep.md").read_text(), re.MULTILINE)
+    assert recommended and Options(seeds=(0,)).budget == recommended[1]
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert f"default: the {recommended[1]} " in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_rate_falls_alike() -> None:

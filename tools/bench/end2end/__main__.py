@@ -8,7 +8,7 @@ from rich.console import Console
 
 from common.errors import CroupierError
 from tools.bench.end2end.contestants import APART, LARGER, MAIN
-from tools.bench.end2end.study import DIRECTORY, STEPS, Options, rows, study
+from tools.bench.end2end.study import BUDGET, DIRECTORY, STEPS, Options, rows, study
 from tools.bench.harness import show
 
 PIPE_COLUMNS = 180
@@ -18,7 +18,12 @@ ARENAS = (MAIN, APART, LARGER)
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.bench.end2end", description="What asynchrony is worth.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("--budget", default="2", help="staleness.budget of the asynchronous runs: a number, or auto")
+    parser.add_argument(
+        "--budget",
+        default=BUDGET,
+        help="staleness.budget of the asynchronous runs: a number, or auto; default: the %(default)s that tools.sweep "
+        "recommends",
+    )
     parser.add_argument("--target", type=float, default=0.8, help="held-out reward whose wall-clock is compared")
     parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of a run")
     parser.add_argument("--directory", type=Path, default=DIRECTORY, help="where finished runs are kept")

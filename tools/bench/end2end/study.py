@@ -29,6 +29,7 @@ from tools.bench.harness import Row
 
 DIRECTORY = Path("runs/bench-end2end")
 STEPS = 600
+BUDGET = "1"  # what tools.sweep recommends (docs/sweep.md)
 TRY_ROUNDS = 2  # of which the faster counts: what else the machine does can only slow a run down
 CHOSEN, TRIED = "chosen.json", "tried"
 ELSEWHERE = {APART: "a machine for each side", LARGER: "a larger shape"}
@@ -41,7 +42,7 @@ class Options:
     """What is run, and how it is looked at."""
 
     seeds: tuple[int, ...]
-    budget: str = "2"  # of the asynchronous contestants: versions, or auto
+    budget: str = BUDGET  # of the asynchronous contestants: versions, or auto
     target: float = 0.8  # held-out reward
     steps: int = STEPS
     directory: Path = DIRECTORY
