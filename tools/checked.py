@@ -13,8 +13,14 @@ STEP_NUMBERS = (
     "acceptance_expected", "kl_before", "kl_after", "ess", "weight_ess", "entropy", "truncated", "loss", "grad_norm",
     "tokens_proposed", "tokens_accepted", "tokens_generated", "seconds_fetch", "seconds_train", "seconds_publish",
     "joint_kl", "joint_kl_drop", "joint_grad_norm", "joint_clip_fraction", "seconds_joint", "skipped_updates",
-    "groups_padded", "kl_to_behaviour", "length_mean", "threshold",
+    "groups_padded", "kl_to_behaviour", "length_mean", "threshold", "trajectories", "tokens", "reward_std",
+    "reward_mixed", "reward_mixed_std", "exemplars", "groups_without_signal", "length_max", "scored_by_version",
+    "unscorable", "kl_before_se", "kl_after_se", "z_lower", "z_upper", "z_theta", "z_kappa", "topk_missing_mass",
+    "threshold_next", "questions_retired", "questions_skipped", "rethinned_by_version", "rethinned_tokens",
+    "kl_reference", "reference_unscorable",
 )  # fmt: skip
+STEP_TALLIES = ("parked", "dropped", "reward_channels", "channels_missing", "channels_gated", "pass_rates")
+STEP_MAPPINGS = (*STEP_TALLIES, "lag_histogram", "tasks", "teachers")
 EVALUATION_NUMBERS = (
     "version", "time_s", "reward", "reward_low", "reward_high", "correct", "correct_low", "correct_high", "samples",
     "prompts", "version_asked",
@@ -50,7 +56,7 @@ def checked(run: Run) -> Run:
         found = kinds.get(str(record.get("kind")), dict)(record)
         odd += _lost(record, found)
         kept += [] if found is None else [found]
-    status = _status(run.status)
+    status = checked_status(run.status)
     odd += [f"status.{name}" for name in _lost(run.status, status)]
     notes = list(run.notes)
     if odd:
@@ -60,10 +66,16 @@ def checked(run: Run) -> Run:
 
 
 def _lost(before: Record, after: Record | None) -> list[str]:
-    """Names of what was taken out; what was None before is not missed."""
+    """Names of what was taken out, in whole or in part; what was None before is not missed."""
     if after is None:
         return [f"a line of kind {before.get('kind')}"]
-    return [str(name) for name, value in before.items() if value is not None and after.get(name) is None]
+    return [str(name) for name, value in before.items() if value is not None and _less(name, value, after.get(name))]
+
+
+def _less(name: str, before: Any, after: Any) -> bool:
+    if after is None or name not in (*STEP_MAPPINGS, "states", "audit"):
+        return after is None
+    return not isinstance(before, Mapping) or (name in STEP_MAPPINGS and len(after) < len(before))
 
 
 def _numbers(record: Record, names: tuple[str, ...]) -> Record:
@@ -83,11 +95,38 @@ def _step(record: Record) -> Record | None:
     if "states" in found:
         states = mapping(found["states"])
         found["states"] = {role: numbers(states[role]) for role in STATES if role in states}
-    if "parked" in found:
-        found["parked"] = numbers(found["parked"])
+    for name in STEP_TALLIES:
+        if name in found:
+            found[name] = _tallied(found[name])
+    for name in ("tasks", "teachers"):
+        if found.get(name) is not None:
+            found[name] = _parts(found[name])
+    if found.get("audit") is not None:
+        found["audit"] = _audit(found["audit"])
     if "lag_histogram" in found:
         found["lag_histogram"] = {str(lag): count for lag, count in counts(found["lag_histogram"]).items()}
     return found
+
+
+def _parts(value: Any) -> dict[str, Record]:
+    """Of each task or teacher its numbers, and what is not known of it as None."""
+    return {
+        str(name): _tallied(part) | {str(key): None for key, known in part.items() if known is None}
+        for name, part in mapping(value).items()
+        if isinstance(part, Mapping)
+    }
+
+
+def _audit(value: Any) -> Record:
+    """Strata of (tokens, share accepted, how far from the rest), and warnings that are words."""
+    found = mapping(value)
+    strata = {
+        name: {kind: row for kind, row in mapping(rows).items() if _is_triple(row) and row[0] > 0}
+        for name, rows in mapping(found.get("strata")).items()
+    }
+    warnings = found.get("warnings")
+    words = [one for one in warnings if isinstance(one, str)] if isinstance(warnings, list) else []
+    return {"strata": strata, "warnings": words}
 
 
 def _evaluation(record: Record) -> Record | None:
@@ -141,7 +180,8 @@ def _tallied(value: Any) -> dict[str, float]:
     return {name: int(found) if found.is_integer() else found for name, found in numbers(value).items()}
 
 
-def _status(status: Record) -> Record:
+def checked_status(status: Record) -> Record:
+    """``status`` without figures of the wrong kind, also where nothing else of the run is there."""
     found = _numbers(status, STATUS_NUMBERS)
     for name in STATUS_COUNTS:
         if name in found:
@@ -155,5 +195,8 @@ def _status(status: Record) -> Record:
     best = mapping(found.get("best"))
     found["best"] = best if None not in (number(best.get(name)) for name in ("version", "reward")) else None
     lengths = mapping(found.get("trajectories_by_length"))
-    found["trajectories_by_length"] = {kind: counts(lengths.get(kind)) for kind in ("trained", "dropped")}
+    found["trajectories_by_length"] = {
+        kind: {longest: count for longest, count in counts(lengths.get(kind)).items() if count > 0}
+        for kind in ("trained", "dropped")
+    }
     return found

@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.table import Table
 
 from common.errors import ConfigError, CroupierError, DataError
+from tools.checked import checked
 from tools.console import make_console, print_error
 from tools.lengths import LengthRow, length_rows
 from tools.run_files import Record
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     console = make_console()
     try:
-        run = read_run(given.run_dir, timelines=False)
+        run = checked(read_run(given.run_dir, timelines=False))
         print_notes(console, run)
         steps = run.steps
         if not steps:
@@ -43,9 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = [step for step in steps if step["step"] == wanted]
         if not found:
             raise ConfigError(f"step {wanted}: has no receipt; steps {steps[0]['step']} to {steps[-1]['step']} have")
-        console.print(receipt_table(found[0]))
+        console.print(receipt_table({name: value for name, value in found[0].items() if value is not None}))
     except KeyError as missing:  # the table is whole or not at all: half a receipt misleads
-        print_error(console, DataError(f"a line of metrics.jsonl has no {missing}: another croupier wrote it"))
+        said = f"a line of metrics.jsonl has no readable {missing}: another croupier wrote it, or it was damaged"
+        print_error(console, DataError(said))
         return 2
     except CroupierError as error:
         print_error(console, error)
@@ -169,7 +171,9 @@ def _left_out(line: Record) -> str:
 
 def _rank(name: str, value: str) -> tuple[str, int, str]:
     """Strata in order: numbers by size, tasks by label."""
-    return (name, 0, value) if name == "task" else (name, int(value), "")
+    sign, digits = (-1, value[1:]) if value.startswith("-") else (1, value)
+    whole = digits.isascii() and digits.isdigit()
+    return (name, sign * int(digits), "") if whole and name != "task" else (name, 0, value)
 
 
 def audit_table(steps: Sequence[Record]) -> Table:

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from tools import receipt
 from tools.lengths import length_rows
 
@@ -36,6 +38,37 @@ def test_the_command_reads_a_run_directory(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "100.00%" in shown and "differs from the rest" in shown and "-0.2000" in shown
     assert receipt.main([str(tmp_path), "--step", "7"]) == 2
+
+
+FULL = {
+    "kind": "step", "time_s": 1.0, "step": 0, "trajectories": 8, "tokens": 80, "tokens_proposed": 40, "reward": 0.5,
+    "reward_std": 0.1, "groups_without_signal": 1, "lag_mean": 0.0, "lag_max": 0, "lag_histogram": {"0": 40},
+    "length_mean": 5.0, "length_max": 6, "truncated": 0.0, "pass_rates": {"0.5": 2}, "questions_retired": 7,
+    "questions_skipped": 9, "reward_channels": {"a": 0.5, "b": 0.25}, "reward_mixed": 0.4, "reward_mixed_std": 0.1,
+    "channels_missing": {"a": 1}, "channels_gated": {"b": 2}, "exemplars": 1, "scored_by_version": 3,
+    "threshold": 1.0, "threshold_next": 1.1, "budget_feasible": True, "rethinned_by_version": 2, "rethinned_tokens": 3,
+    "tokens_accepted": 39, "acceptance": 0.97, "acceptance_low": 0.9, "acceptance_high": 1.0,
+    "acceptance_expected": 0.96, "kl_before": 1e-3, "kl_after": 1e-4, "kl_before_se": 1e-5, "kl_after_se": 1e-6,
+    "ess": 0.9, "z_lower": 0.9, "z_upper": 1.0, "z_theta": 1.0, "z_kappa": 0.5, "topk_missing_mass": 0.01,
+    "unscorable": 1, "dropped": {"stale": 2}, "kl_reference": 0.25, "reference_unscorable": 2,
+    "tasks": {"t": {"trajectories": 8, "reward": 0.5, "reward_std": 0.1, "length_mean": 5.0,
+                    "groups_without_signal": 1, "groups": 2}},
+    "teachers": {"one": {"gap": None, "tokens": 1200, "clipped": 3, "unscorable": 0}},
+    "audit": {"strata": {"lag": {"0": [40, 0.9, 0.1]}}, "warnings": []},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", [[1, 2], "x", {"a": []}, {"²": 3, "-": {"b": "c"}}, None, 1e300], ids=str)
+def test_a_figure_of_the_wrong_kind_is_left_out_or_told(tmp_path, capsys, odd):
+    """Every field in turn; the receipt is whole, or what it lacks is named."""
+    whole = dict(receipt.receipt_rows(FULL))
+    assert len(whole) == 20
+    for name in FULL.keys() - {"kind", "step"}:
+        (tmp_path / "metrics.jsonl").write_text(json.dumps(FULL | {name: odd}))
+        code, said = receipt.main([str(tmp_path)]), capsys.readouterr().out.replace("\n", " ")
+        assert code in (0, 2) and (code == 0 or name in said or name == "time_s"), (name, said)
+        assert receipt.main([str(tmp_path), "--audit"]) in (0, 2)
+        capsys.readouterr()
 
 
 def test_pass_rates_and_retired_questions_are_shown():

@@ -59,6 +59,26 @@ def test_what_cannot_be_measured_is_told(tmp_path):
     assert any("torn" in note for note in run.notes)
 
 
+ODD = ([1, 2], "x", {"a": []}, True, 1e300)
+
+
+@pytest.mark.parametrize("odd", ODD, ids=str)
+def test_a_figure_of_the_wrong_kind_costs_a_figure_or_a_run_never_the_report(tmp_path, odd):
+    """Every field of one line in turn: it is left out and said, or the run is, and why."""
+    for name in step_line(0, time_s=0.0).keys() - {"kind"}:
+        write_run(tmp_path / name, RISE)
+        path = tmp_path / name / "metrics.jsonl"
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join([*lines[:7], json.dumps(json.loads(lines[7]) | {name: odd}), *lines[8:]]))
+        try:
+            found = measure(tmp_path / name, 0)
+        except DataError as error:
+            assert name in str(error) and name in ("time_s", "trajectories", "tokens_proposed", "tokens_accepted")
+            continue
+        assert found.figures["lag_mean"] == 1 and len(found.points) == 3
+        assert found.notes or name == "reward" or odd is True
+
+
 def test_samples_count_what_waits_at_the_mean_length():
     steps = [step_line(0, time_s=0.0, tokens=64, trajectories=32, ahead=20), step_line(1, time_s=1.0, tokens=64)]
     assert generated(steps) == [32 + 10, 64 + 50]

@@ -17,6 +17,7 @@ from common.config import RunConfig, load, to_yaml
 from common.errors import ConfigError, ModelError
 from tests.unit.swept import Clock, FakeLauncher, FakeRun, KilledError, Listener, moved, texts_of
 from tools.stamp import STAMP, fingerprint
+from tools.sweep.__main__ import main
 from tools.sweep.child import Lock, free_address
 from tools.sweep.grid import parse
 from tools.sweep.plan import Found, check_directory, differences, look, make_plan, read_state, write_state
@@ -137,7 +138,47 @@ def test_a_run_that_makes_no_step_is_given_up(plan, texts, tmp_path):
     going.prepare()
     assert not going.run() and going.count("failed") == 4
     assert all(child.stopped for child in launcher.children)
-    assert "no new step" in read_state(here.directory)["runs"][here.jobs[0].key]["reason"]
+    assert "no new step for -1 s (--stall-s)" in read_state(here.directory)["runs"][here.jobs[0].key]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("stall", "said"), [("-1", "--stall-s -1: must"), ("nan", "--stall-s nan: must"), ("7.5", "no such file")]
+)
+def test_the_time_without_a_step_is_an_option(tmp_path, capsys, stall, said):
+    assert main([str(tmp_path / "none.yaml"), "--stall-s", stall]) == 2
+    assert said in capsys.readouterr().out.replace("\n", " ")
+
+
+ODD_STATUS = {
+    "step": "x", "steps": [1], "time": None, "phase": 5, "reward": "x", "lag_mean": {}, "tokens_per_s": "y",
+    "evaluations": [7, {"reward": 0.5}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("status", [ODD_STATUS, {"step": 3}, {"step": 1e300, "steps": -1, "time": "z"}, {"step": []}])
+def test_no_status_of_a_run_ends_the_sweep(plan, texts, tmp_path, status):
+    class Told(FakeRun):
+        """Writes a status too."""
+
+        def poll(self):
+            code = super().poll()
+            (self.path / "status.json").write_text(json.dumps(status))
+            return code
+
+    class Shown(Listener):
+        """Draws what a person sees."""
+
+        def show(self, runner):
+            said.print(panel(runner, 1.0, eta_s(runner, 1.0)))
+            said.print(plain_line(runner, None))
+
+    said = Console(file=io.StringIO(), width=160)
+    here, known = moved(plan, tmp_path / "s"), written(texts, tmp_path / "s")
+    going = runner(here, lambda config, log: Told(config, known[f"{config.run.path.parent.name}/{config.run.name}"],
+                                                  Clock(), False))  # fmt: skip
+    going.view = Shown()
+    going.prepare()
+    assert going.run()
 
 
 def test_settings_that_changed_are_told_and_run_again_only_when_asked(plan, texts, tmp_path):

@@ -18,7 +18,7 @@ from tools.sweep.child import Lock, launch
 from tools.sweep.grid import parse
 from tools.sweep.plan import Plan, check_directory, make_plan
 from tools.sweep.progress import Screen
-from tools.sweep.runner import Runner
+from tools.sweep.runner import STALL_S, Runner
 from tools.sweep.start import prepare_start, warm_start
 
 
@@ -37,8 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error("the run's YAML is missing; configs/ holds examples")
         if given.jobs < 1:
             raise ConfigError(f"--jobs {given.jobs}: at least one run at a time")
+        if not given.stall_s > 0:
+            raise ConfigError(f"--stall-s {given.stall_s:g}: must be a number of seconds above 0, or inf")
         plan = make_plan(given.config, parse(given.words), given.seeds, given.name)
-        return _run(plan, given.jobs, given.redo, console)
+        return _run(plan, given.jobs, given.redo, given.stall_s, console)
     except CroupierError as error:
         print_error(console, error)
         return 2
@@ -58,19 +60,25 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=1, help="runs of every cell; more may be asked for later")
     parser.add_argument("--name", default="", help="of the sweep's directory under run.dir")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument(
+        "--stall-s",
+        type=float,
+        default=STALL_S,
+        help="a run that made no new step for so long is stopped and counted as failed; inf never (%(default)g)",
+    )
     parser.add_argument("--redo", action="store_true", help="run again what was finished under other settings")
     parser.add_argument("--report-only", type=Path, metavar="SWEEP_DIR", help="write a sweep's report again")
     return parser
 
 
-def _run(plan: Plan, jobs: int, redo: bool, console: Console) -> int:
+def _run(plan: Plan, jobs: int, redo: bool, stall_s: float, console: Console) -> int:
     stop = StopFlag().install()
     screen = Screen(console)
     lock = Lock(plan.directory, screen.say)
     try:
         starter = partial(launch, keep=(lock.descriptor,))
         states = check_directory(plan)
-        runner = Runner(plan, starter, screen, lambda: stop.is_set, jobs, redo, states)
+        runner = Runner(plan, starter, screen, lambda: stop.is_set, jobs, redo, states, stall_s=stall_s)
         runner.prepare()
         cells, seeds, done = len(plan.cells), len(plan.seeds), runner.count("finished")
         screen.say(f"{cells} cells × {seeds} seed(s) in {plan.directory}: {done} of {len(plan.jobs)} runs are done")

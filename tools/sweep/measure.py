@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import DataError
+from tools.checked import checked
 from tools.run_files import METRICS, scan_metrics
 from tools.runs import Run
 
@@ -45,16 +46,16 @@ class Measured:
 def measure(run_dir: Path, seed: int) -> Measured:
     """Read a run. Raises :class:`DataError` that says what is missing or damaged."""
     records, notes = scan_metrics(run_dir)
-    run = Run(run_dir, None, {}, records)
-    steps = run.steps
+    run = checked(Run(run_dir, None, {}, records, notes=notes))
+    steps = [{name: value for name, value in step.items() if value is not None} for step in run.steps]
     if len(steps) < 2:
         raise DataError(f"{METRICS}: {len(steps)} step(s) recorded; two are the least that can be measured")
     try:
         points = _points(steps, run.evaluations)
         figures = _figures(steps)
-    except (KeyError, TypeError, ValueError) as error:
+    except KeyError as error:
         raise DataError(f"{METRICS}: its step or evaluation lines lack {error}") from error
-    return Measured(seed, points, figures, tuple(notes))
+    return Measured(seed, points, figures, tuple(run.notes))
 
 
 def origin_s(steps: Sequence[Record]) -> float:
@@ -119,7 +120,7 @@ def _figures(steps: Sequence[Record]) -> dict[str, float]:
         "rejected": (proposed - accepted) / made if made else None,
         "unused": max(0.0, made - proposed) / made if made else None,
         "lag_mean": _mean_lag(steps),
-        "lag_max": max(float(step["lag_max"]) for step in steps),
+        "lag_max": max((float(step["lag_max"]) for step in steps if "lag_max" in step), default=None),
     }
     if wall > 0:
         earlier = float(first.get("tokens_generated") or first["tokens_proposed"])

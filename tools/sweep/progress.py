@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tools.progress import duration, number, remaining_s
+from tools.run_files import Record
 from tools.sweep.runner import Active, Runner
 
 LINE_S = 15.0  # between plain lines where there is no terminal
@@ -61,15 +62,19 @@ def plain_line(runner: Runner, eta: float | None) -> str:
 def _present(active: Active) -> str:
     status = active.status
     return (
-        f"{active.job.key} step {status.get('step', 0)}/{status.get('steps', '?')} reward "
+        f"{active.job.key} step {_progress(status)} reward "
         f"{number(status.get('reward'), '.3f')} held-out {held_out(active)}"
     )
+
+
+def _progress(status: Record) -> str:
+    return f"{status.get('step') or 0:g}/{number(status.get('steps'), 'g')}"
 
 
 def held_out(active: Active) -> str:
     """The newest held-out reward and its version."""
     evaluations = active.status.get("evaluations") or []
-    return f"{evaluations[-1]['reward']:.3f}@v{evaluations[-1]['version']}" if evaluations else "–"
+    return f"{evaluations[-1]['reward']:.3f}@v{evaluations[-1].get('version', '?')}" if evaluations else "–"
 
 
 def panel(runner: Runner, elapsed_s: float, eta: float | None) -> Panel:
@@ -87,7 +92,7 @@ def panel(runner: Runner, elapsed_s: float, eta: float | None) -> Panel:
         status = active.status
         table.add_row(
             Text(active.job.key, style="bold"),
-            f"{status.get('step', 0)}/{status.get('steps', '?')}",
+            _progress(status),
             number(status.get("reward"), ".3f"),
             held_out(active),
             number(status.get("lag_mean")),

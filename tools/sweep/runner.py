@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from common.errors import ConfigError, DataError
+from tools.checked import checked_status
 from tools.run_files import LOGS, last_lines, read_status, set_aside
 from tools.sweep.child import Child, Launcher
 from tools.sweep.plan import Found, Job, Plan, look, write_state
 
 POLL_S = 0.3
-STALL_S = 1800.0  # without a new step: longer than every deadline of a run's own processes
+STALL_S = 1800.0  # without a new step, by default: longer than every deadline of a run's own processes
 LOG_LINES = 8  # of a run that failed
 Record = dict[str, Any]
 
@@ -138,17 +139,17 @@ class Runner:
             self._settle(active, f"exit code {code}")
             return
         try:
-            active.status = read_status(active.job.config.run.path)
-        except DataError as error:  # the run's own end will tell; until then there is nothing to show
+            active.status = checked_status(read_status(active.job.config.run.path))
+        except (DataError, OSError) as error:  # the run's own end will tell; until then there is nothing to show
             active.status = {"phase": "waiting", "waiting_for": f"a readable status ({error})"}
-        step, now = int(active.status.get("step") or 0), time.monotonic()
+        step, at, now = int(active.status.get("step") or 0), active.status.get("time"), time.monotonic()
         if step != active.step:
             active.step, active.stepped = step, now
-            if step and active.first is None:
-                active.first = (float(active.status["time"]), step)
+            if step and at is not None and active.first is None:
+                active.first = (float(at), step)
         elif now - active.stepped > self.stall_s:
             active.child.stop()
-            self._settle(active, f"no new step for {self.stall_s:.0f} s")
+            self._settle(active, f"no new step for {self.stall_s:g} s (--stall-s)")
 
     def _settle(self, active: Active, how: str) -> None:
         self.active.remove(active)
