@@ -21,20 +21,7 @@ from common.config import (
 )
 from common.errors import ModelError, ProtocolError
 from common.process import StopFlag
-from tests.integration.harness import STEPS, B, Broker, G, Peer, group, make_broker
-
-
-@pytest.fixture
-def make(tmp_path):
-    brokers = []
-
-    def build(**sections):
-        brokers.append(make_broker(tmp_path, **sections))
-        return brokers[-1]
-
-    yield build
-    for broker in brokers:
-        broker.end()
+from tests.integration.harness import STEPS, B, Broker, G, Peer, group
 
 
 def test_a_synchronous_run_from_the_first_grant_to_the_last_stop(make):

@@ -7,21 +7,7 @@ import pytest
 
 from common import wire
 from common.config import EvaluationSection, LearnerSection, RolloutSection, TaskEntry, TaskSection
-from tests.integration.harness import STEPS, B, Peer, group, make_broker
-
-
-@pytest.fixture
-def make(tmp_path):
-    brokers = []
-
-    def build(name, **sections):
-        (tmp_path / name).mkdir()
-        brokers.append(make_broker(tmp_path / name, **sections))
-        return brokers[-1]
-
-    yield build
-    for broker in brokers:
-        broker.end()
+from tests.integration.harness import STEPS, B, Peer, group
 
 
 def answer(actor, grant, version, right, samples):

@@ -20,7 +20,7 @@ from common.link import connect
 from common.process import StopFlag
 from common.weights import WeightReceiver
 from tests.integration.fleet import Fleet, make_model
-from tests.integration.harness import Peer, group, make_broker
+from tests.integration.harness import Peer, group
 from tests.integration.test_chaos import QUICK
 from tools.evaluate import held_out, models_of
 from tools.export import export
@@ -36,19 +36,16 @@ SMALL = ("warmstart.hidden=32", "warmstart.experts=4", "warmstart.expert_width=1
 
 
 @pytest.fixture
-def make(tmp_path):
-    brokers = []
+def make(make, tmp_path):
+    """A broker with a joint model."""
 
     def build(**joint):
         small = tmp_path / "small"
         small.mkdir()
         (small / "config.json").write_text('{"vocab_size": 16, "model_type": "tiny"}')
-        brokers.append(make_broker(tmp_path, joint=JointSection(path=str(small), **joint), obrs=ObrsSection()))
-        return brokers[-1]
+        return make(joint=JointSection(path=str(small), **joint), obrs=ObrsSection())
 
-    yield build
-    for broker in brokers:
-        broker.end()
+    return build
 
 
 def offer(learner, version, stream):

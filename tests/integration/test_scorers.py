@@ -14,7 +14,7 @@ from common.errors import ProtocolError
 from common.frozen import TeacherEntry
 from common.objective import LossSection
 from tests.integration.fleet import Fleet
-from tests.integration.harness import G, Peer, group, make_broker
+from tests.integration.harness import G, Peer, group
 from tools import replay
 
 STEPS = 16
@@ -34,19 +34,6 @@ evaluation: {{prompts: 0}}
 broker: {{heartbeat_s: 0.3, peer_timeout_s: 4}}
 weights: {{deadline_s: 4}}
 """  # configs/smoke.yaml names one task, and a mixture has its own
-
-
-@pytest.fixture
-def make(tmp_path):
-    brokers = []
-
-    def build(**sections):
-        brokers.append(make_broker(tmp_path, **sections))
-        return brokers[-1]
-
-    yield build
-    for broker in brokers:
-        broker.end()
 
 
 def reply(peer, request, value):
