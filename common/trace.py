@@ -51,6 +51,7 @@ TORCH, TORCH_CLOCK = ".torch.json.gz", "croupier.clock"  # torch.profiler's reco
 FORMAT = 1  # of these records
 RESOLUTION_NS = 200_000
 WRITE_EVERY_S = 1.0
+FULL_EVERY_NS = 60_000_000_000  # between two writes of totals to a file that is full
 LEVELS_EVERY_NS = 100_000_000
 MAX_HELD = 20_000  # records between two writes; more are dropped and counted
 IDLE = "idle."  # how the states begin in which a process waits; what follows is what for
@@ -221,6 +222,7 @@ class Tracer:
         self._moving = threading.Lock()  # from one state to the next
         self._writing = threading.Lock()
         self._limit, self._full = limit_bytes, False
+        self._wrote = 0  # when
         self._told: tuple[int, int, int] | None = None
         now = clock()
         self._state, self._step, self._since, self._cpu_since = "start", -1, now, cpu_clock()
@@ -380,12 +382,13 @@ class Tracer:
 
     # ---- the file -------------------------------------------------------------------------------
 
-    def write(self) -> None:
-        """Write what is held, with the totals."""
+    def write(self, last: bool = False) -> None:
+        """Write what is held, with the totals; to a full file these alone, once a minute and at last."""
         with self._writing:
-            if self._file is None:
-                return
             now = self._clock()
+            if self._file is None or (self._full and not last and now - self._wrote < FULL_EVERY_NS):
+                return
+            self._wrote = now
             held = self._held[: len(self._held)]
             del self._held[: len(held)]
             held.append(["t", now, self._totals_now(now), self._unfinished(now)])
@@ -399,13 +402,12 @@ class Tracer:
                 held.append(["c", *best])
             try:
                 self._file.write(b"".join(map(msgpack.packb, held)))
+                if not self._full and self._file.tell() > self._limit:
+                    self._full = True
+                    self._file.write(msgpack.packb(["e", now, f"full: trace.limit_mb={self._limit / MEGABYTE:g}"]))
                 self._file.flush()
             except OSError as error:  # a full disk costs the timeline, not the run
                 self._end(f"cannot be written: {error}")
-                return
-            if not self._full and self._file.tell() > self._limit:
-                self._full = True
-                self._file.write(msgpack.packb(["e", now, f"full: trace.limit_mb={self._limit / MEGABYTE:g}"]))
 
     def _end(self, reason: str) -> None:
         if self._file is not None:
@@ -429,7 +431,7 @@ class Tracer:
                 self._slice = None
         if self.dropped:
             reason += f"; {self.dropped:,} records came too fast to be written"
-        self.write()
+        self.write(last=True)
         with self._writing:
             self._end(reason)
 

@@ -5,7 +5,7 @@
     RUN_DIR/trace/*.trace -> read_timelines() -> Timelines: a Life for every start of every process
 
 Whatever can be read is: a file cut short by a kill, one that is still written, one of another version
-beside sound ones. What could not be is said in ``Timelines.notes``.
+beside sound ones, the sound records beside strange ones. What could not be is said in ``Timelines.notes``.
 """
 
 import itertools
@@ -22,6 +22,10 @@ from tools.run_files import Record
 
 HEADER_BEGINS = msgpack.packb(["h", {}])[:-1]
 MAX_HEADER = 1 << 16  # bytes
+KINDS = ("h", "s", "x", "i", "n", "t", "y", "p", "c", "e")  # of records; others are a later croupier's
+NUMBERED = ("step", "group", "sibling", "version")  # arguments of spans and instants that are whole numbers
+MOST_KEPT = 1024  # totals, tallies and CPU times of a life, each; see Series
+SLOT_NS = 2_000_000_000  # the first that is longer than nothing: records come about once a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,13 +162,15 @@ def _read(path: Path) -> tuple[list[Life], str]:
     odd = [] if starts[:1] == [0] or not content else ["it does not begin with a header"]
     lives = []
     for start, end in itertools.pairwise([*starts, len(content)]):
-        records, problem = _records(content[start:end])
+        gathered = Gathered()
+        problems = [_gather(content[start:end], gathered)]
+        if gathered.strange:
+            problems.append(f"{gathered.strange:,} of {gathered.count:,} records of a life are not as they should be")
         try:
-            lives.append(_life(records))
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            problem = f"a life of {len(records):,} records cannot be read ({type(error).__name__}: {error})"
-        if problem:
-            odd.append(problem)
+            lives.append(gathered.life())
+        except ValueError as error:
+            problems = [f"a life of {gathered.count:,} records cannot be read ({error})"]
+        odd += filter(None, problems)
     return lives, f"damaged: {'; '.join(odd)}; the rest of it is read" if odd else ""
 
 
@@ -183,51 +189,148 @@ def _headers(content: bytes) -> Iterator[int]:
         at = content.find(HEADER_BEGINS, at + 1)
 
 
-def _records(content: bytes) -> tuple[list[Any], str]:
+def _gather(content: bytes, into: "Gathered") -> str:
     """The records of one life up to the first that is none, and what that is; one cut short at the end is left out."""
-    records: list[Any] = []
     unpacker = msgpack.Unpacker(max_buffer_size=max(len(content), 1), strict_map_key=False, raw=False)
     unpacker.feed(content)
     try:
         for record in unpacker:
             if not isinstance(record, list) or not record or not isinstance(record[0], str):
-                return records, f"after {len(records):,} records of a life comes something else"
-            records.append(record)
+                return f"after {into.count:,} records of a life comes something else"
+            into.add(record)
     except (ValueError, TypeError, msgpack.UnpackException) as error:
-        return records, f"after {len(records):,} records of a life: {type(error).__name__}: {error}"
-    return records, ""
+        return f"after {into.count:,} records of a life: {type(error).__name__}: {error}"
+    return ""
 
 
-def _life(records: list[Any]) -> Life:
-    header = records[0][1]
-    if header["format"] != FORMAT:
-        raise ValueError(f"format {header['format']}, this croupier reads {FORMAT}")
-    _ = header["process"], header["role"]
-    clock = ClockMap([Exchange(*record[1:4]) for record in records if record[0] == "c"])
-    life = Life(header, clock=clock)
-    unfinished: list[list[Any]] = []
-    for record in records[1:]:
+class Series:
+    """What is written again and again, cumulative: the newest of every slot of time.
+
+    Slots double whenever there are more than MOST_KEPT, so that a run of days takes no more memory than one of
+    minutes, which keeps all.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, Any]] = []  # (when, what), oldest first
+        self._slot = 1  # nanoseconds
+
+    def add(self, at: int, value: Any) -> None:
+        """One more."""
+        if self.rows and self.rows[-1][0] // self._slot == at // self._slot:
+            self.rows.pop()
+        self.rows.append((at, value))
+        if len(self.rows) > MOST_KEPT:
+            self._slot = max(2 * self._slot, SLOT_NS)
+            self.rows = list({when // self._slot: (when, what) for when, what in self.rows}.values())
+
+
+class Gathered:
+    """A life's records as they are read, by its own clock; one that is not as it should be is counted, no more."""
+
+    def __init__(self) -> None:
+        self.count, self.strange = 0, 0
+        self._header: Record = {}
+        self._exchanges: list[Exchange] = []
+        self._drawn: list[list[Any]] = []  # slices, spans, instants, levels
+        self._totals, self._tallied, self._cpu = Series(), Series(), Series()
+        self._unfinished: list[list[Any]] = []
+        self._ended = ""
+
+    def add(self, record: list[Any]) -> None:
+        """The next one."""
+        self.count += 1
         match record:
-            case ["s", state, start, end, step]:
+            case ["h", dict() as header]:
+                self._header = header
+            case ["s", str(), int(), int(), int()]:
+                self._drawn.append(record)
+                self._unfinished = []
+            case ["x", str(), str(), int(), int(), dict() as args] if _are_sound(args):
+                self._drawn.append(record)
+            case ["i", str(), int(), dict() as args] if _are_sound(args):
+                self._drawn.append(record)
+            case ["n", int(), dict() as values] if _are_levels(values):
+                self._drawn.append(record)
+            case ["t", int() as at, dict() as totals, list() as slices] if _are_totals(totals, slices):
+                self._totals.add(at, totals)
+                self._unfinished = slices
+            case ["y", int() as at, dict() as tallies] if _are_tallies(tallies):
+                self._tallied.add(at, tallies)
+            case ["p", int() as at, int() as cpu]:
+                self._cpu.add(at, cpu)
+            case ["c", int() as at, int() as offset, int() as delay]:
+                self._exchanges.append(Exchange(at, offset, delay))
+            case ["e", int(), str() as reason]:
+                self._ended, self._unfinished = reason, []
+            case [kind, *_] if kind in KINDS:
+                self.strange += 1
+
+    def life(self) -> Life:
+        """All of it on the broker's clock. Raises :class:`ValueError` for a header that tells too little."""
+        header = self._header
+        if header.get("format") != FORMAT:
+            raise ValueError(f"format {header.get('format')}, this croupier reads {FORMAT}")
+        if not isinstance(header.get("process"), str) or not isinstance(header.get("role"), str):
+            raise ValueError("its header does not say whose it is")
+        rank = header.get("rank", 0)
+        clock = ClockMap(self._exchanges)
+        life = Life({**header, "rank": rank if isinstance(rank, int) else 0}, clock=clock, ended=self._ended)
+        for record in self._drawn:
+            match record:
+                case ["s", state, start, end, step]:
+                    life.slices.append(Slice(state, clock(start), clock(end), step))
+                case ["x", track, name, start, end, args]:
+                    life.spans.append(Span(track, name, clock(start), clock(end), args))
+                case ["i", name, at, args]:
+                    life.instants.append(Instant(name, clock(at), args))
+                case ["n", at, values]:
+                    life.levels.append((clock(at), values))
+        for _, state, start, end, step in self._unfinished:
+            if end > start:
                 life.slices.append(Slice(state, clock(start), clock(end), step))
-                unfinished = []
-            case ["x", track, name, start, end, args]:
-                life.spans.append(Span(track, name, clock(start), clock(end), args))
-            case ["i", name, at, args]:
-                life.instants.append(Instant(name, clock(at), args))
-            case ["n", at, values]:
-                life.levels.append((clock(at), values))
-            case ["t", at, totals, slices]:
-                life.totals.append((clock(at), totals))
-                unfinished = slices
-            case ["y", at, tallies]:
-                life.tallied.append((clock(at), tallies))
-                life.tallies = tallies
-            case ["p", at, cpu]:
-                life.cpu.append((clock(at), cpu))
-            case ["e", _, reason]:
-                life.ended, unfinished = reason, []
-    for _, state, start, end, step in unfinished:
-        if end > start:
-            life.slices.append(Slice(state, clock(start), clock(end), step))
-    return life
+        life.totals = [(clock(at), totals) for at, totals in self._totals.rows]
+        life.tallied = [(clock(at), tallies) for at, tallies in self._tallied.rows]
+        life.cpu = [(clock(at), cpu) for at, cpu in self._cpu.rows]
+        life.tallies = life.tallied[-1][1] if life.tallied else {}
+        return life
+
+
+def _are_sound(args: Record) -> bool:
+    """Whether what tools look up is of its kind."""
+    groups = args.get("groups", [])
+    return (
+        all(isinstance(name, str) for name in args)
+        and all(isinstance(args.get(name, 0), int) for name in NUMBERED)
+        and isinstance(groups, list)
+        and all(isinstance(group, int) for group in groups)
+    )
+
+
+def _are_levels(values: Record) -> bool:
+    return all(isinstance(name, str) and isinstance(value, int | float) for name, value in values.items())
+
+
+def _are_totals(totals: Record, slices: list[Any]) -> bool:
+    for state, total in totals.items():
+        match state, total:
+            case str(), [int(), int(), int()]:
+                continue
+        return False
+    for one in slices:
+        match one:
+            case ["s", str(), int(), int(), int()]:
+                continue
+        return False
+    return True
+
+
+def _are_tallies(tallies: Record) -> bool:
+    for name, by_key in tallies.items():
+        if not isinstance(name, str) or not isinstance(by_key, dict):
+            return False
+        for key, sums in by_key.items():
+            match key, sums:
+                case int(), [int(), int() | float(), int() | float(), int() | float()]:
+                    continue
+            return False
+    return True

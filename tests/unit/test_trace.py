@@ -19,7 +19,7 @@ from common.trace import (
     open_tracer,
     trace_path,
 )
-from tools.timelines import read_timelines
+from tools.timelines import MOST_KEPT, Series, read_timelines
 
 MOVES = ("sample", "play", "idle.credits")
 
@@ -204,3 +204,69 @@ def test_every_state_is_named_once_and_explained():
     for states in STATES.values():
         assert {"start", "end"} <= set(states) and all(states.values())
         assert any(name.startswith(IDLE) for name in states)
+
+
+def test_a_full_file_is_told_the_totals_once_a_minute_and_at_the_end(tmp_path):
+    tracer = traced(tmp_path, [("sample", RESOLUTION_NS), ("play", RESOLUTION_NS)] * 100, limit_bytes=200)
+    tracer.write()
+    size = trace_path(tmp_path, "actor-0").stat().st_size
+    for _ in range(59):
+        tracer._clock.now += 10**9
+        tracer.write()
+    assert trace_path(tmp_path, "actor-0").stat().st_size == size
+    tracer._clock.now += 10**9
+    tracer.write()
+    assert trace_path(tmp_path, "actor-0").stat().st_size > size
+    tracer._clock.now += 10**9
+    tracer.close()
+    (life,) = read_timelines(tmp_path).lives
+    assert life.totals[-1][1]["play"][0] == 100 * RESOLUTION_NS + 61 * 10**9
+
+
+STRANGE = [
+    ["s", 5, 1, 2, "x"], ["x", "weights", "load", 1, 2, 7], ["x", "groups", "group", 1, 2, {"group": [1]}],
+    ["i", "step", 3, ["step", 3]], ["i", "step", 3, {"step": "x", "what": "committed"}],
+    ["i", "step", 3, {"step": 1, "groups": [[]]}], ["n", 3, 9], ["n", 3, {"rows": "x"}],
+    ["t", 3, {"sample": "x"}, []], ["t", 3, {}, [["s"]]], ["y", 3, 5], ["y", 3, {"decode": {"4": [1, 2]}}],
+    ["p", "x", 3], ["c", 1, 2], ["e", 3], ["i", "step", 3, {7: 1}],
+]  # fmt: skip
+
+
+def test_strange_records_are_counted_and_cost_nothing_else(tmp_path):
+    tracer = traced(tmp_path, [("sample", RESOLUTION_NS), ("play", RESOLUTION_NS)])
+    tracer.instant("step", step=3, what="committed", groups=[8])
+    tracer.levels(rows=3.5)
+    tracer.tally("decode", 4, 100, 90, 4)
+    tracer.offset.observe(10, 15, 16, 12)
+    tracer._held += STRANGE
+    tracer._hold(["z", "of a later croupier"])
+    tracer.close()
+    found = read_timelines(tmp_path)
+    (life,) = found.lives
+    assert [s.state for s in life.slices] == ["sample", "play"] and life.levels[0][1] == {"rows": 3.5}
+    assert [one.args for one in life.instants] == [{"step": 3, "what": "committed", "groups": [8]}]
+    assert life.tallies == {"decode": {4: [1, 100, 90, 4]}} and life.ended == "closed"
+    (note,) = found.notes
+    assert f"{len(STRANGE)} of " in note and "records of a life are not as they should be" in note
+
+
+def test_a_header_that_names_nobody_costs_its_life_alone(tmp_path):
+    for _ in range(2):
+        traced(tmp_path, [("sample", RESOLUTION_NS)]).close()
+    path = trace_path(tmp_path, "actor-0")
+    path.write_bytes(path.read_bytes().replace(b"\xa4role\xa5actor", b"\xa4role\x95\x01\x01\x01\x01\x01", 1))
+    found = read_timelines(tmp_path)
+    assert len(found.lives) == 1 and "does not say whose it is" in found.notes[0]
+
+
+def test_a_day_of_totals_takes_no_more_room_than_an_hour():
+    day = Series()
+    for second in range(86_400):
+        day.add(second * 10**9, second)
+    kept = [second for _, second in day.rows]
+    assert MOST_KEPT // 2 < len(kept) <= MOST_KEPT and kept[-1] == 86_399
+    assert max(b - a for a, b in itertools.pairwise(kept)) <= 2 * 86_400 // MOST_KEPT * 2
+    short = Series()
+    for at in range(MOST_KEPT):
+        short.add(at, at)
+    assert len(short.rows) == MOST_KEPT
