@@ -1,4 +1,4 @@
-"""What a report counts on of a run's files, whoever wrote them: a figure is a number or it is not there."""
+"""What tools count on of a run's files, whoever wrote them: a figure is a number or it is not there."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,7 +17,7 @@ STEP_NUMBERS = (
     "reward_mixed", "reward_mixed_std", "exemplars", "groups_without_signal", "length_max", "scored_by_version",
     "unscorable", "kl_before_se", "kl_after_se", "z_lower", "z_upper", "z_theta", "z_kappa", "topk_missing_mass",
     "threshold_next", "questions_retired", "questions_skipped", "rethinned_by_version", "rethinned_tokens",
-    "kl_reference", "reference_unscorable",
+    "kl_reference", "reference_unscorable", "tokens_dropped", "staleness_budget",
 )  # fmt: skip
 STEP_TALLIES = ("parked", "dropped", "reward_channels", "channels_missing", "channels_gated", "pass_rates")
 STEP_MAPPINGS = (*STEP_TALLIES, "lag_histogram", "tasks", "teachers")

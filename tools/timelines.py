@@ -295,7 +295,7 @@ class Gathered:
         return life
 
 
-def _are_sound(args: Record) -> bool:
+def _are_sound(args: dict[Any, Any]) -> bool:
     """Whether what tools look up is of its kind."""
     groups = args.get("groups", [])
     return (
@@ -306,11 +306,11 @@ def _are_sound(args: Record) -> bool:
     )
 
 
-def _are_levels(values: Record) -> bool:
+def _are_levels(values: dict[Any, Any]) -> bool:
     return all(isinstance(name, str) and isinstance(value, int | float) for name, value in values.items())
 
 
-def _are_totals(totals: Record, slices: list[Any]) -> bool:
+def _are_totals(totals: dict[Any, Any], slices: list[Any]) -> bool:
     for state, total in totals.items():
         match state, total:
             case str(), [int(), int(), int()]:
@@ -324,7 +324,7 @@ def _are_totals(totals: Record, slices: list[Any]) -> bool:
     return True
 
 
-def _are_tallies(tallies: Record) -> bool:
+def _are_tallies(tallies: dict[Any, Any]) -> bool:
     for name, by_key in tallies.items():
         if not isinstance(name, str) or not isinstance(by_key, dict):
             return False

@@ -4,7 +4,7 @@
 
     RUN_DIR/trace/* -> one clock -> tracks, curves, arrows -> RUN_DIR/trace.json.gz -> ui.perfetto.dev
 
-Exit codes: 0 written, 2 there was nothing to draw.
+Exit codes: 0 written, 2 there was nothing to draw, or nowhere to write.
 """
 
 import argparse
@@ -18,9 +18,11 @@ import orjson
 from rich.console import Console
 from rich.table import Table
 
+from common.errors import ConfigError, CroupierError
 from tools.clocks import DRIFT
-from tools.console import make_console
+from tools.console import make_console, print_error
 from tools.flows import draw_flows
+from tools.outputs import check_folder
 from tools.perfetto import Drawing, Window, draw
 from tools.timelines import Timelines, read_timelines
 from tools.torch_events import draw_torch
@@ -39,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--to-step", type=int, help="leave out what was after this one")
     given = parser.parse_args(arguments)
     console = make_console()
+    out = given.out or given.run_dir / OUT
     timelines = read_timelines(given.run_dir)
     window = choose(timelines, given.from_step, given.to_step)
     if window is None:
@@ -47,17 +50,29 @@ def main(arguments: list[str] | None = None) -> int:
         steps = "" if given.from_step is None and given.to_step is None else " of these steps"
         console.print(f"{given.run_dir}: nothing{steps} to draw", style="red", markup=False, soft_wrap=True)
         return NOTHING
+    try:
+        check_folder(out)
+        _draw_and_tell(given.run_dir, out, timelines, window, console)
+    except CroupierError as error:
+        print_error(console, error)
+        return NOTHING
+    return 0
+
+
+def _draw_and_tell(run_dir: Path, out: Path, timelines: Timelines, window: Window, console: Console) -> None:
+    """Everything within ``window`` into ``out``. Raises :class:`ConfigError` where that cannot be written."""
     drawing, drawn = draw(timelines, window)
     flows = draw_flows(drawing, drawn)
-    operations, notes = draw_torch(given.run_dir, drawing, timelines, window)
-    out = given.out or given.run_dir / OUT
-    write(out, drawing, timelines)
+    operations, notes = draw_torch(run_dir, drawing, timelines, window)
+    try:
+        write(out, drawing, timelines)
+    except OSError as error:
+        raise ConfigError(f"{out}: cannot be written ({error.strerror or error}); --out FILE elsewhere") from error
     _tell(console, timelines, [*timelines.notes, *notes])
     what = f"{len(drawing.events):,} events, {flows:,} trajectories followed"
     what += f", {operations:,} operations of torch.profiler" if operations else ""
     console.print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {what}", markup=False, soft_wrap=True)
     console.print("Open https://ui.perfetto.dev and drop the file on it; it stays on your machine.")
-    return 0
 
 
 def choose(timelines: Timelines, first: int | None, last: int | None) -> Window | None:
@@ -96,7 +111,6 @@ def write(out: Path, drawing: Drawing, timelines: Timelines) -> None:
         "base_ns": drawing.base,
         "notes": timelines.notes,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
     with _open(out) as file:
         file.write(b'{"displayTimeUnit":"ms","otherData":' + orjson.dumps(facts) + b',"traceEvents":[\n')
         file.writelines(_lines(drawing.events))
@@ -106,7 +120,7 @@ def write(out: Path, drawing: Drawing, timelines: Timelines) -> None:
 def _lines(events: Iterable[dict[str, Any]]) -> Iterable[bytes]:
     before = b""
     for event in events:
-        yield before + orjson.dumps(event, option=orjson.OPT_NON_STR_KEYS)
+        yield before + orjson.dumps(event, default=str, option=orjson.OPT_NON_STR_KEYS)
         before = b",\n"
 
 

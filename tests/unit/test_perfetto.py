@@ -279,3 +279,22 @@ def test_steps_that_were_thinned_again_are_drawn_by_their_last_thinning(tmp_path
     rows = check_trace(drawn(tmp_path))
     scored = next(s for s in rows["broker", "steps"] if s[2] == "is scored")
     assert scored[1] - scored[0] == 6 * MS
+
+
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_drawn(tmp_path, capsys):
+    made = Made(tmp_path / "run")
+    made.play()
+    made.end()
+    (tmp_path / "file").write_text("in the way")
+    for out, words in (("run", "is a directory"), ("file/trace.json", "cannot be made")):
+        assert main([str(tmp_path / "run"), "--out", str(tmp_path / out)]) == 2
+        shown = capsys.readouterr().out
+        assert words in shown and "clock off by" not in shown
+
+
+def test_what_json_does_not_know_is_drawn_as_words(tmp_path):
+    with Tracer(trace_path(tmp_path, "actor-0"), "actor-0", "actor") as tracer:
+        tracer.span("weights", "load", tracer.now(), tracer.now() + 20, digest=b"x")
+    assert main([str(tmp_path), "--out", str(tmp_path / "x.json")]) == 0
+    drawn = json.loads((tmp_path / "x.json").read_text())["traceEvents"]
+    assert [event["args"]["digest"] for event in drawn if event["name"] == "load"] == ["b'x'"]

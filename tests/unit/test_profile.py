@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.config import ActorSection, RunConfig, RunSection, StalenessSection, to_yaml
+from common.config import (
+    ActorSection,
+    LearnerSection,
+    ReplicaSection,
+    RunConfig,
+    RunSection,
+    StalenessSection,
+    to_yaml,
+)
 from common.trace import MILESTONES, STATES, Tracer, trace_path
 from tests.unit.timeline import MS, life, step_lines, timelines
 from tools.profile.__main__ import main
@@ -21,7 +29,7 @@ from tools.profile.picture import draw
 from tools.profile.predict import Prediction
 from tools.profile.simulated import Simulated, simulated
 from tools.profile.spent import Window, apportion, choose_window, course_of, processes_of
-from tools.profile.verdict import verdict
+from tools.profile.verdict import bounds_of, verdict
 from tools.profile.words import lines_of
 from tools.runs import Run, read_run
 from tools.simulate.settings import ActorPart, LearnerPart, MachinePart, RolloutPart, Setup
@@ -313,11 +321,46 @@ def test_what_costs_no_speed_and_saves_something_comes_before_nothing():
     assert found.best is None and found.words == "change nothing: the learner is busy 25% of the time"
 
 
+def test_to_no_lag_at_all_there_is_no_kl_and_lowering_is_never_refused():
+    config = RunConfig(staleness=StalenessSection(budget=1))
+    now = staleness_of(step_lines(3, 100), config.staleness)
+    lower = Candidate({"staleness.budget": 0}, "lower staleness.budget from 1 to 0", 0, True)
+    drift = Drift(1e-3, 1.0, 20, 0.9, 2.0)
+    assert drift.at(0.0) == 0.0
+    synchronous = judge(lower, Prediction(1.0, 0.0, False, "x"), config, now, drift)
+    assert not synchronous.refused and synchronous.kl == (pytest.approx(1e-3), 0.0)
+    unfitted = judge(lower, Prediction(1.0, 0.0, False, "x"), config, now, None)
+    assert not unfitted.refused and unfitted.kl is None
+    assert advised(Oracle(staleness_budget_0=1.0), config).best.changes == {"staleness.budget": 0}
+
+
+def test_a_synchronous_run_is_told_what_asynchrony_would_gain():
+    config = RunConfig(staleness=StalenessSection(budget=0))
+    run = starved_learner(config=config, lag_mean=0.0, lag_histogram={"0": 1000})
+    found = verdict(run, ask=lambda *_: (Oracle(staleness_budget_1=1.5), "")).recommendation
+    assert found.best.changes == {"staleness.budget": 1} and found.best.kl is None
+    assert "1.50× predicted; what it does to KL is not known from this run: tools.sweep measures it" in found.words
+    assert verdict(run).recommendation.others[0].lag in (None, (0.0, 1.0))  # nor do the bounds refuse it
+    assert not any(one.refused for one in verdict(run).recommendation.others if one.changes == {"staleness.budget": 1})
+
+
+def test_a_bound_is_taken_only_where_no_estimate_is_worth_it():
+    class Some(Oracle):
+        def predict(self, changes):
+            return None if changes == {"actor.count": 3} else super().predict(changes)
+
+    found = advised(Some(staleness_budget_4=1.04))
+    assert found.best.changes == {"staleness.budget": 4} and not found.best.bound
+    bound = next(one for one in found.others if one.changes == {"actor.count": 3})
+    assert bound.bound and bound.speedup > 1.2
+    assert advised(Some(actor_count_1=0.995)).best.changes == {"actor.count": 3}
+
+
 def test_the_fit_refuses_to_go_beyond_twice_the_largest_lag():
     assert Drift(1e-3, 1.0, 20, 0.9, 2.0).at(4.0) == pytest.approx(4e-3)
     assert Drift(1e-3, 1.0, 20, 0.9, 2.0).at(4.1) is None
     candidate = Candidate({"staleness.budget": 16}, "raise", 0)
-    now = staleness_of(step_lines(3, 100), 2)
+    now = staleness_of(step_lines(3, 100), StalenessSection())
     judged = judge(candidate, Prediction(1.5, 9.0, False, "x"), RunConfig(), now, Drift(1e-3, 1.0, 20, 0.9, 2.0))
     assert judged.kl is None and "more than 2× the largest lag" in judged.refused
 
@@ -393,7 +436,7 @@ def test_the_command_prints_and_gives_everything_as_json(tmp_path, capsys):
 
 def test_what_is_missing_is_said_and_the_rest_is_judged(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    assert main([str(tmp_path / "empty")]) == 0
+    assert main([str(tmp_path / "empty")]) == 2
     assert "nothing to judge" in capsys.readouterr().out
     seconds = {"seconds_fetch": 0.02, "seconds_train": 0.07, "seconds_publish": 0.01}
     run_dir = written(tmp_path / "x", spans=False)
@@ -417,8 +460,83 @@ def test_sums_of_heartbeats_stand_in_for_timelines():
     found = verdict(run)
     assert share(found, "learner", "rollouts.sampling") == pytest.approx(0.3)
     assert share(found, "learner", "scoring") == pytest.approx(0.1)
-    assert share(found, "all actors", "credits") == pytest.approx(1.0)
+    assert share(found, "2 × actor", "credits") == pytest.approx(0.5)
     assert found.bottleneck.resource == "actors"
+
+
+def without_timelines(config, actors, ranks):
+    """Each of the actors busy for 50 ms of 100 and without credits for the rest; the learner's first rank trains for
+    40, publishes for 20 and waits for 40, the others wait for it while it publishes."""
+    others = ranks - 1
+
+    def states(step):
+        learner = {"forward": 0.04 * ranks, "gather": 0.01, "send": 0.01, "idle.shard": 0.04 * ranks}
+        learner["idle.ranks"] = 0.02 * others
+        seconds = {
+            "actor": {"sample": 0.05 * actors, "idle.credits": 0.05 * actors},
+            "learner": learner, "replica": {"score": 0.06, "idle.requests": 0.14}, "broker": {"idle.messages": 0.1},
+        }  # fmt: skip
+        return {role: {state: step * s for state, s in own.items()} for role, own in seconds.items()}
+
+    run = run_of(step_ms=100, config=config)
+    run.records = [
+        one | {"states": states(one["step"]), "parked": {"rollouts": one["step"] * 0.04}} for one in run.records
+    ]
+    return run
+
+
+def test_without_timelines_a_role_is_one_process_however_many_there_are():
+    """rollout:train and the bounds are those of the same run with its timelines."""
+    config = RunConfig(
+        actor=ActorSection(count=4), learner=LearnerSection(dp_replicate=2), replica=ReplicaSection(count=2)
+    )
+    run = without_timelines(config, actors=4, ranks=2)
+    found = verdict(run)
+    assert [(p.name, p.count) for p in found.processes] == [
+        ("learner", 1), ("4 × actor", 4), ("2 × replica", 2), ("broker", 1),
+    ]  # fmt: skip
+    assert found.rates.fleet_s == pytest.approx(10_000 / 0.5) and found.rates.learner_s == pytest.approx(1000 / 0.06)
+    learner = found.processes[0]
+    assert learner.states["forward"][0] == pytest.approx(0.04 * 8) and learner.there_s == pytest.approx(0.1 * 8)
+    assert "idle.ranks" not in learner.states or learner.states["idle.ranks"][0] == pytest.approx(0, abs=1e-9)
+    assert learner.causes["rollouts.sampling"] == pytest.approx(0.04 * 8)
+    bounds = bounds_of(found, run)
+    assert (bounds.actors, bounds.replicas, bounds.ranks) == (4, 2, 2)
+    assert bounds.actors_s == pytest.approx(0.2) and bounds.credits_s == pytest.approx(0.05)
+    assert bounds.learner_s == pytest.approx(0.06) and bounds.train_s == pytest.approx(0.04)
+    assert bounds.replica_s == pytest.approx(0.06)
+    run.config = None
+    assert verdict(run).rates.ratio == pytest.approx(found.rates.ratio)
+
+
+def test_figures_of_the_wrong_kind_are_left_out(tmp_path, capsys):
+    odd = [
+        {"dropped": [1, 2]}, {"lag_histogram": [1, 2]}, {"lag_histogram": {"²": 3, "1": "x"}}, {"parked": "x"},
+        {"states": {"actor": 5, "learner": {"forward": "x"}}}, {"states": {"judge": {"work": 1.0}}},
+        {"staleness_budget": "x"}, {"tokens_proposed": [1]},
+    ]  # fmt: skip
+    for number, more in enumerate(odd):
+        run_dir = written(tmp_path / str(number), spans=False)
+        (run_dir / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in step_lines(8, 100, **more)))
+        assert main([str(run_dir)]) == 0, more
+        assert ("figures are none" in capsys.readouterr().out) == (number not in (4, 5)), more
+        assert verdict(read_run(run_dir)).seconds, more  # whoever asks from Python
+
+
+def test_a_budget_that_moves_is_shown_as_what_it_was():
+    run = starved_learner(config=RunConfig(staleness=StalenessSection(budget="auto")))
+    run.records = [{**one, "staleness_budget": 1 + (one["step"] > 6)} for one in run.records]
+    assert any("budget auto (1 to 2)." in line for line in lines_of(verdict(run)))
+    run = starved_learner(config=RunConfig(staleness=StalenessSection(budget="auto")), staleness_budget=3)
+    assert any("budget auto (3)." in line for line in lines_of(verdict(run)))
+
+
+def test_a_picture_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys):
+    run_dir = written(tmp_path / "x")
+    for path, words in (("x.foo", ".png or .svg"), ("none/x.png", "make it first"), ("x", "must end in")):
+        assert main([str(run_dir), "--picture", str(tmp_path / path)]) == 2
+        shown = capsys.readouterr().out
+        assert words in shown and "tokens/s" not in shown
 
 
 def test_the_picture_and_the_lines_tell_the_same(tmp_path):

@@ -7,6 +7,8 @@
     python -m tools.profile RUN_DIR --skip-s 60       leave out the first minute instead of the first steps
     python -m tools.profile RUN_DIR --bounds          quicker: without the simulator
     python -m tools.profile RUN_DIR --picture bars.png
+
+Exit codes: 0 judged, 2 there was nothing to judge, or nowhere to write.
 """
 
 import argparse
@@ -16,12 +18,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import CroupierError
+from tools.checked import checked
 from tools.console import make_console, print_error
+from tools.outputs import PICTURES, check_output
 from tools.profile.picture import draw
 from tools.profile.simulated import simulated
 from tools.profile.verdict import verdict
 from tools.profile.words import print_verdict
 from tools.runs import print_notes, read_run
+
+NOTHING = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,20 +41,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     console = make_console()
     try:
-        run = read_run(given.run_dir)
+        if given.picture is not None:
+            check_output(given.picture, PICTURES)
+        run = checked(read_run(given.run_dir))
         found = verdict(run, given.skip_s, None if given.bounds else simulated)
     except CroupierError as error:
         print_error(console, error)
-        return 2
+        return NOTHING
+    done = 0 if found.seconds else NOTHING
     if given.picture is not None:
         draw(found, given.picture)
     if given.json:
         sys.stdout.write(json.dumps(found.as_dict(), indent=2) + "\n")
-        return 0
+        return done
     run.notes = found.notes
     print_notes(console, run)
     print_verdict(console, found)
-    return 0
+    return done
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from tools.profile.predict import Prediction, Predictor
 WORTH = 1.03  # a change that is predicted to give less is not recommended
 COSTLESS = 0.99  # a process less that is predicted to leave as much of the rate is
 ALIKE = 0.02  # speed-ups that differ by less are alike: the cheaper change is taken
+NOT_KNOWN = "what it does to KL is not known from this run: tools.sweep measures it"
 NEGLIGIBLE_KL = 1e-3  # nats a token, before rejection, below which rejection buys nothing
 
 
@@ -40,6 +41,7 @@ class Judged:
     by: str
     lag: tuple[float, float] | None = None
     kl: tuple[float, float] | None = None  # after rejection, now and then
+    caveat: str = ""  # what is not known of it
     refused: str = ""  # why it is not recommended although it may be faster
 
     @property
@@ -47,7 +49,8 @@ class Judged:
         """With its predicted effect."""
         speed = f"{'at most ' if self.bound else ''}{self.speedup:.2f}× predicted"
         kl = f", KL after rejection {self.kl[0]:.2g} → {self.kl[1]:.2g}" if self.kl else ""
-        return f"{self.words}: {speed}{kl}" + (f"; not recommended: {self.refused}" if self.refused else "")
+        caveat = f"; {self.caveat}" if self.caveat else ""
+        return f"{self.words}: {speed}{kl}{caveat}" + (f"; not recommended: {self.refused}" if self.refused else "")
 
 
 @dataclass(frozen=True)
@@ -88,24 +91,35 @@ def judge(
     found = Judged(candidate.words, candidate.changes, prediction.speedup, prediction.bound, prediction.by)
     if candidate.changes.get("obrs.mode") == "off":
         return _without_rejection(found, now)
+    return _with_lag(found, prediction, config, now, drift) if candidate.moves_lag else found
+
+
+def _with_lag(found: Judged, prediction: Prediction, config: RunConfig, now: Staleness, drift: Drift | None) -> Judged:
+    """What another budget does to lag and KL. Less lag is never refused; more of it where KL is known and grows too
+    far, or might. Who has no lag at all cannot know, and is told so."""
+    before, then = config.staleness.limit, int(found.changes["staleness.budget"])
     lag, now_lag = prediction.lag_mean, now.lag_mean
-    if candidate.moves_lag and now_lag is not None:
-        if lag is None:  # the lag follows the budget where actors use all of it
-            lag = now_lag * int(candidate.changes["staleness.budget"]) / max(1, config.staleness.limit)
-        found = _with(found, lag=(now_lag, lag))
-    if not candidate.moves_lag or lag is None or now_lag is None:
-        return found
+    if now_lag is None:
+        return found if then < before else _with(found, caveat=NOT_KNOWN)
+    if lag is None:  # the lag follows the budget where actors use all of it
+        lag = now_lag * then / before if before else float(then)
+    found = _with(found, lag=(now_lag, lag))
+    if then > before and (not before or now_lag <= 0):
+        return _with(found, caveat=NOT_KNOWN)
+    at = drift.at(lag) if drift is not None else None
+    here = drift.at(now_lag) if drift is not None else None
+    kl = now.kl_after * at / here if now.kl_after is not None and at is not None and here else None
+    if then < before:
+        return found if kl is None else _with(found, kl=(now.kl_after, kl))
     if drift is None or now.kl_after is None:
         refused = "" if config.obrs.mode == "off" else "too few steps to tell what it does to KL"
         return _with(found, refused=refused)
-    then, here = drift.at(lag), drift.at(now_lag)
-    if then is None:
+    if kl is None:
         return _with(
             found,
             refused=f"a mean lag of {lag:.1f} is more than {FURTHEST:g}× the largest lag of this run "
             f"({drift.largest:.0f}): what it does to KL cannot be told from it",
         )
-    kl = now.kl_after * (then / here if here else 1.0)
     limit = config.alerts.kl_above
     refused = f"KL would exceed alerts.kl_above={limit:g}" if limit and kl > limit else ""
     return _with(found, kl=(now.kl_after, kl), refused=refused)
@@ -137,16 +151,18 @@ def recommend(
     judged.sort(key=lambda pair: -pair[1].speedup)
     basis = drift.basis if drift is not None else ""
     open_ = [(c, j) for c, j in judged if not j.refused]
-    top = max((j.speedup for _, j in open_), default=0.0)
-    if top >= WORTH:
-        alike = [(c, j) for c, j in open_ if j.speedup >= max(WORTH, top - ALIKE)]
+    worth = [(c, j) for c, j in open_ if j.speedup >= WORTH]
+    worth = [(c, j) for c, j in worth if not j.bound] or worth  # a bound says less than an estimate
+    spare = [j for c, j in open_ if c.saves and not j.bound and j.speedup >= COSTLESS]
+    if worth:
+        top = worth[0][1].speedup
+        alike = [(c, j) for c, j in worth if j.speedup >= top - ALIKE]
         chosen = min(alike, key=lambda pair: (pair[0].cost, not pair[0].saves, -pair[1].speedup))[1]
         why = f"by {chosen.by}"
-    else:
-        spare = [j for c, j in judged if c.saves and not j.bound and j.speedup >= COSTLESS]
-        if not spare:
-            others = tuple(j for _, j in judged)
-            return Recommendation(rest, "no change is predicted to gain 3 %", None, others, basis)
+    elif spare:
         chosen, why = spare[0], f"by {spare[0].by}; nothing is predicted to gain 3 %, and this costs no speed"
+    else:
+        others = tuple(j for _, j in judged)
+        return Recommendation(rest, "no change is predicted to gain 3 %", None, others, basis)
     others = tuple(j for _, j in judged if j is not chosen)
     return Recommendation(chosen.sentence, why, chosen, others, basis)

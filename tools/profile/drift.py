@@ -4,8 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tools.profile.figures import lags_of, number
+from tools.profile.figures import lags_of
 from tools.run_files import Record
+from tools.watch.sound import number
 
 LEAST_STEPS = 8
 LEAST_SPREAD = 1.25  # of the lags, the 90th centile over the 10th: below it k cannot be told
@@ -26,8 +27,10 @@ class Drift:
     largest: float  # lag seen
 
     def at(self, lag: float) -> float | None:
-        """Nats a token at a mean lag; None beyond FURTHEST times the largest seen, or where there is no lag."""
-        if lag <= 0 or lag > FURTHEST * self.largest:
+        """Nats a token at a mean lag, none without one; None beyond FURTHEST times the largest seen."""
+        if lag <= 0:
+            return 0.0
+        if lag > FURTHEST * self.largest:
             return None
         return float(self.c * lag**self.k)
 

@@ -5,9 +5,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from common.config import StalenessSection
 from tools.profile.spent import NS, Process, Window
 from tools.run_files import Record
 from tools.timelines import Timelines
+from tools.watch.sound import mapping, number, numbers
 
 PUBLISHING = {"gather": "gather", "idle.receivers": "readiness", "send": "wire"}  # states of the learner
 
@@ -54,19 +56,14 @@ class Publishes:
 class Staleness:
     """Means over the window's tokens; nats a token."""
 
-    budget: int | None
+    budget: int | None  # None: not known, or moved by the broker
     lag_mean: float | None
     lag_max: int | None
     acceptance: float | None
     kl_before: float | None
     kl_after: float | None
     ess: float | None  # normalised, of what survived rejection
-
-
-def number(value: object) -> float | None:
-    """A figure of a record, if it is one."""
-    sound = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if sound else None  # type: ignore[arg-type]
+    moved: tuple[int, int] | None = None  # of a budget that the broker moves, the least and the greatest it was
 
 
 def total(steps: Sequence[Record], key: str) -> float:
@@ -87,8 +84,8 @@ def lags_of(steps: Sequence[Record]) -> Counter[int]:
     """Trained tokens by lag."""
     found: Counter[int] = Counter()
     for step in steps:
-        for lag, count in (step.get("lag_histogram") or {}).items():
-            if str(lag).isdigit() and number(count) is not None:
+        for lag, count in mapping(step.get("lag_histogram")).items():
+            if str(lag).isdecimal() and number(count) is not None:
                 found[int(lag)] += int(count)
     return found
 
@@ -101,10 +98,10 @@ def rates_of(steps: Sequence[Record], seconds: float, processes: Sequence[Proces
     generated = max(0.0, ends[1] - ends[0])
     actors = [p for p in processes if p.role == "actor" and p.busy_s > 0]
     learners = [p for p in processes if p.role == "learner"][:1]  # rank 0 for all
-    busy = sum(p.busy_s for p in actors)
+    busy = sum(p.count * p.busy_s for p in actors)
     return Rates(
         len(counted) / seconds, generated / seconds, proposed / seconds, trained / seconds,
-        generated * len(actors) / busy if busy and generated else None,
+        generated * sum(p.count for p in actors) / busy if busy and generated else None,
         proposed / learners[0].busy_s if learners and learners[0].busy_s and proposed else None,
     )  # fmt: skip
 
@@ -120,7 +117,7 @@ def waste_of(steps: Sequence[Record]) -> Waste:
     return Waste(
         max(0.0, dropped) / generated if generated > 0 else 0.0,
         1 - trained / proposed if proposed else 0.0,
-        {str(reason): int(count) for reason, count in (last.get("dropped") or {}).items()},
+        {reason: int(count) for reason, count in numbers(last.get("dropped")).items()},
     )
 
 
@@ -166,18 +163,26 @@ def _swap_s(timelines: Timelines, window: Window) -> float | None:
     return sum(loads) / len(loads) if loads else None
 
 
-def staleness_of(steps: Sequence[Record], budget: int | None) -> Staleness:
+def budgets_of(steps: Sequence[Record], section: StalenessSection) -> list[int]:
+    """What ``staleness.budget=auto`` came to, a step at a time; where no step says, all that it may be."""
+    told = [int(value) for step in steps if (value := number(step.get("staleness_budget"))) is not None]
+    return told or [0, section.most]
+
+
+def staleness_of(steps: Sequence[Record], section: StalenessSection | None) -> Staleness:
     """``steps`` as for :func:`rates_of`."""
     counted = steps[1:]
     lags = lags_of(counted)
     tokens = sum(lags.values())
     proposed = total(counted, "tokens_proposed")
+    budgets = budgets_of(counted, section) if section is not None and section.auto else []
     return Staleness(
-        budget,
+        section.limit if section is not None and not section.auto else None,
         sum(lag * count for lag, count in lags.items()) / tokens if tokens else None,
         max(lags, default=None),
         total(counted, "tokens_accepted") / proposed if proposed else None,
         weighted(counted, "kl_before"),
         weighted(counted, "kl_after"),
         weighted(counted, "ess"),
+        (min(budgets), max(budgets)) if budgets else None,
     )

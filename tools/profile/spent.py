@@ -37,7 +37,7 @@ class Window:
 
 @dataclass
 class Process:
-    """One process of the run, all its lives together; seconds within the window."""
+    """One process of the run, all its lives together, or the mean of ``count``; seconds within the window."""
 
     name: str
     role: str
@@ -45,6 +45,7 @@ class Process:
     states: dict[str, tuple[float, float]] = field(default_factory=dict)  # state -> wall-clock, CPU of its main thread
     absent_s: float = 0.0  # not there: not begun yet, or killed
     causes: dict[str, float] = field(default_factory=dict)  # what it waited for; they add up to idle_s
+    count: int = 1
 
     @property
     def busy_s(self) -> float:

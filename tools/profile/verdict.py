@@ -8,31 +8,31 @@
 
 import os
 import socket
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tools.profile.advice import Recommendation, recommend
 from tools.profile.bottleneck import Bottleneck, Machine, find_bottleneck, machines_of
-from tools.profile.causes import Causes, plain
+from tools.profile.causes import Causes
 from tools.profile.drift import fit
 from tools.profile.figures import (
     Publishes,
     Rates,
     Staleness,
     Waste,
-    number,
     publishes_of,
     rates_of,
     staleness_of,
     waste_of,
 )
+from tools.profile.heartbeats import processes_between
 from tools.profile.predict import Bounds, Predictor
 from tools.profile.spent import FIRST_STEP, NS, Process, Window, choose_window, processes_of
 from tools.run_files import Record
 from tools.runs import Run
-from tools.timelines import Timelines, is_idle
+from tools.timelines import Timelines
+from tools.watch.sound import number
 
 Ask = Callable[[Run, float, float | None], tuple[Predictor | None, str]]  # of a run, its steps a second, its mean lag
 
@@ -108,10 +108,10 @@ def _published(run: Run, window: Window) -> list[Record]:
 
 def _judge(found: Verdict, run: Run, steps: Sequence[Record], ask: Ask | None) -> None:
     """What follows from times and steps together."""
-    budget = run.config.staleness.limit if run.config else None
     if len(steps) >= 2:
         found.rates = rates_of(steps, found.seconds, found.processes)
-        found.waste, found.staleness = waste_of(steps), staleness_of(steps, budget)
+        found.waste = waste_of(steps)
+        found.staleness = staleness_of(steps, run.config.staleness if run.config else None)
     found.bottleneck = find_bottleneck(found.processes, found.machines)
     learner = next((p for p in found.processes if p.role == "learner"), None)
     if run.config is None:
@@ -137,22 +137,22 @@ def bounds_of(found: Verdict, run: Run) -> Bounds:
     for process in found.processes:
         by_role.setdefault(process.role, []).append(process)
     learner, actors = by_role["learner"][0], by_role.get("actor", [])
+    fleet = max(1, sum(p.count for p in actors))
+    without_credits = sum(p.count * s for p in actors for c, s in p.causes.items() if c.split(".")[0] == "credits")
     publishing = sum(learner.states.get(state, (0.0, 0.0))[0] for state in ("gather", "send"))
     fullest = max(found.machines, key=lambda m: m.cpu / m.cores if m.cores else 0.0, default=None)
     return Bounds(
         step_s=found.seconds / steps,
         learner_s=learner.busy_s / steps,
         train_s=(learner.busy_s - publishing) / steps,
-        actors_s=sum(p.busy_s for p in actors) / steps,
-        replica_s=sum(p.states.get("score", (0.0, 0.0))[0] for p in by_role.get("replica", [])) / steps,
+        actors_s=sum(p.count * p.busy_s for p in actors) / steps,
+        replica_s=sum(p.count * p.states.get("score", (0.0, 0.0))[0] for p in by_role.get("replica", [])) / steps,
         cpu_s=(fullest.cpu if fullest else 0.0) * found.seconds / steps,
         cores=fullest.cores if fullest else None,
         full=any(machine.full for machine in found.machines),
         waits={cause: seconds / steps for cause, seconds in learner.causes.items()},
-        credits_s=sum(s for p in actors for c, s in p.causes.items() if c.startswith("credits."))
-        / steps
-        / max(1, len(actors)),
-        actors=max(1, len(actors)),
+        credits_s=without_credits / steps / fleet,
+        actors=fleet,
         replicas=run.config.replica.count,
         ranks=run.config.learner.ranks,
         budget=run.config.staleness.limit,
@@ -162,11 +162,10 @@ def bounds_of(found: Verdict, run: Run) -> Bounds:
 # ---- runs without timelines ---------------------------------------------------------------------
 
 PACED = 1e3  # taken for the slowdown of a role that sleeps up to a pace_s: nearly all of its work is sleep
-PARKED = {"rollouts": "rollouts.sampling", "scoring": "scoring", "packing": "packing", "publish": "version"}
 
 
 def _from_records(run: Run, notes: list[str], skip_s: float | None) -> Verdict:
-    """What metrics.jsonl alone tells: every role's seconds added up, no CPU, waits as the broker saw them."""
+    """What metrics.jsonl alone tells: every role as one, no CPU, waits as the broker saw them."""
     timed = [step for step in run.steps if number(step.get("time_s")) is not None]
     steps = timed[min(FIRST_STEP, max(0, len(timed) - 2)) :]
     if skip_s is not None:
@@ -177,8 +176,8 @@ def _from_records(run: Run, notes: list[str], skip_s: float | None) -> Verdict:
         return found
     found.first, found.last = int(steps[0]["step"]), int(steps[-1]["step"])
     found.seconds = float(steps[-1]["time_s"] - steps[0]["time_s"])
-    notes.append("without timelines: processes of a role are added up, CPU and most causes are not known")
-    found.processes = _roles(steps) or _learner(steps)
+    notes.append("without timelines: processes of a role are taken together, CPU and most causes are not known")
+    found.processes = processes_between(steps, found.seconds, run.config)
     for process in found.processes:
         process.absent_s = max(0.0, found.seconds - process.there_s) if process.role == "learner" else 0.0
     found.publishes = publishes_of(
@@ -186,36 +185,3 @@ def _from_records(run: Run, notes: list[str], skip_s: float | None) -> Verdict:
     )
     _judge(found, run, steps, None)
     return found
-
-
-def _roles(steps: Sequence[Record]) -> list[Process]:
-    """From the sums of heartbeats in the steps' lines."""
-    first, last = steps[0].get("states"), steps[-1].get("states")
-    if not isinstance(first, dict) or not isinstance(last, dict):
-        return []
-    processes = []
-    for role, states in last.items():
-        before = first.get(role) or {}
-        taken = {state: max(0.0, value - (before.get(state) or 0.0)) for state, value in states.items()}
-        process = Process(f"all {role}s" if role == "actor" else str(role), str(role))
-        process.states = {state: (seconds, 0.0) for state, seconds in taken.items() if seconds}
-        process.causes = {plain(str(role), state): s for state, s in taken.items() if is_idle(state) and s}
-        if role == "learner" and (whole := process.causes.pop("shard", 0.0)):
-            parked = Counter({
-                PARKED.get(cause, cause): max(0.0, value - ((steps[0].get("parked") or {}).get(cause) or 0.0))
-                for cause, value in (steps[-1].get("parked") or {}).items()
-            })  # fmt: skip
-            sum_ = sum(parked.values())
-            process.causes |= {c: whole * s / sum_ for c, s in parked.items() if s} if sum_ else {"unknown": whole}
-        processes.append(process)
-    return sorted(processes, key=lambda p: ("learner", "actor", "replica", "broker").index(p.role))
-
-
-def _learner(steps: Sequence[Record]) -> list[Process]:
-    """From the learner's own figures, in runs older than heartbeats with seconds."""
-    process = Process("learner", "learner")
-    for state, key in (("train", "seconds_train"), ("send", "seconds_publish"), ("idle.shard", "seconds_fetch")):
-        seconds = sum(number(step.get(key)) or 0.0 for step in steps[1:])
-        process.states[state] = (seconds, 0.0)
-    process.causes = {"unknown": process.idle_s}
-    return [process]

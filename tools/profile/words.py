@@ -47,15 +47,16 @@ def shown(processes: Sequence[Process]) -> list[Process]:
 
 def mean_of(alike: Sequence[Process]) -> Process:
     """Of processes of one role."""
-    n = len(alike)
-    mean = Process(f"{n} × {alike[0].role}", alike[0].role, alike[0].host)
+    n = sum(process.count for process in alike)
+    mean = Process(f"{n} × {alike[0].role}", alike[0].role, alike[0].host, count=n)
     for process in alike:
+        part = process.count / n
         for state, (wall, cpu) in process.states.items():
             w, c = mean.states.get(state, (0.0, 0.0))
-            mean.states[state] = (w + wall / n, c + cpu / n)
+            mean.states[state] = (w + part * wall, c + part * cpu)
         for cause, seconds in process.causes.items():
-            mean.causes[cause] = mean.causes.get(cause, 0.0) + seconds / n
-        mean.absent_s += process.absent_s / n
+            mean.causes[cause] = mean.causes.get(cause, 0.0) + part * seconds
+        mean.absent_s += part * process.absent_s
     return mean
 
 
@@ -119,7 +120,11 @@ def _staleness_rows(verdict: Verdict) -> list[tuple[str, str]]:
     if data is None:
         return []
     lag = f"mean {figure(data.lag_mean, '.2f')}, largest {figure(data.lag_max, 'd')}"
-    rows = [("lag", f"{lag}, budget {figure(data.budget, 'd')}")]
+    budget = figure(data.budget, "d")
+    if data.moved is not None:
+        least, greatest = data.moved
+        budget = f"auto ({least}{f' to {greatest}' if greatest > least else ''})"
+    rows = [("lag", f"{lag}, budget {budget}")]
     if data.kl_after is not None:
         kl = f"KL {figure(data.kl_before, '.2g')} before, {figure(data.kl_after, '.2g')} after, nats a token"
         rows.append(("rejection", f"accepts {figure(data.acceptance, '.2%')}; {kl}; ESS {figure(data.ess, '.3f')}"))
