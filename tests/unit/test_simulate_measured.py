@@ -1,5 +1,7 @@
 """Costs fitted from runs whose costs are known, and the command line."""
 
+import dataclasses
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -7,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.config import ActorSection, RolloutSection, RunConfig, RunSection, StalenessSection
-from common.errors import DataError
+from common.config import ActorSection, LearnerSection, RolloutSection, RunConfig, RunSection, StalenessSection, to_yaml
+from common.errors import ConfigError, DataError
+from common.trace import Tracer, trace_path
 from tests.unit.timeline import MS, life, step_lines, timelines
 from tools.bench.predictions import Compared, Figures, rows_of
 from tools.profile.spent import Window
@@ -16,6 +19,7 @@ from tools.runs import Run
 from tools.simulate.__main__ import main
 from tools.simulate.costs import fit, least_squares, solve_cores
 from tools.simulate.sample import Sample, read_sample
+from tools.simulate.settings import ActorPart, Setup
 
 STEP, ROW, CONTEXT = 5e-3, 3e-4, 2e-6  # seconds a decode step, row, row and token of context
 
@@ -103,6 +107,104 @@ def test_one_size_takes_the_optimizer_for_what_looks_at_no_token():
     assert found.obrs.rejected_per_lag == pytest.approx(0.01)
 
 
+def ranks_of(sample, ranks):
+    """The same run by so many ranks, each as busy; the first alone gathers and sends."""
+    own = sample.states["learner"]
+    sample.states["learner"] = Counter({state: ranks * s for state, s in own.items()} | {"gather": 0.05, "send": 0.01})
+    sample.config = dataclasses.replace(sample.config, learner=LearnerSection(dp_replicate=ranks, checkpoint_every=5))
+    sample.states["learner"]["checkpoint"] = ranks * 0.02
+    return sample
+
+
+def test_several_ranks_of_a_learner_cost_what_one_of_them_does():
+    alone, four = fit([ranks_of(sample_of(), 1)], []), fit([ranks_of(sample_of(), 4)], [])
+    assert four.learner.threads == 4 * alone.learner.threads
+    assert four.learner.step_s == pytest.approx(alone.learner.step_s) == pytest.approx(0.02)
+    assert four.learner.token_s == pytest.approx(alone.learner.token_s) == pytest.approx(3e-4)
+    assert four.learner.checkpoint_s == pytest.approx(alone.learner.checkpoint_s) == pytest.approx(0.01)
+    assert four.weights == alone.weights and four.weights.gather_s == pytest.approx(0.005)
+    pair = [ranks_of(sample_of(), 4), ranks_of(sample_of(sequences=32, sampled=96), 4)]
+    assert fit(pair, []).learner.token_s == pytest.approx(3e-4)
+
+
+def test_on_machines_of_their_own_costs_are_the_time_that_passed():
+    """Everything waits for its GPU half of the time, so that it lasts twice as long as it has a core."""
+    sample = sample_of()
+    sample.states["learner"]["send"] = 0.01
+    sample.walls = {role: Counter({k: 2 * s for k, s in own.items()}) for role, own in sample.states.items()}
+    for by_key in sample.tallies.values():
+        for sums in by_key.values():
+            sums[1] = 2 * sums[2]
+    shared = fit([sample], [])
+    sample.run.timelines.lives[0].header["host"] = "elsewhere"
+    apart = fit([sample], [])
+    assert shared.machine.shared and not apart.machine.shared
+    for section, names in {
+        "actor": ("step_s", "row_s", "context_s", "prefill_token_s", "sequence_s", "swap_s"),
+        "replica": ("score_token_s", "swap_s"), "learner": ("step_s", "token_s"),
+        "broker": ("message_s", "trajectory_s", "assemble_s", "pack_s"),
+    }.items():  # fmt: skip
+        for name in names:
+            one, other = getattr(getattr(shared, section), name), getattr(getattr(apart, section), name)
+            assert other == pytest.approx(2 * one) and one > 0, (section, name)
+    assert apart.weights.receiver_s * 3 == pytest.approx(0.002) and apart.weights.receive_s == pytest.approx(0.002)
+    slowed = dataclasses.replace(sample.config, learner=LearnerSection(slowdown=3.0))
+    sample.config = slowed  # its time is mostly sleep, which the simulator adds itself
+    assert fit([sample], []).learner.token_s == pytest.approx(shared.learner.token_s)
+
+
+def test_a_budget_that_moves_is_simulated_at_its_median():
+    sample = sample_of()
+    sample.config = dataclasses.replace(sample.config, staleness=StalenessSection(budget="auto", start=1))
+    assert fit([sample], []).staleness.budget == 1
+    for step in sample.run.steps:
+        step["staleness_budget"] = {4: 2, 5: 2}.get(step["step"], 5) if step["step"] > 3 else 9
+    assert fit([sample], []).staleness.budget == 5
+
+
+def test_lengths_and_lags_of_the_wrong_kind_are_passed_over():
+    for odd in (5, {"trained": 5}, {"trained": {"abc": 1, "x": 2}}, {"trained": {"-4": 1, "0": 3, "8": -1}}):
+        sample = sample_of()
+        rollout = dataclasses.replace(sample.config.rollout, ignore_eos=False)
+        sample.config = dataclasses.replace(sample.config, rollout=rollout)
+        sample.run.status = {"trajectories_by_length": odd}
+        for step in sample.run.steps:
+            step["lag_mean"] = "x"
+        found = fit([sample], [])
+        assert found.length.values == (48,) and found.obrs.rejected_per_lag == 0
+    sample.run.status = {"trajectories_by_length": {"trained": {"8": 1, "64": 3, "x": 2}}}
+    assert len(fit([sample], []).length.values) == 2
+
+
+def traced_run(run_dir, **more):
+    """A run directory of ten steps; what metrics.jsonl says of each may be anything."""
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text(to_yaml(RunConfig(run=RunSection(name="x", steps=10))))
+    sizes = {"tokens": 100, "trajectories": 4, "length_mean": 8}
+    lines = [line | sizes | more for line in step_lines(10, 100)]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    clock = itertools.count(10**9, 10**6)
+    for name in ("broker", "learner"):
+        with Tracer(trace_path(run_dir, name), name, name, clock=lambda: next(clock)) as tracer:
+            for step in range(10):
+                tracer.state("idle.shard" if name == "learner" else "receive", step)
+                tracer.state("forward" if name == "learner" else "collate", step)
+                if name == "broker":
+                    tracer.instant("step", step=step, what="committed")
+                    tracer.write()
+    return run_dir
+
+
+def test_a_run_is_read_whatever_its_figures_are(tmp_path, capsys):
+    for number, more in enumerate(({"lag_mean": None}, {"lag_mean": "x"}, {"lag_mean": [1]})):
+        run_dir = traced_run(tmp_path / str(number), **more)
+        assert main(["--from", str(run_dir), *SMALL, "actor.step_s=0.001"]) == 0
+        assert "a mean lag of unknown size" in capsys.readouterr().out
+    for number, more in enumerate(({"tokens": "x"}, {"trajectories": 0}, {"length_mean": True})):
+        with pytest.raises(DataError, match="tells tokens, trajectories, length_mean of none"):
+            read_sample(traced_run(tmp_path / f"none-{number}", **more))
+
+
 def test_engines_without_tallies_are_said_to_be_unknown():
     notes = []
     fit([sample_of(decode={}, context={})], notes)
@@ -169,12 +271,22 @@ def test_a_setup_is_printed_and_read_again(tmp_path, capsys):
         (["staleness.budget=0,-1"], "staleness.budget=-1"),
         (["none.yaml"], "no such file"),
         (["--from", "nowhere"], "no such directory"),
+        (["actor.step_s=-1"], "actor.step_s=-1"),
+        (["replica.count=-1", "obrs.mode=off"], "replica.count=-1"),
+        (["length.kind=histogram", "length.values=[4,8]", "length.weights=[.inf,1]"], "length.weights"),
+        (["--plot", "x.foo"], ".png or .svg"),
+        (["--plot", "nowhere/x.png"], "make it first"),
         ([f"run.seed={','.join(map(str, range(1001)))}"], "1,001 combinations"),
     ],
 )
 def test_what_cannot_be_simulated_is_said_in_a_line(given, words, capsys):
     assert main(given) == 2
     assert words in capsys.readouterr().out
+
+
+def test_whole_numbers_are_checked_as_others_are():
+    with pytest.raises(ConfigError, match=r"actor\.step_s=-1"):
+        Setup(actor=ActorPart(step_s=-1))
 
 
 def test_costs_come_from_one_place(capsys):

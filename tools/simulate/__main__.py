@@ -15,12 +15,14 @@ from rich.console import Console
 
 from common.errors import CroupierError
 from tools.console import make_console, print_error
+from tools.outputs import PICTURES, check_output
 from tools.profile.spent import NS
 from tools.simulate.measured import Measured, measure
 from tools.simulate.model import simulate
 from tools.simulate.outcome import Outcome
 from tools.simulate.settings import Setup, override, read_setup, to_yaml, variants, varied
 from tools.simulate.table import Line, print_lines
+from tools.watch.sound import number
 
 MOST_VARIANTS = 1000
 
@@ -42,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_intermixed_args(arguments)
     console = make_console()
     try:
+        if given.plot is not None:
+            check_output(given.plot, PICTURES)
         files = [Path(one) for one in given.inputs if "=" not in one]
         overrides = [one for one in given.inputs if "=" in one]
         if len(files) + bool(given.runs) > 1:
@@ -114,10 +118,11 @@ def _print_measured(console: Console, measured: Measured) -> None:
         console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
     sample = measured.samples[0]
     real = sample.steps / (sample.window.ns * NS)
-    lags = [s["lag_mean"] for s in sample.run.steps if sample.window.first < s["step"] <= sample.window.last]
+    lags = [lag for s in sample.trained if (lag := number(s.get("lag_mean"))) is not None]
+    mean = f"{sum(lags) / len(lags):.2f}" if lags else "unknown size"
     again: Outcome = simulate(measured.setup)
     console.print(
-        f"{sample.run.path.name} as it was: {real:.3f} steps/s and a mean lag of {sum(lags) / len(lags):.2f}; "
+        f"{sample.run.path.name} as it was: {real:.3f} steps/s and a mean lag of {mean}; "
         f"simulated {again.steps_per_s:.3f} and {again.lag_mean:.2f}",
         markup=False,
     )

@@ -4,8 +4,9 @@
 
     decode(rows, context), prefill(tokens), train(tokens), score(tokens), ... -> Setup
 
-Costs are CPU seconds of main threads; what other threads of a process took (receiving weights, sockets) is
-the rest of its CPU time. Several runs of the same model tell more than one: a cost that no run varies, the
+Costs are CPU seconds of main threads where all processes share a machine; what other threads of a process took
+(receiving weights, sockets) is the rest of its CPU time. Elsewhere they are seconds that passed. Of a learner
+of several ranks they are one rank's. Several runs of the same model tell more than one: a cost that no run varies, the
 share of a step that does not depend on its tokens say, is taken as proportional. Where processes share a
 machine, ``machine.cores`` is what they got of it while more of them wanted to run than there were cores.
 """
@@ -20,8 +21,9 @@ from numpy.typing import NDArray
 from tools.profile.causes import marks_of
 from tools.profile.spent import NS
 from tools.profile.verdict import cores_of
-from tools.simulate.sample import Sample, wanting
+from tools.simulate.sample import WAITING, Sample, wanting
 from tools.simulate.settings import Setup, replaced, settings_of
+from tools.watch.sound import counts, mapping, number
 
 TRAINING = ("load", "forward", "backward", "reduce", "optimizer", "joint")  # states of a learner's step
 CROWDED = 0.3  # of its time a run must have more threads than cores to say how many cores there were
@@ -32,6 +34,9 @@ def fit(samples: Sequence[Sample], notes: list[str]) -> Setup:
     """The setup of the first sample at the costs of all."""
     first = samples[0]
     setup = replaced(Setup(), settings_of(first.config))
+    machine = _machine(samples, notes)
+    for sample in samples:
+        sample.shared = bool(machine["shared"])
     prompt = first.tokens / first.sequences - first.sampled
     costs = {
         "rollout": {"prompt_tokens": max(1, round(prompt))},
@@ -42,7 +47,8 @@ def fit(samples: Sequence[Sample], notes: list[str]) -> Setup:
         "learner": _learner_costs(samples),
         "weights": _weights_costs(samples),
         "broker": _broker_costs(samples, notes),
-        "machine": _machine(samples, notes),
+        "machine": machine,
+        "staleness": {"budget": _budget(first)},
     }
     return replaced(setup, costs)
 
@@ -70,8 +76,16 @@ def least_squares(rows: Sequence[Sequence[float]], targets: Sequence[float]) -> 
     return np.zeros(a.shape[1])
 
 
-def _all(samples: Iterable[Sample], name: str) -> list[tuple[int, list[float]]]:
-    return [(key, sums) for sample in samples for key, sums in sorted(sample.tallies.get(name, {}).items())]
+def _all(samples: Iterable[Sample], name: str) -> list[list[float]]:
+    """Times, cost in nanoseconds and amount of every key."""
+    return [sums for sample in samples for sums in sample.tally(name).values()]
+
+
+def _budget(sample: Sample) -> int:
+    """Of staleness.budget=auto what it mostly was."""
+    section = sample.config.staleness
+    told = [int(value) for step in sample.trained if (value := number(step.get("staleness_budget"))) is not None]
+    return round(float(np.median(told))) if section.auto and told else section.first
 
 
 def _mean(samples: Sequence[Sample], seconds: Callable[[Sample], float], per: Callable[[Sample], float]) -> float:
@@ -83,10 +97,10 @@ def _mean(samples: Sequence[Sample], seconds: Callable[[Sample], float], per: Ca
 def _actor_costs(samples: Sequence[Sample], notes: list[str]) -> dict[str, float]:
     rows, costs = [], []
     for sample in samples:
-        for times, of_rows, of_context, cpu in _decoding(sample):
+        for times, of_rows, of_context, cost in _decoding(sample):
             weight = 1 / np.sqrt(times)  # of sums over that many steps, each equally uncertain
             rows.append([weight * of_context, weight * times, weight * of_rows])
-            costs.append(weight * cpu)
+            costs.append(weight * cost)
     if not rows:
         notes.append(
             "actors' timelines tell of no decoding (SGLang servers?): actor.*_s are defaults, set them by hand"
@@ -94,11 +108,11 @@ def _actor_costs(samples: Sequence[Sample], notes: list[str]) -> dict[str, float
         return {}
     of_context, fixed, of_row = least_squares(rows, costs).tolist()
     played_s, turn_s = least_squares(
-        [[s.steps * s.sequences, _engine_steps(s)] for s in samples], [s.cpu("actor", "play") for s in samples]
+        [[s.steps * s.sequences, _engine_steps(s)] for s in samples], [s.cost("actor", "play") for s in samples]
     ).tolist()
     prefill = _all(samples, "prefill")
     pass_s, token_s = least_squares(
-        [[s[0], s[3]] for _, s in prefill], [s[2] * NS for _, s in prefill]
+        [[s[0], s[2]] for s in prefill], [s[1] * NS for s in prefill]
     ).tolist() if prefill else (0.0, 0.0)  # fmt: skip
     swaps = _all(samples, "swap")
     return {
@@ -107,22 +121,22 @@ def _actor_costs(samples: Sequence[Sample], notes: list[str]) -> dict[str, float
         "context_s": of_context,
         "prefill_s": pass_s,
         "prefill_token_s": token_s,
-        "sequence_s": played_s + _mean(samples, lambda s: s.cpu("actor", "send"), lambda s: s.steps * s.sequences),
-        "swap_s": sum(s[2] for _, s in swaps) * NS / max(1, sum(s[0] for _, s in swaps)),
+        "sequence_s": played_s + _mean(samples, lambda s: s.cost("actor", "send"), lambda s: s.steps * s.sequences),
+        "swap_s": sum(s[1] for s in swaps) * NS / max(1, sum(s[0] for s in swaps)),
     }
 
 
 def _decoding(sample: Sample) -> Iterator[tuple[float, float, float, float]]:
-    """Steps, rows, rows times contexts and CPU seconds: by the context where that is tallied, else by rows."""
-    of_rows = sample.tallies.get("context_rows", {})
-    for place, (times, _, cpu, amount) in sample.tallies.get("context", {}).items():
-        if place in of_rows and of_rows[place][3]:
-            yield times, of_rows[place][3], amount, cpu * NS
-    rows = sum(sums[3] for sums in of_rows.values())
-    longest = sum(sums[3] for sums in sample.tallies.get("context", {}).values()) / rows if rows else 0.0  # on average
-    for live, (times, _, cpu, _) in sample.tallies.get("decode", {}).items():
+    """Steps, rows, rows times contexts and cost in seconds: by the context where that is tallied, else by rows."""
+    of_rows, contexts = sample.tally("context_rows"), sample.tally("context")
+    for place, (times, cost, amount) in contexts.items():
+        if place in of_rows and of_rows[place][2]:
+            yield times, of_rows[place][2], amount, cost * NS
+    rows = sum(sums[2] for sums in of_rows.values())
+    longest = sum(sums[2] for sums in contexts.values()) / rows if rows else 0.0  # on average
+    for live, (times, cost, _) in sample.tally("decode").items():
         if live:
-            yield times, times * live, times * live * longest, cpu * NS
+            yield times, times * live, times * live * longest, cost * NS
 
 
 def _engine_steps(sample: Sample) -> float:
@@ -133,24 +147,27 @@ def _replica_costs(samples: Sequence[Sample]) -> dict[str, float]:
     scored = _all(samples, "score")
     if not scored:
         return {}
-    batch_s, token_s = least_squares([[s[0], s[3]] for _, s in scored], [s[2] * NS for _, s in scored]).tolist()
+    batch_s, token_s = least_squares([[s[0], s[2]] for s in scored], [s[1] * NS for s in scored]).tolist()
     asked = [s for s in samples if s.config.obrs.mode != "off"]
-    swap_s = _mean(asked, lambda s: s.cpu("replica", "swap"), lambda s: s.steps * s.config.replica.count)
+    swap_s = _mean(asked, lambda s: s.cost("replica", "swap"), lambda s: s.steps * s.config.replica.count)
     return {"score_s": batch_s, "score_token_s": token_s, "swap_s": swap_s}
 
 
 def _learner_costs(samples: Sequence[Sample]) -> dict[str, float]:
+    """Of one rank: all ranks are at it at the same time."""
+
+    def seconds(sample: Sample, *states: str) -> float:
+        return sample.cost("learner", *states) / sample.config.learner.ranks
+
     rows = [[s.steps, s.steps * s.tokens] for s in samples]
-    learners = [s.config.learner.ranks for s in samples]
-    costs = [s.cpu("learner", *TRAINING, "commit") / ranks for s, ranks in zip(samples, learners, strict=True)]
-    step_s, token_s = least_squares(rows, costs).tolist()
+    step_s, token_s = least_squares(rows, [seconds(s, *TRAINING, "commit") for s in samples]).tolist()
     if not step_s:  # no run varies the size: the optimizer is known to look at no token
-        step_s = _mean(samples, lambda s: s.cpu("learner", "reduce", "optimizer", "commit"), lambda s: s.steps)
-        token_s = max(0.0, _mean(samples, lambda s: s.cpu("learner", *TRAINING, "commit"), lambda s: s.steps) - step_s)
+        step_s = _mean(samples, lambda s: seconds(s, "reduce", "optimizer", "commit"), lambda s: s.steps)
+        token_s = max(0.0, _mean(samples, lambda s: seconds(s, *TRAINING, "commit"), lambda s: s.steps) - step_s)
         token_s /= samples[0].tokens
     checkpoints = [s for s in samples if s.config.learner.checkpoint_every]
     checkpoint_s = _mean(
-        checkpoints, lambda s: s.cpu("learner", "checkpoint"), lambda s: s.steps / s.config.learner.checkpoint_every
+        checkpoints, lambda s: seconds(s, "checkpoint"), lambda s: s.steps / s.config.learner.checkpoint_every
     )
     return {"step_s": step_s, "token_s": token_s, "checkpoint_s": checkpoint_s}
 
@@ -161,34 +178,44 @@ def _receivers(sample: Sample) -> int:
 
 
 def _weights_costs(samples: Sequence[Sample]) -> dict[str, float]:
-    """Threads that receive are the only ones beside the main one with much to do, so theirs is that time."""
-    received = _mean(samples, lambda s: s.threads["actor"] + s.threads["replica"], lambda s: s.steps * _receivers(s))
-    sent = _mean(samples, lambda s: s.cpu("learner", "send") + s.threads["learner"], lambda s: s.steps)
+    """Gathering and sending are the first rank's alone.
+
+    Threads that receive are the only ones beside the main one with much to do, so theirs is that CPU time. The
+    time of a collective is the learner's ``send``: those who receive are at it as long.
+    """
     by_receivers = _mean(samples, lambda s: s.steps * _receivers(s), lambda s: s.steps)
+    sent = _mean(samples, _sending, lambda s: s.steps)
+    received = _mean(samples, lambda s: s.threads["actor"] + s.threads["replica"], lambda s: s.steps * _receivers(s))
     return {
-        "gather_s": _mean(samples, lambda s: s.cpu("learner", "gather"), lambda s: s.steps),
+        "gather_s": _mean(samples, lambda s: s.cost("learner", "gather"), lambda s: s.steps),
         "send_s": 0.0,
         "receiver_s": sent / by_receivers,
-        "receive_s": received,
+        "receive_s": received if samples[0].shared else sent,
     }
+
+
+def _sending(sample: Sample) -> float:
+    return (
+        sample.cpu("learner", "send") + sample.threads["learner"] if sample.shared else sample.wall("learner", "send")
+    )
 
 
 def _broker_costs(samples: Sequence[Sample], notes: list[str]) -> dict[str, float]:
     """Messages are taken as those of trajectories; what is done a turn is spread over them."""
 
     def each(*states: str) -> float:
-        return _mean(samples, lambda s: s.cpu("broker", *states), lambda s: s.steps)
+        return _mean(samples, lambda s: s.cost("broker", *states), lambda s: s.steps)
 
     admitted = _all(samples, "admit")
-    trajectories = max(1.0, sum(s[3] for _, s in admitted))
+    trajectories = max(1.0, sum(s[2] for s in admitted))
     messages = sum(
         sum(s[0] for s in sample.tallies.get("admit", {}).values()) + sample.steps * (4 + 4 * _receivers(sample))
         for sample in samples
     )  # fetch, commit, publish, published and scores; ready, applied and heartbeats
-    turns = sum(s.cpu("broker", "receive", "grant", "send", "journal") for s in samples)
+    turns = sum(s.cost("broker", "receive", "grant") + s.cpu("broker", *WAITING) for s in samples)
     return {
         "message_s": turns / max(1, messages),
-        "trajectory_s": sum(s[2] for _, s in admitted) * NS / trajectories,
+        "trajectory_s": sum(s[1] for s in admitted) * NS / trajectories,
         "assemble_s": each("collate"),
         "decide_s": each("thin"),
         "pack_s": each("pack"),
@@ -252,15 +279,15 @@ def solve_cores(seconds: Mapping[int, float], used: float) -> float:
 
 def _lengths(sample: Sample) -> dict[str, Any]:
     """All as long as they may be, or the lengths that receipts tell of: their means a step, spread as they are."""
-    config, status = sample.config, sample.run.status
+    config = sample.config
     if config.rollout.ignore_eos:
         return {"kind": "longest"}
-    bins = status.get("trajectories_by_length", {}).get("trained", {})
+    told = counts(mapping(sample.run.status.get("trajectories_by_length")).get("trained"))
+    bins = {size: count for size, count in sorted(told.items()) if size > 0 and count > 0}
     mean = sample.sampled
     if len(bins) < 2:
         return {"kind": "histogram", "values": (max(1, round(mean)),), "weights": (1.0,)}
-    sizes = np.array(sorted(int(size) for size in bins), np.float64)
-    weights = np.array([bins[str(int(size))] for size in sizes], np.float64)
+    sizes, weights = np.array(list(bins), np.float64), np.array(list(bins.values()), np.float64)
     centres = np.maximum(1, np.round(sizes * 0.75))  # of a bin from half of its name to its name
     centres *= mean / float((centres * weights).sum() / weights.sum())
     return {"kind": "histogram", "values": tuple(max(1, round(c)) for c in centres), "weights": tuple(weights.tolist())}
@@ -270,9 +297,9 @@ def _rejected(samples: Sequence[Sample]) -> float:
     """Tokens that rejection took, over the lags of all tokens proposed."""
     taken = lags = 0.0
     for step in itertools.chain.from_iterable(sample.run.steps for sample in samples):
-        found = [step.get(key) for key in ("tokens_proposed", "tokens_accepted", "lag_mean")]
-        if step.get("acceptance") is not None and all(isinstance(one, int | float) for one in found):
-            proposed, accepted, lag = (float(one) for one in found if one is not None)
-            taken += proposed - accepted
-            lags += proposed * lag
-    return taken / lags if lags else 0.0
+        proposed, accepted, lag = (number(step.get(key)) for key in ("tokens_proposed", "tokens_accepted", "lag_mean"))
+        if step.get("acceptance") is None or proposed is None or accepted is None or lag is None:
+            continue
+        taken += max(0.0, proposed - accepted)
+        lags += proposed * lag
+    return taken / lags if lags > 0 else 0.0

@@ -1,4 +1,4 @@
-"""What a run tells of its costs: CPU seconds by state, tallies and counts within its steady window.
+"""What a run tells of its costs: seconds by state, tallies and counts within its steady window.
 
 ::
 
@@ -15,13 +15,18 @@ import numpy as np
 
 from common.config import RunConfig
 from common.errors import DataError
+from tools.checked import checked
 from tools.profile.spent import NS, Window, choose_window, course_of, processes_of
+from tools.run_files import Record
 from tools.runs import Run, read_run
 from tools.timelines import Life, is_idle
+from tools.watch.sound import number
 
 WAITING = ("journal", "send")  # states in which a thread mostly waits for others of its process
 SIZES = ("tokens", "trajectories", "length_mean")  # of a step's line in metrics.jsonl
 LEAST_STEPS = 4  # within the window
+
+TALLIED_BY = {"score": "replica", "admit": "broker"}  # who counts what; the rest are actors'
 
 Tally = dict[int, list[float]]  # key -> times, wall, cpu, amount
 
@@ -41,6 +46,30 @@ class Sample:
     walls: dict[str, Counter[str]] = field(default_factory=dict)  # the same, seconds that passed
     threads: Counter[str] = field(default_factory=Counter)  # role -> CPU seconds of other threads
     tallies: dict[str, Tally] = field(default_factory=dict)
+    shared: bool = True  # one machine: costs are CPU seconds; otherwise they are seconds that passed
+
+    @property
+    def trained(self) -> list[Record]:
+        """The steps of the window, as metrics.jsonl has them."""
+        return [step for step in self.run.steps if self.window.first < step["step"] <= self.window.last]
+
+    def timed(self, role: str) -> bool:
+        """Whether the time that passed is a role's cost; of one that sleeps (slowdown, pace_s) it never is."""
+        sleeping = [
+            name
+            for name, part in (("actor", self.config.actor), ("learner", self.config.learner))
+            if part.slowdown > 1 or part.pace_s > 0
+        ]
+        return not self.shared and role not in sleeping
+
+    def cost(self, role: str, *states: str) -> float:
+        """Seconds of a role in some states, as setups count them."""
+        return self.wall(role, *states) if self.timed(role) else self.cpu(role, *states)
+
+    def tally(self, name: str) -> Tally:
+        """Times, cost in nanoseconds and amount by key; the cost as setups count it."""
+        column = 1 if self.timed(TALLIED_BY.get(name, "actor")) else 2
+        return {key: [sums[0], sums[column], sums[3]] for key, sums in sorted(self.tallies.get(name, {}).items())}
 
     def wall(self, role: str, *states: str) -> float:
         """Seconds of a role in some states."""
@@ -53,7 +82,7 @@ class Sample:
 
 def read_sample(run_dir: Path) -> Sample:
     """What a run tells. Raises :class:`DataError` with what is missing."""
-    run = read_run(run_dir)
+    run = checked(read_run(run_dir))
     window, _ = choose_window(run.timelines)
     if run.config is None:
         raise DataError(f"{run_dir}: no config.yaml that can be read, so what was run is not known")
@@ -62,15 +91,14 @@ def read_sample(run_dir: Path) -> Sample:
             f"{run_dir}: its timelines tell of fewer than {LEAST_STEPS} steps after the first ones; let it run longer, "
             "with trace.spans=true"
         )
-    sizes = [
-        [step[key] for key in SIZES]
-        for step in run.steps
-        if window.first < step["step"] <= window.last and all(isinstance(step.get(key), int | float) for key in SIZES)
-    ]
+    found = Sample(run, run.config, window, window.last - window.first, 0.0, 0.0, 0.0)
+    told = [[number(step.get(key)) for key in SIZES] for step in found.trained]
+    sizes = [sound for size in told if len(sound := [one for one in size if one is not None and one > 0]) == len(SIZES)]
     if not sizes:
-        raise DataError(f"{run_dir}: metrics.jsonl tells of none of the steps {window.first} to {window.last}")
-    tokens, sequences, sampled = np.mean(sizes, axis=0).tolist()
-    found = Sample(run, run.config, window, window.last - window.first, tokens, sequences, sampled)
+        raise DataError(
+            f"{run_dir}: metrics.jsonl tells {', '.join(SIZES)} of none of the steps {window.first} to {window.last}"
+        )
+    found.tokens, found.sequences, found.sampled = np.mean(sizes, axis=0).tolist()
     for process in processes_of(run.timelines, window):
         into = found.states.setdefault(process.role, Counter())
         into.update({state: cpu for state, (_, cpu) in process.states.items()})
@@ -104,6 +132,8 @@ def _add_tallies(into: dict[str, Tally], life: Life, window: Window) -> None:
 
 
 def _add_threads(into: Sample, life: Life) -> None:
+    if life.role == "learner" and life.header.get("rank", 0) != 0:
+        return  # the first rank sends weights; what other ranks' threads do is the mesh's
     inside = [(at, cpu) for at, cpu in life.cpu if into.window.start <= at <= into.window.end]
     if len(inside) < 2:
         return

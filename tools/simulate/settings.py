@@ -193,10 +193,9 @@ class Setup:
             part = getattr(self, section.name)
             for one in fields(part):
                 value, key = getattr(part, one.name), f"{section.name}.{one.name}"
-                if isinstance(value, float):
+                if isinstance(value, int | float):
                     require(math.isfinite(value), key, value, "must be a finite number")
-                    if one.name.endswith(COSTS):
-                        require(value >= 0, key, value, "must not be negative")
+                    require(value >= 0 or not one.name.endswith(COSTS), key, value, "must not be negative")
         self._check_counts()
         self._check_lengths()
         for key, value in (("actor.slowdown", self.actor.slowdown), ("learner.slowdown", self.learner.slowdown)):
@@ -222,7 +221,8 @@ class Setup:
             require(count >= 1, key, count, "must be at least 1")
         not_negative = {
             "run.seed": self.run.seed, "run.first": self.run.first, "staleness.budget": self.staleness.budget,
-            "actor.servers": actor.servers, "evaluation.prompts": self.evaluation.prompts,
+            "actor.servers": actor.servers, "replica.count": self.replica.count,
+            "evaluation.prompts": self.evaluation.prompts,
             "learner.checkpoint_every": self.learner.checkpoint_every,
             "broker.assemble_ahead": self.broker.assemble_ahead,
         }  # fmt: skip
@@ -252,8 +252,9 @@ class Setup:
         require(min(length.values) >= 1, "length.values", length.values, "must be at least 1 token each")
         fits = len(length.weights) in (0, len(length.values))
         require(fits, "length.weights", length.weights, f"must be as many as length.values ({len(length.values)})")
-        sound = all(weight >= 0 for weight in length.weights) and (not length.weights or sum(length.weights) > 0)
-        require(sound, "length.weights", length.weights, "must not be negative, and not all 0")
+        sound = all(math.isfinite(weight) and weight >= 0 for weight in length.weights)
+        sound = sound and (not length.weights or sum(length.weights) > 0)
+        require(sound, "length.weights", length.weights, "must be finite, not negative, and not all 0")
 
     @staticmethod
     def from_run(run_dir: Path, overrides: Sequence[str] = ()) -> "Setup":
