@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError(f"step {wanted}: has no receipt; steps {steps[0]['step']} to {steps[-1]['step']} have")
         console.print(receipt_table({name: value for name, value in found[0].items() if value is not None}))
     except KeyError as missing:  # the table is whole or not at all: half a receipt misleads
-        said = f"a line of metrics.jsonl has no readable {missing}: another croupier wrote it, or it was damaged"
+        said = f"a line of metrics.jsonl has no {missing}: another croupier wrote it, or it was damaged"
         print_error(console, DataError(said))
         return 2
     except CroupierError as error:
