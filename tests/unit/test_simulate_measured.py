@@ -183,15 +183,16 @@ def traced_run(run_dir, **more):
     sizes = {"tokens": 100, "trajectories": 4, "length_mean": 8}
     lines = [line | sizes | more for line in step_lines(10, 100)]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    clock = itertools.count(10**9, 10**6)
-    for name in ("broker", "learner"):
-        with Tracer(trace_path(run_dir, name), name, name, clock=lambda: next(clock)) as tracer:
-            for step in range(10):
-                tracer.state("idle.shard" if name == "learner" else "receive", step)
-                tracer.state("forward" if name == "learner" else "collate", step)
-                if name == "broker":
-                    tracer.instant("step", step=step, what="committed")
-                    tracer.write()
+    clock, moves = itertools.count(10**9, 10**6), {"learner": "forward", "actor": "sample", "broker": "collate"}
+    tracers = {name: Tracer(trace_path(run_dir, name), name, name, clock=lambda: next(clock)) for name in moves}
+    for step in range(10):
+        for name, state in moves.items():
+            tracers[name].state("idle.shard" if name == "learner" else "start", step)
+            tracers[name].state(state, step)
+            tracers[name].write()
+        tracers["broker"].instant("step", step=step, what="committed")
+    for tracer in tracers.values():
+        tracer.close()
     return run_dir
 
 
@@ -203,6 +204,13 @@ def test_a_run_is_read_whatever_its_figures_are(tmp_path, capsys):
     for number, more in enumerate(({"tokens": "x"}, {"trajectories": 0}, {"length_mean": True})):
         with pytest.raises(DataError, match="tells tokens, trajectories, length_mean of none"):
             read_sample(traced_run(tmp_path / f"none-{number}", **more))
+
+
+def test_a_run_whose_learner_nobody_can_read_is_not_simulated_as_one_that_costs_nothing(tmp_path):
+    run_dir = traced_run(tmp_path / "x")
+    trace_path(run_dir, "learner").unlink()
+    with pytest.raises(DataError, match="no timeline of learner"):
+        read_sample(run_dir)
 
 
 def test_engines_without_tallies_are_said_to_be_unknown():

@@ -99,7 +99,13 @@ def read_sample(run_dir: Path) -> Sample:
             f"{run_dir}: metrics.jsonl tells {', '.join(SIZES)} of none of the steps {window.first} to {window.last}"
         )
     found.tokens, found.sequences, found.sampled = np.mean(sizes, axis=0).tolist()
-    for process in processes_of(run.timelines, window):
+    processes = processes_of(run.timelines, window)
+    missing = [role for role in ("learner", "actor") if not any(p.role == role and p.busy_s for p in processes)]
+    if missing:
+        raise DataError(
+            f"{run_dir}: no timeline of {' and '.join(missing)} that can be read: what they cost is not known"
+        )
+    for process in processes:
         into = found.states.setdefault(process.role, Counter())
         into.update({state: cpu for state, (_, cpu) in process.states.items()})
         found.walls.setdefault(process.role, Counter()).update({s: wall for s, (wall, _) in process.states.items()})
