@@ -153,7 +153,9 @@ class ActorService:
             rows, began = self.engine.in_flight, time.perf_counter()
             ended = self.engine.step(ENGINE_WAIT_S)
             self._slow_down(self._slowness.pause_s(rows, time.perf_counter() - began))
-            self.counters["seconds_decode"] += time.perf_counter() - began  # type: ignore[assignment]
+            took = time.perf_counter() - began
+            self.counters["seconds_decode"] += took  # type: ignore[assignment]
+            self.counters["seconds_unfilled"] += took * self._unfilled(rows)  # type: ignore[assignment]
             self.tracer.state("play")
             finished = self.play.collect(ended)
         else:
@@ -268,6 +270,11 @@ class ActorService:
         if not self._grants or self.outbox.nbytes >= self.config.actor.unacked_mb * MEGABYTE:
             return False
         return (0 if self.config.joint.stays else self._grants[0].min_version) <= self.engine.version
+
+    def _unfilled(self, rows: int) -> float:
+        """The share of the engine's slots that had nothing to decode for want of credits."""
+        wanting = self.outbox.nbytes < self.config.actor.unacked_mb * MEGABYTE
+        return max(0.0, 1 - rows / max(1, self.engine.slots)) if wanting else 0.0
 
     def _start(self) -> None:
         while self._startable():

@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from broker.peers import Peer, Roster
+from common.frozen import POLICY
 from common.trace import STATES
 
 PEERS_SHOWN = 64  # of each role in status.json, which is written twice a second
 SILENT_S = 3.0  # three heartbeats
 NAMES_SHOWN = 8
+UNFILLED = "seconds_unfilled"  # an actor's counter
 
 # What a learner that has asked for its shard waits for: groups; scores of them; coins and packing; the version
 # that shall score them.
@@ -27,18 +29,27 @@ class Fleet:
     def __init__(self, own: Callable[[], dict[str, float]] = dict) -> None:
         """``own``: the broker's seconds by state."""
         self.seconds: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))  # by role
+        self.policy_seconds: defaultdict[str, float] = defaultdict(float)  # of the replicas of the policy alone
+        self.unfilled_s = 0.0  # of actors that sampled: their time times the share of their slots that stayed empty
         self.parked: defaultdict[str, float] = defaultdict(float)  # cause -> seconds
         self._own = own
         self._waits: tuple[str, float] = ("", 0.0)  # for what, seen when
 
-    def heard(self, peer: Peer, seconds: dict[str, float]) -> None:
-        """A heartbeat told ``seconds`` in each state since the peer's start; kept where they are sound."""
+    def heard(self, peer: Peer, seconds: dict[str, float], counters: dict[str, float] | None = None) -> None:
+        """A heartbeat told ``seconds`` in each state since the peer's start, and its ``counters``; kept where sound."""
         sound = known_states(peer.role, seconds)
         total = self.seconds[peer.role]
+        of_policy = peer.role == "replica" and peer.hello.serves == POLICY
         if peer.seconds:
             for state, value in sound.items():
-                total[state] += max(0.0, value - peer.seconds.get(state, 0.0))
-        peer.seconds = sound
+                grown = max(0.0, value - peer.seconds.get(state, 0.0))
+                total[state] += grown
+                if of_policy:
+                    self.policy_seconds[state] += grown
+            if peer.role == "actor":
+                grown = (counters or {}).get(UNFILLED, 0.0) - peer.counters.get(UNFILLED, 0.0)
+                self.unfilled_s += grown if 0 < grown < math.inf else 0.0
+        peer.seconds, peer.counters = sound, counters or {}
 
     def waits(self, cause: str, now: float) -> None:
         """A learner is parked for want of ``cause``, "" for none; asked again every turn of the broker."""

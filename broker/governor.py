@@ -4,11 +4,12 @@
 
     every committed step:  Totals -> Governor.observe -> Move (old, new, reason) or None
 
-Let L be the share of its time that the learner waits for data, F the share that the actors wait for credits or
-for weights, R the share that the replicas wait for requests. Where one side is never idle it sets the pace; where
-all are, the pace is set by how much may be under way, which is the budget: admission costs ``min(L, F, R)`` of the
-throughput. That loss, and the side that idles least, decide; every move is judged an interval later. (F falls for a
-while after any raise, until what was granted is there: so L is believed unless another side idles clearly less.)
+Let L be the share of its time that the learner waits for data, F the share of their slots' time that actors wait for
+credits or for weights (one that samples with half of its slots empty waits half), R the share that the replicas wait
+for requests. Where one side is never idle it sets the pace; where all are, the pace is set by how much may be under
+way, which is the budget: admission costs ``min(L, F, R)`` of the throughput. That loss, and the side that idles least,
+decide; every move is judged an interval later. (F falls for a while after any raise, until what was granted is there:
+so L is believed unless another side idles clearly less, and where slots were empty in any case.)
 
 - a loss above STARVING: raise, by 1 and then by twice as much while it pays. A raise that leaves the waiting
   as it was is taken back, and not tried again for a while that doubles each time;
@@ -20,6 +21,7 @@ No clock, no randomness: a function of what it is told. Its moves are inputs of 
 it has learned is not, so a broker that comes back keeps the budget and learns anew.
 """
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -56,6 +58,7 @@ class Totals:
     states: Mapping[str, Mapping[str, float]]  # role -> state -> seconds of all its processes (common.trace.STATES)
     kl: float | None  # after rejection, nats a token
     ess: float | None  # normalised, of the learner's weights
+    unfilled_s: float = 0.0  # of actors that sampled: their time times the share of their slots without credits
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Interval:
     steps: int
     wall_s: float
     idle: Mapping[str, float]  # side -> share of its time; a side that tells nothing is left out
+    unfilled: float = 0.0  # what of the fleet's share are empty slots of actors that sample
 
     @property
     def loss(self) -> float:
@@ -80,6 +84,8 @@ class Interval:
     def gain_over(self, before: "Interval") -> float:
         """How much more work the side did that set the pace ``before``, relatively."""
         side = before.pace if before.pace in self.idle else LEARNER
+        if side == FLEET and max(self.unfilled, before.unfilled) > SLACK:
+            side = LEARNER  # fuller engines are not yet more tokens: what is trained tells
         return (1 - self.idle[side]) / max(1e-9, 1 - before.idle[side]) - 1
 
     @property
@@ -92,12 +98,17 @@ class Interval:
         """``now`` less ``before``."""
         wall_s = max(1e-9, now.wall_s - before.wall_s)
         idle = {LEARNER: min(1.0, (sum(now.parked.values()) - sum(before.parked.values())) / wall_s)}
+        unfilled = 0.0
         for side, (role, wanting) in WANT.items():
             then, this = before.states.get(role, {}), now.states.get(role, {})
             lived = sum(this.values()) - sum(then.values())
             if lived > 0:
-                idle[side] = min(1.0, sum(this.get(s, 0.0) - then.get(s, 0.0) for s in wanting) / lived)
-        return cls(now.step - before.step, wall_s, idle)
+                nothing = sum(this.get(s, 0.0) - then.get(s, 0.0) for s in wanting) / lived
+                if side == FLEET:
+                    unfilled = max(0.0, now.unfilled_s - before.unfilled_s) / lived
+                    nothing += unfilled
+                idle[side] = min(1.0, nothing)
+        return cls(now.step - before.step, wall_s, idle, unfilled)
 
 
 @dataclass(frozen=True)
@@ -114,18 +125,31 @@ class Move:
 class Barrier:
     """A budget that is not crossed for ``left`` intervals: each time that it is set for longer."""
 
+    least: int = PATIENCE  # intervals that it is first set for
     at: int = -1
     left: int = 0
-    patience: int = PATIENCE
+    patience: int = 0
+    quiet: int = 0  # intervals beyond it that went well
+
+    def __post_init__(self) -> None:
+        """Begin patiently."""
+        self.patience = self.least
 
     def set(self, at: int) -> None:
         """What lies behind ``at`` was tried in vain."""
-        self.at, self.left = at, self.patience
+        self.at, self.left, self.quiet = at, self.patience, 0
         self.patience = min(MOST_PATIENCE, 2 * self.patience)
 
     def crossed(self) -> None:
         """It was right to try again."""
-        self.patience = max(PATIENCE, self.patience // 2)
+        self.patience = max(self.least, self.patience // 2)
+
+    def went_well(self) -> None:
+        """An interval beyond it; as many as it is first set for show that it was right."""
+        self.quiet += 1
+        if self.quiet >= self.least:
+            self.quiet = 0
+            self.crossed()
 
     def tick(self) -> None:
         """An interval has passed."""
@@ -140,23 +164,24 @@ class Governor:
         self.section, self.budget, self._least_s = section, budget, least_s
         self._kl: deque[float] = deque(maxlen=RECENT)
         self._ess: deque[float] = deque(maxlen=RECENT)
-        self._floor, self._ceiling, self._allowed = Barrier(), Barrier(), Barrier(patience=TARGET_PATIENCE)
+        self._floor, self._ceiling, self._allowed = Barrier(), Barrier(), Barrier(TARGET_PATIENCE)
         self._stride = 1  # of the next raise
         self._calm = 0  # intervals in a row after which a smaller budget might do
         self._tried: tuple[int, Interval] | None = None  # the budget that was just left, and how it fared there
         self._reference: Interval | None = None  # before the first of a row of lowerings
         self._start: Totals | None = None  # of the present interval
         self._from = -1  # the step from which it counts: what was granted under another budget is trained by then
-        self._off_until = -1  # targets are not acted upon again before this step
+        self._heed_from = -1  # KL and ESS of earlier steps do not count: their data are of another budget
 
     def observe(self, now: Totals) -> Move | None:
         """A step was committed."""
-        self._kl.extend([] if now.kl is None else [now.kl])
-        self._ess.extend([] if now.ess is None else [now.ess])
         if self._from < 0:
-            self._from = self._off_until = now.step + self.section.every  # the pipeline fills
-        if now.step >= self._off_until and (reason := self._off_target()):
-            return self._give_way(now, reason)
+            self._from = self._heed_from = now.step + self.section.every  # the pipeline fills
+        if now.step >= self._heed_from:
+            for recent, value in ((self._kl, now.kl), (self._ess, now.ess)):
+                recent.extend([] if value is None or not math.isfinite(value) else [value])
+            if reason := self._off_target():
+                return self._give_way(now, reason)
         if now.step < self._from:
             return None
         if self._start is None:
@@ -196,7 +221,7 @@ class Governor:
         self._allowed.set(old - 1)
         self._stride, self._tried = 1, None
         move = self._move(now, old // 2, reason, None)
-        self._off_until = now.step + max(self.section.every, old) + RECENT  # what is promised is trained by then
+        self._heed_from = now.step + old + SETTLES  # what was promised under the old budget is trained by then
         self._kl.clear()
         self._ess.clear()
         return move
@@ -214,6 +239,8 @@ class Governor:
             return None
         for barrier in (self._floor, self._ceiling, self._allowed):
             barrier.tick()
+        if self.budget > self._allowed.at and not self._allowed.left:
+            self._allowed.went_well()
         tried, self._tried = self._tried, None
         if tried is not None and (move := self._judge(now, here, *tried)) is not None:
             return move

@@ -294,8 +294,7 @@ class BrokerService:
 
     def _on_heartbeat(self, peer: Peer, message: wire.Heartbeat) -> None:
         peer.version = max(peer.version, message.version)
-        peer.counters = message.counters
-        self.figures.fleet.heard(peer, message.seconds)
+        self.figures.fleet.heard(peer, message.seconds, message.counters)
         pong = wire.Pong(self.door.version, message.sent_ns, time.monotonic_ns(), time.monotonic_ns())
         self.router.send(peer.identity, pong)  # at once: the shorter the way, the better its clock is known
 

@@ -226,12 +226,13 @@ class Training:
         """Let the governor look at a step that is trained, and do what it says."""
         fleet = self.figures.fleet
         states = {role: dict(seconds) for role, seconds in fleet.seconds.items()}
-        move = governor.observe(
-            Totals(
-                receipt["step"], self.files.seconds(), dict(fleet.parked), states,
-                receipt.get("kl_after"), metrics.get("weight_ess"),
-            )
-        )  # fmt: skip
+        states["replica"] = dict(fleet.policy_seconds)
+        kl = receipt.get("kl_after")
+        if kl is None:  # rejection is off: nobody scored the batch but the learner
+            kl = metrics.get("kl_to_behaviour")
+        step, now_s = receipt["step"], self.files.seconds()
+        ess, unfilled_s = metrics.get("weight_ess"), fleet.unfilled_s
+        move = governor.observe(Totals(step, now_s, dict(fleet.parked), states, kl, ess, unfilled_s))
         if move is not None:
             line = self.recorder.set_budget(move.new, move.reason, **move.figures)
             self.figures.budget_move = line

@@ -98,6 +98,10 @@ class Engine(Protocol):
         """Sequences admitted or waiting that have not been returned."""
 
     @property
+    def slots(self) -> int:
+        """Sequences that it can decode at once."""
+
+    @property
     def vocab_size(self) -> int:
         """Token ids lie in ``[0, vocab_size)``."""
 

@@ -101,6 +101,11 @@ class LocalEngine:
         """Sequences waiting or live."""
         return self._rows.live + sum(request.samples for request in self._waiting)
 
+    @property
+    def slots(self) -> int:
+        """Rows."""
+        return self._rows.slots
+
     def add(self, request: SampleRequest) -> None:
         """Queue a request. Raises EngineError if it can never be sampled."""
         check_request(request, self.vocab_size, self._max_length, self._rows.slots)

@@ -127,6 +127,11 @@ class SglangEngine:
         return len(self._samples)
 
     @property
+    def slots(self) -> int:
+        """What its servers are given at once, as they find it (engine.concurrency)."""
+        return sum(target.pace.limit for target in self._targets)
+
+    @property
     def counters(self) -> dict[str, float]:
         """Requests, tokens, retries, and how the servers are."""
         serving = [server for server in self._servers if server.state == State.SERVING]
@@ -136,7 +141,7 @@ class SglangEngine:
             "servers_serving": float(len(serving)),
             "server_restarts": float(sum(server.restarts for server in self._servers)),
             "seconds_paused": sum(server.paused_s for server in self._servers),
-            "concurrency": float(sum(target.pace.limit for target in self._targets)),
+            "concurrency": float(self.slots),
             "routes_moved": float(self._targets.router.moved),
             "routes_displaced": float(self._targets.router.displaced),
         }

@@ -103,14 +103,14 @@ class Peer:
         self.expect(wire.PublishDone)
 
 
-def make_broker(directory, broker=None, **sections):
+def make_broker(directory, broker=None, run_steps=STEPS, **sections):
     """A broker of a tiny run in ``directory``; ``broker`` are fields of its section, the others whole sections."""
     model = directory / "model"
     model.mkdir(exist_ok=True)
     (model / "config.json").write_text('{"vocab_size": 16}')
     bounds = {"address": free_address(), "heartbeat_s": 0.1, "peer_timeout_s": 1.5, **(broker or {})}
     base = {
-        "run": RunSection(name="r", dir=str(directory), steps=STEPS),
+        "run": RunSection(name="r", dir=str(directory), steps=run_steps),
         "model": ModelSection(path=str(model)),
         "rollout": RolloutSection(groups_per_step=B, group_size=G, max_prompt_tokens=2, max_tokens=2),
         "staleness": StalenessSection(0),

@@ -33,6 +33,16 @@ def test_what_is_no_state_of_the_role_or_no_time_is_left_out(seconds):
     assert one.seconds == {"play": 2.0} and fleet.line()["states"]["actor"] == {"play": 1.0}
 
 
+def test_frozen_models_are_no_replicas_of_the_policy():
+    fleet, policy, teacher = Fleet(), peer("r0", "replica"), peer("t0", "replica")
+    teacher.hello.serves = "teacher"
+    for seconds in (1.0, 3.0):
+        fleet.heard(policy, {"score": seconds})
+        fleet.heard(teacher, {"idle.requests": 10 * seconds})
+    assert fleet.policy_seconds == {"score": 2.0}
+    assert fleet.line()["states"]["replica"] == {"score": 2.0, "idle.requests": 20.0}
+
+
 def test_a_parked_learners_seconds_go_to_what_it_waited_for():
     fleet = Fleet()
     for cause, now in (("", 0.0), ("rollouts", 1.0), ("rollouts", 2.0), ("scoring", 4.0), ("", 4.5), ("", 9.0)):

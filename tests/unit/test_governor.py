@@ -257,3 +257,53 @@ def test_what_stays_bad_is_given_way_to_within_a_few_steps():
     governor = Governor(StalenessSection("auto", start=4, most=16, every=4, kl_target=0.01), 4, 0.0)
     at = [s for s in range(40) if governor.observe(Totals(s, float(s), {}, {}, 0.02 if s >= 20 else 0.001, None))]
     assert at[0] in range(23, 26)
+
+
+def test_data_of_the_old_budget_do_not_halve_it_again():
+    governor, moves = Governor(StalenessSection("auto", start=16, most=16, every=4, kl_target=0.05), 16, 0.0), []
+    for step in range(80):
+        old = not moves or step < moves[0][0] + 16
+        if move := governor.observe(Totals(step, float(step), {}, {}, 0.1 if old else 0.04, None)):
+            moves.append((step, move.old, move.new))
+    assert [(old, new) for _, old, new in moves] == [(16, 8)]
+
+
+def test_a_figure_that_is_no_number_does_not_blind_it():
+    governor, found = Governor(StalenessSection("auto", start=4, most=16, every=4, kl_target=0.01), 4, 0.0), []
+    for step in range(40):
+        kl = float("nan") if step < 20 else 0.02
+        found += [governor.observe(Totals(step, float(step), {}, {}, kl, float("inf")))]
+    assert [(m.old, m.new) for m in found if m][:1] == [(4, 2)]
+
+
+def test_patience_after_a_missed_target_is_lost_again():
+    governor = Governor(StalenessSection("auto", start=2, most=2, every=4, kl_target=0.01), 2, 0.0)
+    raised, missed, idle, since = [], [], 0.0, 0
+    for step in range(3000):
+        idle += 0.0 if governor.budget == 2 else 0.3
+        bad = len(missed) < 3 and governor.budget == 2 and step > since + 12
+        states = {"actor": {"idle.credits": idle, "sample": step - idle}}
+        move = governor.observe(Totals(step, float(step), {"rollouts": idle}, states, 0.02 if bad else 0.001, None))
+        if move and move.reason.startswith("KL"):
+            missed.append(step)
+        elif move and (move.old, move.new) == (1, 2):
+            raised.append(step)
+            since = step
+    waits = [min(r for r in raised if r > m) - m for m in missed]
+    assert len(waits) == 3 and waits == sorted(waits) and waits[2] > 2 * waits[0], "longer each time"
+    assert governor._allowed.patience == governor._allowed.least, "and forgotten when all is well"
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_engines_that_decode_half_empty_are_given_more_if_that_trains_more(pays):
+    """One budget's worth fills a third of the slots; nobody who samples ever stops for want of credits."""
+    governor, unfilled, waits, seen = Governor(AUTO, 1, 0.0), 0.0, 0.0, []
+    for step in range(400):
+        filled = min(1.0, governor.budget / 3)
+        unfilled += 1 - filled
+        waits += 1 - 0.3 * (filled if pays else 1 / 3)
+        seen.append(governor.budget)
+        states = {"actor": {"sample": float(step)}, "replica": {"idle.requests": 0.9 * step, "score": 0.1 * step}}
+        governor.observe(Totals(step, float(step), {"rollouts": waits}, states, None, None, unfilled))
+    late = Counter(seen[200:])
+    assert max(late, key=late.get) in ((3, 4) if pays else (1,)), late
