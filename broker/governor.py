@@ -38,6 +38,7 @@ RECENT = 8  # steps whose median of KL and of ESS stands for them: a few bad bat
 SETTLES = 2  # steps that are under way when the budget moves
 CALM = 2  # intervals in a row that must give cause for a lowering
 MOST_STRIDE = 8  # versions that the budget is raised by at once
+CLEAR_GAIN, SUREST = 0.08, 4  # by each of these more or less work is done, patience is as much longer, up to 4 times
 PATIENCE = 4  # intervals until what failed is tried again, doubled each time up to ...
 TARGET_PATIENCE = 16  # the same after a target was missed
 MOST_PATIENCE = 64
@@ -135,9 +136,10 @@ class Barrier:
         """Begin patiently."""
         self.patience = self.least
 
-    def set(self, at: int) -> None:
-        """What lies behind ``at`` was tried in vain."""
-        self.at, self.left, self.quiet = at, self.patience, 0
+    def set(self, at: int, by: float = 0.0) -> None:
+        """What lies behind ``at`` was tried in vain; what differed much, relatively ``by``, is not soon doubted."""
+        surely = min(SUREST, max(1, round(abs(by) / CLEAR_GAIN)))
+        self.at, self.left, self.quiet = at, self.patience * surely, 0
         self.patience = min(MOST_PATIENCE, 2 * self.patience)
 
     def crossed(self) -> None:
@@ -256,17 +258,18 @@ class Governor:
     def _judge(self, now: Totals, here: Interval, left: int, there: Interval) -> Move | None:
         """Whether the last move, from ``left``, is to be taken back."""
         if self.budget < left:
-            if here.loss > STARVING and here.gain_over(self._reference or there) < -PAYS:
-                self._floor.set(left)
+            gain = here.gain_over(self._reference or there)
+            if here.loss > STARVING and gain < -PAYS:
+                self._floor.set(left, gain)
                 return self._move(now, left, f"with {self.budget} all wait", here)
             self._floor.crossed()
-        elif here.gain_over(there) < PAYS:
+        elif (gain := here.gain_over(there)) < PAYS:
             self._ceiling.set(left)
             self._stride = 1
             return self._move(now, left, f"{self.budget} bought nothing", here)
         else:
             self._ceiling.crossed()
-            self._floor.set(self.budget)  # less was not enough
+            self._floor.set(self.budget, gain)  # less was not enough
         return None
 
     def _raise(self, now: Totals, here: Interval) -> Move | None:
