@@ -53,6 +53,7 @@ class Batch:
     segments: NDArray[np.int64]  # [S+1] the same with every trajectory cut where another segment of it starts
     token_ids: NDArray[np.int32]  # [N]
     trainable: NDArray[np.uint8]  # [N] 1 where sampled, EXPERT where an exemplar's, else 0
+    whole: bool  # every sampled token is in the loss
     log_q: NDArray[np.float32]  # [N]
     versions: NDArray[np.int32]  # [N]
     members: list[Trajectory]  # [B]; alternatives and expert records stay in the frames that they arrived in
@@ -82,6 +83,8 @@ class Batch:
     @cached_property
     def sampled_tokens(self) -> NDArray[np.int64]:
         """Sampled tokens in the loss, of each trajectory ``[B]``."""
+        if self.whole:
+            return np.array([t.sampled_tokens for t in self.members], np.int64)
         return count(self.on, self.cu_seqlens)
 
     @cached_property
@@ -99,15 +102,13 @@ class Batch:
     @cached_property
     def lags(self) -> NDArray[np.int64]:
         """How many sampled tokens in the loss have lag 0, 1, ..."""
-        return self.lags_of(self.on)
+        lag, offsets = self._runs
+        return _histogram(lag, np.diff(offsets))
 
     def lags_of(self, flags: NDArray[np.bool_]) -> NDArray[np.int64]:
         """How many tokens of ``flags[N]``, all of them sampled, have lag 0, 1, ..., as long as :attr:`lags`."""
-        lag, first = self._runs
-        found = np.zeros(int(lag.max(initial=-1)) + 1, np.int64)
-        kept = lag >= 0
-        np.add.at(found, lag[kept], count(flags, first)[kept])
-        return found
+        lag, offsets = self._runs
+        return _histogram(lag, count(flags, offsets))
 
     @cached_property
     def _runs(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -162,6 +163,13 @@ class Batch:
         return np.zeros((int(np.diff(self.cu_seqlens)[members].sum()), routed), np.uint16)
 
 
+def _histogram(keys: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Sums of ``counts`` by ``keys`` 0, 1, ...; those below 0 are left out."""
+    found = np.zeros(int(keys.max(initial=-1)) + 1, np.int64)
+    np.add.at(found, keys[keys >= 0], counts[keys >= 0])
+    return found
+
+
 def copies_of(groups: NDArray[np.int64], group_size: int) -> NDArray[np.float64]:
     """How often each trajectory of ``groups[B]`` counts ``[B]``: ``group_size / n`` where only ``n`` are valid."""
     _, owner, sizes = np.unique(groups, return_inverse=True, return_counts=True)
@@ -183,7 +191,8 @@ def collate(step: int, members: Sequence[Trajectory], config: RunConfig, scales:
         lengths = np.array([t.sampled_tokens for t in ordered], np.int64)
         shaped = shaped + overlong_penalty(lengths, config.rollout.max_sampled, section.overlong_buffer)
     advantages = group_advantages(shaped, sizes, config.rollout.group_size, section)
-    trainable = _trainable(ordered, shaped, sizes, truncated, section)
+    sampled = np.concatenate([t.trainable for t in ordered])
+    trainable = _trainable(sampled, ordered, shaped, sizes, truncated, section)
     cu_seqlens = np.concatenate(([0], np.cumsum([len(t.token_ids) for t in ordered], dtype=np.int64)))
     starts = np.flatnonzero(trainable == STARTS)
     spans, span_advantages, span_scale = cu_seqlens, advantages, None
@@ -210,6 +219,7 @@ def collate(step: int, members: Sequence[Trajectory], config: RunConfig, scales:
         segments=np.union1d(cu_seqlens, starts) if len(starts) else cu_seqlens,
         token_ids=np.concatenate([t.token_ids for t in ordered]),
         trainable=np.where(trainable == STARTS, np.uint8(0), trainable) if len(starts) else trainable,
+        whole=trainable is sampled,
         log_q=np.concatenate([t.log_q for t in ordered]),
         versions=np.concatenate([t.versions for t in ordered]),
         members=ordered,
@@ -219,19 +229,19 @@ def collate(step: int, members: Sequence[Trajectory], config: RunConfig, scales:
 
 
 def _trainable(
+    trainable: NDArray[np.uint8],
     ordered: Sequence[Trajectory],
     rewards: NDArray[np.float32],
     sizes: NDArray[np.int64],
     truncated: NDArray[np.bool_],
     section: AdvantageSection,
 ) -> NDArray[np.uint8]:
-    """``[N]``: what is in the loss and its denominator.
+    """``[N]``: what is in the loss and its denominator; ``trainable`` itself if that is all of it.
 
     ``advantage.zero_signal=mask`` takes groups without signal out of both, ``advantage.overlong_filter``
     truncated trajectories; where that would be all of them they stay here, so that there is a batch, and
     those that are truncated weigh nothing (:attr:`Batch.muted`).
     """
-    trainable = np.concatenate([t.trainable for t in ordered])
     unwanted = np.zeros(len(ordered), np.bool_)
     if section.zero_signal == "mask":
         unwanted |= np.repeat(without_signal(rewards, sizes), sizes)

@@ -3,6 +3,7 @@
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -45,7 +46,7 @@ class Trajectory:
         """Where it is found again, for a :data:`LoadTrajectory`."""
         return [*self.source, self.prompt]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes held in the queue."""
         beside = self.topk_ids.nbytes + self.topk_log_q.nbytes + self.experts.nbytes

@@ -44,6 +44,7 @@ class Pipeline:
         self.vocab_size = vocab_size
         rollout = config.rollout
         assert (routing is not None) == rollout.routing_replay
+        self._max_length = rollout.max_length
         self.expert_count, self.routed = (routing.experts, routing.width) if routing else (0, 0)
         config.check_room(self.routed)
         self.ledger = StalenessLedger(config.staleness.first, rollout.groups_per_step, config.run.steps)
@@ -129,14 +130,16 @@ class Pipeline:
             unasked = "holds an exemplar's tokens, rollout.exemplars=0"
             faults |= {b: unasked for b in message.with_exemplars() if b not in faults}
         trajectories = unpack_all(message, actor, seq, self.book.prompts(message.groups))
-        reasons = []
+        misfit, reasons = self._misfit(message), []
         for index, (group, sibling) in enumerate(zip(message.groups.tolist(), message.siblings.tolist(), strict=True)):
             reason = self.book.refusal(group, sibling, actor)
             if self.book.is_done(group):
                 self.counts["repeats"] += 1
                 reason = ""
             elif not reason:
-                reason = faults.get(index, "") or self._admit_one(trajectories[index])
+                reason = faults.get(index, "") or self._refusal(trajectories[index]) or misfit
+                if not reason:
+                    self._take(trajectories[index])
                 if reason:
                     self.give_up(group, "refused_sibling")
             if reason:
@@ -144,30 +147,36 @@ class Pipeline:
             reasons.append(reason)
         return Ack(reasons, message.groups, message.siblings)
 
-    def _admit_one(self, trajectory: Trajectory) -> str:
-        oldest = trajectory.oldest_version
-        if oldest < self.book.min_version(trajectory.group):
-            return f"sampled by version {oldest}, older than the grant's {self.book.min_version(trajectory.group)}"
-        if len(trajectory.token_ids) > self.config.rollout.max_length:
-            return f"{len(trajectory.token_ids)} tokens, more than rollout allows ({self.config.rollout.max_length})"
-        if trajectory.topk_ids.shape[1] != self.config.rollout.top_logprobs:
+    def _misfit(self, message: Trajectories) -> str:
+        """What of ``message`` is not as this run asks for it, all its trajectories alike."""
+        if message.topk_ids.shape[1] != self.config.rollout.top_logprobs:
             asked = self.config.rollout.top_logprobs
-            return f"{trajectory.topk_ids.shape[1]} alternatives a token, rollout.top_logprobs={asked}"
-        if trajectory.experts.shape[1] != self.routed:
+            return f"{message.topk_ids.shape[1]} alternatives a token, rollout.top_logprobs={asked}"
+        if message.experts.shape[1] != self.routed:
             on = str(self.config.rollout.routing_replay).lower()
             return (
-                f"{trajectory.experts.shape[1]} experts recorded of a token, this run's model has {self.routed} "
+                f"{message.experts.shape[1]} experts recorded of a token, this run's model has {self.routed} "
                 f"(rollout.routing_replay={on})"
             )
+        return ""
+
+    def _refusal(self, trajectory: Trajectory) -> str:
+        oldest, tokens = trajectory.oldest_version, len(trajectory.token_ids)
+        if oldest < self.book.min_version(trajectory.group):
+            return f"sampled by version {oldest}, older than the grant's {self.book.min_version(trajectory.group)}"
+        if tokens > self._max_length:
+            return f"{tokens} tokens, more than rollout allows ({self._max_length})"
+        return ""
+
+    def _take(self, trajectory: Trajectory) -> None:
         is_new, complete = self.book.add(trajectory)
         if not is_new:
             self.counts["repeats"] += 1
-            return ""
+            return
         self.counts["trajectories_acked"] += 1
         self.counts["tokens_generated"] += trajectory.sampled_tokens
         if complete:
             self._settle(trajectory.group, "sibling_failed")
-        return ""
 
     def _settle(self, group: int, reason: str) -> None:
         """Nothing more will come of ``group``: train what there is of it, or give it up."""

@@ -33,7 +33,7 @@ from common.exporter import open_exporter
 from common.frozen import command_of, words_of
 from common.identity import check_same_tokens
 from common.keys import broker_keys
-from common.process import StopFlag, keep_freed_memory
+from common.process import StopFlag, collect_seldom, keep_freed_memory
 from common.routing import read_routing
 from common.sockets import RouterSocket
 from common.trace import Tracer, open_tracer, silent
@@ -371,6 +371,7 @@ class BrokerService:
 def run_broker(config: RunConfig, stop: StopFlag) -> None:
     """Serve one run to its end. Raises what :class:`common.errors.CroupierError` covers."""
     keep_freed_memory()
+    collect_seldom()
     with open_tracer(config, "broker", "broker") as tracer, open_exporter(config, tracer) as exporter:
         service = BrokerService(config, stop, tracer)
         exporter.families = lambda: exports.families(service.told, service.figures.last_step)

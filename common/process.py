@@ -1,6 +1,7 @@
 """What every process does at its start: stop signals, death with its launcher, log lines, a free port."""
 
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -10,6 +11,7 @@ from types import FrameType
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
+COLLECT_AFTER = 10_000
 KEPT_BYTES, GROWN_BYTES, MAPPED_BYTES = 256 << 20, 16 << 20, 32 << 20
 
 
@@ -60,6 +62,12 @@ def keep_freed_memory() -> bool:
         return False
     wanted = ((M_TRIM_THRESHOLD, KEPT_BYTES), (M_TOP_PAD, GROWN_BYTES), (M_MMAP_THRESHOLD, MAPPED_BYTES))
     return all(libc.mallopt(option, value) for option, value in wanted)
+
+
+def collect_seldom() -> None:
+    """Look for cycles after ``COLLECT_AFTER`` new objects, not 700: messages are made of objects that are no garbage."""
+    gc.freeze()
+    gc.set_threshold(COLLECT_AFTER, *gc.get_threshold()[1:])
 
 
 def setup_logging(name: str) -> logging.Logger:

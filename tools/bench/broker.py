@@ -33,7 +33,7 @@ from common import wire
 from common.codec import decode, encode
 from common.config import BrokerSection, ObrsSection, RolloutSection, RunConfig, RunSection, StalenessSection
 from common.obrs import coins, thin
-from common.process import free_port, keep_freed_memory
+from common.process import collect_seldom, free_port, keep_freed_memory
 from common.sockets import RouterSocket
 from common.zbounds import z_bounds
 from tools.bench import thinning
@@ -184,7 +184,8 @@ class Passage:
 
 def broker_passage(topk: int, journal_dir: Path | None) -> Passage:
     """Trajectories a second through socket, admission, journal if any, and packing, until acknowledged and sharded."""
-    keep_freed_memory()  # as the broker does
+    keep_freed_memory()  # both as the broker does
+    collect_seldom()
     settings = config(topk)
     pipeline = Pipeline(settings, VOCAB)
     journal = Journal(journal_dir, "bench", 16_384) if journal_dir else None
