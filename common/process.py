@@ -65,7 +65,7 @@ def keep_freed_memory() -> bool:
 
 
 def collect_seldom() -> None:
-    """Look for cycles after ``COLLECT_AFTER`` new objects, not 700: messages are made of objects that are no garbage."""
+    """Look for cycles after ``COLLECT_AFTER`` new objects, not 700: messages are made of many that are no garbage."""
     gc.freeze()
     gc.set_threshold(COLLECT_AFTER, *gc.get_threshold()[1:])
 
