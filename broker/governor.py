@@ -11,8 +11,9 @@ way, which is the budget: admission costs ``min(L, F, R)`` of the throughput. Th
 decide; every move is judged an interval later. (F falls for a while after any raise, until what was granted is there:
 so L is believed unless another side idles clearly less, and where slots were empty in any case.)
 
-- a loss above STARVING: raise, by 1 and then by twice as much while it pays. A raise that leaves the waiting
-  as it was is taken back, and not tried again for a while that doubles each time;
+- a loss above STARVING: raise, by 1 and then by twice as much while it pays, or by as much as makes up for the loss if
+  throughput grows with what is under way (Little's law). A raise that leaves the waiting as it was is taken back, and
+  not tried again for a while that doubles each time. A loss above GLARING is believed after half an interval;
 - below SLACK, or where raising did not pay: lower, by a quarter at most. If then all starve, and more than before,
   that is taken back, and not tried again for a while that doubles;
 - KL after rejection or ESS off target: halve at once, whatever idles.
@@ -30,6 +31,7 @@ from dataclasses import dataclass
 from common.config import StalenessSection
 
 STARVING = 0.04  # of the throughput lost to admission, above which the budget is raised
+GLARING = 0.15  # a loss that half an interval shows well enough
 SLACK = 0.02  # below which a smaller one is tried; between the two nothing is done
 PAYS = 0.02  # more work done by the side that idles least pays for a raise; as much less may be lost by lowerings
 CLEARLY = 0.5  # of the learner's idle share: a side below it sets the pace
@@ -76,7 +78,6 @@ class Interval:
         """The share of the throughput that admission costs."""
         return min(self.idle.values())
 
-    @property
     def pace(self) -> str:
         """The side that idles least, and so sets the pace; the learner unless another is clearly less idle."""
         least = min(self.idle, key=lambda side: self.idle[side])
@@ -178,7 +179,7 @@ class Governor:
     def observe(self, now: Totals) -> Move | None:
         """A step was committed."""
         if self._from < 0:
-            self._from = self._heed_from = now.step + self.section.every  # the pipeline fills
+            self._from, self._heed_from = now.step + self.section.every // 2, now.step + self.section.every  # it fills
         if now.step >= self._heed_from:
             for recent, value in ((self._kl, now.kl), (self._ess, now.ess)):
                 recent.extend([] if value is None or not math.isfinite(value) else [value])
@@ -190,7 +191,9 @@ class Governor:
             self._start = now
             return None
         interval = Interval.between(self._start, now)
-        if interval.steps < self.section.every or interval.wall_s < self._least_s:
+        glaring = self._tried is None and FLEET in interval.idle and interval.loss > GLARING
+        least = self.section.every // 2 if glaring else self.section.every
+        if interval.steps < least or interval.wall_s < self._least_s:
             return None
         self._start = now
         return self._decide(now, interval)
@@ -274,7 +277,9 @@ class Governor:
 
     def _raise(self, now: Totals, here: Interval) -> Move | None:
         tops = [barrier.at for barrier in (self._ceiling, self._allowed) if barrier.left]
-        new = min(self.section.most, self.budget + self._stride, *tops)
+        under_way = math.ceil((self.budget + 1) / max(1e-9, 1 - here.loss))  # that would do, in steps' worth of groups
+        stride = min(MOST_STRIDE, max(self._stride, under_way - 1 - self.budget))
+        new = min(self.section.most, self.budget + stride, *tops)
         if new <= self.budget or not self._room():
             return None
         self._tried = (self.budget, here)

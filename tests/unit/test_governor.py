@@ -200,14 +200,17 @@ def moves_of(governor, steps, **shares):
 
 
 def test_nothing_is_decided_before_the_first_interval_or_without_the_actors_word():
-    assert moves_of(Governor(AUTO, 1, 0.0), range(16), waits=0.5, idle=0.5) == []
+    assert moves_of(Governor(AUTO, 1, 0.0), range(8), waits=0.5, idle=0.5) == []
+    assert moves_of(Governor(AUTO, 1, 0.0), range(9), waits=0.5, idle=0.5) == [(1, 3)], "twice as much under way"
+    assert moves_of(Governor(AUTO, 1, 0.0), range(12), waits=0.1, idle=0.1) == []
+    assert moves_of(Governor(AUTO, 1, 0.0), range(13), waits=0.1, idle=0.1) == [(1, 2)]
     assert moves_of(Governor(AUTO, 1, 1e9), range(100), waits=0.5, idle=0.5) == []
     mute = Governor(AUTO, 4, 0.0)
     assert all(mute.observe(Totals(s, float(s), {}, {}, None, None)) is None for s in range(100))
 
 
 def test_raises_double_while_they_pay_and_stop_at_the_most():
-    governor, found, wait = Governor(AUTO, 1, 0.0), [], 0.8
+    governor, found, wait = Governor(AUTO, 1, 0.0), [], 0.14
     idle = {"waits": 0.0, "idle": 0.0}
     for step in range(200):
         state = totals(step)
@@ -219,7 +222,7 @@ def test_raises_double_while_they_pay_and_stop_at_the_most():
         )  # fmt: skip
         if move := governor.observe(state):
             found.append(move.new)
-            wait *= 0.8
+            wait *= 0.7
     assert found[:4] == [2, 4, 8, 16] and max(found) == 16
 
 
