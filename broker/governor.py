@@ -78,6 +78,7 @@ class Interval:
         """The share of the throughput that admission costs."""
         return min(self.idle.values())
 
+    @property
     def pace(self) -> str:
         """The side that idles least, and so sets the pace; the learner unless another is clearly less idle."""
         least = min(self.idle, key=lambda side: self.idle[side])

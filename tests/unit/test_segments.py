@@ -183,8 +183,8 @@ def test_experts_of_a_segment_are_those_of_its_own_contexts() -> None:
     ],
 )  # fmt: skip
 def test_what_trainable_cannot_say_is_found(position: int, value: int, words: str) -> None:
-    message = pack("r", ("correct",), make_finished([[(3, 2, False), (2, 3, True)]] * (2 * G)))
-    assert message.faults(VOCAB, 10) == {}
+    sound, message = (pack("r", ("correct",), make_finished([[(3, 2, False), (2, 3, True)]] * (2 * G))) for _ in "ab")
+    assert sound.faults(VOCAB, 10) == {}
     at = int(message.cu_seqlens[1]) + position
     message.trainable[at] = value
     if value == 1:
