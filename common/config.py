@@ -249,7 +249,7 @@ class StalenessSection:
     """
 
     budget: int | str = 2  # versions, or auto
-    start: int = 1  # auto: where it begins
+    start: int = 2  # auto: where it begins
     most: int = 16  # auto: what it never exceeds
     every: int = 8  # auto: steps between two moves
     kl_target: float = 0.05  # auto: nats a token after rejection that a move up must stay below
