@@ -24,7 +24,7 @@ from tools.profile.__main__ import main
 from tools.profile.advice import Candidate, judge
 from tools.profile.causes import ACTOR_AT, LEARNER_AT, UNKNOWN, WORDS, Causes, plain, split_wait
 from tools.profile.drift import Drift, fit
-from tools.profile.figures import staleness_of
+from tools.profile.figures import filled_of, staleness_of
 from tools.profile.picture import draw
 from tools.profile.predict import Prediction
 from tools.profile.simulated import Simulated, simulated
@@ -546,3 +546,15 @@ def test_the_picture_and_the_lines_tell_the_same(tmp_path):
     assert "Bottleneck: actors" in lines
     assert "learner: forward 15 %, send 10 %; idle 75 %: rollouts.sampling 62 %" in lines
     assert not draw(verdict(run_of(step_ms=100)), tmp_path / "none.png")
+
+
+def test_how_full_engines_are_while_they_sample():
+    actor, idle = life("actor-0", "actor", [("sample", 4000)]), life("actor-1", "actor", [("idle.credits", 4000)])
+    rows = [(0, {"rows": 8.0}), (1000, {"grants": 1.0}), (2000, {"rows": 2.0}), (3000, {"rows": 0.0})]
+    actor.levels = [(at * MS, values) for at, values in rows]
+    idle.levels = [(0, {"rows": 0.0})]
+    whole = timelines(actor, idle)
+    assert filled_of(whole, Window(0, 4000 * MS), 8) == pytest.approx((2 * 1.0 + 1 * 0.25) / 3)
+    assert filled_of(whole, Window(1500 * MS, 2500 * MS), 4) == pytest.approx((1.0 + 0.5) / 2)
+    assert filled_of(whole, Window(3000 * MS, 4000 * MS), 8) is None
+    assert filled_of(timelines(), Window(0, 1), 8) is None

@@ -34,7 +34,10 @@ STAGES = (
 UNKNOWN = "unknown"  # marks are missing: the broker's timeline was cut, or its file is full
 
 WORDS = {  # cause -> what it means; what to do about it
-    "rollouts.sampling": ("too few groups; actors sample all they can", "more or faster actors"),
+    "rollouts.sampling": (
+        "too few groups; actors sample what they have",
+        "more actors; a larger budget if half empty",
+    ),
     "rollouts.credits": ("too few groups; actors may not start more", "a larger staleness.budget"),
     "rollouts.weights": ("too few groups; actors wait for a version", "a cheaper publish, a larger budget"),
     "rollouts.server": ("too few groups; requests hang in the servers", "engine.concurrency; the servers' logs"),

@@ -186,3 +186,18 @@ def staleness_of(steps: Sequence[Record], section: StalenessSection | None) -> S
         weighted(counted, "ess"),
         (min(budgets), max(budgets)) if budgets else None,
     )
+
+
+def filled_of(timelines: Timelines, window: Window, slots: int) -> float | None:
+    """Which share of its ``slots`` sequences an actor decodes while it decodes any; None where no timeline says."""
+    filled = sampled = 0.0
+    for life in timelines.lives:
+        if life.role != "actor":
+            continue
+        rows, since = 0.0, window.start
+        for at, values in [*life.levels, (min(life.end, window.end), {})]:
+            lasted = max(0, min(at, window.end) - max(since, window.start))
+            filled += lasted * min(1.0, rows / slots)
+            sampled += lasted * (rows > 0)
+            rows, since = values.get("rows", rows), at
+    return filled / sampled if sampled else None

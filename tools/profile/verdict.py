@@ -21,6 +21,7 @@ from tools.profile.figures import (
     Rates,
     Staleness,
     Waste,
+    filled_of,
     publishes_of,
     rates_of,
     staleness_of,
@@ -51,6 +52,7 @@ class Verdict:
     waste: Waste | None = None
     publishes: Publishes | None = None
     staleness: Staleness | None = None
+    filled: float | None = None  # share of actor.max_sequences that an actor decodes while it decodes any
     bottleneck: Bottleneck | None = None
     recommendation: Recommendation | None = None
     notes: list[str] = field(default_factory=list)
@@ -82,6 +84,8 @@ def verdict(run: Run, skip_s: float | None = None, ask: Ask | None = None) -> Ve
         slowed["actor"] = PACED if actor.pace_s else actor.slowdown
         slowed["learner"] = PACED if learner.pace_s else learner.slowdown
     found.machines = machines_of(processes, seconds, cores_of(run.timelines), slowed)
+    if run.config is not None and run.config.actor.engine == "local":
+        found.filled = filled_of(run.timelines, window, run.config.actor.max_sequences)
     found.publishes = publishes_of(run.timelines, window, _published(run, window))
     _judge(found, run, steps, ask)
     return found

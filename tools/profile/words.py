@@ -15,6 +15,7 @@ from tools.timelines import is_idle
 
 BAR = 50  # characters of a whole window
 ALONE = 4  # processes of a role that are shown one by one; of more, the mean
+NEARLY_FULL = 0.9  # of an engine's slots, from which on it is not said
 LEAST = 0.005  # of a process's time: a smaller share is not named
 COLORS = {  # of states; idle ones are grey
     "sample": "green", "play": "cyan", "score": "green", "load": "cyan", "forward": "green", "backward": "dark_green",
@@ -102,6 +103,8 @@ def figures_of(verdict: Verdict) -> list[tuple[str, str]]:
             rows.append(
                 ("rollout:train", f"{rates.ratio:.2f}: {could}, {rates.learner_s:,.0f} the learner could train")
             )
+    if verdict.filled is not None and verdict.filled < NEARLY_FULL:
+        rows.append(("engines", f"{verdict.filled:.0%} full while they sample (actor.max_sequences)"))
     if waste := verdict.waste:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in waste.reasons.items())
         words = f"{waste.dropped:.1%} of what is generated is dropped, {waste.rejected:.1%} of what is trained rejected"
