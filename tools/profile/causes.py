@@ -34,10 +34,7 @@ STAGES = (
 UNKNOWN = "unknown"  # marks are missing: the broker's timeline was cut, or its file is full
 
 WORDS = {  # cause -> what it means; what to do about it
-    "rollouts.sampling": (
-        "too few groups; actors sample what they have",
-        "more actors; a larger budget if half empty",
-    ),
+    "rollouts.sampling": ("too few groups; actors sample meanwhile", "more actors; if half empty, the budget"),
     "rollouts.credits": ("too few groups; actors may not start more", "a larger staleness.budget"),
     "rollouts.weights": ("too few groups; actors wait for a version", "a cheaper publish, a larger budget"),
     "rollouts.server": ("too few groups; requests hang in the servers", "engine.concurrency; the servers' logs"),
