@@ -84,10 +84,11 @@ def run_study(options: Options) -> Found:
     if options.fresh:
         shutil.rmtree(root, ignore_errors=True)
     for seed in options.seeds:
-        ensure(Cell(options.ratios[0], AUTO, seed).config(root))
         for ratio in options.ratios:
             cells = [Cell(ratio, budget, seed) for budget in options.budgets]
             kept = {cell: done for cell in cells if (done := finished(cell, root)) is not None}
+            if len(kept) < len(cells):
+                ensure(cells[0].config(root))
             made = side_by_side([cell for cell in cells if cell not in kept], root)
             found.done |= kept | made
             for cell, done in made.items():
