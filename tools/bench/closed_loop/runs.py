@@ -32,12 +32,12 @@ from tools.export import export
 from tools.run_files import Record, last_lines, of_kind, read_metrics
 
 CONFIG = "configs/quickstart.yaml"
-TIME_S = 270.0  # of the clock, at whose end runs are compared
+TIME_S = 420.0  # of the clock, at whose end runs are compared
 LAST = 0.2  # of it, over which the held-out reward is averaged
-MARGIN_S = 15.0  # beyond it, so that a version from after it is saved
+MARGIN_S = 20.0  # beyond it, so that a version from after it is saved
 START_LIMIT_S, END_LIMIT_S = 120.0, 90.0
 POLL_S = 0.5
-SAVE_EVERY = 5  # steps between versions that are judged
+SAVE_EVERY = 8  # steps between versions that are judged
 DONE, REWARDS = "done.json", "rewards.json"
 HELD_OUT = 1024  # prompts that a version is judged by: one standard error is about .015
 JUDGE_LIMIT_S = 120.0
