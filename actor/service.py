@@ -267,14 +267,16 @@ class ActorService:
         return grant
 
     def _startable(self) -> bool:
-        if not self._grants or self.outbox.nbytes >= self.config.actor.unacked_mb * MEGABYTE:
+        if not self._grants or self._is_outbox_full():
             return False
         return (0 if self.config.joint.stays else self._grants[0].min_version) <= self.engine.version
 
+    def _is_outbox_full(self) -> bool:
+        return self.outbox.nbytes >= self.config.actor.unacked_mb * MEGABYTE
+
     def _unfilled(self, rows: int) -> float:
         """The share of the engine's slots that had nothing to decode for want of credits."""
-        wanting = self.outbox.nbytes < self.config.actor.unacked_mb * MEGABYTE
-        return max(0.0, 1 - rows / max(1, self.engine.slots)) if wanting else 0.0
+        return 0.0 if self._is_outbox_full() else max(0.0, 1 - rows / max(1, self.engine.slots))
 
     def _start(self) -> None:
         while self._startable():

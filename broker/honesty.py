@@ -61,7 +61,7 @@ class Honesty:
             return []
         log_p, log_q, _ = trainable_scores(batch, scored)
         ratio = np.exp(np.minimum(log_p.astype(np.float64) - log_q, np.log(LARGEST_RATIO)))
-        owner = batch.owner[batch.trainable == 1]
+        owner = batch.owner[batch.on]
         sampled = np.random.default_rng((self._seed, batch.step)).random(len(batch.groups)) < self.rate
         said = []
         for actor in sorted(set(batch.actors)):

@@ -79,7 +79,7 @@ def ask(batch: Batch, scorer: str, number: int, min_version: int, config: RunCon
     ``min_version`` or later; a frozen model about the sampled tokens of its tasks, which it routes
     its own way. The temperature is the rollout's for all.
     """
-    temperature, wanted = config.rollout.temperature, (batch.trainable == 1).astype(np.uint8)
+    temperature, wanted = config.rollout.temperature, batch.on.view(np.uint8)
     if scorer == POLICY:
         experts = batch.experts(np.arange(len(batch.members)))
         offsets = batch.segments.astype(np.int32)
@@ -131,7 +131,7 @@ def gather(batch: Batch, answers: Mapping[str, Asked], config: RunConfig) -> Fro
     """
     if not config.frozen:
         return NOTHING
-    sampled = batch.trainable == 1
+    sampled = batch.on
     reference = np.zeros(len(sampled), np.float32) if config.loss.kl > 0 else None
     teacher = np.full(len(sampled), np.nan, np.float32) if config.loss.distill > 0 else None
     figures: dict[str, Any] = {}

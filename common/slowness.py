@@ -8,6 +8,11 @@ few hundredths, even that is too much noise; a pace has none as long as the work
 """
 
 
+def pause_s(slowdown: float, pace_s: float, took_s: float, base_s: float) -> float:
+    """Seconds to sleep after work that took ``took_s``; ``base_s`` is what it is ``slowdown`` times as long as."""
+    return max((slowdown - 1) * base_s, pace_s - took_s, 0.0)
+
+
 class Slowness:
     """What to sleep after each piece of work; nothing at a ``slowdown`` of 1 and a ``pace_s`` of 0."""
 
@@ -19,4 +24,4 @@ class Slowness:
         """Seconds to sleep after work on ``size`` rows or tokens that took ``took_s``."""
         key = size.bit_length()
         least = self._least[key] = min(took_s, self._least.get(key, took_s))
-        return max((self.slowdown - 1) * least, self.pace_s - took_s, 0.0)
+        return pause_s(self.slowdown, self.pace_s, took_s, least)

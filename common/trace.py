@@ -131,7 +131,7 @@ STATES: dict[str, dict[str, str]] = {
 }
 
 # ``tally -> what it is keyed by; what its amount counts``. What the work itself costs: actor.slowdown and
-# learner.slowdown are not in it.
+# learner.slowdown, and their pace_s, are not in it.
 TALLIES = {
     "decode": "an actor's engine: rows that were live before the step; tokens sampled in it",
     "context": "the same steps: tokens of the longest context among the rows, over 32; rows times that context",

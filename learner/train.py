@@ -88,8 +88,8 @@ class Learner:
         evaluated_every = config.evaluation.every if config.evaluation.keep_best else 0
         self.retention = Retention(directory, config.learner.checkpoint_keep, evaluated_every)
         writer = CheckpointWriter(directory, mesh, self.retention, config.learner.write_timeout_s)
-        self.streams, slow = self._streams(), config.learner
-        slowness = Slowness(slow.slowdown, slow.pace_s)
+        self.streams = self._streams()
+        slowness = Slowness(config.learner.slowdown, config.learner.pace_s)
         self._publish()
         while self.step < config.run.steps:
             began = time.perf_counter()

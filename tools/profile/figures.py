@@ -163,10 +163,14 @@ def _swap_s(timelines: Timelines, window: Window) -> float | None:
     return sum(loads) / len(loads) if loads else None
 
 
+def budgets_told(steps: Sequence[Record]) -> list[int]:
+    """The staleness budget in force at each step that tells it."""
+    return [int(value) for step in steps if (value := number(step.get("staleness_budget"))) is not None]
+
+
 def budgets_of(steps: Sequence[Record], section: StalenessSection) -> list[int]:
     """What ``staleness.budget=auto`` came to, a step at a time; where no step says, all that it may be."""
-    told = [int(value) for step in steps if (value := number(step.get("staleness_budget"))) is not None]
-    return told or [0, section.most]
+    return budgets_told(steps) or [0, section.most]
 
 
 def staleness_of(steps: Sequence[Record], section: StalenessSection | None) -> Staleness:

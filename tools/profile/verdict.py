@@ -83,9 +83,9 @@ def verdict(run: Run, skip_s: float | None = None, ask: Ask | None = None) -> Ve
         actor, learner = run.config.actor, run.config.learner
         slowed["actor"] = PACED if actor.pace_s else actor.slowdown
         slowed["learner"] = PACED if learner.pace_s else learner.slowdown
+        if actor.engine == "local":
+            found.filled = filled_of(run.timelines, window, actor.max_sequences)
     found.machines = machines_of(processes, seconds, cores_of(run.timelines), slowed)
-    if run.config is not None and run.config.actor.engine == "local":
-        found.filled = filled_of(run.timelines, window, run.config.actor.max_sequences)
     found.publishes = publishes_of(run.timelines, window, _published(run, window))
     _judge(found, run, steps, ask)
     return found

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tools.profile.causes import marks_of
+from tools.profile.figures import budgets_told
 from tools.profile.spent import NS
 from tools.profile.verdict import cores_of
 from tools.simulate.sample import WAITING, Sample, wanting
@@ -84,7 +85,7 @@ def _all(samples: Iterable[Sample], name: str) -> list[list[float]]:
 def _budget(sample: Sample) -> int:
     """Of staleness.budget=auto what it mostly was."""
     section = sample.config.staleness
-    told = [int(value) for step in sample.trained if (value := number(step.get("staleness_budget"))) is not None]
+    told = budgets_told(sample.trained)
     return round(float(np.median(told))) if section.auto and told else section.first
 
 

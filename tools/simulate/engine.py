@@ -15,6 +15,7 @@ from bisect import bisect_right
 from collections import deque
 from typing import Any, Protocol
 
+from common.slowness import pause_s
 from tools.simulate.clock import Clock, Processors, Task
 from tools.simulate.settings import ActorPart
 
@@ -232,7 +233,7 @@ class Engine:
         if self._sleeps:
             self._sleeping = True
             took = self._clock.now - self._began
-            self._clock.after(max((self._slowdown - 1) * took, self._part.pace_s - took, 0.0), self._stepped)
+            self._clock.after(pause_s(self._slowdown, self._part.pace_s, took, took), self._stepped)
         else:
             self._stepped()
 

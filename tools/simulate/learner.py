@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from common.slowness import pause_s
 from tools.simulate.broker import Broker, Step
 from tools.simulate.lengths import Spread
 from tools.simulate.publish import Publish
@@ -43,7 +44,7 @@ class Learner:
         clock, part = self._world.clock, self._part
         took = clock.now - self._began
         slowdown = part.slowdown if self._world.cores.contended else 1.0  # a sleep takes no processor
-        pause = max((slowdown - 1) * took, part.pace_s - took, 0.0)
+        pause = pause_s(slowdown, part.pace_s, took, took)
         if pause:
             clock.after(pause, self._commit, step)
         else:

@@ -52,7 +52,7 @@ class Ratio:
     steps_per_s: float  # of the slower side, if nothing else took time
 
 
-SLOW_S, FAST_S = 2.0, 0.8  # a step of the slower side and of the faster; seven runs then use half of two cores
+SLOW_S, FAST_S = 2.0, 0.8  # a step of the slower side and of the faster; seven runs then use two thirds of two cores
 ANSWER, IN_FLIGHT = 8, 2  # tokens of an answer; steps' worth of trajectories that two actors can decode at once
 
 

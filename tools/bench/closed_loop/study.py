@@ -5,7 +5,7 @@
     seed by seed, ratio by ratio: all budgets side by side -> versions judged off the clock
     -> docs/results/closed-loop.md, closed-loop.png
 
-The budgets of one ratio and seed run at the same time, asleep for most of it: whatever else happens on the machine
+The budgets of one ratio and seed run at the same time, asleep for much of it: whatever else happens on the machine
 happens to all of them. Runs that are done are kept in ``runs/bench-closed-loop``, so that an interrupted study goes
 on. ``--reps`` is the number of seeds; ``python -m tools.bench.closed_loop`` takes more options.
 """
