@@ -2,10 +2,11 @@
 
 import asyncio
 import base64
-import threading
 
 import numpy as np
 from aiohttp import web
+
+from tests.app_thread import AppThread
 
 VOCAB = 32
 
@@ -18,41 +19,18 @@ class FakeServer:
         self.weight_version, self.paused, self.architectures = "default", 0, None
         self.spoil, self.calls, self.seconds = {}, [], 0.0
         self.random = np.random.default_rng(0)
-        self.loop = asyncio.new_event_loop()
-        self._port = port
-        self._up = threading.Event()
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
-        assert self._up.wait(5)
+        self._server = AppThread(self._answer, port)
 
-    def _run(self):
-        app = web.Application(client_max_size=1 << 28)
-        app.router.add_route("*", "/{path:.*}", self._answer)
-        self.runner = web.AppRunner(app, shutdown_timeout=0.1)
-        self.loop.run_until_complete(self.runner.setup())
-        site = web.TCPSite(self.runner, "127.0.0.1", self._port)
-        self.loop.run_until_complete(site.start())
-        self._port = site._server.sockets[0].getsockname()[1]
-        self._up.set()
-        self.loop.run_forever()
-        for handler in asyncio.all_tasks(self.loop):  # that sleeps
-            handler.cancel()
-        self.loop.run_until_complete(self.runner.cleanup())
-        left = asyncio.all_tasks(self.loop)
-        for task in left:
-            task.cancel()
-        if left:
-            self.loop.run_until_complete(asyncio.wait(left, timeout=0.5))
-        self.loop.close()
+    @property
+    def port(self):
+        return self._server.port
 
     @property
     def url(self):
-        return f"http://127.0.0.1:{self._port}"
+        return f"http://127.0.0.1:{self.port}"
 
     def close(self):
-        if self.thread.is_alive():
-            self.loop.call_soon_threadsafe(self.loop.stop)
-            self.thread.join(5)
+        self._server.stop()
 
     async def _answer(self, request):
         path = request.path

@@ -192,7 +192,7 @@ def test_a_server_that_comes_back_joins_again(fakes, engine_on):
     engine = engine_on(stays, goes, restarts=20)
     goes.close()
     run(engine, lambda: engine.servers[1].state == State.LOST)
-    fakes(port=goes._port)
+    fakes(port=goes.port)
     run(engine, lambda: engine.servers[1].state == State.SERVING)
     assert engine.servers[1].version == 0
 
