@@ -12,9 +12,8 @@ import pytest
 from tests.integration.fleet import Fleet
 from tools import export
 
+pytestmark = pytest.mark.slow
 PARTS = ("broker", "learner", "replica-0", "actor-0")
-
-
 MESH = (
     "learner.tp=2",
     "replica.ep=2",
@@ -25,7 +24,6 @@ MESH = (
 )
 
 
-@pytest.mark.slow
 def test_any_order_will_do_and_a_learner_and_a_replica_of_two_ranks_each_do_their_part(tmp_path, model):
     with Fleet(tmp_path, model, *MESH) as fleet:
         fleet.start("learner", ranks=2)

@@ -1,7 +1,10 @@
 """Any mesh trains as one process does: loss, gradient norm and updated weights, over gloo."""
 
 import json
+import math
 import socket
+from functools import cache
+from itertools import pairwise
 
 import pytest
 import torch
@@ -66,21 +69,25 @@ LOSSES = {
     "m2po": {"kind": "m2po", "m2_threshold": 0.3},
     "gspo": {"kind": "gspo", "aggregate": "sequence_mean"},
 }
-MESHES = {
-    2: ({"tp": 2}, {"ep": 2}, {"dp_shard": 2}, {"dp_replicate": 2}, {"pp": 2}),
-    4: (
-        {"tp": 2, "ep": 2}, {"ep": 2, "dp_shard": 2}, {"tp": 2, "dp_shard": 2}, {"pp": 2, "dp_shard": 2},
+MESHES = {  # part -> what one set of processes goes through
+    "axes": ({"tp": 2}, {"ep": 2}, {"dp_shard": 2}, {"dp_replicate": 2}, {"pp": 2}),
+    "pairs": ({"tp": 2, "ep": 2}, {"ep": 2, "dp_shard": 2}, {"tp": 2, "dp_shard": 2}, {"pp": 2, "dp_shard": 2}),
+    "rest": (
         {"pp": 2, "tp": 2}, {"pp": 2, "ep": 2}, {"dp_replicate": 2, "dp_shard": 2}, {"pp": 4}, {"tp": 4}, {"ep": 4},
         {"dp_replicate": 2, "ep": 2},
     ),
 }  # fmt: skip
-
-PAIRS = MESHES[4][:4]
 RESUMED_MODELS = ("moe", "tied_shared_biased", "biased")
 RESUMED = {  # written on one mesh, read on the next
-    2: ({"tp": 2}, {"pp": 2}, {"dp_shard": 2}),
-    4: ({"tp": 2, "ep": 2}, {"pp": 2, "dp_shard": 2}, {"dp_replicate": 2, "ep": 2}, {"tp": 4}),
+    "axes": ({"tp": 2}, {"pp": 2}, {"dp_shard": 2}),
+    "pairs": (),
+    "rest": ({"tp": 2, "ep": 2}, {"pp": 2, "dp_shard": 2}, {"dp_replicate": 2, "ep": 2}, {"tp": 4}),
 }
+
+
+def of_part(part, *values):
+    """A test's parameters; those of the long part are slow."""
+    return pytest.param(part, *values, marks=pytest.mark.slow if part == "rest" else ())
 
 
 def split(how, ranks):
@@ -145,70 +152,78 @@ def name_of(model, sizes, case):
     return "-".join((model, *(f"{k}{v}" for k, v in sizes.items()), case))
 
 
-def plan(world):
-    """Every case on every pair of axes; elsewhere the hardest, and the model with everything else."""
-    for sizes in MESHES[world]:
-        pair = [case for case in CASES if case != "uneven"]  # an empty rank is the most uneven
-        cases = CASES if world == 2 else pair if sizes in PAIRS else ("empty_rank",)
+def plan(part):
+    """Every case on every axis and pair of them; elsewhere the hardest, and the model with everything else."""
+    cases = {
+        "axes": CASES,
+        "pairs": [case for case in CASES if case != "uneven"],  # an empty rank is the most uneven
+        "rest": ("empty_rank",),
+    }[part]
+    for sizes in MESHES[part]:
         yield from (("moe", sizes, case) for case in cases)
         yield "tied_shared_biased", sizes, "even"
 
 
-def rank_main(rank, world, port, out):
+def rank_main(rank, part, world, port, out):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    meshes = {}
-    for model, sizes, case in plan(world):
-        key = tuple(sizes.items())
-        mesh = meshes.setdefault(key, None) or Mesh(sizes, rank, torch.device("cpu"))
-        meshes[key] = mesh
-        weights, history = train(MODELS[model], mesh, case)
+    every = [*MESHES[part], *RESUMED[part]]
+    meshes = {key: Mesh(dict(key), rank, torch.device("cpu")) for key in dict.fromkeys(tuple(s.items()) for s in every)}
+
+    def keep(name, weights, history=()):
         if rank == 0:
-            name = name_of(model, sizes, case)
             save_file({n: t.contiguous() for n, t in weights.items()}, out / f"{name}.safetensors")
             (out / f"{name}.json").write_text(json.dumps(history))
-    for sizes in MESHES[world] if world == 2 else ():
+
+    for model, sizes, case in plan(part):
+        weights, history = train(MODELS[model], meshes[tuple(sizes.items())], case)
+        keep(name_of(model, sizes, case), weights, history)
+    for sizes in MESHES[part] if part == "axes" else ():
         for name, (model, case, more) in OTHERWISE.items():
             weights, _ = train(MODELS[model], meshes[tuple(sizes.items())], case, **more)
-            if rank == 0:
-                file = out / f"{name_of(model, sizes, name)}.safetensors"
-                save_file({n: t.contiguous() for n, t in weights.items()}, file)
-    for sizes, then in zip(RESUMED[world], RESUMED[world][1:], strict=False):
+            keep(name_of(model, sizes, name), weights)
+    for sizes, then in pairwise(RESUMED[part]):
         for model in RESUMED_MODELS:
             where = out / "checkpoints" / name_of(model, sizes, "resumed")
             train(MODELS[model], meshes[tuple(sizes.items())], "even", save=where)
             weights, _ = train(MODELS[model], meshes[tuple(then.items())], "even", resume=where)
-            if rank == 0:
-                save_file({n: t.contiguous() for n, t in weights.items()}, out / f"{where.name}.safetensors")
+            keep(where.name, weights)
     torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Both worlds' results, by case."""
-    out = tmp_path_factory.mktemp("mesh")
-    for world in MESHES:
+    """Where a part's results are, by case; its processes run when it is first asked for."""
+
+    @cache
+    def of(part):
+        out = tmp_path_factory.mktemp(part)
+        world = math.prod(MESHES[part][0].values())
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        mp.start_processes(rank_main, (world, port, out), nprocs=world, start_method="forkserver")
-    return out
+        mp.start_processes(rank_main, (part, world, port, out), nprocs=world, start_method="forkserver")
+        return out
+
+    return of
 
 
 @pytest.fixture(scope="module")
 def reference():
+    """What one process makes of a model and a case."""
     torch.set_num_threads(1)
-    wanted = {("biased", "even")} | {(model, case) for world in MESHES for model, _, case in plan(world)}
-    return {(model, case): train(MODELS[model], single(), case) for model, case in sorted(wanted)}
+    return cache(lambda model, case: train(MODELS[model], single(), case))
 
 
-@pytest.mark.parametrize(("model", "sizes", "case"), [p for world in MESHES for p in plan(world)], ids=str)
-def test_a_mesh_trains_as_one_process_does(trained, reference, model, sizes, case):
-    weights, history = reference[model, case]
+@pytest.mark.parametrize(
+    ("part", "model", "sizes", "case"), [of_part(part, *p) for part in MESHES for p in plan(part)], ids=str
+)
+def test_a_mesh_trains_as_one_process_does(trained, reference, part, model, sizes, case):
+    weights, history = reference(model, case)
     name = name_of(model, sizes, case)
-    for ours, theirs in zip(history, json.loads((trained / f"{name}.json").read_text()), strict=True):
+    for ours, theirs in zip(history, json.loads((trained(part) / f"{name}.json").read_text()), strict=True):
         assert theirs == pytest.approx(ours, rel=1e-5, abs=1e-6)
-    found = load_file(trained / f"{name}.safetensors")
+    found = load_file(trained(part) / f"{name}.safetensors")
     assert set(found) == set(weights)
     for key, tensor in weights.items():
         assert torch.allclose(found[key], tensor, rtol=1e-5, atol=1e-5), key
@@ -218,19 +233,19 @@ def test_a_mesh_trains_as_one_process_does(trained, reference, model, sizes, cas
 def test_frozen_recomputed_and_dense_models_train_alike(trained, name):
     model, case, more = OTHERWISE[name]
     expected, _ = train(MODELS[model], single(), case, **more)
-    for sizes in MESHES[2]:
-        found = load_file(trained / f"{name_of(model, sizes, name)}.safetensors")
+    for sizes in MESHES["axes"]:
+        found = load_file(trained("axes") / f"{name_of(model, sizes, name)}.safetensors")
         for key, tensor in expected.items():
             assert torch.allclose(found[key], tensor, rtol=1e-5, atol=1e-5), (sizes, key)
 
 
 @pytest.mark.parametrize("model", RESUMED_MODELS)
-@pytest.mark.parametrize("sizes", [s for world in MESHES for s in RESUMED[world][:-1]], ids=str)
-def test_a_checkpoint_resumes_on_another_mesh_and_on_one_process(trained, reference, model, sizes):
-    expected, _ = reference[model, "even"]
+@pytest.mark.parametrize(("part", "sizes"), [of_part(part, s) for part in MESHES for s in RESUMED[part][:-1]], ids=str)
+def test_a_checkpoint_resumes_on_another_mesh_and_on_one_process(trained, reference, model, part, sizes):
+    expected, _ = reference(model, "even")
     name = name_of(model, sizes, "resumed")
-    alone, _ = train(MODELS[model], single(), "even", resume=trained / "checkpoints" / name)
-    for found in (load_file(trained / f"{name}.safetensors"), alone):
+    alone, _ = train(MODELS[model], single(), "even", resume=trained(part) / "checkpoints" / name)
+    for found in (load_file(trained(part) / f"{name}.safetensors"), alone):
         assert set(found) == set(expected)
         for key, tensor in expected.items():
             assert torch.allclose(found[key], tensor, rtol=1e-5, atol=1e-5), key
@@ -253,11 +268,11 @@ def test_a_bias_moves_against_the_load_and_changes_the_choice():
 
 
 def test_cases_are_what_they_say(reference):
-    _, history = reference["moe", "all_rejected"]
+    _, history = reference("moe", "all_rejected")
     assert history[0]["policy_loss"] == 0 < history[0]["balance_loss"]
-    assert reference["moe", "idle_experts"][1][0]["routing_disagreement"] > 0.1
+    assert reference("moe", "idle_experts")[1][0]["routing_disagreement"] > 0.1
     start = dict(WeightGather(model_of(MODELS["moe"], single()), 2000).tensors())
-    after = reference["moe", "idle_experts"][0]
+    after = reference("moe", "idle_experts")[0]
     shrunk = 0.999  # a decay at lr 0.01 and 0.1; no gradient reached it
     idle = "model.layers.0.mlp.experts.3.down_proj.weight"
     assert torch.allclose(after[idle], start[idle] * shrunk, rtol=1e-5)
