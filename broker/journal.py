@@ -16,7 +16,7 @@ import logging
 import struct
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,8 +83,18 @@ def _unpack(first: int, chunk: memoryview, only: int | None = None) -> Iterator[
 class Journal:
     """One writer (a thread of its own), any number of readers in other processes."""
 
-    def __init__(self, directory: Path, run_id: str, limit_mb: float, read_only: bool = False) -> None:
-        """Open or create ``directory``. Raises :class:`JournalError` if it is another run's or damaged."""
+    def __init__(
+        self,
+        directory: Path,
+        run_id: str,
+        limit_mb: float,
+        read_only: bool = False,
+        on_commit: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Open or create ``directory``. Raises :class:`JournalError` if it is another run's or damaged.
+
+        ``on_commit`` is called by the writing thread after every group commit, and when it has failed.
+        """
         self.directory = directory
         self.limit_bytes = int(limit_mb * MEGABYTE)
         if read_only and not (directory / "data.mdb").is_file():
@@ -106,6 +116,7 @@ class Journal:
         self._pending: list[tuple[str, dict[str, Any], list[memoryview]]] = []
         self._pending_bytes = 0
         self._prunes: list[list[int]] = []
+        self._on_commit = on_commit
         self._error: JournalError | None = None
         self._closing = False
         self._wake = threading.Condition()
@@ -209,6 +220,7 @@ class Journal:
                     f"{self.directory}: {nbytes} bytes could not be written ({error}); make room on the disk or raise "
                     "broker.journal_mb, then start the broker again: nothing acknowledged is lost"
                 )
+                self._on_commit()
                 return
 
     def _commit(self, events: list[tuple[str, dict[str, Any], list[memoryview]]]) -> None:
@@ -227,6 +239,7 @@ class Journal:
             self._kept_bytes += len(value)
             self.durable = first + (end - start) - 1
             start = end
+            self._on_commit()
 
     def _delete(self, firsts: list[int]) -> None:
         with self._env.begin(write=True) as txn:

@@ -40,7 +40,7 @@ from common.trace import Tracer, open_tracer, silent
 
 TURN_S = 0.05
 JOURNAL = "journal"  # within the run directory
-HELD_TURN_S = 0.001  # while answers wait for the disk
+HELD_S = 0.001  # between two looks at the disk, at the end
 FAREWELL_S = 3.0  # how long to wait for Byes at the end
 WORD_EVERY_S = 10.0  # a log line while nothing can be done
 
@@ -81,13 +81,13 @@ class BrokerService:
         vocab_size, routing = read_vocab_size(config.model.path), read_routing(config)
         if config.joint.path:
             check_same_tokens(config.model.path, config.joint.path)
+        self.pipeline = Pipeline(config, vocab_size, routing)  # refuses what cannot be before anybody can connect
         self.router = RouterSocket(
             config.broker.address,
             keys=broker_keys(config.broker),
             max_message_bytes=config.broker.max_message_bytes,
         )
         self.files = RunFiles(config.run.path)
-        self.pipeline = Pipeline(config, vocab_size, routing)
         journal = self._journal()
         self.figures = Figures(config.alerts, self.tracer.seconds)
         self.recorder = Recorder(self.pipeline, journal, self._state, self.tracer)
@@ -136,7 +136,7 @@ class BrokerService:
         """One turn of the loop."""
         does = self.tracer.state
         does("journal" if self.outlet.holding else "idle.messages")
-        arrived = self.router.wait(HELD_TURN_S if self.outlet.holding else TURN_S)
+        arrived = self.router.wait(TURN_S)  # or until the journal has written
         does("receive")
         for identity, message in self.door.receive(0.0) if arrived else ():
             self._receive(identity, message)
@@ -185,7 +185,7 @@ class BrokerService:
         deadline = time.monotonic() + FAREWELL_S
         while self.outlet.holding and time.monotonic() < deadline:
             self.outlet.release()
-            time.sleep(HELD_TURN_S)
+            time.sleep(HELD_S)
         while roster.all() and time.monotonic() < deadline:
             for identity, message in self.door.receive(TURN_S):
                 known = roster.get(identity) is not None
@@ -199,7 +199,9 @@ class BrokerService:
 
     def _journal(self) -> Journal | None:
         limit = self.config.broker.journal_mb
-        return Journal(self.files.directory / JOURNAL, self.files.run_id, limit) if limit > 0 else None
+        if limit <= 0:
+            return None
+        return Journal(self.files.directory / JOURNAL, self.files.run_id, limit, on_commit=self.router.wake)
 
     def _state(self) -> dict[str, Any]:
         """What the broker must find again beside the pipeline."""

@@ -31,6 +31,7 @@ from common.frames import (
     send_frames,
 )
 from common.keys import AllowList, ServerKeys, fingerprint, require_keys
+from common.waker import Waker
 from common.wire import TO_BROKER, Hello
 
 WAITING_MESSAGES = 10_000  # of one peer that does not read, beyond the socket's own; then it counts as gone
@@ -82,6 +83,10 @@ class RouterSocket:
             if not self._allowed:
                 log.warning("%s allows nobody: `python -m tools.keys make DIR --client NAME`", keys.allowed)
         self._outbox: dict[bytes, _Waiting] = {}
+        self._waker = Waker()
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._waker.fileno(), zmq.POLLIN)
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:
@@ -127,9 +132,16 @@ class RouterSocket:
         self._outbox.pop(identity, None)
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether something has arrived within ``timeout_s``; sends meanwhile what had to wait."""
+        """Whether something has arrived within ``timeout_s``, or before :meth:`wake`; sends first what had to wait."""
         self._flush()
-        return bool(self._socket.poll(int(timeout_s * 1000)))
+        ready = dict(self._poller.poll(int(timeout_s * 1000)))
+        if self._waker.fileno() in ready:
+            self._waker.clear()
+        return self._socket in ready
+
+    def wake(self) -> None:
+        """End a :meth:`wait`, the present one or the next. Of any thread."""
+        self._waker.wake()
 
     def receive(self, timeout_s: float, is_muted: Callable[[bytes], bool] | None = None) -> list[tuple[bytes, Any]]:
         """What has arrived, up to a bound, waiting at most ``timeout_s`` for the first.
@@ -203,3 +215,4 @@ class RouterSocket:
             self._doorman.close()
             self._doorman = None
         self._context.destroy(linger=linger_ms)
+        self._waker.close()

@@ -221,7 +221,7 @@ def test_a_broker_that_restarts_takes_its_peers_back_under_the_same_run(make):
     broker = make()
     learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
     run_id, before = actor.link.run_id, actor.expect(wire.Grant)
-    broker.service.router.close = lambda: broker.service.router._context.destroy(linger=0)
+    broker.service.router.close = lambda: broker.service.router._stop(0)
     broker.service._farewell = lambda: None  # as if killed
     broker.end()
     second = Broker(broker.config)

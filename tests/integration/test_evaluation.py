@@ -142,7 +142,7 @@ def test_a_broker_that_restarts_remembers_what_was_best(make, tmp_path):
         if message.version == 1:
             break
     before = broker.service.rollouts.schedule.results
-    broker.service.router.close = lambda: broker.service.router._context.destroy(linger=0)
+    broker.service.router.close = lambda: broker.service.router._stop(0)
     broker.service._farewell = lambda: None  # as if killed
     broker.end()
     run.learner.stash.clear()

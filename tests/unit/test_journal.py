@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -140,3 +141,18 @@ def test_what_was_durable_when_the_process_was_killed_is_there(tmp_path: Path) -
         assert journal.last >= said
         assert [e.head["i"] for e in journal.events()] == list(range(journal.last + 1))
         journal.close()
+
+
+def test_whoever_waits_for_the_disk_is_told_of_commits_and_of_the_failure(tmp_path):
+    told = threading.Event()
+    journal = Journal(tmp_path, "r", 1, on_commit=told.set)
+    journal.append("note", {})
+    journal.flush()
+    assert told.wait(5) and journal.durable == 0
+    told.clear()
+    journal._env.close()  # as good as a broken disk
+    journal.append("note", {})
+    journal.flush()
+    assert told.wait(5)
+    with pytest.raises(JournalError, match="could not be written"):
+        journal.check()

@@ -188,13 +188,13 @@ def broker_passage(topk: int, journal_dir: Path | None) -> Passage:
     collect_seldom()
     settings = config(topk)
     pipeline = Pipeline(settings, VOCAB)
-    journal = Journal(journal_dir, "bench", 16_384) if journal_dir else None
+    address = f"tcp://127.0.0.1:{free_port()}"
+    router = RouterSocket(address)
+    journal = Journal(journal_dir, "bench", 16_384, on_commit=router.wake) if journal_dir else None
     recorder = Recorder(pipeline, journal, dict)
     recorder.begin(0)
     outlet = Outlet(recorder)
     groups = [g for _ in range(STEPS) for g in _grant_all(recorder)]
-    address = f"tcp://127.0.0.1:{free_port()}"
-    router = RouterSocket(address)
     child = mp.get_context("spawn").Process(target=_actor, args=(address, groups, topk))
     child.start()
     result, arrived, began, deadline = Passage(), {}, 0.0, time.monotonic() + DEADLINE_S
@@ -202,7 +202,7 @@ def broker_passage(topk: int, journal_dir: Path | None) -> Passage:
         while pipeline.ledger.next_step < STEPS or outlet.holding:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the broker's passage stands at step {pipeline.ledger.next_step}")
-            for identity, found in router.receive(0.001 if outlet.holding else 0.05):
+            for identity, found in router.receive(0.05):
                 began = began or time.perf_counter()
                 arrived[int(found.groups[0])] = time.perf_counter()
                 ack = recorder.admit(found, "a", 0)
