@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from broker.batch import Batch, Decision
+from broker.batch import Batch
+from broker.decision import Decision
 from common.ragged import count
 
 WARN_SIGMA = 4.0  # a difference from the rest of the batch beyond its noise

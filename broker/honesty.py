@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from broker.batch import Batch, Scores, trainable_scores
+from broker.batch import Batch
+from broker.decision import Scores, trainable_scores
 
 SIGMA = 6.0  # beyond the noise of the mean
 LEAST = 0.05  # ... and at least this far from 1

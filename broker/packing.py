@@ -1,9 +1,18 @@
-"""Token-balanced shards: one per data-parallel rank."""
+"""Token-balanced shards of a decided batch: one per data-parallel rank."""
 
 import heapq
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from broker.aggregation import block_weights, span_weights
+from broker.batch import Batch
+from broker.decision import Decision
+from common.config import RunConfig
+from common.objective import Aggregate
+from common.ragged import count
+from common.wire import EXPERT, Shard
 
 
 def balance(lengths: NDArray[np.int64], ranks: int) -> list[NDArray[np.int64]]:
@@ -30,3 +39,99 @@ def runs(members: NDArray[np.int64]) -> list[tuple[int, int]]:
     cuts = np.flatnonzero(np.diff(members) != 1) + 1
     firsts, lasts = members[np.concatenate(([0], cuts))], members[np.concatenate((cuts - 1, [len(members) - 1]))]
     return list(zip(firsts.tolist(), (lasts + 1).tolist(), strict=True))
+
+
+def weights_of(batch: Batch, decision: Decision, aggregate: Aggregate, longest: int) -> NDArray[np.float32]:
+    """The weight of a token of each span ``[S]`` (:func:`broker.aggregation.span_weights`)."""
+    if decision.accepted_only:
+        tokens = count(decision.accept == 1, batch.spans)
+    elif batch.spans is batch.cu_seqlens:
+        tokens = batch.counted_tokens
+    else:
+        tokens = count(batch.trainable > 0, batch.spans)
+    owner = np.searchsorted(batch.cu_seqlens, batch.spans[:-1], side="right") - 1
+    if batch.span_scale is not None:
+        weights = block_weights(tokens, owner, batch.copies, batch.span_scale)
+    else:
+        weights = span_weights(aggregate, tokens, owner, batch.groups, batch.copies, longest)
+    return np.where(batch.muted[owner], np.float32(0), weights)
+
+
+def make_shards(
+    batch: Batch,
+    decision: Decision,
+    world: int,
+    config: RunConfig,
+    log_reference: NDArray[np.float32] | None = None,
+    log_teacher: NDArray[np.float32] | None = None,
+) -> list[Shard]:
+    """One shard a rank, balanced by tokens. What the loss is divided by counts the whole batch (algorithms.md 1.8).
+
+    A shard's rows are segments; those of one trajectory share its rank. ``log_reference[N]`` and
+    ``log_teacher[N]`` travel along where there are any.
+    """
+    accept = decision.accept
+    if batch.counted_tokens is not batch.sampled_tokens:
+        accept = np.where(batch.trainable == EXPERT, np.uint8(EXPERT), accept)
+    weights = weights_of(batch, decision, config.loss.aggregate, config.rollout.max_sampled)
+    lengths = np.diff(batch.cu_seqlens)
+    shards = []
+    for rank, members in enumerate(balance(lengths, world)):
+        ranges = [(int(batch.cu_seqlens[a]), int(batch.cu_seqlens[b])) for a, b in runs(members)]
+
+        made: dict[int, NDArray[Any]] = {}  # by identity: with rejection off three arrays are one
+
+        def part(
+            array: NDArray[Any], ranges: list[tuple[int, int]] = ranges, made: dict[int, NDArray[Any]] = made
+        ) -> NDArray[Any]:
+            if id(array) not in made:
+                made[id(array)] = _pieces(array, ranges)
+            return made[id(array)]
+
+        segments, rows = _cut(batch.segments, batch.cu_seqlens, members)
+        spans, inside = _cut(batch.spans, batch.cu_seqlens, members, which=True)
+        shards.append(
+            Shard(
+                step=batch.step,
+                rank=rank,
+                world=world,
+                tokens_global=len(batch.token_ids),
+                temperature=config.rollout.temperature,
+                groups=batch.groups[rows],
+                siblings=batch.siblings[rows],
+                cu_seqlens=segments,
+                spans=spans,
+                advantages=batch.span_advantages[inside],
+                weights=weights[inside],
+                token_ids=part(batch.token_ids),
+                trainable=part(batch.trainable),
+                accept=part(accept),
+                log_q=part(batch.own_log_q),
+                log_m=part(decision.log_m),
+                log_p=part(decision.log_p),
+                experts=batch.experts(members),
+                log_reference=None if log_reference is None else part(log_reference),
+                log_teacher=None if log_teacher is None else part(log_teacher),
+            )
+        )
+    return shards
+
+
+def _pieces(array: NDArray[Any], ranges: list[tuple[int, int]]) -> NDArray[Any]:
+    """``array[a:b]`` of each range end to end; a view where there is one range."""
+    if len(ranges) == 1:
+        return array[ranges[0][0] : ranges[0][1]]
+    return np.concatenate([array[a:b] for a, b in ranges]) if ranges else array[:0]
+
+
+def _cut(
+    cuts: NDArray[np.int64], cu_seqlens: NDArray[np.int64], members: NDArray[np.int64], which: bool = False
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Pieces ``cuts`` (as fine as ``cu_seqlens`` or finer) of trajectories ``members``, end to end.
+
+    Returns their offsets and the trajectory of each, or with ``which`` its own number.
+    """
+    owner = np.searchsorted(cu_seqlens, cuts[:-1], side="right") - 1
+    inner = members if len(owner) == len(cu_seqlens) - 1 else np.flatnonzero(np.isin(owner, members))
+    offsets = np.concatenate(([0], np.cumsum(np.diff(cuts)[inner]))).astype(np.int32)
+    return offsets, inner if which else owner[inner]

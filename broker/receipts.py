@@ -6,7 +6,8 @@ import numpy as np
 
 from broker.advantages import without_signal
 from broker.audit import audit
-from broker.batch import Batch, Decision
+from broker.batch import Batch
+from broker.decision import Decision
 from common.obrs import wilson_interval
 
 

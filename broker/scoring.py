@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from broker.batch import Batch, Decision
+from broker.batch import Batch
+from broker.decision import Decision
 from common.config import RunConfig
 from common.errors import ConfigError, DataError
 from common.frozen import POLICY, REFERENCE

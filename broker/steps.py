@@ -16,20 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from broker.batch import (
-    Batch,
-    Decision,
-    Rule,
-    Scores,
-    accept_all,
-    collate,
-    make_shards,
-    reject,
-    thin_again,
-    trainable_scores,
-)
+from broker.batch import Batch, collate
+from broker.decision import Decision, Rule, Scores, accept_all, reject, thin_again, trainable_scores
 from broker.groups import LoadTrajectory, Trajectory
 from broker.mixing import Running, pack_scales, unpack_scales
+from broker.packing import make_shards
 from broker.receipts import receipt
 from broker.scoring import NOTHING, Asked, FrozenScores, Scoring, ask, gather
 from common.budget import BudgetController, ThresholdController

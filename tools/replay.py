@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from broker.batch import Rule, Scores, reject, trainable_scores
+from broker.decision import Rule, Scores, reject, trainable_scores
 from broker.journal import Event, Journal
 from broker.pipeline import Pipeline
 from broker.recorder import CHECKS, apply, difference, load_snapshot

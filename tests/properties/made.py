@@ -3,8 +3,10 @@
 import numpy as np
 import torch
 
-from broker.batch import Batch, Decision, make_shards
+from broker.batch import Batch
+from broker.decision import Decision
 from broker.groups import Trajectory
+from broker.packing import make_shards
 from common import wire
 from common.codec import decode, encode
 from common.config import RunConfig

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from actor.engine.probe import check_frequencies
 from actor.engine.sampling import sample
-from broker.batch import Rule, Scores, accept_all, collate, make_shards, reject
+from broker.batch import collate
+from broker.decision import Rule, Scores, accept_all, reject
+from broker.packing import make_shards
 from broker.pipeline import Pipeline
 from common import wire
 from common.codec import decode, encode

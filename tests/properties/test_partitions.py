@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from broker.batch import Rule, Scores, accept_all, collate, reject
+from broker.batch import collate
+from broker.decision import Rule, Scores, accept_all, reject
 from common.config import OptimSection, RolloutSection, RunConfig
 from common.objective import AdvantageSection, LossSection
 from common.wire import STARTS

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from broker.advantages import group_advantages
 from broker.aggregation import span_weights
-from broker.batch import Rule, Scores, collate, reject, weights_of
+from broker.batch import collate
+from broker.decision import Rule, Scores, reject
+from broker.packing import weights_of
 from common.config import RolloutSection, RunConfig
 from common.errors import ConfigError
 from common.objective import AdvantageSection, LossSection

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker.batch import Rule, Scores, collate, reject
+from broker.batch import collate
+from broker.decision import Rule, Scores, reject
 from common.config import RolloutSection, RunConfig
 from common.objective import LossSection
 from common.obrs import log_acceptance, log_inclusion

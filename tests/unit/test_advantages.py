@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from broker.advantages import group_advantages, overlong_penalty, without_signal
 from broker.aggregation import block_weights, span_weights
-from broker.batch import accept_all, collate, make_shards, weights_of
+from broker.batch import collate
 from broker.blocks import FIRST, block_advantages
+from broker.decision import accept_all
 from broker.groups import Trajectory
+from broker.packing import make_shards, weights_of
 from common.config import RolloutSection, RunConfig
 from common.errors import ConfigError
 from common.objective import GROUP_BASELINES, AdvantageSection, LossSection

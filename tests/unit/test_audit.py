@@ -3,7 +3,8 @@
 import numpy as np
 
 from broker.audit import audit
-from broker.batch import Batch, Rule, Scores, collate, reject
+from broker.batch import Batch, collate
+from broker.decision import Rule, Scores, reject
 from broker.groups import Trajectory
 from broker.honesty import Honesty
 from broker.receipts import receipt

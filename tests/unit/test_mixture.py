@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker.batch import collate, reject
+from broker.batch import collate
+from broker.decision import reject
 from broker.groups import unpack_all
 from broker.pipeline import Pipeline
 from broker.receipts import receipt

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from actor.engine.base import Completion
 from actor.outbox import Finished, pack
 from actor.rollout import Turn
-from broker.batch import Rule, Scores, accept_all, collate, make_shards, reject
+from broker.batch import collate
+from broker.decision import Rule, Scores, accept_all, reject
 from broker.groups import unpack_all
+from broker.packing import make_shards
 from broker.pipeline import Pipeline
 from common import wire
 from common.codec import decode, encode
