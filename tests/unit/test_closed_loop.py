@@ -18,8 +18,9 @@ from tools.bench.closed_loop.runs import (
     finished,
     needed,
     of_lines,
+    of_rollouts,
 )
-from tools.bench.closed_loop.study import Options, chosen, rows, run_study
+from tools.bench.closed_loop.study import HELD_OUT, ROLLOUTS, Options, chosen, rows, run_study
 
 STEPS = round(TIME_S) + 4
 
@@ -27,7 +28,9 @@ STEPS = round(TIME_S) + 4
 def done(cell=None):
     cell = cell or Cell("even", "2", 0)
     at = [float(i) for i in range(STEPS)]
-    return Done(cell.overrides(), at, [min(1.0, t / 60) for t in at], [2] * STEPS, 1.5, {"rollouts": 0.1}, 0.4)
+    return Done(
+        cell.overrides(), at, [min(1.0, t / 60) for t in at], [2] * STEPS, [1.5] * STEPS, {"rollouts": 0.1}, 0.4
+    )
 
 
 def test_settings_are_those_of_a_run():
@@ -44,7 +47,7 @@ def test_a_run_is_timed_from_its_first_step():
         return {"time_s": second, "reward": 0.5, "staleness_budget": budget, "lag_mean": 1.0, "parked": parked}
 
     found = of_lines(Cell("even", AUTO, 0), [line(7.0, 1), line(9.0, 1), line(11.0, 2)], 0.4)
-    assert found.at_s == [0.0, 2.0, 4.0] and found.budgets == [1, 1, 2]
+    assert found.at_s == [0.0, 2.0, 4.0] and found.budgets == [1, 1, 2] and found.lag_mean == 1.0
     assert found.idle == {"rollouts": 0.5} and chosen(found) == "1×2 2×1"
 
 
@@ -66,6 +69,16 @@ def test_the_reward_is_the_mean_of_lines_over_the_last_part():
     rewards = {1: 0.0, last: 1.0}  # a straight line from the first step to the last
     assert at_the_end(done(), rewards) == pytest.approx((1 - runs.LAST / 2) * TIME_S / (last - 1), abs=1e-6)
     assert at_the_end(done(), {30: 0.5, last: 0.5}) == pytest.approx(0.5)
+
+
+def test_rollouts_are_those_of_their_version_at_the_moment_it_was_made():
+    # step i ends at i seconds; a lag of 3: its answers are by version i - 3, made when step i - 4 was done
+    at = [float(i) for i in range(STEPS + 4)]
+    made_at = [max(0.0, t - 4) for t in at]
+    late = Done([], at, [t / TIME_S for t in made_at], [3] * len(at), [3.0] * len(at), {}, 0.0)
+    fresh = Done([], at, [max(0.0, t - 1) / TIME_S for t in at], [0] * len(at), [0.0] * len(at), {}, 0.0)
+    for one in (late, fresh):  # reward = the version's time over the clock
+        assert of_rollouts(one) == pytest.approx((1 + runs.HALF) / 2, abs=1e-6)
 
 
 def test_only_the_same_settings_are_reused(tmp_path):
@@ -96,12 +109,13 @@ def kept_study(root, seeds=(0, 1)):
 
 def test_a_study_that_is_done_is_only_written(tmp_path):
     found = kept_study(tmp_path)
-    assert [found.best(ratio) for ratio in RATIOS] == ["16"] * 3
-    assert found.over_best("even") == pytest.approx([0.5 / 0.56, 0.5 / 0.72])
-    (first, *_) = rows(found)
+    assert [found.best(HELD_OUT, ratio) for ratio in RATIOS] == ["16"] * 3
+    assert found.over_best(ROLLOUTS, "even") == [1.0, 1.0]
+    assert found.over_best(HELD_OUT, "even") == pytest.approx([0.5 / 0.56, 0.5 / 0.72])
+    first = next(row for row in rows(found) if row.name.startswith(HELD_OUT))
     assert (first.reference, first.reps) == ("budget 16, the best", 2)
     assert first.ratio == pytest.approx(0.5 / 0.64)
     text = (tmp_path / "docs" / "results" / "closed-loop.md").read_text()
-    assert "| equally fast | 0.500 | 16 | 0.640 | 0.893, 0.694 | **0.781** |" in text
+    assert "| equally fast | held-out reward | 0.500 | 16 | 0.640 | 0.893, 0.694 | **0.781** |" in text
     assert f"- equally fast, seed 1: 2×{STEPS}" in text and text == "\n".join(lines(found)) + "\n"
     assert (tmp_path / "docs" / "results" / "closed-loop.png").stat().st_size > 10_000

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tools.bench.closed_loop.runs import AUTO, CONFIG, HELD_OUT, LAST, RATIOS, TIME_S, Cell, Done
-from tools.bench.closed_loop.study import Found, chosen
+from tools.bench.closed_loop.runs import AUTO, CONFIG, HALF, LAST, RATIOS, TIME_S, Cell, Done
+from tools.bench.closed_loop.runs import HELD_OUT as PROMPTS
+from tools.bench.closed_loop.study import HELD_OUT, MEASURES, ROLLOUTS, Found, chosen
 
 NAME = "closed-loop"
 COLOURS = ("#9e9e9e", "#c6dbef", "#9ecae1", "#6baed6", "#3182bd", "#08519c")  # of fixed budgets, ascending
@@ -32,9 +33,14 @@ def lines(found: Found) -> list[str]:
         f"{seeds} seeds, {os.cpu_count()} cores, no GPU, at three ratios of speeds made by sleeping "
         f"(`actor.pace_s`, `learner.pace_s`). The {len(found.options.budgets)} runs of a ratio and seed go side by "
         "side, asleep for much of the time, so that whatever else happens on the machine happens to all of them. Every "
-        "run is ended by the clock; what is compared is the held-out "
-        f"reward of saved versions ({HELD_OUT} prompts each, judged off the clock, the same questions for all of a "
-        f"seed), averaged over the last {LAST:.0%} of {TIME_S:g} s from the first step on.",
+        f"run is ended by the clock, {TIME_S:g} s after its first step, and judged in two ways:",
+        "",
+        f"- **{ROLLOUTS}**: of all answers to training questions, none of which is asked twice, at the moment when the "
+        f"version that gave them was made; the mean over the last {HALF:.0%} of the clock, some 25,000 answers a run.",
+        f"- **{HELD_OUT}** of saved versions ({PROMPTS} prompts each, judged off the clock, the same questions for all "
+        f"of a seed); the mean over the last {LAST:.0%} of the clock, some five versions.",
+        "",
+        "Budgets so large that nothing waits for them make the same run: how far they are apart is what chance does.",
         "",
         f"![reward by wall-clock and what auto chose]({NAME}.png)",
         "",
@@ -42,13 +48,13 @@ def lines(found: Found) -> list[str]:
         "",
         "The best is chosen by the same figures that are then compared, which flatters it.",
         "",
-        "| ratio | auto | best fixed | its reward | auto / best, each seed | mean |",
-        "|---|---|---|---|---|---|",
-        *(_verdict(found, ratio) for ratio in found.options.ratios),
+        "| ratio | measured by | auto | best fixed | its reward | auto / best, each seed | mean |",
+        "|---|---|---|---|---|---|---|",
+        *(_verdict(found, measure, ratio) for measure in MEASURES for ratio in found.options.ratios),
         "",
         "## Every budget",
         "",
-        "Held-out reward, mean (each seed); steps a second; mean lag.",
+        f"{ROLLOUTS.capitalize()}, mean (each seed); {HELD_OUT}, mean (each seed); steps a second; mean lag.",
         "",
         "| budget | " + " | ".join(_heading(found, r) for r in found.options.ratios) + " |",
         "|---|" + "---|" * len(found.options.ratios),
@@ -74,21 +80,25 @@ def _heading(found: Found, ratio: str) -> str:
     return f"{RATIOS[ratio].title} (at most {RATIOS[ratio].steps_per_s:.2f}/s; cores idle {idle:.0%})"
 
 
-def _verdict(found: Found, ratio: str) -> str:
-    best, ratios = found.best(ratio), found.over_best(ratio)
+def _verdict(found: Found, measure: str, ratio: str) -> str:
+    best, ratios = found.best(measure, ratio), found.over_best(measure, ratio)
+    ours, theirs = found.mean(measure, ratio, AUTO), found.mean(measure, ratio, best)
     each = ", ".join(f"{value:.3f}" for value in ratios)
-    mean = found.mean(ratio, AUTO) / found.mean(ratio, best)
     return (
-        f"| {RATIOS[ratio].title} | {found.mean(ratio, AUTO):.3f} | {best} | {found.mean(ratio, best):.3f} | {each} | "
-        f"**{mean:.3f}** |"
+        f"| {RATIOS[ratio].title} | {measure} | {ours:.3f} | {best} | {theirs:.3f} | {each} | **{ours / theirs:.3f}** |"
     )
 
 
 def _cell(found: Found, ratio: str, budget: str) -> str:
     done = [found.done[Cell(ratio, budget, seed)] for seed in found.options.seeds]
-    each = ", ".join(f"{value:.3f}" for value in found.rewards(ratio, budget))
+    of_rollouts, held_out = (
+        f"({', '.join(f'{value:.3f}' for value in found.rewards(measure, ratio, budget))})" for measure in MEASURES
+    )
     speed, lag = statistics.fmean(d.speed() for d in done), statistics.fmean(d.lag_mean for d in done)
-    return f"**{found.mean(ratio, budget):.3f}** ({each}); {speed:.2f}/s; {lag:.1f}"
+    return (
+        f"**{found.mean(ROLLOUTS, ratio, budget):.3f}** {of_rollouts}; {found.mean(HELD_OUT, ratio, budget):.3f} "
+        f"{held_out}; {speed:.2f}/s; {lag:.1f}"
+    )
 
 
 def _smoothed(done: Done, grid: np.ndarray) -> np.ndarray:

@@ -33,7 +33,8 @@ from tools.run_files import Record, last_lines, of_kind, read_metrics
 
 CONFIG = "configs/quickstart.yaml"
 TIME_S = 420.0  # of the clock, at whose end runs are compared
-LAST = 0.2  # of it, over which the held-out reward is averaged
+HALF = 0.5  # of it, over whose last part the rollouts' reward is averaged
+LAST = 0.2  # the same of the held-out reward, of which every version costs seconds
 MARGIN_S = 20.0  # beyond it, so that a version from after it is saved
 START_LIMIT_S, END_LIMIT_S = 120.0, 90.0
 POLL_S = 0.5
@@ -115,9 +116,14 @@ class Done:
     at_s: list[float]  # when step i was done; at_s[0] is 0
     rewards: list[float]  # of its batch
     budgets: list[int]  # in force when it was done
-    lag_mean: float
+    lags: list[float]  # of its tokens, the mean
     idle: dict[str, float]  # the learner's share of the clock parked, by cause
     machine_idle: float  # share of the cores' time, from the first step to the end
+
+    @property
+    def lag_mean(self) -> float:
+        """Over all steps."""
+        return float(np.mean(self.lags))
 
     def speed(self) -> float:
         """Steps a second until TIME_S."""
@@ -143,8 +149,7 @@ def of_lines(cell: Cell, steps: list[Record], machine_idle: float) -> Done:
     parked = {cause: (last["parked"][cause] - first["parked"].get(cause, 0.0)) / clock for cause in last["parked"]}
     return Done(
         cell.overrides(), [s["time_s"] - first["time_s"] for s in steps], [s["reward"] for s in steps],
-        [s["staleness_budget"] for s in steps], float(np.mean([s["lag_mean"] for s in steps])), parked,
-        machine_idle,
+        [s["staleness_budget"] for s in steps], [s["lag_mean"] for s in steps], parked, machine_idle,
     )  # fmt: skip
 
 
@@ -195,7 +200,20 @@ def finished(cell: Cell, root: Path) -> Done | None:
     return done if done.overrides == cell.overrides() else None
 
 
-# ---- judging ------------------------------------------------------------------------------------
+# ---- rewards ------------------------------------------------------------------------------------
+
+
+def of_rollouts(done: Done) -> float:
+    """Reward of the answers to training questions, none of which is asked twice, over the last half of the clock.
+
+    Each step's answers are those of the version that gave them, at the moment when that was made: so many steps
+    before as its lag says.
+    """
+    steps = np.arange(len(done.at_s))
+    made_at = np.interp(steps - np.array(done.lags) - 1, steps, done.at_s)  # version v: when step v - 1 was done
+    order = np.argsort(made_at, kind="stable")
+    grid = np.linspace(HALF * TIME_S, TIME_S, 400)
+    return float(np.interp(grid, made_at[order], np.array(done.rewards)[order]).mean())
 
 
 def judged(cell: Cell, root: Path) -> dict[int, float] | None:

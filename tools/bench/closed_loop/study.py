@@ -31,12 +31,15 @@ from tools.bench.closed_loop.runs import (
     judge,
     judged,
     make,
+    of_rollouts,
 )
 from tools.bench.harness import Row
 from tools.warmstart import ensure
 
 START_EVERY_S = 1.0
 DIRECTORY = Path("runs/bench-closed-loop")
+ROLLOUTS, HELD_OUT = "rollouts' reward", "held-out reward"
+MEASURES = (ROLLOUTS, HELD_OUT)
 
 
 @dataclass(frozen=True)
@@ -58,23 +61,24 @@ class Found:
 
     options: Options
     done: dict[Cell, Done] = field(default_factory=dict)
-    reward: dict[Cell, float] = field(default_factory=dict)  # held out, at equal wall-clock
+    reward: dict[tuple[str, Cell], float] = field(default_factory=dict)  # by measure, at equal wall-clock
 
-    def rewards(self, ratio: str, budget: str) -> list[float]:
+    def rewards(self, measure: str, ratio: str, budget: str) -> list[float]:
         """By seed."""
-        return [self.reward[Cell(ratio, budget, seed)] for seed in self.options.seeds]
+        return [self.reward[measure, Cell(ratio, budget, seed)] for seed in self.options.seeds]
 
-    def mean(self, ratio: str, budget: str) -> float:
+    def mean(self, measure: str, ratio: str, budget: str) -> float:
         """Over seeds."""
-        return statistics.fmean(self.rewards(ratio, budget))
+        return statistics.fmean(self.rewards(measure, ratio, budget))
 
-    def best(self, ratio: str) -> str:
+    def best(self, measure: str, ratio: str) -> str:
         """The fixed budget with the greatest mean."""
-        return max((b for b in self.options.budgets if b != AUTO), key=lambda b: self.mean(ratio, b))
+        return max((b for b in self.options.budgets if b != AUTO), key=lambda b: self.mean(measure, ratio, b))
 
-    def over_best(self, ratio: str) -> list[float]:
+    def over_best(self, measure: str, ratio: str) -> list[float]:
         """Auto over the best fixed budget, seed by seed."""
-        pairs = zip(self.rewards(ratio, AUTO), self.rewards(ratio, self.best(ratio)), strict=True)
+        best = self.best(measure, ratio)
+        pairs = zip(self.rewards(measure, ratio, AUTO), self.rewards(measure, ratio, best), strict=True)
         return [ours / theirs for ours, theirs in pairs]
 
 
@@ -96,7 +100,8 @@ def run_study(options: Options) -> Found:
     if options.timed_only:
         return found
     for cell, done in found.done.items():
-        found.reward[cell] = at_the_end(done, judged(cell, root) or judge(cell, done, root))
+        found.reward[ROLLOUTS, cell] = of_rollouts(done)
+        found.reward[HELD_OUT, cell] = at_the_end(done, judged(cell, root) or judge(cell, done, root))
     if options.docs is not None and set(options.ratios) == set(RATIOS) and AUTO in options.budgets:
         from tools.bench.closed_loop.report import write_report
 
@@ -126,18 +131,17 @@ def chosen(done: Done) -> str:
 
 
 def rows(found: Found) -> list[Row]:
-    """Auto beside the best fixed budget of each ratio."""
-    made = []
-    for ratio in found.options.ratios:
-        best, ratios = found.best(ratio), found.over_best(ratio)
-        made.append(
-            Row(
-                "closed_loop", f"held-out reward, {RATIOS[ratio].title}: auto", found.mean(ratio, AUTO), "reward",
-                f"budget {best}, the best", found.mean(ratio, best), len(ratios),
-                statistics.stdev(ratios) if len(ratios) > 1 else 0.0,
-            )
-        )  # fmt: skip
-    return made
+    """Auto beside the best fixed budget of each ratio, by each measure."""
+    return [_row(found, measure, ratio) for measure in MEASURES for ratio in found.options.ratios]
+
+
+def _row(found: Found, measure: str, ratio: str) -> Row:
+    best, ratios = found.best(measure, ratio), found.over_best(measure, ratio)
+    return Row(
+        "closed_loop", f"{measure}, {RATIOS[ratio].title}: auto", found.mean(measure, ratio, AUTO), "reward",
+        f"budget {best}, the best", found.mean(measure, ratio, best), len(ratios),
+        statistics.stdev(ratios) if len(ratios) > 1 else 0.0,
+    )  # fmt: skip
 
 
 def run(reps: int) -> list[Row]:
