@@ -116,7 +116,7 @@ class Journal:
         self._pending: list[tuple[str, dict[str, Any], list[memoryview]]] = []
         self._pending_bytes = 0
         self._prunes: list[list[int]] = []
-        self._on_commit = on_commit
+        self.on_commit = on_commit
         self._error: JournalError | None = None
         self._closing = False
         self._wake = threading.Condition()
@@ -214,13 +214,13 @@ class Journal:
                 for gone in prunes:
                     self._delete(gone)
                 self._commit(events)
-            except (lmdb.Error, OSError) as error:
+            except Exception as error:  # noqa: BLE001  # whatever it is, the broker must hear of it
                 log.error("%s", error)
                 self._error = JournalError(
                     f"{self.directory}: {nbytes} bytes could not be written ({error}); make room on the disk or raise "
                     "broker.journal_mb, then start the broker again: nothing acknowledged is lost"
                 )
-                self._on_commit()
+                self.on_commit()
                 return
 
     def _commit(self, events: list[tuple[str, dict[str, Any], list[memoryview]]]) -> None:
@@ -239,7 +239,7 @@ class Journal:
             self._kept_bytes += len(value)
             self.durable = first + (end - start) - 1
             start = end
-            self._on_commit()
+            self.on_commit()
 
     def _delete(self, firsts: list[int]) -> None:
         with self._env.begin(write=True) as txn:

@@ -28,6 +28,9 @@ class Outlet:
     def release(self) -> None:
         """Run what may run; start the next group commit. Raises what stopped the journal."""
         self._recorder.flush()
-        durable = self._recorder.durable
+        durable, acted = self._recorder.durable, False
         while self._held and self._held[0][0] <= durable:
             self._held.popleft()[1]()
+            acted = True
+        if acted:
+            self._recorder.flush()  # an action may have written: a peer that is gone

@@ -87,8 +87,12 @@ class BrokerService:
             keys=broker_keys(config.broker),
             max_message_bytes=config.broker.max_message_bytes,
         )
-        self.files = RunFiles(config.run.path)
-        journal = self._journal()
+        try:
+            self.files = RunFiles(config.run.path)
+            journal = self._journal()
+        except BaseException:
+            self.router.close()
+            raise
         self.figures = Figures(config.alerts, self.tracer.seconds)
         self.recorder = Recorder(self.pipeline, journal, self._state, self.tracer)
         self.outlet = Outlet(self.recorder)
@@ -128,9 +132,9 @@ class BrokerService:
         finally:
             self._write_status()
             self.files.close()
-            self.router.close()
             if self.recorder.journal is not None:
-                self.recorder.journal.close()
+                self.recorder.journal.close()  # it wakes the router
+            self.router.close()
 
     def turn(self) -> None:
         """One turn of the loop."""

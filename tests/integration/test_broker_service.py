@@ -345,3 +345,8 @@ def test_what_an_actors_servers_are_about_is_in_the_status(make):
     assert "groups complete" in broker.service.waiting_for()
     for peer in (learner, actor):
         peer.link.close()
+
+
+def test_whoever_waits_for_an_answer_waits_for_the_disk_and_not_for_a_turn(make):
+    broker = make()
+    assert broker.service.recorder.journal.on_commit == broker.service.router.wake

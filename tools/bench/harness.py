@@ -57,7 +57,7 @@ REGISTRY = {  # name -> (module, what it measures, default repeats); imported wh
     ),
     "closed_loop": (
         "tools.bench.closed_loop.study",
-        "staleness.budget=auto beside every fixed budget: held-out reward at equal wall-clock; half an hour",
+        "staleness.budget=auto beside every fixed budget: reward at equal wall-clock; an hour",
         2,
     ),
     "store": ("tools.bench.store", "LMDB and SQLite as the journal's store, beside append + fdatasync", 5),

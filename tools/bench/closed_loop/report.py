@@ -33,16 +33,19 @@ def lines(found: Found) -> list[str]:
         f"{seeds} seeds, {os.cpu_count()} cores, no GPU, at three ratios of speeds made by sleeping "
         f"(`actor.pace_s`, `learner.pace_s`). The {len(found.options.budgets)} runs of a ratio and seed go side by "
         "side, asleep for much of the time, so that whatever else happens on the machine happens to all of them. Every "
-        f"run is ended by the clock, {TIME_S:g} s after its first step, and judged in two ways:",
+        f"run is judged at {TIME_S:g} s after its first step, in two ways:",
         "",
-        f"- **{ROLLOUTS}**: of all answers to training questions, none of which is asked twice, at the moment when the "
-        f"version that gave them was made; the mean over the last {HALF:.0%} of the clock, some 25,000 answers a run.",
+        f"- **{ROLLOUTS}**: of the answers that were trained on, to questions hardly any of which is asked twice, at "
+        f"the moment when the version that gave them was made; the mean over the last {HALF:.0%} of the clock, 9,000 "
+        "to 26,000 answers a run.",
         f"- **{HELD_OUT}** of saved versions ({PROMPTS} prompts each, judged off the clock, the same questions for all "
         f"of a seed); the mean over the last {LAST:.0%} of the clock, some five versions.",
         "",
         "Budgets so large that nothing waits for them make the same run: how far they are apart is what chance does.",
         "",
         f"![reward by wall-clock and what auto chose]({NAME}.png)",
+        "",
+        "*Batches are drawn at the moment when they were trained on.*",
         "",
         "## Auto over the best fixed budget",
         "",

@@ -204,10 +204,10 @@ def finished(cell: Cell, root: Path) -> Done | None:
 
 
 def of_rollouts(done: Done) -> float:
-    """Reward of the answers to training questions, none of which is asked twice, over the last half of the clock.
+    """Reward of the answers that were trained on, to questions hardly any of which is asked twice, over the last half.
 
     Each step's answers are those of the version that gave them, at the moment when that was made: so many steps
-    before as its lag says.
+    before as its lag says. Beyond the last version that was trained on its reward stands.
     """
     steps = np.arange(len(done.at_s))
     made_at = np.interp(steps - np.array(done.lags) - 1, steps, done.at_s)  # version v: when step v - 1 was done
