@@ -197,16 +197,16 @@ def _equal(found: Found) -> list[str]:
 
 def _limits(found: Found) -> list[str]:
     lags = [t.figures["lag"] for key in ("obrs", "bare") for t in found.timed[MAIN].get(key, {}).values()]
+    ages = " to ".join(dict.fromkeys(f"{lag:.1f}" for lag in (min(lags), max(lags))))
     return [
         "- Actors and learner share the cores, so there is nothing to gain from using both at once but what a "
         "synchronous run leaves idle: hand-overs, stragglers and what one thread cannot spread. With a machine for "
         "each the limit is the slower of the two instead of their sum; how near they come depends on their ratio "
         "(`python -m tools.simulate`).",
         "- The quick start's model has a quarter of a million parameters and a step takes about a tenth of a second: "
-        "what is compared is as much the cost of each system's own work as that of its arithmetic. The larger shape is "
-        "still a small one.",
-        f"- The data of the asynchronous runs were {min(lags):.1f} to {max(lags):.1f} versions old on average. What "
-        "other ages cost, with and without a correction: [../results.md](../results.md).",
+        "what is compared is as much the cost of each system's own work as that of its arithmetic."
+        + (" The larger shape is still a small one." if LARGER in found.arenas else ""),
+        f"- The data of the asynchronous runs were {ages} versions old on average. What other ages cost, with and without a correction: [../results.md](../results.md).",
         "- TRL's fast path, vLLM on a GPU, does not run here; its AsyncGRPOTrainer needs a vLLM server.",
     ]
 
