@@ -206,7 +206,8 @@ def _limits(found: Found) -> list[str]:
         "- The quick start's model has a quarter of a million parameters and a step takes about a tenth of a second: "
         "what is compared is as much the cost of each system's own work as that of its arithmetic."
         + (" The larger shape is still a small one." if LARGER in found.arenas else ""),
-        f"- The data of the asynchronous runs were {ages} versions old on average. What other ages cost, with and without a correction: [../results.md](../results.md).",
+        f"- The data of the asynchronous runs were {ages} versions old on average. What other ages cost, with and "
+        "without a correction: [../results.md](../results.md).",
         "- TRL's fast path, vLLM on a GPU, does not run here; its AsyncGRPOTrainer needs a vLLM server.",
     ]
 
