@@ -4,7 +4,6 @@ The thread keeps the heartbeat while the owner's main thread computes; messages 
 thread through a queue.
 """
 
-import contextlib
 import logging
 import math
 import queue
@@ -31,6 +30,7 @@ from common.frames import (
 )
 from common.keys import ClientKeys, client_keys, fingerprint, require_keys
 from common.trace import Tracer, silent
+from common.waker import Waker
 from common.wire import FROM_BROKER, Bye, Heartbeat, Hello, Pong, Refused, Welcome, WhoAreYou
 
 POLL_S = 0.2
@@ -81,10 +81,7 @@ class BrokerLink:
         self._welcomed = threading.Event()
         self._heartbeat_s = 1.0
         self._context = zmq.Context()
-        self._wake_receive: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
-        self._wake_send: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
-        self._wake_receive.bind("inproc://wake")
-        self._wake_send.connect("inproc://wake")
+        self._waker = Waker(self._context)
         self._thread = threading.Thread(target=self._run, name="broker-link", daemon=True)
         self._thread.start()
 
@@ -113,9 +110,7 @@ class BrokerLink:
         check_size(message, frames, self._limit)
         with self._lock:
             self._outbox.append(frames)
-            if not self._wake_send.closed:
-                with contextlib.suppress(zmq.Again):  # the thread has plenty of wake-ups waiting already
-                    self._wake_send.send(b"", flags=zmq.NOBLOCK)
+        self._waker.wake()
 
     def receive(self, timeout_s: float = 0.0) -> Any | None:
         """The next message, or None after ``timeout_s``. Raises what the broker refused us for."""
@@ -164,8 +159,8 @@ class BrokerLink:
             self.send(Bye(reason))
         self._closing.set()
         self._thread.join(timeout=2.0)
-        with self._lock:
-            self._context.destroy(linger=LINGER_MS)
+        self._waker.close()
+        self._context.destroy(linger=LINGER_MS)
 
     def _run(self) -> None:
         socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
@@ -188,7 +183,7 @@ class BrokerLink:
         poller = zmq.Poller()
         poller.register(socket, zmq.POLLIN)
         poller.register(monitor, zmq.POLLIN)
-        poller.register(self._wake_receive, zmq.POLLIN)
+        poller.register(self._waker.seen, zmq.POLLIN)
         next_beat, turn, next_word = 0.0, time.monotonic(), SILENT_BROKER_S
         while True:
             now = time.monotonic()
@@ -202,9 +197,8 @@ class BrokerLink:
                 self._push(socket, encode(self._heartbeat() if self.welcomed else self._hello))
                 next_beat = now + self._heartbeat_s
             ready = dict(poller.poll(int(POLL_S * 1000)))
-            if self._wake_receive in ready:
-                while self._wake_receive.poll(0):
-                    self._wake_receive.recv()
+            if self._waker.seen in ready:
+                self._waker.clear()
             if monitor in ready:
                 self._note_handshakes(monitor)
             if socket in ready:

@@ -83,10 +83,10 @@ class RouterSocket:
             if not self._allowed:
                 log.warning("%s allows nobody: `python -m tools.keys make DIR --client NAME`", keys.allowed)
         self._outbox: dict[bytes, _Waiting] = {}
-        self._waker = Waker()
+        self._waker = Waker(self._context)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
-        self._poller.register(self._waker.fileno(), zmq.POLLIN)
+        self._poller.register(self._waker.seen, zmq.POLLIN)
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:
@@ -135,7 +135,7 @@ class RouterSocket:
         """Whether something has arrived within ``timeout_s``, or before :meth:`wake`; sends first what had to wait."""
         self._flush()
         ready = dict(self._poller.poll(int(timeout_s * 1000)))
-        if self._waker.fileno() in ready:
+        if self._waker.seen in ready:
             self._waker.clear()
         return self._socket in ready
 
@@ -214,5 +214,5 @@ class RouterSocket:
         if self._doorman is not None:
             self._doorman.close()
             self._doorman = None
-        self._context.destroy(linger=linger_ms)
         self._waker.close()
+        self._context.destroy(linger=linger_ms)

@@ -1,33 +1,35 @@
-"""Wakes a thread that waits in a poll, from any other thread."""
+"""Ends a poll of ZeroMQ sockets from another thread."""
 
 import contextlib
-import socket
+import threading
+
+import zmq
 
 
 class Waker:
-    """A pair of sockets: one that a poll looks at, one that anybody may write to."""
+    """A pair of sockets within ``context``: a poll looks at :attr:`seen`, and any thread may :meth:`wake` it."""
 
-    def __init__(self) -> None:
-        self._seen, self._told = socket.socketpair()
-        self._seen.setblocking(False)
-        self._told.setblocking(False)
-
-    def fileno(self) -> int:
-        """Readable once woken, until :meth:`clear`."""
-        return self._seen.fileno()
+    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]") -> None:
+        self.seen: zmq.Socket[bytes] = context.socket(zmq.PAIR)
+        self._told: zmq.Socket[bytes] = context.socket(zmq.PAIR)
+        self._lock = threading.Lock()
+        self.seen.bind("inproc://wake")
+        self._told.connect("inproc://wake")
 
     def wake(self) -> None:
-        """Of any thread; once is as good as often. Nobody is woken after :meth:`close`."""
-        with contextlib.suppress(OSError):  # full: it is awake; closed: nobody waits
-            self._told.send(b"\0")
+        """Once is as good as often. Nobody is woken after :meth:`close`."""
+        with self._lock:
+            if not self._told.closed:
+                with contextlib.suppress(zmq.Again):  # plenty of wake-ups are waiting already
+                    self._told.send(b"", flags=zmq.NOBLOCK)
 
     def clear(self) -> None:
-        """Wait for the next wake."""
-        with contextlib.suppress(BlockingIOError):
-            while self._seen.recv(4096):
-                pass
+        """Forget those so far; of the thread that polls."""
+        while self.seen.poll(0):
+            self.seen.recv()
 
     def close(self) -> None:
-        """Give both sockets back."""
-        self._seen.close()
-        self._told.close()
+        """Before the context is destroyed, once nobody polls any more."""
+        with self._lock:
+            self._told.close(linger=0)
+            self.seen.close(linger=0)

@@ -212,7 +212,7 @@ def of_rollouts(done: Done) -> float:
     steps = np.arange(len(done.at_s))
     made_at = np.interp(steps - np.array(done.lags) - 1, steps, done.at_s)  # version v: when step v - 1 was done
     order = np.argsort(made_at, kind="stable")
-    grid = np.linspace(HALF * TIME_S, TIME_S, 400)
+    grid = np.linspace((1 - HALF) * TIME_S, TIME_S, 400)
     return float(np.interp(grid, made_at[order], np.array(done.rewards)[order]).mean())
 
 
