@@ -20,6 +20,8 @@ from common.objective import AdvantageSection
 from common.ragged import count
 from common.wire import STARTS
 
+NO_STARTS = np.zeros(0, np.int64)
+
 
 @dataclass
 class Batch:
@@ -43,12 +45,10 @@ class Batch:
     muted: NDArray[np.bool_]  # [B] weigh nothing in the loss
     cu_seqlens: NDArray[np.int64]  # [B+1]
     segments: NDArray[np.int64]  # [S+1] the same with every trajectory cut where another segment of it starts
-    token_ids: NDArray[np.int32]  # [N]
     trainable: NDArray[np.uint8]  # [N] 1 where sampled, EXPERT where an exemplar's, else 0
     whole: bool  # every sampled token is in the loss
-    log_q: NDArray[np.float32]  # [N]
-    versions: NDArray[np.int32]  # [N]
-    members: list[Trajectory]  # [B]; alternatives and expert records stay in the frames that they arrived in
+    plain: bool  # so is every trajectory (:attr:`Trajectory.plain`), and whole
+    members: list[Trajectory]  # [B]; what is not copied together stays in the frames that it arrived in
     actors: list[str]  # [B] who sampled each
     sources: list[tuple[int, int]]  # [B] where the journal holds each trajectory
 
@@ -68,8 +68,43 @@ class Batch:
         return {label: count for label, count in zip(self.labels, counts, strict=True) if count}
 
     @cached_property
+    def sizes(self) -> NDArray[np.int64]:
+        """``[P]``: members of each group, in order."""
+        edges = np.flatnonzero(self.groups[1:] != self.groups[:-1]) + 1
+        return np.diff(np.concatenate(([0], edges, [len(self.groups)])))
+
+    @property
+    def tokens(self) -> int:
+        """N."""
+        return len(self.trainable)
+
+    @cached_property
+    def token_ids(self) -> NDArray[np.int32]:
+        """``[N]``."""
+        return np.concatenate([t.token_ids for t in self.members])
+
+    @cached_property
+    def log_q(self) -> NDArray[np.float32]:
+        """``[N]``."""
+        return np.concatenate([t.log_q for t in self.members])
+
+    @cached_property
+    def versions(self) -> NDArray[np.int32]:
+        """``[N]``."""
+        return np.concatenate([t.versions for t in self.members])
+
+    def token_ids_of(self, members: NDArray[np.int64]) -> NDArray[np.int32]:
+        """Those of trajectories ``members`` end to end."""
+        if len(members) == len(self.members):
+            return self.token_ids
+        found = [self.members[i].token_ids for i in members.tolist()]
+        return np.concatenate(found) if found else np.zeros(0, np.int32)
+
+    @cached_property
     def on(self) -> NDArray[np.bool_]:
         """``[N]``: sampled tokens in the loss."""
+        if self.plain:
+            return self.trainable.view(np.bool_)
         return np.asarray(self.trainable == 1, np.bool_)
 
     @cached_property
@@ -82,20 +117,22 @@ class Batch:
     @cached_property
     def counted_tokens(self) -> NDArray[np.int64]:
         """Tokens in the loss, of each trajectory ``[B]``: the sampled, and exemplars'."""
-        if self.trainable.max(initial=0) <= 1:
+        if self.plain or self.trainable.max(initial=0) <= 1:
             return self.sampled_tokens
         return count(self.trainable > 0, self.cu_seqlens)
 
     @cached_property
     def own_log_q(self) -> NDArray[np.float32]:
         """``[N]``: log q of sampled tokens in the loss, 0 elsewhere."""
+        if self.plain:
+            return self.log_q
         return np.where(self.on, self.log_q, np.float32(0))
 
     @cached_property
     def lags(self) -> NDArray[np.int64]:
         """How many sampled tokens in the loss have lag 0, 1, ..."""
         lag, offsets = self._runs
-        return _histogram(lag, np.diff(offsets))
+        return _histogram(lag, self.sampled_tokens if self.plain else np.diff(offsets))
 
     def lags_of(self, flags: NDArray[np.bool_]) -> NDArray[np.int64]:
         """How many tokens of ``flags[N]``, all of them sampled, have lag 0, 1, ..., as long as :attr:`lags`."""
@@ -104,7 +141,13 @@ class Batch:
 
     @cached_property
     def _runs(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """``(lag [R], offsets [R+1])``: stretches of one version; -1 for what is not sampled or not in the loss."""
+        """``(lag [R], offsets [R+1])``: stretches of one version; -1 for what is not sampled or not in the loss.
+
+        A plain trajectory is one stretch, whatever of it was not sampled.
+        """
+        if self.plain:
+            lags = [self.step - t.oldest_version if t.sampled_tokens else -1 for t in self.members]
+            return np.array(lags, np.int64), self.cu_seqlens
         edges = np.flatnonzero((self.versions[1:] != self.versions[:-1]) | (self.on[1:] != self.on[:-1])) + 1
         offsets = np.concatenate(([0], edges, [len(self.on)]))
         at = offsets[:-1]
@@ -118,7 +161,7 @@ class Batch:
     @cached_property
     def copies(self) -> NDArray[np.float64]:
         """See :func:`copies_of`."""
-        return copies_of(self.groups, self.group_size)
+        return np.repeat(self.group_size / self.sizes, self.sizes)
 
     @property
     def owner(self) -> NDArray[np.int64]:
@@ -128,9 +171,7 @@ class Batch:
     @cached_property
     def nbytes(self) -> int:
         """Bytes held; asked for at every grant."""
-        arrays = (self.token_ids, self.trainable, self.log_q, self.versions)
-        beside = sum(t.topk_ids.nbytes + t.topk_log_q.nbytes + t.experts.nbytes for t in self.members)
-        return sum(a.nbytes for a in arrays) + beside
+        return sum(t.nbytes for t in self.members)
 
     @property
     def topk_ids(self) -> NDArray[np.int32]:
@@ -186,7 +227,8 @@ def collate(step: int, members: Sequence[Trajectory], config: RunConfig, scales:
     sampled = np.concatenate([t.trainable for t in ordered])
     trainable = _trainable(sampled, ordered, shaped, sizes, truncated, section)
     cu_seqlens = np.concatenate(([0], np.cumsum([len(t.token_ids) for t in ordered], dtype=np.int64)))
-    starts = np.flatnonzero(trainable == STARTS)
+    plain = all(t.plain for t in ordered)
+    starts = np.flatnonzero(trainable == STARTS) if not plain else NO_STARTS
     spans, span_advantages, span_scale = cu_seqlens, advantages, None
     if section.blocks != "off":
         spans, span_advantages, span_scale = _block_spans(ordered, cu_seqlens, groups, config)
@@ -209,11 +251,9 @@ def collate(step: int, members: Sequence[Trajectory], config: RunConfig, scales:
         muted=truncated & section.overlong_filter,
         cu_seqlens=cu_seqlens,
         segments=np.union1d(cu_seqlens, starts) if len(starts) else cu_seqlens,
-        token_ids=np.concatenate([t.token_ids for t in ordered]),
         trainable=np.where(trainable == STARTS, np.uint8(0), trainable) if len(starts) else trainable,
         whole=trainable is sampled,
-        log_q=np.concatenate([t.log_q for t in ordered]),
-        versions=np.concatenate([t.versions for t in ordered]),
+        plain=plain and trainable is sampled,
         members=ordered,
         actors=[t.actor for t in ordered],
         sources=[t.source for t in ordered],

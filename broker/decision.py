@@ -167,7 +167,7 @@ def _bounds(
 def _spread(
     batch: Batch, on: NDArray[np.int64], thinning: Thinning, scores: NDArray[np.float32], version: int, unscorable: int
 ) -> Decision:
-    n = len(batch.token_ids)
+    n = batch.tokens
     accept = np.zeros(n, np.uint8)
     log_m, log_p = np.zeros(n, np.float32), np.zeros(n, np.float32)
     accept[on] = thinning.accept

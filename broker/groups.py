@@ -3,7 +3,6 @@
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +16,7 @@ TOKEN_BYTES = 4 + 1 + 4 + 4  # id, trainable, log_q, version
 TOMBSTONES_KEPT = 20_000  # late messages of older groups are refused as unknown, with the same effect
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)  # not frozen: making it would take three times as long
 class Trajectory:
     """One sibling; arrays are views of the frame it arrived in. ``T`` counts prompt and completion."""
 
@@ -40,17 +39,13 @@ class Trajectory:
     prompt: int = 0  # that its group was granted for: which task's and which question, says task.mix
     blocks: NDArray[np.int32] = field(default_factory=lambda: NO_BLOCKS)  # [k, 4] which, outcome before, first, end
     block_rewards: NDArray[np.float32] = field(default_factory=lambda: NO_REWARDS)  # [k]
+    nbytes: int = 0  # held in the queue
+    plain: bool = False  # one version, no log_q where nothing was sampled, no role but 0 and 1; False: perhaps
 
     @property
     def place(self) -> list[int]:
         """Where it is found again, for a :data:`LoadTrajectory`."""
         return [*self.source, self.prompt]
-
-    @cached_property
-    def nbytes(self) -> int:
-        """Bytes held in the queue."""
-        beside = self.topk_ids.nbytes + self.topk_log_q.nbytes + self.experts.nbytes
-        return len(self.token_ids) * TOKEN_BYTES + beside
 
 
 LoadTrajectory = Callable[[int, int, int], Trajectory]  # by its source in the journal, and its prompt
@@ -60,38 +55,28 @@ def unpack_all(
     message: Trajectories, actor: str = "", seq: int = -1, prompts: Sequence[int] | None = None
 ) -> list[Trajectory]:
     """The trajectories of a message, without a copy; ``prompts`` are those of their groups."""
-    oldest, sampled = (part.tolist() for part in message.summary)
-    n = len(oldest)
-    groups, siblings, finish = message.groups.tolist(), message.siblings.tolist(), message.finish.tolist()
-    rewards, channels, cuts = message.rewards.tolist(), message.channels.tolist(), message.cu_seqlens.tolist()
-    names, of = message.channel_names, prompts if prompts is not None else [0] * n
+    oldest, sampled = message.summary
+    n, cuts, names, plain = len(oldest), message.cuts, message.channel_names, message.is_plain
+    of = prompts if prompts is not None else [0] * n
     blocks, block_rewards = _blocks_of(message)
+    ids, trainable, log_q, versions = message.token_ids, message.trainable, message.log_q, message.versions
+    topk_ids, topk_log_q, experts = message.topk_ids, message.topk_log_q, message.experts
+    beside = sum(array.itemsize * array.shape[1] for array in (topk_ids, topk_log_q, experts))
+    heads = zip(
+        message.groups.tolist(), message.siblings.tolist(), message.rewards.tolist(), message.finish.tolist(),
+        message.channels.tolist(), blocks, block_rewards, strict=True,
+    )  # fmt: skip
     found = []
-    for i in range(n):
-        tokens = slice(cuts[i], cuts[i + 1])
+    for i, (group, sibling, reward, finish, channels, of_blocks, of_rewards) in enumerate(heads):
+        at = slice(cuts[i], cuts[i + 1])
         found.append(
             Trajectory(
-                group=groups[i],
-                sibling=siblings[i],
-                reward=rewards[i],
-                token_ids=message.token_ids[tokens],
-                trainable=message.trainable[tokens],
-                log_q=message.log_q[tokens],
-                versions=message.versions[tokens],
-                topk_ids=message.topk_ids[tokens],
-                topk_log_q=message.topk_log_q[tokens],
-                experts=message.experts[tokens],
-                truncated=finish[i] == 1,
-                oldest_version=oldest[i],
-                sampled_tokens=sampled[i],
-                actor=actor,
-                channels=dict(zip(names, channels[i], strict=True)),
-                source=(seq, i),
-                prompt=of[i],
-                blocks=blocks[i],
-                block_rewards=block_rewards[i],
+                group, sibling, reward, ids[at], trainable[at], log_q[at], versions[at],
+                topk_ids[at], topk_log_q[at], experts[at], finish == 1, oldest[i], sampled[i],
+                actor, (seq, i), dict(zip(names, channels, strict=True)), of[i], of_blocks, of_rewards,
+                (cuts[i + 1] - cuts[i]) * (TOKEN_BYTES + beside), plain,
             )
-        )
+        )  # fmt: skip
     return found
 
 
@@ -160,7 +145,8 @@ class GroupBook:
         self.nbytes += trajectory.nbytes
         self.held += 1
         settled = entry.is_settled(self.group_size)
-        self._owed[entry.actor] -= settled
+        if settled:
+            self._owed[entry.actor] -= 1
         return True, settled
 
     def fail(self, group: int, sibling: int) -> bool:

@@ -15,6 +15,7 @@ looks at everything outstanding, whatever was promised to it: ``outstanding <= (
 nothing changes. So a lower budget grants nothing until what is there has shrunk to its own size.
 """
 
+from bisect import bisect_left, insort
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,8 @@ class StalenessLedger:
         self.steps = steps
         self.next_step = next_step  # the next step to assemble
         self._outstanding: dict[int, _Outstanding] = {}
-        self.queued = 0  # groups complete and not yet assembled into a step
+        self._ready: list[tuple[int, int, int]] = []  # of those that are complete (version, deadline, group), sorted
+        self._due: Counter[int] = Counter()  # outstanding groups by deadline
         self._chosen: list[int] | None = None  # what select() found, until something changes
         self._changed = True
 
@@ -52,6 +54,11 @@ class StalenessLedger:
         if budget < 0:
             raise DataError(f"a staleness budget of {budget}: 0 (synchronous) is the least there is")
         self.budget = budget
+
+    @property
+    def queued(self) -> int:
+        """Groups complete and not yet assembled into a step."""
+        return len(self._ready)
 
     @property
     def promised(self) -> int:
@@ -71,7 +78,8 @@ class StalenessLedger:
             raise DataError(f"group {group} is granted already")
         if not self.grantable(version):
             raise DataError(f"group {group}: no room at version {version} within a staleness budget of {self.budget}")
-        self._outstanding[group] = _Outstanding(version, self.budget)
+        self._outstanding[group] = entry = _Outstanding(version, self.budget)
+        self._due[entry.deadline] += 1
         self._changed = True
 
     def start_at(self, step: int) -> None:
@@ -81,9 +89,22 @@ class StalenessLedger:
     def complete(self, group: int, oldest_version: int) -> None:
         """``group`` is whole; ``oldest_version`` sampled its oldest token."""
         entry = self._outstanding[group]
-        self.queued += not entry.complete
-        entry.complete = self._changed = True
-        entry.version = max(entry.version, oldest_version)
+        self._remove(group)
+        entry.complete, entry.version = True, max(entry.version, oldest_version)
+        self._outstanding[group] = entry
+        self._due[entry.deadline] += 1
+        insort(self._ready, (entry.version, entry.deadline, group))
+
+    def _remove(self, group: int) -> None:
+        """Forget what is outstanding of ``group``, if anything is."""
+        entry, self._changed = self._outstanding.pop(group, None), True
+        if entry is None:
+            return
+        self._due[entry.deadline] -= 1
+        if not self._due[entry.deadline]:
+            del self._due[entry.deadline]
+        if entry.complete:
+            del self._ready[bisect_left(self._ready, (entry.version, entry.deadline, group))]
 
     def is_complete(self, group: int) -> bool:
         """Whether ``group`` waits to be assembled."""
@@ -91,9 +112,7 @@ class StalenessLedger:
 
     def release(self, group: int) -> None:
         """``group`` will never be complete: its place is free again."""
-        entry = self._outstanding.pop(group, None)
-        self.queued -= entry is not None and entry.complete
-        self._changed = True
+        self._remove(group)
 
     def select(self) -> list[int] | None:
         """The groups to train at ``next_step``, the oldest first, or None while it must wait.
@@ -110,17 +129,16 @@ class StalenessLedger:
     def _choose(self) -> list[int] | None:
         if self.next_step >= self.steps or self.queued < self.groups_per_step:
             return None
-        ready = [(g.version, g.deadline, i) for i, g in self._outstanding.items() if g.complete]
-        chosen = [i for _, _, i in sorted(ready)[: self.groups_per_step]]
-        if self._may_take(chosen):
-            return chosen
-        chosen = [i for _, i in sorted((deadline, i) for _, deadline, i in ready)[: self.groups_per_step]]
-        return chosen if self._may_take(chosen) else None
+        chosen = self._ready[: self.groups_per_step]
+        if not self._may_take(chosen):
+            chosen = sorted(self._ready, key=lambda entry: entry[1:])[: self.groups_per_step]
+            if not self._may_take(chosen):
+                return None
+        return [group for _, _, group in chosen]
 
-    def _may_take(self, chosen: list[int]) -> bool:
+    def _may_take(self, chosen: list[tuple[int, int, int]]) -> bool:
         """Whether everything else is still in time if ``chosen`` are trained now."""
-        taken = set(chosen)
-        left = Counter(g.deadline for i, g in self._outstanding.items() if i not in taken)
+        left = self._due - Counter(deadline for _, deadline, _ in chosen)
         total = 0
         for deadline in sorted(left):
             total += left[deadline]
@@ -131,8 +149,8 @@ class StalenessLedger:
     def assembled(self, groups: list[int]) -> None:
         """``groups`` make up ``next_step``."""
         for group in groups:
-            entry = self._outstanding.pop(group)
-            self.queued -= entry.complete
+            entry = self._outstanding[group]
+            self._remove(group)
             if entry.deadline < self.next_step:
                 raise DataError(f"group {group} was due at step {entry.deadline}, not {self.next_step}")
         self.next_step += 1
@@ -157,7 +175,8 @@ class StalenessLedger:
                 i: _Outstanding(deadline - self.budget, self.budget, complete)
                 for i, deadline, complete in state["outstanding"]
             }
-        self.queued = sum(g.complete for g in self._outstanding.values())
+        self._ready = sorted((g.version, g.deadline, i) for i, g in self._outstanding.items() if g.complete)
+        self._due = Counter(g.deadline for g in self._outstanding.values())
         self._changed = True
 
     def waiting_for(self) -> str:

@@ -131,17 +131,18 @@ class Pipeline:
             faults |= {b: unasked for b in message.with_exemplars() if b not in faults}
         trajectories = unpack_all(message, actor, seq, self.book.prompts(message.groups))
         misfit, reasons = self._misfit(message), []
-        for index, (group, sibling) in enumerate(zip(message.groups.tolist(), message.siblings.tolist(), strict=True)):
-            reason = self.book.refusal(group, sibling, actor)
+        for index, trajectory in enumerate(trajectories):
+            group = trajectory.group
+            reason = self.book.refusal(group, trajectory.sibling, actor)
             if self.book.is_done(group):
                 self.counts["repeats"] += 1
                 reason = ""
             elif not reason:
-                reason = faults.get(index, "") or self._refusal(trajectories[index]) or misfit
-                if not reason:
-                    self._take(trajectories[index])
+                reason = faults.get(index, "") or self._refusal(trajectory) or misfit
                 if reason:
                     self.give_up(group, "refused_sibling")
+                else:
+                    self._take(trajectory)
             if reason:
                 self.refused[reason] += 1
             reasons.append(reason)

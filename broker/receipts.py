@@ -15,7 +15,7 @@ def receipt(batch: Batch, decision: Decision, threshold: float) -> dict[str, Any
     """One JSON object; rates are None with rejection off. Lags are in policy versions, per token."""
     lags = batch.lags
     lengths = batch.sampled_tokens[batch.sampled]
-    sizes = np.unique(batch.groups, return_counts=True)[1]
+    sizes = batch.sizes
     scored = decision.divergence is not None
     own = batch.sampled  # the policy's, without exemplars
     low, high = wilson_interval(decision.accepted, decision.proposed)
@@ -40,7 +40,7 @@ def receipt(batch: Batch, decision: Decision, threshold: float) -> dict[str, Any
         "length_mean": float(lengths.mean()),
         "length_max": int(lengths.max()),
         "truncated": float(batch.truncated[own].mean()),
-        "tokens": len(batch.token_ids),
+        "tokens": batch.tokens,
         "tokens_proposed": decision.proposed,
         "tokens_accepted": decision.accepted,
         "scored_by_version": decision.version if scored else None,
@@ -67,7 +67,7 @@ def receipt(batch: Batch, decision: Decision, threshold: float) -> dict[str, Any
 
 def _by_task(batch: Batch) -> dict[str, dict[str, float]]:
     """``label -> figures`` of each task of a mixture that the batch has trajectories of."""
-    lengths, sizes = batch.sampled_tokens, np.unique(batch.groups, return_counts=True)[1]
+    lengths, sizes = batch.sampled_tokens, batch.sizes
     silent = np.repeat(without_signal(batch.mixed.rewards, sizes), sizes)
     found = {}
     for number, label in enumerate(batch.labels):

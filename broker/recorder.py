@@ -24,7 +24,7 @@ from broker.pipeline import Pipeline
 from broker.scoring import Asked
 from broker.trail import Trail
 from common import wire
-from common.codec import decode, encode
+from common.codec import decode, encode, frames_of
 from common.errors import JournalError
 from common.trace import Tracer, power_of_two, silent
 
@@ -201,7 +201,7 @@ class Recorder:
     def _write(self, kind: str, head: dict[str, Any], message: Any = None) -> int:
         if self.journal is None:
             return -1
-        return self.journal.append(kind, head, encode(message) if message is not None else ())
+        return self.journal.append(kind, head, frames_of(message) if message is not None else ())
 
     def note(self, what: str, values: dict[str, Any]) -> None:
         """Something that the service must find again and the pipeline does not know."""

@@ -8,8 +8,6 @@
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-
 from broker.batch import Batch
 from broker.pipeline import Pipeline
 from common.trace import MILESTONES, Tracer, power_of_two
@@ -72,7 +70,7 @@ class Trail:
         self._took("collate", batch, began, cpu)
         now, step = self.tracer.now(), batch.step
         self.mark(step, "ready", began)
-        groups = [group for group in np.unique(batch.groups).tolist() if self.tracer.follows(group)]
+        groups = [group for group in dict.fromkeys(batch.groups.tolist()) if self.tracer.follows(group)]
         for group in groups:
             self.tracer.span("groups", "queued", self._complete.pop(group, began), now, group=group, step=step)
         self.mark(step, "assembled", groups=groups)
@@ -95,7 +93,7 @@ class Trail:
         self._took("pack", batch, began, cpu)
 
     def _took(self, what: str, batch: Batch, began: int, cpu: int) -> None:
-        tokens = len(batch.token_ids)
+        tokens = batch.tokens
         took = self.tracer.now() - began, self.tracer.cpu() - cpu
         self.tracer.tally(what, power_of_two(tokens), *took, tokens)
 

@@ -39,6 +39,7 @@ MAX_ARRAYS = 64
 MAX_FRAMES = 1 + MAX_ARRAYS
 MAX_DEPTH = 4  # of lists and maps in a field annotated Any
 INT_BOUND = 1 << 63
+_FRAMES = "_frames"  # of a decoded message: what it came as
 _HEAVY = np.isin(np.arange(256), [*range(0x80, 0xA0), *range(0xC7, 0xCA), *range(0xD4, 0xD9), *range(0xDC, 0xE0)])
 
 
@@ -64,8 +65,7 @@ def array(dtype: str, ndim: int, default: Any = dataclasses.MISSING) -> Any:
 class _Layout:
     arrays: dict[str, tuple[str, int]]  # name -> dtype, axes
     plain: dict[str, Any]  # name -> annotation
-    names: list[str]  # of the arrays, in order
-    itemsizes: list[int]  # bytes, of each
+    rows: list[tuple[str, str, int, Any, int]]  # of the arrays, in order: name, dtype, axes, dtype, bytes an item
 
 
 @cache
@@ -77,7 +77,8 @@ def _layout(kind: Any) -> _Layout:
             arrays[f.name] = (f.metadata["dtype"], f.metadata["ndim"])
         else:
             plain[f.name] = hints[f.name]
-    return _Layout(arrays, plain, list(arrays), [np.dtype(dtype).itemsize for dtype, _ in arrays.values()])
+    rows = [(name, dtype, ndim, np.dtype(dtype), np.dtype(dtype).itemsize) for name, (dtype, ndim) in arrays.items()]
+    return _Layout(arrays, plain, rows)
 
 
 def encode(message: Any) -> list[Any]:
@@ -116,6 +117,12 @@ def encode(message: Any) -> list[Any]:
     return [header, *payload]
 
 
+def frames_of(message: Any) -> list[Any]:
+    """What ``message`` was decoded from, or if it was made here what :func:`encode` makes of it."""
+    found: list[Any] | None = message.__dict__.get(_FRAMES)
+    return encode(message) if found is None else found
+
+
 def decode(frames: Sequence[Any], kinds: dict[str, type[Any]]) -> Any:
     """The message in ``frames``, one of ``kinds`` by tag; arrays are read-only views of the frames.
 
@@ -131,6 +138,7 @@ def decode(frames: Sequence[Any], kinds: dict[str, type[Any]]) -> Any:
     values.update(_array_fields(head["t"], head["a"], frames[1:], layout))
     message = kind(**values)
     message.check()
+    message.__dict__[_FRAMES] = list(frames)
     return message
 
 
@@ -210,51 +218,57 @@ def _is_plain(value: Any, depth: int) -> bool:
 
 
 def _array_fields(tag: str, table: list[Any], payload: Sequence[Any], layout: _Layout) -> dict[str, Any]:
-    if len(table) > MAX_ARRAYS or [row[0] if isinstance(row, list) and row else None for row in table] != layout.names:
-        raise WireError(f"{tag}: arrays must be exactly {', '.join(layout.arrays) or 'none'}, in this order")
+    if len(table) != len(layout.rows):
+        raise _other_arrays(tag, layout)
     values: dict[str, Any] = {}
     buffers = [memoryview(frame).toreadonly() for frame in payload]
     sizes = [buffer.nbytes for buffer in buffers]
+    frames = len(sizes)
     last, end = -1, 0  # the frame of the array before, and where that array ends
-    for row, itemsize in zip(table, layout.itemsizes, strict=True):
-        name, shape, frame, offset = _checked_row(tag, row, layout, len(payload))
+    for row, (name, dtype, ndim, kind, itemsize) in zip(table, layout.rows, strict=True):
+        _check_row(tag, row, name, dtype, ndim, frames, layout)
+        _, _, shape, frame, offset = row
         if frame != last or offset != end + -end % ALIGNMENT:
             if frame != last + 1 or offset:
                 raise WireError(f"{tag}.{name}: frame {frame} at {offset} does not follow the array before it")
             _check_filled(tag, sizes, last, end)
-        count = math.prod(shape)
+        count = shape[0] if ndim == 1 else math.prod(shape)
         end = offset + count * itemsize
         if end > sizes[frame]:
             raise WireError(
                 f"{tag}.{name}: shape {shape} needs {end - offset} bytes at {offset}, the frame has {sizes[frame]}"
             )
         try:
-            view = np.frombuffer(buffers[frame], layout.arrays[name][0], count, offset)
-            values[name] = view if len(shape) == 1 else view.reshape(shape)
+            view = np.frombuffer(buffers[frame], kind, count, offset)
+            values[name] = view if ndim == 1 else view.reshape(shape)
         except (ValueError, OverflowError) as error:  # an empty array whose other axis no memory could hold
             raise WireError(f"{tag}.{name}: shape {shape} cannot be: {error}") from error
         last = frame
     _check_filled(tag, sizes, last, end)
-    if last + 1 != len(payload):
-        raise WireError(f"{tag}: {len(payload)} payload frames, the arrays need {last + 1}")
+    if last + 1 != frames:
+        raise WireError(f"{tag}: {frames} payload frames, the arrays need {last + 1}")
     return values
 
 
-def _checked_row(tag: str, row: list[Any], layout: _Layout, frames: int) -> tuple[str, list[int], int, int]:
-    """``(name, shape, frame, offset)`` of an array's entry in the table."""
+def _other_arrays(tag: str, layout: _Layout) -> WireError:
+    return WireError(f"{tag}: arrays must be exactly {', '.join(layout.arrays) or 'none'}, in this order")
+
+
+def _check_row(tag: str, row: Any, name: str, dtype: str, ndim: int, frames: int, layout: _Layout) -> None:
+    """``row`` must be ``[name, dtype, shape, frame, offset]`` of the array that comes next in ``layout``."""
+    if type(row) is not list or not row or row[0] != name:
+        raise _other_arrays(tag, layout)
     if len(row) != 5:
         raise WireError(f"{tag}: array entry {_short(row)} is malformed")
-    name, dtype, shape, frame, offset = row
-    expected_dtype, ndim = layout.arrays[name]
-    if dtype != expected_dtype:
-        raise WireError(f"{tag}.{name}: dtype {_short(dtype)}, needs {expected_dtype!r}")
+    _, said, shape, frame, offset = row
+    if said != dtype:
+        raise WireError(f"{tag}.{name}: dtype {_short(said)}, needs {dtype!r}")
     if type(shape) is not list or len(shape) != ndim or not all(map(_is_length, shape)):
         raise WireError(f"{tag}.{name}: shape {_short(shape)}, needs {ndim} axes of 0 to {INT_BOUND - 1}")
     if type(frame) is not int or type(offset) is not int or not 0 <= frame < frames:
         raise WireError(
             f"{tag}.{name}: frame {_short(frame)} at {_short(offset)} is not in the message of {frames} payload frames"
         )
-    return name, shape, frame, offset
 
 
 def _is_length(n: Any) -> bool:

@@ -80,8 +80,9 @@ class Mixture:
 
     def place(self, prompt: int) -> tuple[int, int]:
         """The same of one prompt."""
-        task, own = self.places([prompt])
-        return int(task[0]), int(own[0])
+        period, within = divmod(prompt, self.period)
+        task = int(self._task[within])
+        return task, period * int(self.turns[task]) + int(self._within[within])
 
     def prompt(self, task: int, question: int) -> int:
         """Which prompt is ``question`` of ``task``: the inverse of :meth:`place`."""

@@ -88,6 +88,16 @@ def check_lengths(tag: str, **lengths: int) -> None:
         raise DataError(f"{tag}: " + ", ".join(f"{k} {v}" for k, v in lengths.items()) + " must be equally long")
 
 
+def _are_log_probabilities(values: Float32) -> bool:
+    """Finite and not above 0; NaN is not below anything."""
+    return bool(values.max() <= LOG_Q_TOLERANCE and values.min() > -math.inf)
+
+
+def _are_below(ids: Int32, size: int) -> bool:
+    """``0 <= ids < size``; read as unsigned, negative ones are the largest."""
+    return bool(ids.view(np.uint32).max() < size)
+
+
 # ---- every peer ---------------------------------------------------------------------------------
 
 
@@ -283,14 +293,44 @@ class Trajectories(_Routed):
             raise DataError("trajectories: blocks must lie within their trajectory, in order and apart")
 
     @cached_property
-    def summary(self) -> tuple[Int32, Int64]:
+    def cuts(self) -> list[int]:
+        """``cu_seqlens`` as numbers."""
+        cuts: list[int] = self.cu_seqlens.tolist()
+        return cuts
+
+    @cached_property
+    def sampled(self) -> NDArray[np.bool_]:
+        """``[N]``: tokens that the policy sampled."""
+        if len(self.trainable) and self.highest_role == 1:
+            return self.trainable.view(np.bool_)
+        return np.asarray(self.trainable == 1, np.bool_)
+
+    @cached_property
+    def single_version(self) -> int:
+        """The version that sampled every sampled token and that no other token has; -1 if there is none such."""
+        if not len(self.versions):
+            return -1
+        newest = int(self.versions.max())
+        return newest if newest >= 0 and not ((self.versions == newest) != self.sampled).any() else -1
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether what is not sampled is given and no more, and what is sampled is of one version."""
+        if not len(self.trainable) or self.highest_role > 1 or self.single_version < 0:
+            return False
+        return not ((self.log_q != 0) > self.sampled).any()
+
+    @cached_property
+    def summary(self) -> tuple[list[int], list[int]]:
         """Each trajectory's oldest version (of a sampled token) and its count of sampled tokens, ``[B]`` each.
 
         A trajectory without a sampled token has the oldest version NEVER.
         """
-        sampled = self.trainable == 1
-        versions = np.where(sampled, self.versions, np.int32(NEVER))
-        return least(versions, self.cu_seqlens, NEVER), count(sampled, self.cu_seqlens)
+        counts = count(self.sampled, self.cu_seqlens).tolist()
+        if self.single_version >= 0:
+            return [self.single_version if n else NEVER for n in counts], counts
+        versions = np.where(self.sampled, self.versions, np.int32(NEVER))
+        return least(versions, self.cu_seqlens, NEVER).tolist(), counts
 
     def faults(self, vocab_size: int, newest_version: int, expert_count: int = 0) -> dict[int, str]:
         """What is wrong with the contents, by trajectory; an empty dict if nothing is.
@@ -309,31 +349,25 @@ class Trajectories(_Routed):
         return bool((self.experts[outside] == UNROUTED).all())
 
     def _is_sound(self, vocab_size: int, newest_version: int) -> bool:
-        """Every check in as few passes as will do; sums and extremes carry NaN and infinity along."""
+        """Every check in as few passes as will do; extremes carry NaN and infinity along."""
         if not len(self.token_ids):
             return False
         oldest, _ = self.summary
         starts, role = self.cu_seqlens[:-1], self.highest_role
         return bool(
-            math.isfinite(float(self.log_q.sum()) + float(self.rewards.sum()) + float(self.channels.sum()))
-            and self.log_q.max() <= LOG_Q_TOLERANCE
-            and self.token_ids.min() >= 0
-            and self.token_ids.max() < vocab_size
+            math.isfinite(sum(self.rewards.tolist()) + float(self.channels.sum()))
+            and _are_log_probabilities(self.log_q)
+            and _are_below(self.token_ids, vocab_size)
             and role <= EXPERT
-            and (oldest.max() < NEVER or bool(self._exemplar_tokens()[oldest == NEVER].all()))
-            and oldest.min() >= 0
+            and (max(oldest) < NEVER or bool(self._exemplar_tokens()[np.array(oldest) == NEVER].all()))
+            and min(oldest) >= 0
             and self.versions.max() <= newest_version
-            and starts[-1] < len(self.token_ids)
+            and self.cuts[-2] < len(self.token_ids)
             and not self.trainable[starts].any()
             and (role < EXPERT or not self._is_dated(self.trainable == EXPERT).any())
             and (
                 self.topk_ids.size == 0
-                or (
-                    math.isfinite(float(self.topk_log_q.sum()))
-                    and self.topk_log_q.max() <= LOG_Q_TOLERANCE
-                    and self.topk_ids.min() >= 0
-                    and self.topk_ids.max() < vocab_size
-                )
+                or (_are_log_probabilities(self.topk_log_q) and _are_below(self.topk_ids, vocab_size))
             )
         )
 
@@ -357,7 +391,7 @@ class Trajectories(_Routed):
         return np.asarray(expert & ((self.versions != -1) | (self.log_q != 0)), np.bool_)
 
     def _find_faults(self, vocab_size: int, newest_version: int, expert_count: int) -> dict[int, str]:
-        on = self.trainable == 1
+        on = self.sampled
         lengths = np.diff(self.cu_seqlens)
         owner = np.repeat(np.arange(len(self.groups)), lengths)
         found: dict[int, str] = {}
@@ -385,7 +419,7 @@ class Trajectories(_Routed):
             note(np.asarray(beyond.any(axis=1)), f"expert outside the {expert_count} of a layer")
         for b in np.flatnonzero(~np.isfinite(self.rewards) | ~np.isfinite(self.channels).all(axis=1)):
             found.setdefault(int(b), "reward is NaN or infinite")
-        for b in np.flatnonzero((self.summary[1] == 0) & (self._exemplar_tokens() == 0)):
+        for b in np.flatnonzero((np.array(self.summary[1]) == 0) & (self._exemplar_tokens() == 0)):
             found.setdefault(int(b), "no sampled token")
         for b in np.flatnonzero(lengths):
             if self.trainable[self.cu_seqlens[b]]:

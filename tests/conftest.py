@@ -1,5 +1,7 @@
 """What tests of every kind share."""
 
+import os
+
 import hypothesis
 import pytest
 
@@ -11,5 +13,6 @@ hypothesis.settings.load_profile("repeatable")
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> object:
-    """The quick start's tokenizer and shape with barely warmed-up weights; made once, read only."""
-    return make_model(tmp_path_factory.mktemp("model") / "sort6")
+    """The quick start's tokenizer and shape with barely warmed-up weights; made once for all workers, read only."""
+    place = tmp_path_factory.getbasetemp()
+    return make_model((place.parent if "PYTEST_XDIST_WORKER" in os.environ else place) / "model" / "sort6")

@@ -327,7 +327,7 @@ def test_a_trajectory_is_as_old_as_its_oldest_token(versions):
     on = message.trainable == 1
     message.versions[on] = versions[: on.sum()]
     oldest = min(versions[: on.sum()])
-    assert message.summary[0].tolist() == [oldest]
+    assert message.summary[0] == [oldest]
     (reason,) = pipeline.admit(message, "a", 2).reasons
     assert reason == "" if oldest == 2 else "older than the grant" in reason
 

@@ -193,7 +193,7 @@ def test_an_exemplars_token_was_sampled_by_nobody(field: str, value: float, word
     faults = sent.faults(VOCAB, 5)
     assert list(faults) == [G - 1] and words in faults[G - 1]
     oldest, sampled = message(0).summary
-    assert oldest.tolist() == [0, 0, 0, wire.NEVER] and sampled.tolist() == [ANSWER] * 3 + [0]
+    assert oldest == [0, 0, 0, wire.NEVER] and sampled == [ANSWER] * 3 + [0]
 
 
 def test_recovery_and_replay_know_exemplars(tmp_path) -> None:

@@ -71,7 +71,7 @@ def message(group: int, topk: int, tokens: int = TOKENS) -> wire.Trajectories:
         "bench", ["correct"], np.full(GROUP_SIZE, group), np.arange(GROUP_SIZE, dtype=np.int32),
         random.random(GROUP_SIZE, np.float32), np.zeros((GROUP_SIZE, 1), np.float32), np.zeros(GROUP_SIZE, np.uint8),
         np.arange(0, n + 1, tokens, dtype=np.int32), random.integers(0, VOCAB, n, np.int32), on,
-        -random.random(n, np.float32), np.where(on, 0, -1).astype(np.int32),
+        np.where(on, -random.random(n, np.float32), np.float32(0)), np.where(on, 0, -1).astype(np.int32),
         random.integers(0, VOCAB, (n, topk), np.int32), -3 - 9 * random.random((n, topk), np.float32),
     )  # fmt: skip
 
