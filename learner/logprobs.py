@@ -13,7 +13,6 @@ vocabulary, v = V/tp, k alternatives.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -25,13 +24,9 @@ from common.config import MEGABYTE
 from common.errors import DataError
 from learner.mesh import ALONE, Axis, held_rows
 from learner.parallel.collectives import max_over, sum_over
+from learner.softmax import Maxima, sums_of, top_of_rows
 
 LOG2_E, LN_2 = math.log2(math.e), math.log(2.0)
-CACHE_ELEMENTS = 1 << 19  # logits worked on at once on a CPU: 2 MB, so that later passes find them in cache
-MODERATE = (-16.0, 32.0)  # a greatest base-2 logit between these needs no shift before exp2
-FEW_ROWS = 8  # below that, a dot product a row is faster than a product and its sums
-BLOCK, FINE_BLOCK = 64, 16  # a row's greatest k lie in the k blocks with the greatest maxima
-
 SMALLEST = 1e-37  # a probability whose logarithm is finite
 
 
@@ -144,7 +139,7 @@ class _Normal:
     lse: Tensor  # [n] base 2
     scale: Tensor  # [n] turns this rank's exponentials into probabilities
     entropy: Tensor  # [n] nats
-    maxima: Tensor | None  # [n, v/BLOCK] of this rank's logits, in blocks
+    maxima: Maxima | None  # of this rank's logits
     asked: Tensor  # [n, k] log p in nats of the ids that were asked for
 
 
@@ -154,87 +149,16 @@ def _normalise(logits: Tensor, asked: Tensor, head: Head, *, keep: bool, maxima:
     With ``keep`` the logits become exponentials, see :attr:`_Normal.scale`.
     """
     found = _at(logits, asked, head)
-    if head.compiled or logits.is_cuda:
-        shift, sums, products, blocks = _sums_at_once(logits, keep, head.compiled)
-    else:
-        shift, sums, products, blocks = _sums_in_cache(logits, keep, maxima)
-    highest = max_over(shift.clone(), head.tp) if head.tp.size > 1 else shift
-    away = shift - highest  # of this rank's zero from the common one
+    of = sums_of(logits, keep=keep, maxima=maxima, compiled=head.compiled)
+    highest = max_over(of.shift.clone(), head.tp) if head.tp.size > 1 else of.shift
+    away = of.shift - highest  # of this rank's zero from the common one
     factor = torch.exp2(away)
-    mine = torch.stack((sums * factor, (products + sums * away) * factor), dim=1)
+    mine = torch.stack((of.sums * factor, (of.products + of.sums * away) * factor), dim=1)
     both = sum_over(torch.cat((mine, found), dim=1), head.tp)
     total, log_sum = both[:, 0], both[:, 0].log2()
     lse = highest + log_sum
     entropy = (log_sum - both[:, 1] / total) * LN_2
-    return _Normal(lse, factor / total, entropy, blocks, (both[:, 2:] - lse[:, None]) * LN_2)
-
-
-_Sums = tuple[Tensor, Tensor, Tensor, Tensor | None]  # shift[n], sum 2^z, sum z 2^z with z = x - shift, block maxima
-
-
-def _sums_in_cache(logits: Tensor, keep: bool, maxima: bool) -> _Sums:
-    """A few rows at a time, so that all passes but the first find them in cache. Rows whose greatest logit
-    is moderate are not shifted: their exponentials are in range as they are."""
-    n, width = logits.shape
-    out = torch.zeros((3, n))
-    blocked = maxima and width >= BLOCK
-    blocks = torch.empty((n, width // BLOCK)) if blocked else None
-    step = max(1, CACHE_ELEMENTS // width)
-    room = torch.empty((min(step, n), width))
-    for start in range(0, n, step):
-        z = logits[start : start + step]
-        end = start + len(z)
-        shift, sums, products = out[0, start:end], out[1, start:end], out[2, start:end]
-        if blocks is None:
-            top = z.amax(dim=1)
-        else:
-            part = torch.amax(z[:, : width - width % BLOCK].unflatten(1, (-1, BLOCK)), dim=2, out=blocks[start:end])
-            top = part.amax(dim=1)
-            if width % BLOCK:
-                top = torch.maximum(top, z[:, width - width % BLOCK :].amax(dim=1))
-        least, most = torch.aminmax(top)
-        if least > MODERATE[0] and most < MODERATE[1]:
-            e = torch.exp2(z, out=room[: len(z)])
-        else:
-            shift.copy_(top)
-            if keep:
-                z.sub_(top[:, None])
-            else:
-                z = z - top[:, None]
-            e = torch.exp2(z, out=room[: len(z)])
-        torch.sum(e, dim=1, out=sums)
-        if len(z) <= FEW_ROWS:
-            for row in range(len(z)):
-                torch.dot(z[row], e[row], out=products[row])
-        else:
-            torch.sum(z * e, dim=1, out=products)
-        if keep:
-            z.copy_(e)
-    return out[0], out[1], out[2], blocks
-
-
-def _sums_at_once(logits: Tensor, keep: bool, compiled: bool) -> _Sums:
-    shift, sums, products, blocks, e = (_compiled_sums() if compiled else _all_sums)(logits, keep)
-    if keep and e is not None:
-        logits.copy_(e)
-    return shift, sums, products, blocks
-
-
-def _all_sums(x: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    width = x.shape[1]
-    whole = width - width % BLOCK
-    blocks = x[:, :whole].unflatten(1, (-1, BLOCK)).amax(dim=2) if whole else None
-    shift = x.amax(dim=1) if blocks is None else blocks.amax(dim=1)
-    if blocks is not None and whole < width:
-        shift = torch.maximum(shift, x[:, whole:].amax(dim=1))
-    z = x - shift[:, None]
-    e = torch.exp2(z)
-    return shift, e.sum(dim=1), (e * z).sum(dim=1), blocks, e if keep else None
-
-
-@cache
-def _compiled_sums() -> Callable[[Tensor, bool], tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]]:
-    return torch.compile(_all_sums, dynamic=True)
+    return _Normal(lse, factor / total, entropy, of.maxima, (both[:, 2:] - lse[:, None]) * LN_2)
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -342,7 +266,7 @@ def score_logits(logits: Tensor, asked: Tensor, top: int, head: Head) -> tuple[T
     return normal.asked, normal.entropy, top_ids, (best - normal.lse[:, None]) * LN_2
 
 
-def _top(logits: Tensor, maxima: Tensor | None, top: int, head: Head) -> tuple[Tensor, Tensor]:
+def _top(logits: Tensor, maxima: Maxima | None, top: int, head: Head) -> tuple[Tensor, Tensor]:
     """The ``top`` greatest of each row over the whole vocabulary: ids and values, greatest first."""
     values, ids = top_of_rows(logits, min(top, logits.shape[1]), maxima)
     ids = ids + head.tp.rank * len(head.weight)
@@ -355,29 +279,3 @@ def _top(logits: Tensor, maxima: Tensor | None, top: int, head: Head) -> tuple[T
         values, at = all_values.movedim(0, 1).flatten(1).topk(top, dim=1)
         ids = all_ids.movedim(0, 1).flatten(1).gather(1, at)
     return ids, values
-
-
-def top_of_rows(x: Tensor, k: int, maxima: Tensor | None = None, block: int = BLOCK) -> tuple[Tensor, Tensor]:
-    """``x.topk(k, dim=1)``: one pass for the maxima of blocks, then only the best k blocks are looked at.
-
-    Exact; among equal values another index may be chosen than torch's. ``maxima`` saves that pass.
-    """
-    n, width = x.shape
-    if width < 4 * block * k:
-        if block > FINE_BLOCK:
-            return top_of_rows(x, k, None, FINE_BLOCK)
-        values, ids = x.topk(k, dim=1)
-        return values, ids
-    whole = width - width % block
-    if maxima is None:
-        maxima = x[:, :whole].unflatten(1, (-1, block)).amax(dim=2)
-    _, best = top_of_rows(maxima, k, None, FINE_BLOCK)
-    if whole == width:  # blocks are rows of a table
-        rows = best + torch.arange(n, device=x.device)[:, None] * maxima.shape[1]
-        found = x.reshape(-1, block).index_select(0, rows.reshape(-1)).view(n, -1)
-        values, at = top_of_rows(found, k, None, FINE_BLOCK)
-        return values, best.gather(1, at // block) * block + at % block
-    columns = (best[:, :, None] * block + torch.arange(block, device=x.device)).flatten(1)
-    columns = torch.cat((columns, torch.arange(whole, width, device=x.device).expand(n, -1)), dim=1)
-    values, at = top_of_rows(x.gather(1, columns), k, None, FINE_BLOCK)
-    return values, columns.gather(1, at)

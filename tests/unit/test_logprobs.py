@@ -12,7 +12,6 @@ from learner.logprobs import (
     loss_through_head,
     score_tokens,
     target_positions,
-    top_of_rows,
 )
 
 N, C, V = 37, 16, 53
@@ -126,18 +125,6 @@ def test_scores_at_alternatives_the_likeliest_and_the_rest():
     assert torch.allclose(scores.top_logp.double(), best.values.log(), atol=1e-5)
     everything = score_tokens(hidden, head_of(weight, 1.0, 8), targets, torch.arange(V).expand(N, V))
     assert (everything.residual.exp() < 1e-5).all()
-
-
-@pytest.mark.parametrize("width", [1, 40, 640, 2571, 5000])
-def test_the_greatest_of_rows_are_those_of_topk(width):
-    x = torch.randn(6, width, generator=torch.Generator().manual_seed(width))
-    x[2] = x[2].sort().values  # all of them in the last block
-    x[3, 5 % width] = float("-inf")
-    k = min(20, width)
-    values, ids = top_of_rows(x, k)
-    assert torch.equal(values, x.topk(k, dim=1).values)
-    assert torch.equal(x.gather(1, ids), values)
-    assert all(len(set(row.tolist())) == k for row in ids)
 
 
 def test_a_first_token_has_no_logprob():
