@@ -11,6 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from learner.device import compile_rows
+
 CACHE_ELEMENTS = 1 << 19  # logits worked on at once on a CPU: 2 MB, so that later passes find them in cache
 MODERATE = (-16.0, 32.0)  # a greatest base-2 logit between these needs no shift before exp2
 FEW_ROWS = 8  # below that, a dot product a row is faster than a product and its sums
@@ -137,7 +139,7 @@ def _all_sums(x: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | N
 
 @cache
 def _compiled_sums() -> Callable[[Tensor, bool], tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]]:
-    return torch.compile(_all_sums, dynamic=True)
+    return compile_rows(_all_sums)
 
 
 # ---- in lanes -----------------------------------------------------------------------------------
@@ -145,7 +147,6 @@ def _compiled_sums() -> Callable[[Tensor, bool], tuple[Tensor, Tensor, Tensor, T
 
 def _in_lanes(logits: Tensor) -> Sums:
     """One pass of a CPU's vectors, none of them added up within itself; where logits must be shifted, two more."""
-    torch._dynamo.maybe_mark_dynamic(logits, 0)  # and nothing else
     greatest, sums, products = _compiled_lanes()(logits)
     rest = logits[:, greatest.shape[1] * BLOCK * LANES :]
     if not _is_moderate(_with_rest(greatest.amax(dim=(1, 2)), rest)):
@@ -176,7 +177,7 @@ def _exp2(x: Tensor) -> Tensor:
 
 @cache
 def _compiled_lanes() -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
-    return torch.compile(_lanes, options={"cpp.enable_floating_point_contract_flag": "fast"})  # a * b + c rounds once
+    return compile_rows(_lanes, **{"cpp.enable_floating_point_contract_flag": "fast"})  # a * b + c rounds once
 
 
 # ---- the greatest -------------------------------------------------------------------------------

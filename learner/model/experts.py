@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from learner.device import compile_rows
+
 LOG2_E = math.log2(math.e)
 GROUPED_ALIGNMENT = 16  # bytes: grouped GEMMs refuse rows whose stride is not a multiple
 Pair = tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor, Tensor]]]  # swiglu and its way back
@@ -107,7 +109,7 @@ def _fused_back(grad: Tensor, both: Tensor, weight: Tensor) -> tuple[Tensor, Ten
 
 @cache
 def _compiled_pair() -> Pair:
-    return torch.compile(_fused, dynamic=True), torch.compile(_fused_back, dynamic=True)
+    return compile_rows(_fused), compile_rows(_fused_back)
 
 
 def sum_rows(out_AC: Tensor, inverse_Rk: Tensor) -> Tensor:
