@@ -20,7 +20,7 @@ from typing import Any, Literal
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from common.config import _check_keys, _spell_off
+from common.config import check_keys, spell_off
 from common.errors import ConfigError
 from common.objective import require
 
@@ -294,8 +294,8 @@ def _merge(base: Setup, file: DictConfig, source: str, overrides: Sequence[str])
             raise ConfigError(f"override {one!r}: must read section.key=value")
     dotlist = OmegaConf.from_dotlist(list(overrides))
     for part, name in ((file, source), (dotlist, "override")):
-        _check_keys(OmegaConf.to_container(part), Setup, "", name)  # type: ignore[arg-type]  # a mapping, as checked
-        _spell_off(part, Setup)
+        check_keys(OmegaConf.to_container(part), Setup, "", name)  # type: ignore[arg-type]  # a mapping, as checked
+        spell_off(part, Setup)
     try:
         merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(base), file, dotlist))
     except ConfigError:

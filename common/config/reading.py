@@ -1,0 +1,100 @@
+"""How a file and ``key=value`` overrides become a configuration, and a configuration a file again."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from common.config.run import RunConfig
+from common.errors import ConfigError
+from common.near import suggest
+from common.objective import ALGORITHMS
+
+
+def check_keys(given: Mapping[Any, Any], schema: Any, prefix: str, source: str) -> None:
+    """Raise :class:`ConfigError` for a key of ``given`` that ``schema`` lacks, with the near one that it has."""
+    known = {f.name: f for f in fields(schema)}
+    for key, value in given.items():
+        if key not in known:
+            kind = "section" if not prefix else "key"
+            raise ConfigError(f"{source}: unknown {kind} {prefix}{key!s}; {suggest(str(key), sorted(known))}")
+        child, name = known[key].type, f"{prefix}{key}"
+        if is_dataclass(child):
+            _check_section(value, child, name, source)
+        elif get_origin(child) is dict and is_dataclass(entry := get_args(child)[1]) and isinstance(value, Mapping):
+            for label, section in value.items():
+                _check_section(section, entry, f"{name}.{label}", source)
+
+
+def _check_section(given: Any, schema: Any, name: str, source: str) -> None:
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{source}: {name} is a section and needs keys, not {given!r}")
+    check_keys(given, schema, f"{name}.", source)
+
+
+def spell_off(given: DictConfig, schema: Any) -> None:
+    """In place: YAML reads a bare ``off`` as false; where the schema knows "off", that was meant."""
+    for f in fields(schema):
+        if f.name in given and is_dataclass(f.type):
+            spell_off(given[f.name], f.type)
+        elif f.name in given and given[f.name] is False and "off" in get_args(f.type):
+            given[f.name] = "off"
+
+
+def _read(path: Path) -> DictConfig:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; configs/ holds the examples")
+    try:
+        loaded = OmegaConf.load(path)
+    except Exception as error:  # yaml's own error classes have no common public base
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path}: must hold sections, not a {type(loaded).__name__}")
+    return loaded
+
+
+def _recipe(name: Any) -> dict[str, Any]:
+    """The values that ``algorithm`` stands for. Raises :class:`ConfigError` that suggests the near name."""
+    if not name:
+        return {}
+    if name not in ALGORITHMS:
+        raise ConfigError(f"algorithm={name!r}: no such recipe; {suggest(str(name), sorted(ALGORITHMS))}")
+    return ALGORITHMS[name]
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read ``path``, apply ``section.key=value`` overrides and validate.
+
+    Raises :class:`ConfigError` naming the file or override, the key and the near name.
+    """
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"override {override!r}: must read section.key=value")
+    file = _read(Path(path))
+    dotlist = OmegaConf.from_dotlist(list(overrides))
+    for key in (o.partition("=")[0] for o in overrides if o.partition("=")[2].lstrip().startswith("{")):
+        if key.endswith("reward_weights") and OmegaConf.select(file, key) is not None:
+            OmegaConf.update(file, key, {}, merge=False)  # weights that are given whole stand for those of the file
+    for part, source in ((file, str(path)), (dotlist, "override")):
+        check_keys(OmegaConf.to_container(part), RunConfig, "", source)  # type: ignore[arg-type]
+        spell_off(part, RunConfig)
+    recipe = _recipe(dotlist.get("algorithm", file.get("algorithm", "")))
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), recipe, file, dotlist)
+        config = OmegaConf.to_object(merged)
+    except ConfigError:
+        raise
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "?"
+        raise ConfigError(f"{path}: {key}: {str(error).splitlines()[0]}") from error
+    if not isinstance(config, RunConfig):
+        raise ConfigError(f"{path}: did not load as a run configuration")
+    return config
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The complete configuration as YAML, so that a run directory says what was run."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
