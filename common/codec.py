@@ -118,7 +118,10 @@ def encode(message: Any) -> list[Any]:
 
 
 def frames_of(message: Any) -> list[Any]:
-    """What ``message`` was decoded from, or if it was made here what :func:`encode` makes of it."""
+    """What ``message`` was decoded from, or if it was made here what :func:`encode` makes of it.
+
+    A decoded message is not to be changed: ``dataclasses.replace`` makes another.
+    """
     found: list[Any] | None = message.__dict__.get(_FRAMES)
     return encode(message) if found is None else found
 

@@ -34,12 +34,12 @@ def keep_freed_memory() -> bool:
 
 
 def compile_rows(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """``torch.compile`` with ``options``, where the rows of the tensors change from call to call and nothing else does.
+    """``torch.compile`` with ``options`` for any number of rows; other sizes and constants each get code of their own.
 
     Told that everything may change (``dynamic=True``), it makes variables of every width and constant, and code
     that takes up to three times as long on a CPU.
     """
-    compiled = torch.compile(function, options=options or None)
+    compiled = torch.compile(function, dynamic=False, options=options or None)
 
     def call(*arguments: Any) -> Any:
         for argument in arguments:

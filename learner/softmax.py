@@ -58,11 +58,13 @@ def sums_of(logits: Tensor, *, keep: bool, maxima: bool, compiled: bool) -> Sums
 
     Maxima are there if they were asked for, or came along.
     """
-    if logits.is_cuda or (compiled and (keep or logits.shape[1] < BLOCK * LANES)):
+    if logits.is_cuda:
         return _at_once(logits, keep, compiled)
-    if compiled:
-        return _in_lanes(logits)
-    return _in_cache(logits, keep, maxima)
+    if not compiled or not len(logits):
+        return _in_cache(logits, keep, maxima)
+    if keep or logits.shape[1] < BLOCK * LANES:
+        return _at_once(logits, keep, compiled)
+    return _in_lanes(logits)
 
 
 def _is_moderate(greatest: Tensor) -> bool:
@@ -166,7 +168,7 @@ def _lanes(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _exp2(x: Tensor) -> Tensor:
-    """``2^x`` to 3e-7, for x below 128; what would be denormal is 0. Compiled, it takes half the library's time."""
+    """``2^x`` to 3e-7, for finite x below 128; what would be denormal is 0. Compiled, in half the library's time."""
     exponent = torch.round(x)
     rest = x - exponent
     power = EXP2[0] * rest + EXP2[1]

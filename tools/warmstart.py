@@ -9,12 +9,15 @@ written beside its place and renamed into it, so a half-written model is never s
 """
 
 import argparse
+import fcntl
 import json
 import os
 import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +41,7 @@ BALANCE = 0.01  # coefficient of the load-balancing loss, as in training
 MAX_POSITIONS = 64
 ROPE_THETA = 10_000.0
 LIMIT_S = 120.0
+LOOK_S = 0.05  # between two tries for a directory that another process holds
 
 
 def ensure(config: RunConfig) -> Path:
@@ -59,20 +63,50 @@ def ensure(config: RunConfig) -> Path:
         )
     if state is ModelState.STALE:
         print(f"{path}: made with another seed, task or shape; making it again", flush=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        make(config, part)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with alone(path.parent):
         if model_state(config) is ModelState.CURRENT:
             print(f"{path}: made meanwhile by another process", flush=True)
             return path
-        if path.exists():
-            shutil.rmtree(path)
-        part.rename(path)
-    finally:
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
         shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        try:
+            make(config, part)
+            if path.exists():
+                shutil.rmtree(path)
+            part.rename(path)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
     return path
+
+
+@contextmanager
+def alone(directory: Path, wait_s: float = 2 * LIMIT_S) -> Iterator[None]:
+    """One warm start at a time in ``directory``: what two make at once would be made twice and swapped under a reader.
+
+    Raises :class:`DeadlineError` if another holds it for ``wait_s``.
+    """
+    began, told = time.monotonic(), False
+    held = os.open(directory, os.O_RDONLY)
+    try:
+        while True:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() - began > wait_s:
+                    raise DeadlineError(
+                        f"{directory}: another warm start has been at work there for {wait_s:.0f} s; stop it, or set "
+                        "model.path to another directory"
+                    ) from None
+            if not told:
+                print(f"{directory}: waiting for another warm start there", flush=True)
+            told = True
+            time.sleep(LOOK_S)
+        yield
+    finally:
+        os.close(held)
 
 
 def make(config: RunConfig, directory: Path) -> None:

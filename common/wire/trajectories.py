@@ -133,7 +133,7 @@ class Trajectories(Routed):
         """Whether what is not sampled is given and no more, and what is sampled is of one version."""
         if not len(self.trainable) or self.highest_role > 1 or self.single_version < 0:
             return False
-        return not ((self.log_q != 0) > self.sampled).any()
+        return not ((self.log_q.view(np.uint32) != 0) > self.sampled).any()  # bit for bit: -0 is not 0
 
     @cached_property
     def summary(self) -> tuple[list[int], list[int]]:

@@ -76,7 +76,6 @@ def test_random_kills_and_stops(tmp_path, model, seed):
         assert_nothing_lost_nothing_twice(fleet)
 
 
-@pytest.mark.slow
 def test_a_killed_learner_and_a_killed_broker_are_started_again_and_nothing_is_lost(tmp_path, model):
     with Fleet(tmp_path, model, "run.steps=24", *QUICK) as fleet:
         for name in PARTS[:-1]:

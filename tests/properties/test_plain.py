@@ -7,17 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broker.batch import collate
-from broker.decision import Rule, Scores, accept_all, reject
+from broker.decision import Rule, Scores, accept_all, reject, thin_again
 from broker.groups import TOKEN_BYTES, unpack_all
 from broker.packing import make_shards
 from broker.receipts import receipt
 from common import wire
 from common.codec import decode, encode, frames_of
-from common.config import RolloutSection, RunConfig
+from common.config import AdvantageSection, RolloutSection, RunConfig
 
 VOCAB, STEP = 13, 7
 TOKEN = st.tuples(
-    st.sampled_from([0, 0, 1, 1, 1, 1, wire.STARTS]),
+    st.sampled_from([0, 0, 0, 1, 1, 1, 1, 1, 1, wire.STARTS, wire.EXPERT]),
     st.sampled_from([4, 4, 4, 4, 4, 6]),  # its version
     st.sampled_from([False] * 9 + [True]),  # whether what is not sampled says otherwise
 )
@@ -32,6 +32,7 @@ def message_of(shapes, seed=0):
     roles, versions, log_q, cuts = [], [], [], [0]
     for shape in shapes:
         for role, version, odd in [(0, 4, False), *shape, (1, shape[-1][1], False)]:
+            odd = odd and role != wire.EXPERT  # which would be a fault
             roles.append(role)
             versions.append(version if role == 1 or odd else -1)
             log_q.append(-float(rng.exponential()) if role == 1 or odd else 0.0)
@@ -96,20 +97,30 @@ def test_no_fault_is_overlooked(shapes, what, data):
 
 
 @SETTLED
-@given(MESSAGES, st.integers(0, 9), st.integers(1, 3))
-def test_a_batch_is_the_same_whether_or_not_its_trajectories_are_known_to_be_plain(shapes, seed, world):
-    config = RunConfig(rollout=RolloutSection(group_size=len(shapes) + 1))
+@given(MESSAGES, st.integers(0, 9), st.integers(1, 3), st.sampled_from(["keep", "mask"]))
+def test_a_batch_is_the_same_whether_or_not_its_trajectories_are_known_to_be_plain(shapes, seed, world, silent):
+    config = RunConfig(
+        rollout=RolloutSection(group_size=len(shapes) + 1),
+        advantage=AdvantageSection(zero_signal=silent, overlong_filter=silent == "mask"),
+    )
     message = message_of(shapes, seed)
+    message.finish = (np.arange(len(shapes)) % 2).astype(np.uint8)  # every other one was cut off
     members = unpack_all(message)
     assert [t.nbytes for t in members] == [TOKEN_BYTES * len(t.token_ids) for t in members]
     batches = [
         collate(STEP, [dataclasses.replace(t, plain=known and t.plain) for t in members], config)
         for known in (True, False)
     ]
-    assert batches[0].plain == message.is_plain and not batches[1].plain
+    assert batches[0].plain == (message.is_plain and batches[0].whole) and not batches[1].plain
     noise = np.random.default_rng(seed).normal(0, 0.5, batches[0].tokens)
     scores = Scores(STEP, np.minimum(0, batches[1].log_q + noise).astype(np.float32), np.zeros((len(noise), 0)))
-    for decide in (accept_all, lambda batch: reject(batch, scores, Rule(3, 0.1))):
+    rule, later = Rule(3, 0.1), dataclasses.replace(scores, version=STEP + 1)
+    ways = (
+        accept_all,
+        lambda b: reject(b, scores, rule),
+        lambda b: thin_again(b, reject(b, scores, rule), later, rule),
+    )
+    for decide in ways:
         made = []
         for batch in batches:
             decision = decide(batch)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from learner import softmax
+from learner.logprobs import Head, score_tokens
 from learner.softmax import BLOCK, LANES, Maxima, sums_of, top_of_rows
 
 WIDTHS = (BLOCK * LANES, BLOCK * LANES + 7, 5000)
@@ -54,6 +55,26 @@ def test_sums_and_maxima_are_those_of_double_precision(uncompiled, width, offset
     found = sums_of(kept, keep=True, maxima=False, compiled=compiled)
     check(x, found)
     assert torch.allclose(kept, torch.exp2(x - found.shift[:, None]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("width", [4, BLOCK * LANES])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_no_rows_have_no_sums(width, compiled):
+    for keep in (False, True):
+        found = sums_of(torch.zeros(0, width), keep=keep, maxima=True, compiled=compiled)
+        assert found.sums.shape == found.products.shape == found.shift.shape == (0,)
+
+
+@pytest.mark.parametrize("n", [0, 1, 9])
+def test_scores_are_the_same_in_lanes(uncompiled, n):
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(n, 16, generator=g), torch.randn(BLOCK * LANES + 90, 16, generator=g)
+    targets, ids = torch.randint(len(weight), (n,), generator=g), torch.randint(len(weight), (n, 5), generator=g)
+    plain, lanes = (
+        score_tokens(hidden, Head(weight, 0.9, compiled=c), targets, ids, top=7) for c in (False, True)
+    )  # fmt: skip
+    for name, value in vars(plain).items():
+        assert torch.allclose(value.float(), getattr(lanes, name).float(), atol=1e-5), name
 
 
 def test_one_logit_that_is_not_a_number_spoils_its_row_alone(uncompiled):

@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,9 @@ import tools.warmstart
 from actor.tasks.base import DemonstratedTask, make_task
 from actor.tasks.sort6 import write_tokenizer
 from common.config import RunConfig, load
-from common.errors import ConfigError, ModelError
+from common.errors import ConfigError, DeadlineError, ModelError
 from tools.stamp import ModelState, model_state
-from tools.warmstart import ensure, main
+from tools.warmstart import alone, ensure, main
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["warmstart.target_reward=0", "warmstart.max_steps=2", "warmstart.batch=8", "warmstart.hidden=16",
@@ -59,16 +60,29 @@ def test_it_is_a_hugging_face_directory(two: tuple[Path, Path]) -> None:
     assert torch.isfinite(model(input_ids=torch.tensor([tokenizer.encode("582013>")])).logits).all()
 
 
-def test_two_at_once_make_one_model(two: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, made = tmp_path / "c", tools.warmstart.make
+def test_two_at_once_make_one_model(
+    two: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second waits for the first, and finds its work done."""
+    path = tmp_path / "c"
+    monkeypatch.setattr(tools.warmstart, "make", None)
+    with ThreadPoolExecutor() as pool:
+        with alone(tmp_path):
+            second = pool.submit(ensure, tiny(path))
+            until = time.monotonic() + 10
+            while "waiting for another warm start" not in capsys.readouterr().out:
+                assert time.monotonic() < until
+                time.sleep(0.01)
+            shutil.copytree(two[0], path)
+        assert second.result(10) == path
+    assert "made meanwhile" in capsys.readouterr().out
+    assert content(path) == content(two[0]) and sorted(one.name for one in tmp_path.iterdir()) == ["a", "b", "c"]
 
-    def overtaken(config: RunConfig, directory: Path) -> None:
-        made(config, directory)
-        shutil.copytree(two[0], path)
 
-    monkeypatch.setattr(tools.warmstart, "make", overtaken)
-    assert ensure(tiny(path)) == path
-    assert content(path) == content(two[0]) and not list(tmp_path.glob("*.part"))
+def test_one_that_never_ends_is_told(tmp_path: Path) -> None:
+    late = pytest.raises(DeadlineError, match="another warm start has been at work")
+    with alone(tmp_path), late, alone(tmp_path, 0.1):
+        pass
 
 
 def test_a_second_call_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
