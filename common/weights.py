@@ -19,16 +19,19 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import WeightsError
+from common.errors import DeadlineError, WeightsError
 from common.trace import Tracer, silent
 from common.wire import Applied, Go, Prepare, Publish, Ready, ReceiveFailed
 
+T = TypeVar("T")
+
 WATCH_S = 0.0005  # between two looks at a GPU's operation
+GRACE_S = 1.0  # after torch's own deadline, whose words are better
 WATCHDOG_FACTOR = 10  # NCCL's own timeout, which ends the process, comes long after ours
 AHEAD = 2  # broadcasts under way while an earlier one is summed up
 ALIGNMENT = 16  # bytes; every tensor of a bucket starts at a multiple
@@ -138,6 +141,34 @@ class WeightDigest:
     def hex(self) -> str:
         """The digest."""
         return self._hash.hexdigest()
+
+
+def answered(call: Callable[[], T], deadline_s: float, where: str) -> T:
+    """What ``call``, which asks the learner's store at ``where``, returns within ``deadline_s`` and GRACE_S.
+
+    torch's store has a deadline for what is not there yet and none for reading an answer: a learner that stands
+    still, not dead, would be waited for without end. The thread is left behind then; it ends with the connection.
+    Raises what ``call`` raises, and :class:`DeadlineError`.
+    """
+    results: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue()
+
+    def run() -> None:
+        try:
+            results.put((call(), None))
+        except BaseException as error:  # noqa: BLE001  # raised where it was asked for
+            results.put((None, error))
+
+    threading.Thread(target=run, name="weight-store", daemon=True).start()
+    try:
+        found, error = results.get(timeout=deadline_s + GRACE_S)
+    except queue.Empty:
+        raise DeadlineError(
+            f"the learner's store at {where} has not answered for {deadline_s:.0f} s (weights.deadline_s): the process "
+            "may stand still"
+        ) from None
+    if error is not None:
+        raise error
+    return cast(T, found)
 
 
 class Work(Protocol):

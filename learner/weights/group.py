@@ -21,6 +21,7 @@ from common.weights import (
     StagedWeights,
     TensorSlot,
     Watched,
+    answered,
     block_sums,
     group_name,
     store_prefix,
@@ -45,7 +46,7 @@ class WeightGroup:
         device_type = "cuda" if backend == "nccl" else "cpu"
         prefix = dist.PrefixStore(store_prefix(group_name(store.port, epoch), device_type), store)
         self.device = device if backend == "nccl" else torch.device("cpu")  # of what is sent and received
-        self._store = prefix
+        self._store, self._where = prefix, f"{store.host}:{store.port}"
         self._deadline_s, self._on_gpu = deadline_s, backend == "nccl"
         self._group: Any
         if backend == "nccl":
@@ -70,7 +71,8 @@ class WeightGroup:
 
     def receive_digest(self, version: int) -> str:
         """The learner's digest of ``version``, in hex, through the store: it waits until it is there."""
-        return str(self._store.get(DIGEST_KEY.format(version)).decode())
+        key = DIGEST_KEY.format(version)
+        return str(answered(lambda: self._store.get(key), self._deadline_s, self._where).decode())
 
     def send_digest(self, digest: str, version: int) -> None:
         """The learner's side of :meth:`receive_digest`."""
@@ -95,9 +97,14 @@ def tensor_sums(tensor: torch.Tensor) -> bytes:
 def join(prepare: Prepare, deadline_s: float, device: torch.device) -> WeightGroup:
     """A receiver joins the group that ``prepare`` describes."""
     publish = prepare.publish
-    store = dist.TCPStore(publish["host"], publish["port"], is_master=False, timeout=timedelta(seconds=deadline_s))
-    deadline_s += publish["seconds"]
-    return WeightGroup(store, prepare.epoch, prepare.rank, prepare.world, publish["backend"], deadline_s, device)
+    whole_s = deadline_s + publish["seconds"]
+
+    def made() -> WeightGroup:
+        timeout = timedelta(seconds=deadline_s)
+        store = dist.TCPStore(publish["host"], publish["port"], is_master=False, timeout=timeout)
+        return WeightGroup(store, prepare.epoch, prepare.rank, prepare.world, publish["backend"], whole_s, device)
+
+    return answered(made, whole_s, f"{publish['host']}:{publish['port']}")
 
 
 class Adopter:

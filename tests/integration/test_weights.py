@@ -1,6 +1,9 @@
 """Weights over a real gloo group: publisher and receivers in threads, the broker's coordinator between them."""
 
 import queue
+import signal
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -9,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from actor.weights import GroupCollective, bucket_tensors
+from actor import weights as actor_weights
+from actor.weights import bucket_tensors
 from broker.publishing import LEARNER, PublishCoordinator
 from common import wire
 from common.config import MEGABYTE
-from common.errors import WeightsError
-from common.weights import Watched, WeightDigest, WeightReceiver, block_sums, plan_buckets
+from common.errors import DeadlineError, WeightsError
+from common.weights import Watched, WeightDigest, WeightReceiver, answered, block_sums, plan_buckets
 from learner.weights import group as weight_group
 from learner.weights.group import tensor_sums
 from learner.weights.publish import WeightPublisher, as_one, flatten
@@ -76,7 +80,7 @@ class Relay:
         )
 
     def add(self, name, join=None):
-        join = join or (lambda p: GroupCollective(p, DEADLINE_S, CPU))
+        join = join or (lambda p: actor_weights.join(p, DEADLINE_S, CPU))
         self.receivers[name] = WeightReceiver(lambda m: self.incoming.put((name, m)), join)
         return self.receivers[name]
 
@@ -273,6 +277,38 @@ def test_a_wrong_digest_is_refused():
     receiver.on_go(wire.Go(9, 1, ["x"], 2))
     assert "without a matching Prepare" in sent.get(timeout=2).reason
     receiver.close()
+
+
+STORE = """
+import time, torch.distributed as dist
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("join", [actor_weights.join, weight_group.join])
+def test_a_learner_that_stands_still_is_not_waited_for_without_end(join):
+    """Its kernel still takes connections; torch's store would wait for the answer for ever."""
+    with subprocess.Popen([sys.executable, "-c", STORE], stdout=subprocess.PIPE, text=True) as process:
+        port = int(process.stdout.readline())
+        process.send_signal(signal.SIGSTOP)
+        offer = {"version": 1, "host": "127.0.0.1", "port": port, "backend": "gloo", "seconds": 0.0}
+        began = time.monotonic()
+        with pytest.raises((DeadlineError, RuntimeError)):
+            join(wire.Prepare(1, 1, 1, 2, offer), 0.5, CPU)
+        process.kill()
+        assert time.monotonic() - began < 5
+
+
+def test_an_answer_is_waited_for_as_long_as_it_may_take():
+    assert answered(lambda: 7, 0.0, "host:1") == 7
+    with pytest.raises(KeyError, match="gone"):
+        answered(lambda: {}["gone"], 1.0, "host:1")
+    late = threading.Event()
+    with pytest.raises(DeadlineError, match="host:1 has not answered"):
+        answered(late.wait, -0.9, "host:1")
+    late.set()
 
 
 def test_a_receiver_that_is_stuck_in_a_broken_group_says_ready_once_it_is_free():
