@@ -29,7 +29,7 @@ from actor.outbox import Finished, Outbox, by_channels, pack
 from actor.play import Play, open_task
 from actor.tasks.base import count_questions
 from actor.tasks.mixed import parts_of
-from actor.weights import join
+from actor.weights import GroupCollective
 from common import wire
 from common.config import MEGABYTE, RunConfig
 from common.exporter import Families, families_of_peer, gauge, open_exporter
@@ -79,7 +79,7 @@ def make_receiver(config: RunConfig, engine: Engine, send: Callable[[Any], None]
         assert isinstance(engine, SglangEngine)
         return DirectReceiver(send, engine, config.engine.update, tracer)
     deadline, device = config.weights.deadline_s, engine.device
-    return WeightReceiver(send, lambda prepare: join(prepare, deadline, device), tracer)
+    return WeightReceiver(send, lambda prepare: GroupCollective(prepare, deadline, device), deadline, tracer)
 
 
 class ActorService:

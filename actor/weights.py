@@ -18,7 +18,6 @@ from common.weights import (
     WATCHDOG_FACTOR,
     Bucket,
     Watched,
-    answered,
     block_sums,
     group_name,
     store_prefix,
@@ -37,7 +36,6 @@ class GroupCollective:
         store = dist.TCPStore(publish["host"], publish["port"], is_master=False, timeout=timeout)
         prefix = dist.PrefixStore(store_prefix(group_name(publish["port"], prepare.epoch), self._device.type), store)
         self._store = prefix
-        self._where = f"{publish['host']}:{publish['port']}"
         self._deadline_s, self._on_gpu = deadline_s, publish["backend"] == "nccl"
         self._group: Any
         if publish["backend"] == "nccl":
@@ -62,20 +60,11 @@ class GroupCollective:
 
     def receive_digest(self, version: int) -> str:
         """The learner's digest of ``version``, in hex, through the store: it waits until it is there."""
-        key = DIGEST_KEY.format(version)
-        return str(answered(lambda: self._store.get(key), self._deadline_s, self._where).decode())
+        return str(self._store.get(DIGEST_KEY.format(version)).decode())
 
     def close(self) -> None:
         """Leave the group."""
         self._group = None
-
-
-def join(prepare: Prepare, deadline_s: float, device: torch.device) -> GroupCollective:
-    """The group that ``prepare`` describes. Raises what torch raises, and :class:`DeadlineError`."""
-    publish = prepare.publish
-    whole_s = deadline_s + publish["seconds"]
-    where = f"{publish['host']}:{publish['port']}"
-    return answered(lambda: GroupCollective(prepare, deadline_s, device), whole_s, where)
 
 
 def tensor_sums(tensor: torch.Tensor) -> bytes:

@@ -20,8 +20,6 @@ from common.objective import AdvantageSection
 from common.ragged import count
 from common.wire import STARTS
 
-NO_STARTS = np.zeros(0, np.int64)
-
 
 @dataclass
 class Batch:
@@ -29,7 +27,8 @@ class Batch:
 
     step: int
     group_size: int
-    groups: NDArray[np.int64]  # [B]
+    groups: NDArray[np.int64]  # [B] ascending
+    sizes: NDArray[np.int64]  # [P] members of each group, in order
     siblings: NDArray[np.int32]  # [B]
     prompts: NDArray[np.int64]  # [B] that each group was granted for
     tasks: NDArray[np.int64]  # [B] whose prompt that is: a number of ``labels``
@@ -66,12 +65,6 @@ class Batch:
         """Trajectories of each task that has any."""
         counts = np.bincount(self.tasks, minlength=len(self.labels)).tolist()
         return {label: count for label, count in zip(self.labels, counts, strict=True) if count}
-
-    @cached_property
-    def sizes(self) -> NDArray[np.int64]:
-        """``[P]``: members of each group, in order."""
-        edges = np.flatnonzero(self.groups[1:] != self.groups[:-1]) + 1
-        return np.diff(np.concatenate(([0], edges, [len(self.groups)])))
 
     @property
     def tokens(self) -> int:
@@ -117,7 +110,7 @@ class Batch:
     @cached_property
     def counted_tokens(self) -> NDArray[np.int64]:
         """Tokens in the loss, of each trajectory ``[B]``: the sampled, and exemplars'."""
-        if self.plain or self.trainable.max(initial=0) <= 1:
+        if self.trainable.max(initial=0) <= 1:
             return self.sampled_tokens
         return count(self.trainable > 0, self.cu_seqlens)
 
@@ -161,7 +154,7 @@ class Batch:
     @cached_property
     def copies(self) -> NDArray[np.float64]:
         """See :func:`copies_of`."""
-        return np.repeat(self.group_size / self.sizes, self.sizes)
+        return copies_of(self.sizes, self.group_size)
 
     @property
     def owner(self) -> NDArray[np.int64]:
@@ -203,10 +196,9 @@ def _histogram(keys: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np
     return found
 
 
-def copies_of(groups: NDArray[np.int64], group_size: int) -> NDArray[np.float64]:
-    """How often each trajectory of ``groups[B]`` counts ``[B]``: ``group_size / n`` where only ``n`` are valid."""
-    _, owner, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    return np.asarray((group_size / sizes)[owner], np.float64)
+def copies_of(sizes: NDArray[np.int64], group_size: int) -> NDArray[np.float64]:
+    """How often each trajectory of groups of ``sizes[P]`` counts ``[B]``: ``group_size / n`` where ``n`` are valid."""
+    return np.repeat(group_size / sizes, sizes)
 
 
 def collate(step: int, members: Sequence[Trajectory], config: RunConfig, scales: Scales | None = None) -> Batch:
@@ -227,15 +219,15 @@ def collate(step: int, members: Sequence[Trajectory], config: RunConfig, scales:
     sampled = np.concatenate([t.trainable for t in ordered])
     trainable = _trainable(sampled, ordered, shaped, sizes, truncated, section)
     cu_seqlens = np.concatenate(([0], np.cumsum([len(t.token_ids) for t in ordered], dtype=np.int64)))
-    plain = all(t.plain for t in ordered)
-    starts = np.flatnonzero(trainable == STARTS) if not plain else NO_STARTS
+    starts = np.flatnonzero(trainable == STARTS)
     spans, span_advantages, span_scale = cu_seqlens, advantages, None
     if section.blocks != "off":
-        spans, span_advantages, span_scale = _block_spans(ordered, cu_seqlens, groups, config)
+        spans, span_advantages, span_scale = _block_spans(ordered, cu_seqlens, groups, sizes, config)
     return Batch(
         step=step,
         group_size=config.rollout.group_size,
         groups=groups,
+        sizes=sizes,
         siblings=np.array([t.sibling for t in ordered], np.int32),
         prompts=prompts,
         tasks=config.task.mixture.places(prompts)[0],
@@ -253,7 +245,7 @@ def collate(step: int, members: Sequence[Trajectory], config: RunConfig, scales:
         segments=np.union1d(cu_seqlens, starts) if len(starts) else cu_seqlens,
         trainable=np.where(trainable == STARTS, np.uint8(0), trainable) if len(starts) else trainable,
         whole=trainable is sampled,
-        plain=plain and trainable is sampled,
+        plain=trainable is sampled and all(t.plain for t in ordered),
         members=ordered,
         actors=[t.actor for t in ordered],
         sources=[t.source for t in ordered],
@@ -286,7 +278,11 @@ def _trainable(
 
 
 def _block_spans(
-    ordered: Sequence[Trajectory], cu_seqlens: NDArray[np.int64], groups: NDArray[np.int64], config: RunConfig
+    ordered: Sequence[Trajectory],
+    cu_seqlens: NDArray[np.int64],
+    groups: NDArray[np.int64],
+    sizes: NDArray[np.int64],
+    config: RunConfig,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float64]]:
     """``(spans [S+1], advantages [S], scale [S])``: a span a block, and those between, which count 0."""
     section = config.advantage
@@ -303,7 +299,7 @@ def _block_spans(
         section.blocks,
         section.leave_one_out,
         section.shrinkage,
-        copies_of(groups, config.rollout.group_size)[owner],
+        copies_of(sizes, config.rollout.group_size)[owner],
     )
     named = np.array(section.block_weights + (1.0,) * (int(number.max(initial=0)) + 1), np.float64)
     spans = np.union1d(cu_seqlens, np.concatenate((cu_seqlens[owner] + first, cu_seqlens[owner] + end)))

@@ -78,9 +78,7 @@ class StalenessLedger:
             raise DataError(f"group {group} is granted already")
         if not self.grantable(version):
             raise DataError(f"group {group}: no room at version {version} within a staleness budget of {self.budget}")
-        self._outstanding[group] = entry = _Outstanding(version, self.budget)
-        self._due[entry.deadline] += 1
-        self._changed = True
+        self._put(group, _Outstanding(version, self.budget))
 
     def start_at(self, step: int) -> None:
         """``step`` is the first to be assembled here."""
@@ -91,9 +89,14 @@ class StalenessLedger:
         entry = self._outstanding[group]
         self._remove(group)
         entry.complete, entry.version = True, max(entry.version, oldest_version)
-        self._outstanding[group] = entry
+        self._put(group, entry)
+
+    def _put(self, group: int, entry: _Outstanding) -> None:
+        """``group`` is outstanding from now on."""
+        self._outstanding[group], self._changed = entry, True
         self._due[entry.deadline] += 1
-        insort(self._ready, (entry.version, entry.deadline, group))
+        if entry.complete:
+            insort(self._ready, (entry.version, entry.deadline, group))
 
     def _remove(self, group: int) -> None:
         """Forget what is outstanding of ``group``, if anything is."""

@@ -261,9 +261,15 @@ class WeightReceiver:
     """
 
     def __init__(
-        self, send: Callable[[Any], None], join: Callable[[Prepare], Collective], tracer: Tracer | None = None
+        self,
+        send: Callable[[Any], None],
+        join: Callable[[Prepare], Collective],
+        deadline_s: float,
+        tracer: Tracer | None = None,
     ) -> None:
+        """``deadline_s``, and a version's own seconds, bound what the learner's store is asked for."""
         self.log = logging.getLogger("weights.receiver")
+        self._deadline_s = deadline_s
         self._tracer = tracer or silent()
         self._send = send
         self._join = join
@@ -357,9 +363,10 @@ class WeightReceiver:
             self._send(Ready(prepared.epoch, int(prepared.publish["version"])))
 
     def _receive(self, job: Prepare, publish: Publish) -> StagedWeights:
+        within_s, where = self._deadline_s + publish.seconds, f"{publish.host}:{publish.port}"
         if self._collective is None or self._collective[0] != job.epoch:
             self._drop_collective()
-            self._collective = (job.epoch, self._join(job))
+            self._collective = (job.epoch, answered(lambda: self._join(job), within_s, where))
         collective = self._collective[1]
         buckets = plan_buckets(publish.tensors, publish.bucket_bytes)
         arena = self._arena(sum(bucket.nbytes for bucket in buckets), collective)
@@ -374,7 +381,7 @@ class WeightReceiver:
                 self._finish(*under_way.pop(0), digest, collective)
         for tensor, work in under_way:
             self._finish(tensor, work, digest, collective)
-        expected = collective.receive_digest(publish.version)
+        expected = answered(lambda: collective.receive_digest(publish.version), within_s, where)
         if digest.hex() != expected:
             raise WeightsError(f"version {publish.version}: digest {digest.hex()} of what arrived is not {expected}")
         return StagedWeights(job.epoch, publish.version, digest.hex(), received, arena)

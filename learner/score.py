@@ -226,7 +226,9 @@ class ReplicaService:
         deadline = config.weights.deadline_s
         self.receiver: WeightReceiver | None = None
         if serves == POLICY:
-            self.receiver = WeightReceiver(self.link.send, lambda prepare: join(prepare, deadline, device), tracer)
+            self.receiver = WeightReceiver(
+                self.link.send, lambda prepare: join(prepare, deadline, device), deadline, tracer
+            )
 
     def run(self) -> None:
         """Score until told to stop."""

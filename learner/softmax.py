@@ -99,15 +99,13 @@ def _in_cache(logits: Tensor, keep: bool, maxima: bool) -> Sums:
         else:
             part = torch.amax(z[:, :whole].unflatten(1, (-1, BLOCK)), dim=2, out=blocks[start:end])
             top = _with_rest(part.amax(dim=1), z[:, whole:])
-        if _is_moderate(top):
-            e = torch.exp2(z, out=room[: len(z)])
-        else:
+        if not _is_moderate(top):
             shift.copy_(top)
             if keep:
                 z.sub_(top[:, None])
             else:
                 z = z - top[:, None]
-            e = torch.exp2(z, out=room[: len(z)])
+        e = torch.exp2(z, out=room[: len(z)])
         torch.sum(e, dim=1, out=sums)
         if len(z) <= FEW_ROWS:
             for row in range(len(z)):

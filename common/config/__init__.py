@@ -18,7 +18,7 @@ from common.config.processes import (
     ReplicaSection,
     WeightsSection,
 )
-from common.config.reading import check_keys, load, spell_off, to_yaml
+from common.config.reading import load, merge, read_overrides, read_yaml, to_yaml
 from common.config.run import RANGES, RunConfig, RunSection
 from common.config.sampling import MAX_HELD_OUT, EvaluationSection, ModelSection, RolloutSection, TaskEntry, TaskSection
 from common.config.units import MEGABYTE
@@ -48,8 +48,9 @@ __all__ = [
     "TaskSection",
     "WarmstartSection",
     "WeightsSection",
-    "check_keys",
     "load",
-    "spell_off",
+    "merge",
+    "read_overrides",
+    "read_yaml",
     "to_yaml",
 ]

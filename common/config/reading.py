@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -13,8 +13,10 @@ from common.errors import ConfigError
 from common.near import suggest
 from common.objective import ALGORITHMS
 
+T = TypeVar("T")
 
-def check_keys(given: Mapping[Any, Any], schema: Any, prefix: str, source: str) -> None:
+
+def _check_keys(given: Mapping[Any, Any], schema: Any, prefix: str, source: str) -> None:
     """Raise :class:`ConfigError` for a key of ``given`` that ``schema`` lacks, with the near one that it has."""
     known = {f.name: f for f in fields(schema)}
     for key, value in given.items():
@@ -32,21 +34,22 @@ def check_keys(given: Mapping[Any, Any], schema: Any, prefix: str, source: str) 
 def _check_section(given: Any, schema: Any, name: str, source: str) -> None:
     if not isinstance(given, Mapping):
         raise ConfigError(f"{source}: {name} is a section and needs keys, not {given!r}")
-    check_keys(given, schema, f"{name}.", source)
+    _check_keys(given, schema, f"{name}.", source)
 
 
-def spell_off(given: DictConfig, schema: Any) -> None:
+def _spell_off(given: DictConfig, schema: Any) -> None:
     """In place: YAML reads a bare ``off`` as false; where the schema knows "off", that was meant."""
     for f in fields(schema):
         if f.name in given and is_dataclass(f.type):
-            spell_off(given[f.name], f.type)
+            _spell_off(given[f.name], f.type)
         elif f.name in given and given[f.name] is False and "off" in get_args(f.type):
             given[f.name] = "off"
 
 
-def _read(path: Path) -> DictConfig:
+def read_yaml(path: Path, instead: str) -> DictConfig:
+    """The sections in a YAML file. Raises :class:`ConfigError` that names it; ``instead`` says where others are."""
     if not path.is_file():
-        raise ConfigError(f"{path}: no such file; configs/ holds the examples")
+        raise ConfigError(f"{path}: no such file; {instead}")
     try:
         loaded = OmegaConf.load(path)
     except Exception as error:  # yaml's own error classes have no common public base
@@ -54,6 +57,43 @@ def _read(path: Path) -> DictConfig:
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}: must hold sections, not a {type(loaded).__name__}")
     return loaded
+
+
+def read_overrides(overrides: Sequence[str]) -> DictConfig:
+    """``section.key=value`` of each. Raises :class:`ConfigError` for one that reads otherwise."""
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"override {override!r}: must read section.key=value")
+    return OmegaConf.from_dotlist(list(overrides))
+
+
+def merge(
+    kind: type[T],
+    file: DictConfig,
+    overrides: DictConfig,
+    source: str,
+    *,
+    start: T | None = None,
+    recipe: Mapping[str, Any] | None = None,
+) -> T:
+    """``start`` (or the defaults of ``kind``, a dataclass), ``recipe``, ``file``, ``overrides``: the last has its way.
+
+    Raises :class:`ConfigError` naming ``source`` or the override, the key and the near name.
+    """
+    for part, name in ((file, source), (overrides, "override")):
+        _check_keys(OmegaConf.to_container(part), kind, "", name)  # type: ignore[arg-type]  # a mapping, as checked
+        _spell_off(part, kind)
+    try:
+        base = OmegaConf.structured(kind if start is None else start)
+        found = OmegaConf.to_object(OmegaConf.merge(base, recipe or {}, file, overrides))
+    except ConfigError:
+        raise
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "?"
+        raise ConfigError(f"{source}: {key}: {str(error).splitlines()[0]}") from error
+    if not isinstance(found, kind):
+        raise ConfigError(f"{source}: did not load as a {kind.__name__}")
+    return found
 
 
 def _recipe(name: Any) -> dict[str, Any]:
@@ -70,29 +110,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises :class:`ConfigError` naming the file or override, the key and the near name.
     """
-    for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"override {override!r}: must read section.key=value")
-    file = _read(Path(path))
-    dotlist = OmegaConf.from_dotlist(list(overrides))
+    dotlist = read_overrides(overrides)
+    file = read_yaml(Path(path), "configs/ holds the examples")
     for key in (o.partition("=")[0] for o in overrides if o.partition("=")[2].lstrip().startswith("{")):
         if key.endswith("reward_weights") and OmegaConf.select(file, key) is not None:
             OmegaConf.update(file, key, {}, merge=False)  # weights that are given whole stand for those of the file
-    for part, source in ((file, str(path)), (dotlist, "override")):
-        check_keys(OmegaConf.to_container(part), RunConfig, "", source)  # type: ignore[arg-type]
-        spell_off(part, RunConfig)
     recipe = _recipe(dotlist.get("algorithm", file.get("algorithm", "")))
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), recipe, file, dotlist)
-        config = OmegaConf.to_object(merged)
-    except ConfigError:
-        raise
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "?"
-        raise ConfigError(f"{path}: {key}: {str(error).splitlines()[0]}") from error
-    if not isinstance(config, RunConfig):
-        raise ConfigError(f"{path}: did not load as a run configuration")
-    return config
+    return merge(RunConfig, file, dotlist, str(path), recipe=recipe)
 
 
 def to_yaml(config: RunConfig) -> str:

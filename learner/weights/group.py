@@ -21,7 +21,6 @@ from common.weights import (
     StagedWeights,
     TensorSlot,
     Watched,
-    answered,
     block_sums,
     group_name,
     store_prefix,
@@ -46,7 +45,7 @@ class WeightGroup:
         device_type = "cuda" if backend == "nccl" else "cpu"
         prefix = dist.PrefixStore(store_prefix(group_name(store.port, epoch), device_type), store)
         self.device = device if backend == "nccl" else torch.device("cpu")  # of what is sent and received
-        self._store, self._where = prefix, f"{store.host}:{store.port}"
+        self._store = prefix
         self._deadline_s, self._on_gpu = deadline_s, backend == "nccl"
         self._group: Any
         if backend == "nccl":
@@ -71,8 +70,7 @@ class WeightGroup:
 
     def receive_digest(self, version: int) -> str:
         """The learner's digest of ``version``, in hex, through the store: it waits until it is there."""
-        key = DIGEST_KEY.format(version)
-        return str(answered(lambda: self._store.get(key), self._deadline_s, self._where).decode())
+        return str(self._store.get(DIGEST_KEY.format(version)).decode())
 
     def send_digest(self, digest: str, version: int) -> None:
         """The learner's side of :meth:`receive_digest`."""
@@ -97,14 +95,9 @@ def tensor_sums(tensor: torch.Tensor) -> bytes:
 def join(prepare: Prepare, deadline_s: float, device: torch.device) -> WeightGroup:
     """A receiver joins the group that ``prepare`` describes."""
     publish = prepare.publish
-    whole_s = deadline_s + publish["seconds"]
-
-    def made() -> WeightGroup:
-        timeout = timedelta(seconds=deadline_s)
-        store = dist.TCPStore(publish["host"], publish["port"], is_master=False, timeout=timeout)
-        return WeightGroup(store, prepare.epoch, prepare.rank, prepare.world, publish["backend"], whole_s, device)
-
-    return answered(made, whole_s, f"{publish['host']}:{publish['port']}")
+    store = dist.TCPStore(publish["host"], publish["port"], is_master=False, timeout=timedelta(seconds=deadline_s))
+    deadline_s += publish["seconds"]
+    return WeightGroup(store, prepare.epoch, prepare.rank, prepare.world, publish["backend"], deadline_s, device)
 
 
 class Adopter:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from actor.weights import bucket_tensors, join
+from actor.weights import GroupCollective, bucket_tensors
 from broker.journal import Journal
 from broker.service import BrokerService
 from common import wire
@@ -184,7 +184,7 @@ class Watcher(threading.Thread):
         hello = wire.Hello("actor", "watcher", "", "s", 0, 1, 0, 0, "host", 1, identity)
         link = connect(config.broker, hello)
         deadline, cpu = config.weights.deadline_s, torch.device("cpu")
-        receiver = WeightReceiver(link.send, lambda prepare: join(prepare, deadline, cpu))
+        receiver = WeightReceiver(link.send, lambda prepare: GroupCollective(prepare, deadline, cpu), deadline)
         try:
             link.wait_welcome(60)
             while not isinstance(message := link.receive(0.05), wire.Stop):

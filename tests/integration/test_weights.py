@@ -1,6 +1,7 @@
 """Weights over a real gloo group: publisher and receivers in threads, the broker's coordinator between them."""
 
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -12,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from actor import weights as actor_weights
-from actor.weights import bucket_tensors
+from actor.weights import GroupCollective, bucket_tensors
 from broker.publishing import LEARNER, PublishCoordinator
 from common import wire
 from common.config import MEGABYTE
@@ -80,8 +80,8 @@ class Relay:
         )
 
     def add(self, name, join=None):
-        join = join or (lambda p: actor_weights.join(p, DEADLINE_S, CPU))
-        self.receivers[name] = WeightReceiver(lambda m: self.incoming.put((name, m)), join)
+        join = join or (lambda p: GroupCollective(p, DEADLINE_S, CPU))
+        self.receivers[name] = WeightReceiver(lambda m: self.incoming.put((name, m)), join, DEADLINE_S)
         return self.receivers[name]
 
 
@@ -268,7 +268,7 @@ def test_a_wrong_digest_is_refused():
             pass
 
     sent = queue.Queue()
-    receiver = WeightReceiver(sent.put, lambda p: Lying())
+    receiver = WeightReceiver(sent.put, lambda p: Lying(), DEADLINE_S)
     offer = wire.Publish(1, "h", 1, "gloo", 64, [["a", "float32", [4]]])
     receiver.on_prepare(wire.Prepare(1, 1, 1, 2, offer.__dict__))
     assert isinstance(sent.get(timeout=2), wire.Ready)
@@ -292,13 +292,17 @@ def test_a_learner_that_stands_still_is_not_waited_for_without_end():
     with subprocess.Popen([sys.executable, "-c", STORE], stdout=subprocess.PIPE, text=True) as process:
         port = int(process.stdout.readline())
         process.send_signal(signal.SIGSTOP)
-        offer = {"version": 1, "host": "127.0.0.1", "port": port, "backend": "gloo", "seconds": 0.0}
+        offer = {"version": 1, "host": "127.0.0.1", "port": port, "backend": "gloo", "bucket_bytes": 64, "tensors": [],
+                 "seconds": 0.0}  # fmt: skip
         try:
-            for join in (actor_weights.join, weight_group.join):
-                began = time.monotonic()
-                with pytest.raises((DeadlineError, RuntimeError)):
-                    join(wire.Prepare(1, 1, 1, 2, offer), 0.5, CPU)
-                assert time.monotonic() - began < 5
+            for join in (GroupCollective, weight_group.join):
+                sent = queue.Queue()
+                receiver = WeightReceiver(sent.put, lambda p, join=join: join(p, 0.5, CPU), 0.5)
+                receiver.on_prepare(wire.Prepare(1, 1, 1, 2, offer))
+                assert sent.get(timeout=1) == wire.Ready(1, 1)
+                receiver.on_go(wire.Go(1, 1, ["x"], 2))
+                failed = sent.get(timeout=5)
+                assert isinstance(failed, wire.ReceiveFailed) and re.search("not answered|timed out", failed.reason)
         finally:
             process.kill()
 
@@ -320,7 +324,7 @@ def test_a_receiver_that_is_stuck_in_a_broken_group_says_ready_once_it_is_free()
         gate.wait(5)
         raise RuntimeError("connection refused")
 
-    receiver = WeightReceiver(sent.put, join)
+    receiver = WeightReceiver(sent.put, join, DEADLINE_S)
     offer = {"version": 1, "host": "h", "port": 1, "backend": "gloo", "bucket_bytes": 64, "tensors": []}
     receiver.on_prepare(wire.Prepare(1, 1, 1, 2, offer))
     assert sent.get(timeout=1) == wire.Ready(1, 1)

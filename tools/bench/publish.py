@@ -134,7 +134,7 @@ def _receiver(pipe: Connection) -> None:
     """The other process: a replica's own receiver and swap, and the two plain ways."""
     model = _model(2)
     scorer = PolicyScorer(model, 64.0)
-    receiver = WeightReceiver(pipe.send, lambda prepare: join(prepare, DEADLINE_S, CPU))
+    receiver = WeightReceiver(pipe.send, lambda prepare: join(prepare, DEADLINE_S, CPU), DEADLINE_S)
     tensors: dict[str, list[Tensor]] = {
         "one flat broadcast": [torch.zeros(sum(v.nbytes for v in views(model).values()), dtype=torch.uint8)],
         "a broadcast a tensor": [view.clone().view(-1).view(torch.uint8) for view in views(model).values()],

@@ -17,11 +17,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 
-from common.config import check_keys, spell_off
-from common.errors import ConfigError
+from common.config import merge, read_overrides, read_yaml
 from common.objective import require
 
 COSTS = ("_s", "spread", "background", "rejected_per_lag")  # how the names of figures end that cannot be negative
@@ -269,42 +267,16 @@ class Setup:
 
 def read_setup(path: Path | None, overrides: Sequence[str] = ()) -> Setup:
     """The setup in a YAML file, or the defaults, with overrides. Raises :class:`ConfigError`."""
-    file = OmegaConf.create({})
-    if path is not None:
-        if not path.is_file():
-            raise ConfigError(f"{path}: no such file; configs/ holds runs, docs/simulator.md an example of a setup")
-        try:
-            loaded = OmegaConf.load(path)
-        except Exception as error:  # yaml's own error classes have no common public base
-            raise ConfigError(f"{path}: not valid YAML: {error}") from error
-        if not isinstance(loaded, DictConfig):
-            raise ConfigError(f"{path}: must hold sections, not a {type(loaded).__name__}")
-        file = loaded
-    return _merge(Setup(), file, str(path or "defaults"), overrides)
+    instead = "configs/ holds runs, docs/simulator.md an example of a setup"
+    file = OmegaConf.create({}) if path is None else read_yaml(path, instead)
+    return merge(Setup, file, read_overrides(overrides), str(path or "defaults"))
 
 
 def override(setup: Setup, overrides: Sequence[str]) -> Setup:
     """``setup`` with ``section.key=value``. Raises :class:`ConfigError` that suggests the near name."""
-    return _merge(setup, OmegaConf.create({}), "setup", overrides) if overrides else setup
-
-
-def _merge(base: Setup, file: DictConfig, source: str, overrides: Sequence[str]) -> Setup:
-    for one in overrides:
-        if "=" not in one:
-            raise ConfigError(f"override {one!r}: must read section.key=value")
-    dotlist = OmegaConf.from_dotlist(list(overrides))
-    for part, name in ((file, source), (dotlist, "override")):
-        check_keys(OmegaConf.to_container(part), Setup, "", name)  # type: ignore[arg-type]  # a mapping, as checked
-        spell_off(part, Setup)
-    try:
-        merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(base), file, dotlist))
-    except ConfigError:
-        raise
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "?"
-        raise ConfigError(f"{source}: {key}: {str(error).splitlines()[0]}") from error
-    assert isinstance(merged, Setup)
-    return merged
+    if not overrides:
+        return setup
+    return merge(Setup, OmegaConf.create({}), read_overrides(overrides), "setup", start=setup)
 
 
 def replaced(setup: Setup, values: Mapping[str, Mapping[str, Any]]) -> Setup:
