@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.croupier-stamp
 CONFIG ?= configs/quickstart.yaml
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# Every process that a test starts would compile what it imports, and pytest every test, each time anew.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: help demo test slow sglang browser chaos gpu lint format bench doctor clean .venv
 
@@ -33,8 +35,9 @@ lint: $(STAMP)  ## formatting, lint, types and the import rule
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
+# Three workers on two cores: tests that wait for processes and sockets leave a third of them free.
 test: lint  ## what CI runs: lint, then the fast tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile $(ARGS)
 
 slow: $(STAMP)  ## tests that take longer than ten seconds each and kill nobody
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow and not chaos and not gpu and not sglang" $(ARGS)
