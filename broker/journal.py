@@ -106,6 +106,7 @@ class Journal:
                 readonly=read_only, lock=True, readahead=False,
             )  # fmt: skip
             self._check(run_id, read_only)
+            self._env.reader_check()
         except lmdb.Error as error:
             raise JournalError(f"{directory}: cannot be opened ({error}); move it away to begin anew") from error
         self._chunks: list[tuple[int, int]] = []  # (first seq, bytes), ascending
@@ -115,6 +116,7 @@ class Journal:
         self.durable = self.last
         self._pending: list[tuple[str, dict[str, Any], list[memoryview]]] = []
         self._pending_bytes = 0
+        self._writing_bytes = 0
         self._prunes: list[list[int]] = []
         self.on_commit = on_commit
         self._error: JournalError | None = None
@@ -187,8 +189,8 @@ class Journal:
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of the chunks kept, and of what waits to be written."""
-        return self._kept_bytes + self._pending_bytes
+        """Bytes of the chunks kept, and of what is being written or waits for it."""
+        return self._kept_bytes + self._writing_bytes + self._pending_bytes
 
     def prune(self, needed: Sequence[int], before: int) -> None:
         """Delete the chunks of events older than ``before`` that hold none of ``needed``."""
@@ -207,13 +209,14 @@ class Journal:
                     self._wake.wait()
                 events, self._pending = self._pending, []
                 nbytes, self._pending_bytes = self._pending_bytes, 0
+                self._writing_bytes = nbytes
                 prunes, self._prunes = self._prunes, []
                 if self._closing and not events and not prunes:
                     return
             try:
+                self._commit(events)  # before anything is deleted: the snapshot that takes its place is among them
                 for gone in prunes:
                     self._delete(gone)
-                self._commit(events)
             except Exception as error:  # noqa: BLE001  # whatever it is, the broker must hear of it
                 log.error("%s", error)
                 self._error = JournalError(
@@ -237,11 +240,13 @@ class Journal:
                     raise lmdb.KeyExistsError(f"event {first} is there already")
             self._chunks.append((first, len(value)))
             self._kept_bytes += len(value)
+            self._writing_bytes -= size
             self.durable = first + (end - start) - 1
             start = end
             self.on_commit()
 
     def _delete(self, firsts: list[int]) -> None:
+        self._env.reader_check()  # a reader that was killed would keep every page from being used again
         with self._env.begin(write=True) as txn:
             for first in firsts:
                 txn.delete(KEY.pack(first))
@@ -256,6 +261,9 @@ class Journal:
             self._wake.notify()
         if self._thread is not None:
             self._thread.join(CLOSE_S)
+            if self._thread.is_alive():  # a disk that stands still: closing under the thread would end the process
+                log.error("%s: the disk has not taken the last events within %.0f s", self.directory, CLOSE_S)
+                return
         self._env.close()
 
     # ---- reading --------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ are events too; they change nothing and are compared when the events are applied
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -110,7 +111,7 @@ def difference(pipeline: Pipeline, event: Event) -> str:
     if event.kind == "served":
         step, world = event.head["step"], event.head["world"]
         shards = [s for r in range(world) if (s := pipeline.shard(step, r, world)) is not None]
-        odd = [r for r, (a, b) in enumerate(zip(shard_digests(shards), event.head["shards"], strict=True)) if a != b]
+        odd = [r for r, (a, b) in enumerate(zip_longest(shard_digests(shards), event.head["shards"])) if a != b]
         return f"step {step}: shards of ranks {odd}" if odd else ""
     return ""
 
