@@ -71,8 +71,8 @@ class Figures:
             "seconds_frozen": self.frozen_seconds,
             "seconds_decide": self.decide_seconds,
             **self.fleet.line(),
-            **metrics,
         }
+        line |= {name: value for name, value in metrics.items() if name not in line}
         self._actor_seconds = actor_seconds
         self.score_seconds = self.frozen_seconds = self.decide_seconds = 0.0
         self.last_step = line
@@ -104,7 +104,8 @@ class Figures:
             "trajectories_trained": counts["trajectories_trained"],
             "trajectories_queued": pipeline.queued,
             "trajectories_dropped": dict(pipeline.dropped),
-            "trajectories_refused": dict(pipeline.refused),
+            "trajectories_refused": {k: n for k, n in (pipeline.refused + pipeline.turned_away).items() if k},
+            "trajectories_repeated": pipeline.turned_away[""],
             "trajectories_by_length": {
                 kind: {str(length): n for length, n in sorted(bins.items())} for kind, bins in pipeline.lengths.items()
             },

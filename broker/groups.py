@@ -13,6 +13,7 @@ from common.wire import Trajectories
 
 NO_BLOCKS, NO_REWARDS = np.zeros((0, 4), np.int32), np.zeros(0, np.float32)
 TOKEN_BYTES = 4 + 1 + 4 + 4  # id, trainable, log_q, version
+NAMED = 4  # of those that are waited for
 TOMBSTONES_KEPT = 20_000  # late messages of older groups are refused as unknown, with the same effect
 
 
@@ -136,6 +137,25 @@ class GroupBook:
             return "sibling_out_of_range"
         return ""
 
+    def answer(self, group: int, sibling: int, actor: str) -> str | None:
+        """What is said of a trajectory of this identity that is not awaited; None if it is.
+
+        "" is said of what was taken before, and of a group that is trained already.
+        """
+        if refusal := self.refusal(group, sibling, actor):
+            return refusal
+        entry = self._groups.get(group)
+        if entry is None or sibling in entry.members:
+            return ""
+        return "sibling_failed" if sibling in entry.failed else None
+
+    def awaits(self, group: int, sibling: int) -> bool:
+        """Whether ``sibling`` of ``group`` (-1: any) may still come."""
+        entry = self._groups.get(group)
+        if entry is None or entry.is_settled(self.group_size) or sibling >= self.group_size:
+            return False
+        return sibling not in entry.members and sibling not in entry.failed
+
     def add(self, trajectory: Trajectory) -> tuple[bool, bool]:
         """Take a trajectory; returns (is new, its group is now settled)."""
         entry = self._groups[trajectory.group]
@@ -215,6 +235,12 @@ class GroupBook:
     def in_flight(self, actor: str) -> int:
         """How many groups ``actor`` has not finished."""
         return self._owed[actor]
+
+    def owed(self) -> str:
+        """How many groups whom keeps waiting, in words: ``a0 8, a1 5``; "" for nobody."""
+        found = [(actor, count) for actor, count in self._owed.most_common() if count > 0]
+        more = [f"{sum(count for _, count in found[NAMED:])} by others"] if len(found) > NAMED else []
+        return ", ".join([f"{actor} {count}" for actor, count in found[:NAMED]] + more)
 
     def __contains__(self, group: int) -> bool:
         return group in self._groups

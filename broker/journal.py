@@ -192,8 +192,8 @@ class Journal:
         """Bytes of the chunks kept, and of what is being written or waits for it."""
         return self._kept_bytes + self._writing_bytes + self._pending_bytes
 
-    def prune(self, needed: Sequence[int], before: int) -> None:
-        """Delete the chunks of events older than ``before`` that hold none of ``needed``."""
+    def prune(self, needed: Sequence[int], before: int) -> int:
+        """Delete the chunks of events older than ``before`` that hold none of ``needed``; returns their bytes."""
         firsts = [first for first, _ in self._chunks]
         keep = {bisect_right(firsts, seq) - 1 for seq in needed}
         gone = [first for index, first in enumerate(firsts[:-1]) if firsts[index + 1] <= before and index not in keep]
@@ -201,6 +201,8 @@ class Journal:
             with self._wake:
                 self._prunes.append(gone)
                 self._wake.notify()
+        dead = set(gone)
+        return sum(size for first, size in self._chunks if first in dead)
 
     def _run(self) -> None:
         while True:

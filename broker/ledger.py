@@ -78,6 +78,10 @@ class StalenessLedger:
             raise DataError(f"group {group} is granted already")
         if not self.grantable(version):
             raise DataError(f"group {group}: no room at version {version} within a staleness budget of {self.budget}")
+        self.promise(group, version)
+
+    def promise(self, group: int, version: int) -> None:
+        """As :meth:`grant`, of what was found grantable before."""
         self._put(group, _Outstanding(version, self.budget))
 
     def start_at(self, step: int) -> None:

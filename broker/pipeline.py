@@ -10,6 +10,7 @@ or a file.
 
 from collections import Counter, deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,16 @@ def length_bin(tokens: int) -> int:
     return 1 << max(0, tokens - 1).bit_length()
 
 
+@dataclass(frozen=True)
+class Arrived:
+    """A message's trajectories, and what is wrong with them."""
+
+    message: Trajectories
+    trajectories: list[Trajectory]
+    faults: dict[int, str]  # by place
+    misfit: str  # of all alike; "" for nothing
+
+
 class Pipeline:
     """What the broker knows of the run's data."""
 
@@ -44,14 +55,16 @@ class Pipeline:
         self.vocab_size = vocab_size
         rollout = config.rollout
         assert (routing is not None) == rollout.routing_replay
-        self._max_length = rollout.max_length
+        self.max_length = rollout.max_length
         self.expert_count, self.routed = (routing.experts, routing.width) if routing else (0, 0)
+        self._experts_per_token = routing.per_token if routing else 1
         config.check_room(self.routed)
         self.ledger = StalenessLedger(config.staleness.first, rollout.groups_per_step, config.run.steps)
         self.book = GroupBook(rollout.group_size)
         self.counts: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
+        self.turned_away: Counter[str] = Counter()  # never written down: not awaited, by reason; "" for repeats
         self.lengths: dict[str, Counter[int]] = {"trained": Counter(), "dropped": Counter()}  # see length_bin
         self.tasks: dict[str, Counter[str]] = {"trained": Counter(), "dropped": Counter()}  # by task.mix's labels
         self.steps = Steps(config, self.counts)
@@ -88,13 +101,15 @@ class Pipeline:
     def grant(self, actor: str, count: int, version: int) -> Grant | None:
         """Promise up to ``count`` groups to ``actor``, started at ``version`` or later; None if no room."""
         count = min(count, self.ledger.grantable(version), self.groups_that_fit())
-        if count <= 0:
-            return None
+        return self.promise(actor, count, version) if count > 0 else None
+
+    def promise(self, actor: str, count: int, version: int) -> Grant:
+        """Grant ``count`` groups, for which there is room, or was when the journal wrote it down."""
         groups, prompts = [], []
         for _ in range(count):
             prompt = self._retry.popleft()[0] if self._retry else self._new_prompt()
             group, self._next_group = self._next_group, self._next_group + 1
-            self.ledger.grant(group, version)
+            self.ledger.promise(group, version)
             self.book.grant(group, prompt, actor, version)
             groups.append(group)
             prompts.append(prompt)
@@ -125,20 +140,28 @@ class Pipeline:
 
         ``seq`` is the number under which the journal holds the message.
         """
-        faults = message.faults(self.vocab_size, newest_version, self.expert_count)
+        return self.take(self.prepare(message, actor, newest_version, seq), actor)
+
+    def prepare(self, message: Trajectories, actor: str, newest_version: int, seq: int) -> Arrived:
+        """All that is looked at of ``message``; changes nothing."""
+        faults = message.faults(self.vocab_size, newest_version, self.expert_count, self._experts_per_token)
         if not self.config.rollout.exemplars:
             unasked = "holds an exemplar's tokens, rollout.exemplars=0"
             faults |= {b: unasked for b in message.with_exemplars() if b not in faults}
         trajectories = unpack_all(message, actor, seq, self.book.prompts(message.groups))
-        misfit, reasons = self._misfit(message), []
-        for index, trajectory in enumerate(trajectories):
+        return Arrived(message, trajectories, faults, self.misfit(message))
+
+    def take(self, arrived: Arrived, actor: str) -> Ack:
+        """The changing part of :meth:`admit`."""
+        reasons = []
+        for index, trajectory in enumerate(arrived.trajectories):
             group = trajectory.group
             reason = self.book.refusal(group, trajectory.sibling, actor)
             if self.book.is_done(group):
                 self.counts["repeats"] += 1
                 reason = ""
             elif not reason:
-                reason = faults.get(index, "") or self._refusal(trajectory) or misfit
+                reason = arrived.faults.get(index, "") or self._refusal(trajectory) or arrived.misfit
                 if reason:
                     self.give_up(group, "refused_sibling")
                 else:
@@ -146,9 +169,14 @@ class Pipeline:
             if reason:
                 self.refused[reason] += 1
             reasons.append(reason)
-        return Ack(reasons, message.groups, message.siblings)
+        return Ack(reasons, arrived.message.groups, arrived.message.siblings)
 
-    def _misfit(self, message: Trajectories) -> str:
+    def refuse(self, group: int, reason: str) -> None:
+        """A trajectory of ``group`` came that was not even looked into (:mod:`broker.sifting`)."""
+        self.refused[reason] += 1
+        self.give_up(group, "refused_sibling")
+
+    def misfit(self, message: Trajectories) -> str:
         """What of ``message`` is not as this run asks for it, all its trajectories alike."""
         if message.topk_ids.shape[1] != self.config.rollout.top_logprobs:
             asked = self.config.rollout.top_logprobs
@@ -165,8 +193,8 @@ class Pipeline:
         oldest, tokens = trajectory.oldest_version, len(trajectory.token_ids)
         if oldest < self.book.min_version(trajectory.group):
             return f"sampled by version {oldest}, older than the grant's {self.book.min_version(trajectory.group)}"
-        if tokens > self._max_length:
-            return f"{tokens} tokens, more than rollout allows ({self._max_length})"
+        if tokens > self.max_length:
+            return f"{tokens} tokens, more than rollout allows ({self.max_length})"
         return ""
 
     def _take(self, trajectory: Trajectory) -> None:
@@ -375,4 +403,5 @@ class Pipeline:
         """Why the next step cannot be served, in words."""
         if self.scoring_step is not None:
             return f"scores of step {self.scoring_step} from {', '.join(map(words_of, self.requests))}"
-        return self.ledger.waiting_for()
+        owed = self.book.owed()
+        return self.ledger.waiting_for() + (f" ({owed})" if owed else "")

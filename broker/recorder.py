@@ -3,7 +3,7 @@
 ::
 
     Recorder.admit(...) -> journal.append("admit", ...) -> pipeline.admit(...)
-    recover(journal)    -> newest snapshot, then apply(event) for every event after it
+    recover(pipeline, journal) -> newest snapshot, then apply(event) for every event after it (broker.recovery)
 
 The pipeline is a deterministic function of these events, so a broker that was killed comes back
 exactly where it was, and ``tools.replay`` can check every decision. Digests of what was decided
@@ -12,17 +12,16 @@ are events too; they change nothing and are compared when the events are applied
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from broker.groups import Trajectory, unpack_all
 from broker.journal import Event, Journal
 from broker.pipeline import Pipeline
 from broker.scoring import Asked
+from broker.sifting import sift
 from broker.trail import Trail
 from common import wire
 from common.codec import decode, encode, frames_of
@@ -72,6 +71,8 @@ def apply(pipeline: Pipeline, event: Event) -> Any:
     head = event.head
     match event.kind:
         case "begin":
+            if "budget" in head:  # a journal of before it was written down has the configuration's
+                pipeline.ledger.set_budget(head["budget"])
             return pipeline.begin(head["generation"])
         case "start_at":
             return pipeline.start_at(head["step"])
@@ -80,10 +81,12 @@ def apply(pipeline: Pipeline, event: Event) -> Any:
         case "budget":
             return pipeline.set_budget(head["value"])
         case "grant":
-            return pipeline.grant(head["actor"], head["count"], head["version"])
+            return pipeline.promise(head["actor"], head["count"], head["version"])  # whatever the settings are now
         case "admit":
             message = decode(event.frames, wire.TO_BROKER)
             return pipeline.admit(message, head["actor"], head["newest"], event.seq)
+        case "refused":
+            return pipeline.refuse(head["group"], head["reason"])
         case "failed":
             return pipeline.failed(head["group"], head["sibling"], head["reason"])
         case "actor_lost":
@@ -116,55 +119,15 @@ def difference(pipeline: Pipeline, event: Event) -> str:
     return ""
 
 
-@dataclass
-class Recovered:
-    """What a broker that comes back needs beside its pipeline."""
-
-    events: int = 0
-    commits: list[tuple[dict[str, Any], dict[str, float]]] = field(default_factory=list)  # receipt, learner's metrics
-    service: dict[str, Any] = field(default_factory=dict)  # as the service gave it to the snapshot
-    notes: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # the service's own events since
-    differences: list[str] = field(default_factory=list)
-    moves: list[dict[str, Any]] = field(default_factory=list)  # of the staleness budget: heads of its events
-
-
-def load_snapshot(pipeline: Pipeline, journal: Journal, event: Event) -> None:
-    """Bring ``pipeline`` to the state of a ``snapshot`` event."""
-    trajectories: dict[int, list[Trajectory]] = {}
-
-    def load(seq: int, index: int, prompt: int) -> Trajectory:
-        if seq not in trajectories:
-            stored = journal.event(seq)
-            trajectories[seq] = unpack_all(decode(stored.frames, wire.TO_BROKER), stored.head["actor"], seq)
-        return replace(trajectories[seq][index], prompt=prompt)
-
-    def scores(seq: int) -> wire.ScoreResult:
-        found: wire.ScoreResult = decode(journal.event(seq).frames, wire.TO_BROKER)
-        return found
-
-    pipeline.restore(event.head["pipeline"], load, scores)
-
-
-def recover(pipeline: Pipeline, journal: Journal) -> Recovered:
-    """Bring ``pipeline`` to where the journal ends."""
-    found = Recovered()
-    start = journal.latest("snapshot")
-    if start is not None:
-        event = journal.event(start)
-        load_snapshot(pipeline, journal, event)
-        found.service = event.head["service"]
-    for event in journal.events(0 if start is None else start + 1):
-        found.events += 1
-        result = apply(pipeline, event)
-        if event.kind == "commit" and result is not None:
-            found.commits.append((result, event.head["metrics"]))
-        elif event.kind == "budget":
-            found.moves.append(event.head)
-        elif event.kind == "note":
-            found.notes.append((event.head["what"], event.head["values"]))
-        elif event.kind in CHECKS and (odd := difference(pipeline, event)):
-            found.differences.append(odd)
-    return found
+def settings_of(pipeline: Pipeline) -> dict[str, Any]:
+    """What a run may not change when its broker is started again: what is outstanding was granted under it."""
+    run, rollout = pipeline.config.run, pipeline.config.rollout
+    found = {name: getattr(rollout, name) for name in ("groups_per_step", "group_size", "top_logprobs")}
+    return {
+        "run.seed": run.seed,
+        **{f"rollout.{name}": value for name, value in found.items()},
+        "rollout.routing_replay": rollout.routing_replay,
+    }
 
 
 class Recorder:
@@ -182,11 +145,17 @@ class Recorder:
         self.trail = Trail(self.tracer, pipeline)
         self._service_state = service_state
         self._snapshot_at = (journal.used_bytes if journal else 0, pipeline.committed_step)
+        self._pruned_to = 0  # bytes that the last pruning left
 
     @property
     def last(self) -> int:
         """The number of the newest event."""
         return self.journal.last if self.journal else -1
+
+    @property
+    def _next(self) -> int:
+        """The number that the next event will have; -1 without a journal."""
+        return self.journal.last + 1 if self.journal else -1
 
     @property
     def durable(self) -> int:
@@ -210,7 +179,8 @@ class Recorder:
 
     def begin(self, generation: int) -> None:
         """See :meth:`Pipeline.begin`; the first event of every journal."""
-        self._write("begin", {"generation": generation})
+        budget = self.pipeline.ledger.budget
+        self._write("begin", {"generation": generation, "budget": budget, "settings": settings_of(self.pipeline)})
         self.pipeline.begin(generation)
 
     def questions(self, sizes: Sequence[int]) -> None:
@@ -249,27 +219,43 @@ class Recorder:
         return granted
 
     def admit(self, message: wire.Trajectories, actor: str, newest_version: int) -> wire.Ack:
-        """See :meth:`Pipeline.admit`."""
+        """See :meth:`Pipeline.admit`; what is not awaited is answered and not written down."""
         tracer = self.tracer
         began, cpu = tracer.now(), tracer.cpu()
         with tracer.within("admit"):
-            seq = self._write("admit", {"actor": actor, "newest": newest_version}, message)
-            ack = self.pipeline.admit(message, actor, newest_version, seq)
+            ack = self._admit(message, actor, newest_version)
         count = len(message.groups)
         tracer.tally("admit", power_of_two(count), tracer.now() - began, tracer.cpu() - cpu, count)
         self.trail.settled(message.groups.tolist())
         return ack
 
+    def _admit(self, message: wire.Trajectories, actor: str, newest_version: int) -> wire.Ack:
+        sifted, admitted = sift(message, actor, self.pipeline), None
+        if sifted.awaited:
+            whole = len(sifted.awaited) == len(message.groups)
+            part = message if whole else message.part(sifted.awaited)
+            arrived = self.pipeline.prepare(part, actor, newest_version, self._next)
+            self._write("admit", {"actor": actor, "newest": newest_version}, part)
+            admitted = self.pipeline.take(arrived, actor)
+        for group, reason in sifted.unfit.items():
+            self._write("refused", {"group": group, "reason": reason})
+            self.pipeline.refuse(group, reason)
+        return sifted.ack(message, admitted)
+
     def failed(self, group: int, sibling: int, reason: str) -> None:
-        """See :meth:`Pipeline.failed`."""
+        """See :meth:`Pipeline.failed`; nothing is written of what is not awaited."""
+        if not self.pipeline.book.awaits(group, sibling):
+            return
         self._write("failed", {"group": group, "sibling": sibling, "reason": reason})
         self.pipeline.failed(group, sibling, reason)
         self.trail.settled([group])
 
     def actor_lost(self, actor: str) -> int:
         """See :meth:`Pipeline.actor_lost`."""
-        self._write("actor_lost", {"actor": actor})
         owed = self.pipeline.book.of_actor(actor)
+        if not owed:
+            return 0
+        self._write("actor_lost", {"actor": actor})
         given_up = self.pipeline.actor_lost(actor)
         self.trail.settled(owed)
         return given_up
@@ -295,7 +281,7 @@ class Recorder:
 
     def scored(self, result: wire.ScoreResult) -> Asked | None:
         """See :meth:`Pipeline.scored`; an answer that is refused or late is not written down."""
-        seq = -1 if self.journal is None else self.journal.last + 1
+        seq = self._next
         scoring, began, cpu = self.pipeline.steps.scoring, self.tracer.now(), self.tracer.cpu()
         with self.tracer.within("thin"):
             asked = self.pipeline.scored(result, seq)
@@ -325,28 +311,32 @@ class Recorder:
         return shard
 
     def commit(self, step: int, metrics: dict[str, float]) -> dict[str, Any] | None:
-        """See :meth:`Pipeline.commit`."""
+        """See :meth:`Pipeline.commit`; :meth:`snapshot_if_due` belongs behind whatever is made of the receipt."""
         with self.tracer.within("commit", step):
             self._write("commit", {"step": step, "metrics": metrics})
             receipt = self.pipeline.commit(step)
-            self._snapshot_if_due()
         self.trail.mark(step, "committed")
         return receipt
 
     def checkpointed(self, step: int) -> None:
-        """See :meth:`Pipeline.checkpointed`; makes room in the journal if it is half full."""
+        """See :meth:`Pipeline.checkpointed`; :meth:`make_room` belongs behind it."""
         self._write("checkpointed", {"step": step})
         self.pipeline.checkpointed(step)
-        self.make_room()
+        self._pruned_to = 0
 
     def make_room(self) -> None:
-        """Delete what nobody will ask for again, once the journal is half full."""
-        if self.journal is None or self.journal.used_bytes < self.journal.limit_bytes / 2:
+        """Delete what nobody will ask for again, once the journal is half full; of use behind a checkpoint, and where
+        nothing can be granted for want of room."""
+        journal = self.journal
+        if journal is None or journal.used_bytes < journal.limit_bytes / 2:
+            return
+        if journal.used_bytes - self._pruned_to < journal.limit_bytes / 8:
             return
         seq = self.snapshot()
-        self.journal.prune(self.pipeline.sources(), seq)
+        self._pruned_to = journal.used_bytes - journal.prune(self.pipeline.sources(), seq)
 
-    def _snapshot_if_due(self) -> None:
+    def snapshot_if_due(self) -> None:
+        """Write the whole state if much has happened since it was written last."""
         if self.journal is None:
             return
         used, step = self._snapshot_at
@@ -357,6 +347,7 @@ class Recorder:
         """Write the whole state; returns the event's number."""
         if self.journal is None:
             raise JournalError("there is no journal (broker.journal_mb=0)")
-        seq = self._write("snapshot", {"pipeline": self.pipeline.state(), "service": self._service_state()})
+        state = {"pipeline": self.pipeline.state(), "service": self._service_state()}
+        seq = self._write("snapshot", {**state, "settings": settings_of(self.pipeline)})
         self._snapshot_at = (self.journal.used_bytes, self.pipeline.committed_step)
         return seq

@@ -15,9 +15,13 @@ from broker.recorder import Recorder
 from broker.runfiles import RunFiles
 from common import wire
 from common.config import RunConfig
+from common.curve import Seldom
 from common.errors import DataError, ProtocolError
 
 NOBODYS_FAULT = ("unknown_group", "actor_lost", "refused_sibling", "no_signal", "environment", "sibling_failed")
+
+REASON_CHARACTERS = 500  # of why a rollout failed, in the log
+MAX_SESSIONS = 10_000  # of actors that are remembered; who owes nothing and is gone is forgotten first
 
 log = logging.getLogger("broker.rollouts")
 
@@ -35,6 +39,7 @@ class Rollouts:
         self._newest_version = newest_version
         self.sessions: dict[str, str] = {}  # of actors, also from before a restart
         self._awaited: dict[str, float] = {}  # actors that owe groups since before a restart, and until when
+        self._may_say = Seldom()
         self._told: tuple[int, ...] = ()  # the learner, of what is best
         self.handlers: dict[type[Any], Callable[[Peer, Any], None]] = {
             wire.Trajectories: self._on_trajectories,
@@ -60,6 +65,7 @@ class Rollouts:
             given_up = self.recorder.actor_lost(name)
             log.info("%s is a new process: %d groups of the one before given up", name, given_up)
         if self.sessions.get(name) != session:
+            self._forget_sessions()
             self.sessions[name] = session
             self.recorder.note("joined", {"actor": name, "session": session})
         self._awaited.pop(name, None)
@@ -70,6 +76,14 @@ class Rollouts:
             self.door.send(peer, wire.Grant(version, -1, 0, np.array(groups, np.int64), np.array(prompts, np.int64)))
         if (evaluation := self.schedule.asked_of(name)) is not None:
             self.door.send(peer, self._with_evaluation(None, evaluation))
+
+    def _forget_sessions(self) -> None:
+        while len(self.sessions) >= MAX_SESSIONS:
+            here = {p.name for p in self.door.roster.role("actor")} | self.pipeline.book.actors()
+            gone = next((name for name in self.sessions if name not in here), None)
+            if gone is None:
+                return
+            del self.sessions[gone]
 
     def learner_joined(self) -> None:
         """One that knows nothing yet of what is best."""
@@ -97,7 +111,7 @@ class Rollouts:
         for reason, group, sibling in zip(ack.reasons, ack.groups, ack.siblings, strict=True):
             if reason and reason not in NOBODYS_FAULT:
                 faulty += 1
-                log.warning("refused trajectory %d.%d of %s: %s", group, sibling, peer.name, reason)
+                self._say(peer, "refused", "refused trajectory %d.%d of %s: %s", group, sibling, peer.name, reason)
         if faulty:
             self.door.offence(peer.identity, "refused_trajectory", faulty)
 
@@ -105,8 +119,13 @@ class Rollouts:
         what = f"group {message.group}" if message.sibling < 0 else f"trajectory {message.group}.{message.sibling}"
         if self.pipeline.book.refusal(message.group, 0, peer.name) == "granted_to_another_actor":
             raise ProtocolError(f"{what} was granted to another actor")
-        log.warning("%s failed at %s: %s", peer.name, what, message.reason)
+        self._say(peer, "failed", "%s failed at %s: %s", peer.name, what, message.reason[:REASON_CHARACTERS])
         self.recorder.failed(message.group, message.sibling, "environment")
+
+    def _say(self, peer: Peer, kind: str, words: str, *values: Any) -> None:
+        """A warning, once a minute about each kind and peer; all are counted in status.json."""
+        if self._may_say((peer.name, kind)):
+            log.warning(words, *values)
 
     def _on_evaluation(self, peer: Peer, message: wire.EvaluationResult) -> None:
         asked, section, task = self.schedule.asked_of(peer.name), self.config.evaluation, self.config.task
@@ -121,10 +140,10 @@ class Rollouts:
         found = evaluate(message, section.pass_at, task.labels, task.mixture)
         low, high = found["reward_low"], found["reward_high"]
         self.schedule.result(peer.name, message.evaluation, message.version_min, found["reward"], low, high)
-        self.recorder.note("evaluated", {"result": self.schedule.state()[-1]})
         line = {
             "version": message.version_min, "version_max": message.version_max, "version_asked": asked.version, **found
         }  # fmt: skip
+        self.recorder.note("evaluated", {"result": self.schedule.state()[-1], "line": line})
         self.door.outlet.do(lambda: self.files.metric("eval", line))
 
     def grant(self, version: int) -> None:

@@ -4,19 +4,34 @@ import json
 import os
 import secrets
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from common.errors import ProtocolError
+from common.errors import JournalError, ProtocolError
 
 STATUS_EVERY_S = 0.5
 
 
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """What the disk refuses says where, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise JournalError(
+            f"{path}: cannot be written ({error}); make room on the disk, then start the broker again: nothing "
+            "acknowledged is lost"
+        ) from error
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Replace ``path`` atomically: a reader sees the old or the new content."""
+    """Replace ``path`` atomically: a reader sees the old or the new content. Raises :class:`JournalError`."""
     temporary = path.with_suffix(f".tmp{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
+    with _named(path):
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+        os.replace(temporary, path)
 
 
 def _cut_torn_line(path: Path) -> None:
@@ -61,8 +76,9 @@ class RunFiles:
         """Append one line; those of ``more`` (kind, values) with it, at once."""
         time_s = round(self.seconds(), 3)
         lines = [json.dumps({"kind": kind, "time_s": time_s, **values}) for kind, values in ((kind, values), *more)]
-        self._metrics.write("".join(f"{line}\n" for line in lines))
-        self._metrics.flush()
+        with _named(self.directory / "metrics.jsonl"):
+            self._metrics.write("".join(f"{line}\n" for line in lines))
+            self._metrics.flush()
 
     def last(self, kind: str, key: str) -> int:
         """The greatest ``key`` in metrics.jsonl's lines of ``kind``, -1 for none; a line cut short is ignored."""
@@ -86,5 +102,6 @@ class RunFiles:
         self._next_status = time.monotonic() + STATUS_EVERY_S
 
     def close(self) -> None:
-        """Close the metrics file."""
-        self._metrics.close()
+        """Close the metrics file; what a full disk did not take of it is gone."""
+        with suppress(OSError):
+            self._metrics.close()

@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ from broker.journal import Journal
 from broker.outlet import Outlet
 from broker.peers import Peer
 from broker.pipeline import Pipeline
-from broker.recorder import Recorder, recover
+from broker.recorder import Recorder
+from broker.recovery import recover
 from broker.rollouts import Rollouts
 from broker.runfiles import RunFiles
 from broker.training import Training
 from common import wire
 from common.config import MEGABYTE, RunConfig
-from common.errors import DataError, ModelError, ProtocolError
+from common.errors import CroupierError, DataError, ModelError, ProtocolError
 from common.exporter import open_exporter
 from common.frozen import command_of, words_of
 from common.identity import check_same_tokens
@@ -101,8 +103,8 @@ class BrokerService:
         self.door.on_joined, self.door.on_left = self._joined, self._left
         self.distribution = Distribution(config.weights.deadline_s, config.joint, self.recorder, self.door, self.files)
         self.rollouts = Rollouts(config, self.recorder, self.door, self.files, self.distribution.newest_version)
-        self.door.objection = self.rollouts.objection
         self.training = Training(config, self.recorder, self.door, self.files, self.figures, self.waiting_for)
+        self.door.objection = lambda hello: self.rollouts.objection(hello) or self.training.objection(hello)
         self.phase = "waiting"
         self.told: dict[str, Any] = {}  # what status.json was last made of
         self._next_word = time.monotonic() + WORD_EVERY_S
@@ -123,18 +125,22 @@ class BrokerService:
     def run(self) -> None:
         """Serve until the last version is published and evaluated, or until asked to stop."""
         log.info("run %s on %s", self.files.run_id, self.config.broker.address)
-        try:
-            while not self.stop.is_set and not self._finished():
-                self.turn()
-            self.phase = "stopped" if self.stop.is_set else "finished"
-            self.tracer.state("end")
-            self._farewell()
-        finally:
-            self._write_status()
-            self.files.close()
+        with ExitStack() as closing:
+            closing.callback(self.router.close)
             if self.recorder.journal is not None:
-                self.recorder.journal.close()  # it wakes the router
-            self.router.close()
+                closing.callback(self.recorder.journal.close)  # before the router: it wakes it
+            closing.callback(self.files.close)
+            try:
+                while not self.stop.is_set and not self._finished():
+                    self.turn()
+                self.phase = "stopped" if self.stop.is_set else "finished"
+                self.tracer.state("end")
+                self._farewell()
+            except BaseException:
+                with suppress(CroupierError):  # what ended the run is what is to be heard of
+                    self._write_status()
+                raise
+            self._write_status()
 
     def turn(self) -> None:
         """One turn of the loop."""
@@ -164,6 +170,8 @@ class BrokerService:
             self.phase = "running"
         does("send")
         self.outlet.release()
+        if not self.outlet.holding:
+            self.recorder.make_room()  # also where nothing can be granted until there is some
         does("status")
         self.recorder.trail.levels()
         if self.files.status_due():
@@ -222,7 +230,7 @@ class BrokerService:
         found = recover(self.pipeline, journal)
         state = found.service
         published: dict[str, list[int]] = {name: list(found) for name, found in state.get("published", {}).items()}
-        evaluated = list(state.get("evaluated", []))
+        evaluated, lines = list(state.get("evaluated", [])), list[dict[str, Any]]()
         self.rollouts.sessions.update(state.get("sessions", {}))
         self.training.learner_seen = bool(state.get("learner_seen", False))
         sending = int(state.get("sending", 0))
@@ -234,6 +242,7 @@ class BrokerService:
                     published.setdefault(values["stream"], []).append(values["version"])
                 case "evaluated":
                     evaluated.append(values["result"])
+                    lines.append(values.get("line", {}))
                 case "joined":
                     self.rollouts.sessions[values["actor"]] = values["session"]
                 case "sending":
@@ -248,6 +257,10 @@ class BrokerService:
             self.figures.budget_move = move
             if move["move"] > moves:
                 self.files.metric("budget", move)
+        told = self.files.last("eval", "version_asked")
+        for line in lines:
+            if line and line["version_asked"] > told:
+                self.files.metric("eval", line)
         self.training.recovered()
         for receipt, metrics in found.commits:
             line, alerts = self.figures.committed(receipt, metrics, self.pipeline, self.door.roster)

@@ -230,6 +230,11 @@ class Steps:
         entry = self._steps.get(step)
         return entry is not None and entry.shards is not None and len(entry.shards) == world
 
+    def was_served(self, step: int) -> bool:
+        """Whether shards of the step were made, for whatever mesh."""
+        entry = self._steps.get(step)
+        return entry is not None and entry.shards is not None
+
     def batch(self, step: int) -> Batch:
         """Of a step that is held or being scored."""
         if self._scoring is not None and self._scoring.batch.step == step:

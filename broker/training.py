@@ -57,14 +57,24 @@ class Training:
         self.handlers: dict[type[Any], Callable[[Peer, Any], None]] = {
             wire.ScoreResult: self._on_scores,
             wire.Fetch: self._on_fetch,
-            wire.Commit: lambda peer, m: self.commit(m.step, m.metrics),
-            wire.Checkpointed: lambda peer, m: self.recorder.checkpointed(m.step),
+            wire.Commit: self._on_commit,
+            wire.Checkpointed: self._on_checkpointed,
         }
 
     def recovered(self) -> None:
-        """The budget is where it was; what moved it there is learned anew."""
+        """The budget is where it was, or what the configuration says now; what moved it there is learned anew."""
+        section, budget = self.config.staleness, self.pipeline.ledger.budget
+        allowed = min(budget, section.limit) if section.auto else section.first
+        if allowed != budget:
+            log.info("staleness budget %d -> %d: the configuration says so", budget, allowed)
+            self._move_budget(allowed, "the configuration was changed", {})
         if self.governor is not None:
-            self.governor.budget = self.pipeline.ledger.budget
+            self.governor.budget = allowed
+
+    def _move_budget(self, value: int, reason: str, figures: dict[str, Any]) -> None:
+        line = self.recorder.set_budget(value, reason, **figures)
+        self.figures.budget_move = line
+        self.door.outlet.do(lambda: self.files.metric("budget", line))
 
     @property
     def parked(self) -> bool:
@@ -75,10 +85,24 @@ class Training:
         """``version``: the newest that it has offered, so all steps before it are trained."""
         if not self.learner_seen:
             self.learner_seen = True
+            self.recorder.start_at(version)  # first: a broker killed between the two does it again
             self.recorder.note("learner", {})
-            self.recorder.start_at(version)
         for step in range(self.pipeline.committed_step + 1, version):
             self.commit(step, {})  # the broker ended before it heard of these
+
+    def objection(self, hello: wire.Hello) -> str:
+        """Why a learner cannot hold the version that it claims; "" if it can, and for everybody else."""
+        if hello.role != "learner":
+            return ""
+        steps, next_step = self.config.run.steps, self.pipeline.ledger.next_step
+        if not 0 <= hello.version <= steps:
+            return f"it holds version {hello.version}, this run ends with {steps} (run.steps)"
+        if self.learner_seen and hello.rank == 0 and hello.version > next_step + 1:
+            return (
+                f"it holds version {hello.version}, and no step after {next_step - 1} was made here: it belongs "
+                "to another life of this run; start it from an older checkpoint, or the broker from the right directory"
+            )
+        return ""
 
     def ask_again(self, peer: Peer) -> None:
         """What ``peer`` was asked: it is gone, or was welcomed, and has forgotten it then."""
@@ -211,6 +235,24 @@ class Training:
         """Whether ``step`` should wait for the version that trains it, which the learner is about to publish."""
         return self._ess < self.config.obrs.rethin_below and self.pipeline.steps.may_rethin(step, step)
 
+    def _on_commit(self, peer: Peer, message: wire.Commit) -> None:
+        step = message.step
+        if message.version != step + 1:
+            raise ProtocolError(f"step {step} makes version {step + 1}, not {message.version}")
+        if step > self.pipeline.committed_step and not self.pipeline.steps.was_served(step):
+            raise ProtocolError(f"step {step} cannot have been trained: this broker has not served it")
+        for earlier in range(self.pipeline.committed_step + 1, step):
+            self.commit(earlier, {})  # word of it was lost with a connection
+        self.commit(step, message.metrics)
+
+    def _on_checkpointed(self, peer: Peer, message: wire.Checkpointed) -> None:
+        if message.step > self.pipeline.committed_step:
+            raise ProtocolError(
+                f"a checkpoint of step {message.step}, and only those up to {self.pipeline.committed_step} are trained"
+            )
+        self.recorder.checkpointed(message.step)
+        self.door.outlet.do(self.recorder.make_room)
+
     def commit(self, step: int, metrics: dict[str, float]) -> None:
         """``step`` is trained."""
         receipt = self.recorder.commit(step, metrics)
@@ -219,6 +261,7 @@ class Training:
         self._ess = metrics.get("weight_ess", self._ess)
         line, alerts = self.figures.committed(receipt, metrics, self.pipeline, self.door.roster)
         self.door.outlet.do(lambda: self.write_step(line, alerts))
+        self.door.outlet.do(self.recorder.snapshot_if_due)  # not before: a restart writes no line of before it again
         if self.governor is not None:
             self._govern(self.governor, receipt, metrics)
 
@@ -234,10 +277,8 @@ class Training:
         ess, unfilled_s = metrics.get("weight_ess"), fleet.unfilled_s
         move = governor.observe(Totals(step, now_s, dict(fleet.parked), states, kl, ess, unfilled_s))
         if move is not None:
-            line = self.recorder.set_budget(move.new, move.reason, **move.figures)
-            self.figures.budget_move = line
-            log.info("step %d: staleness budget %d -> %d: %s", line["step"], move.old, move.new, move.reason)
-            self.door.outlet.do(lambda: self.files.metric("budget", line))
+            log.info("step %d: staleness budget %d -> %d: %s", step, move.old, move.new, move.reason)
+            self._move_budget(move.new, move.reason, move.figures)
 
     def write_step(self, line: dict[str, Any], alerts: list[Alert]) -> None:
         """Write the line of a step that is trained, and say what it gives cause to."""

@@ -14,7 +14,7 @@
     ├── DeadlineError     a wait ran out; the message names who was late
     ├── WeightsError      a weight publish or reload failed
     ├── CheckpointError   a checkpoint that is damaged or belongs to another run
-    └── JournalError      the broker's journal cannot be written, read or is another run's
+    └── JournalError      the broker's journal, or its run directory, cannot be written, read or is another run's
 """
 
 
@@ -67,4 +67,4 @@ class CheckpointError(CroupierError, RuntimeError):
 
 
 class JournalError(CroupierError, RuntimeError):
-    """The broker's journal cannot be written or read, or belongs to another run."""
+    """The broker's journal or its run directory cannot be written or read, or belongs to another run."""

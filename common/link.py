@@ -47,7 +47,7 @@ HANDSHAKE_EVENTS = (
 class BrokerLink:
     """A peer's connection to the broker: Hello, heartbeats, reconnection, typed messages.
 
-    ``hello`` is sent at the start and whenever the broker does not know us; its ``version`` and
+    ``hello`` is sent at the start, on every new connection and whenever the broker does not know us; its ``version`` and
     ``run_id`` are kept current through :meth:`set_version` and the Welcome. Every Welcome is also
     handed to the owner, who then sends again what was never acknowledged.
 
@@ -199,8 +199,9 @@ class BrokerLink:
             ready = dict(poller.poll(int(POLL_S * 1000)))
             if self._waker.seen in ready:
                 self._waker.clear()
-            if monitor in ready:
-                self._note_handshakes(monitor)
+            if monitor in ready and self._note_handshakes(monitor) and self.welcomed:
+                self._welcomed.clear()  # another connection: what the last one carried may be lost, so begin anew
+                next_beat = 0.0
             if socket in ready:
                 self._silent_s, next_word = 0.0, SILENT_BROKER_S
                 known = self.welcomed
@@ -219,13 +220,17 @@ class BrokerLink:
     def _heartbeat(self) -> Heartbeat:
         return Heartbeat(self._hello.version, dict(self.counters), self.tracer.seconds(), time.monotonic_ns())
 
-    def _note_handshakes(self, monitor: "zmq.Socket[bytes]") -> None:
+    def _note_handshakes(self, monitor: "zmq.Socket[bytes]") -> bool:
+        """Whether a connection was made."""
+        made = False
         while monitor.poll(0):
             event, _ = struct.unpack("=Hi", monitor.recv_multipart()[0])
+            made |= event == zmq.EVENT_HANDSHAKE_SUCCEEDED
             hint = "" if event == zmq.EVENT_HANDSHAKE_SUCCEEDED else f"; {self._handshake_failure(event)}"
             if hint and hint != self._hint:
                 self.log.warning("%s: %s", self.address, hint[2:])
             self._hint = hint
+        return made
 
     def _handshake_failure(self, event: int) -> str:
         if self._keys is None:

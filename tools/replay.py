@@ -20,7 +20,8 @@ from rich.table import Table
 from broker.decision import Rule, Scores, reject, trainable_scores
 from broker.journal import Event, Journal
 from broker.pipeline import Pipeline
-from broker.recorder import CHECKS, apply, difference, load_snapshot
+from broker.recorder import CHECKS, apply, difference
+from broker.recovery import load_snapshot
 from broker.service import JOURNAL, read_vocab_size
 from broker.steps import controller_of, scores_of
 from common import wire

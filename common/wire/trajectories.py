@@ -1,8 +1,10 @@
 """Finished trajectories, and what can be said of them without knowing the run: structure, faults, ages."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 from typing import Any, ClassVar
 
 import numpy as np
@@ -28,6 +30,7 @@ from common.wire.fields import (
 
 LOG_Q_TOLERANCE = 1e-6
 MAX_BLOCKS = 256  # blocks of one trajectory
+MAX_MEMBERS = 8192  # trajectories of one message: its Ack says something of each
 
 
 def _are_log_probabilities(values: Float32) -> bool:
@@ -72,6 +75,8 @@ class Trajectories(Routed):
     def check(self) -> None:
         """Structure only; :meth:`faults` looks at the contents of each trajectory."""
         b, n = len(self.groups), len(self.token_ids)
+        if b > MAX_MEMBERS:
+            raise DataError(f"trajectories: {b} in one message, at most {MAX_MEMBERS}; send them in several")
         check_lengths(
             "trajectories per trajectory",
             groups=b, siblings=len(self.siblings), rewards=len(self.rewards), channels=len(self.channels),
@@ -94,10 +99,10 @@ class Trajectories(Routed):
     def _check_blocks(self) -> None:
         """Blocks belong to a trajectory, in its order, and lie within it without overlap."""
         check_lengths("trajectories per block", blocks=len(self.blocks), block_rewards=len(self.block_rewards))
-        if not self.blocks.size:
-            return
         if self.blocks.shape[1] != 5:
             raise DataError(f"trajectories: blocks {self.blocks.shape} must have five columns")
+        if not len(self.blocks):
+            return
         owner, number, _, first, end = self.blocks.T
         if owner.min() < 0 or owner.max() >= len(self.groups) or number.min() < 0 or number.max() >= MAX_BLOCKS:
             raise DataError("trajectories: a block of no trajectory, or with an impossible number")
@@ -106,6 +111,26 @@ class Trajectories(Routed):
         ordered = (owner[1:] > owner[:-1]) | (together & (first[1:] >= end[:-1]) & (number[1:] > number[:-1]))
         if (first < 0).any() or (end <= first).any() or (end > lengths).any() or not ordered.all():
             raise DataError("trajectories: blocks must lie within their trajectory, in order and apart")
+
+    def part(self, members: Sequence[int]) -> "Trajectories":
+        """A message of trajectories ``members``, ascending, in memory of their own."""
+        rows = np.asarray(members, np.int64)
+        lengths = np.diff(self.cu_seqlens)[rows]
+        at = np.concatenate([np.arange(self.cuts[i], self.cuts[i + 1]) for i in members] or [rows])
+        by_token = ("token_ids", "trainable", "log_q", "versions", "topk_ids", "topk_log_q", "experts")
+        by_member = ("groups", "siblings", "rewards", "channels", "finish")
+        kept = np.isin(self.blocks[:, 0], rows)
+        blocks = self.blocks[kept]
+        blocks[:, 0] = np.searchsorted(rows, blocks[:, 0])
+        return Trajectories(
+            self.run_id,
+            self.channel_names,
+            cu_seqlens=np.concatenate(([0], np.cumsum(lengths))).astype(np.int32),
+            blocks=blocks,
+            block_rewards=self.block_rewards[kept],
+            **{name: getattr(self, name)[at] for name in by_token},
+            **{name: getattr(self, name)[rows] for name in by_member},
+        )
 
     @cached_property
     def cuts(self) -> list[int]:
@@ -147,21 +172,34 @@ class Trajectories(Routed):
         versions = np.where(self.sampled, self.versions, np.int32(NEVER))
         return least(versions, self.cu_seqlens, NEVER).tolist(), counts
 
-    def faults(self, vocab_size: int, newest_version: int, expert_count: int = 0) -> dict[int, str]:
+    def faults(
+        self, vocab_size: int, newest_version: int, expert_count: int = 0, experts_per_token: int = 1
+    ) -> dict[int, str]:
         """What is wrong with the contents, by trajectory; an empty dict if nothing is.
 
-        ``expert_count`` of a layer; 0 leaves the expert record unread.
+        ``expert_count`` of a layer, of which ``experts_per_token`` read a token; 0 leaves the expert record unread.
         """
-        if self._is_sound(vocab_size, newest_version) and self._has_sound_experts(expert_count):
+        if self._is_sound(vocab_size, newest_version) and self._has_sound_experts(expert_count, experts_per_token):
             return {}
-        return self._find_faults(vocab_size, newest_version, expert_count)
+        return self._find_faults(vocab_size, newest_version, expert_count, experts_per_token)
 
-    def _has_sound_experts(self, expert_count: int) -> bool:
-        """Every row of the record within the model, or UNROUTED throughout."""
+    def _has_sound_experts(self, expert_count: int, per_token: int) -> bool:
+        """Every row of the record within the model and no expert twice in a layer, or UNROUTED throughout."""
         if not expert_count or not self.experts.size:
             return True
         outside = self.experts.max(axis=1) >= expert_count
-        return bool((self.experts[outside] == UNROUTED).all())
+        return bool((self.experts[outside] == UNROUTED).all()) and not self._repeated_experts(per_token).any()
+
+    def _repeated_experts(self, per_token: int) -> NDArray[np.bool_]:
+        """``[N]``: a layer of the record names an expert twice. A record of another model's width is left unread."""
+        n, width = self.experts.shape
+        if width % per_token:
+            return np.zeros(n, np.bool_)
+        chosen = np.ascontiguousarray(self.experts.reshape(-1, per_token).T)  # [k, N * layers]: long passes
+        twice = np.zeros(chosen.shape[1], np.bool_)
+        for one, other in combinations(chosen, 2):
+            twice |= one == other
+        return np.asarray(twice.reshape(n, -1).any(axis=1) & (self.experts[:, 0] != UNROUTED), np.bool_)
 
     def _is_sound(self, vocab_size: int, newest_version: int) -> bool:
         """Every check in as few passes as will do; extremes carry NaN and infinity along."""
@@ -170,7 +208,7 @@ class Trajectories(Routed):
         oldest, _ = self.summary
         starts, role = self.cu_seqlens[:-1], self.highest_role
         return bool(
-            math.isfinite(sum(self.rewards.tolist()) + float(self.channels.sum()))
+            math.isfinite(sum(self.rewards.tolist()) + float(self.channels.sum()) + float(self.block_rewards.sum()))
             and _are_log_probabilities(self.log_q)
             and _are_below(self.token_ids, vocab_size)
             and role <= EXPERT
@@ -205,7 +243,9 @@ class Trajectories(Routed):
         """``[N]``: an exemplar's token that claims to be sampled."""
         return np.asarray(expert & ((self.versions != -1) | (self.log_q != 0)), np.bool_)
 
-    def _find_faults(self, vocab_size: int, newest_version: int, expert_count: int) -> dict[int, str]:
+    def _find_faults(
+        self, vocab_size: int, newest_version: int, expert_count: int, experts_per_token: int
+    ) -> dict[int, str]:
         on = self.sampled
         lengths = np.diff(self.cu_seqlens)
         owner = np.repeat(np.arange(len(self.groups)), lengths)
@@ -232,8 +272,11 @@ class Trajectories(Routed):
             note(np.asarray(missing.any(axis=1) != missing.all(axis=1)), "expert record of a token is torn")
             beyond = (self.experts >= expert_count) & ~missing
             note(np.asarray(beyond.any(axis=1)), f"expert outside the {expert_count} of a layer")
+            note(self._repeated_experts(experts_per_token), "a layer's record names the same expert twice")
         for b in np.flatnonzero(~np.isfinite(self.rewards) | ~np.isfinite(self.channels).all(axis=1)):
             found.setdefault(int(b), "reward is NaN or infinite")
+        for b in np.unique(self.blocks[~np.isfinite(self.block_rewards), 0]):
+            found.setdefault(int(b), "a block's reward is NaN or infinite")
         for b in np.flatnonzero((np.array(self.summary[1]) == 0) & (self._exemplar_tokens() == 0)):
             found.setdefault(int(b), "no sampled token")
         for b in np.flatnonzero(lengths):

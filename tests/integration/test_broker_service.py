@@ -22,6 +22,7 @@ from common.config import (
 from common.errors import ModelError, ProtocolError
 from common.process import StopFlag
 from tests.integration.harness import STEPS, B, Broker, G, Peer, group
+from tests.routes import routes
 
 
 def test_a_synchronous_run_from_the_first_grant_to_the_last_stop(make):
@@ -81,7 +82,7 @@ def test_expert_records_go_from_the_actor_to_the_replica_and_the_learner(make, t
     rng, sent = np.random.default_rng(0), {}
     for g in actor.expect(wire.Grant).groups.tolist():
         message = group(actor.link.run_id, g)
-        message.experts = rng.integers(0, 8, (4 * G, 6)).astype(np.uint16)
+        message.experts = routes(rng, 4 * G, 2, 8, 3)
         message.experts[3::4] = wire.UNROUTED
         sent[g] = message.experts
         actor.link.send(message)

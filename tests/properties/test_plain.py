@@ -70,7 +70,7 @@ def test_what_is_said_of_a_message_is_what_its_tokens_say(shapes):
             role == 1 or (role == 0 and log_q == 0 and version not in versions) for role, version, log_q in everything
         )
     )
-    assert message._is_sound(VOCAB, 6) and not message._find_faults(VOCAB, 6, 0)
+    assert message._is_sound(VOCAB, 6) and not message._find_faults(VOCAB, 6, 0, 1)
     assert message.faults(VOCAB, 3).keys() == {b for b, tokens in enumerate(found)}
 
 

@@ -12,7 +12,8 @@ from broker.curriculum import MAX_QUESTIONS, RATES, Curriculum, History, pass_ra
 from broker.groups import unpack_all
 from broker.journal import Journal
 from broker.pipeline import Pipeline
-from broker.recorder import Recorder, apply, recover
+from broker.recorder import Recorder, apply
+from broker.recovery import recover
 from common import wire
 from common.config import (
     AdvantageSection,

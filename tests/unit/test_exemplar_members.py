@@ -7,7 +7,8 @@ from broker.audit import strata
 from broker.honesty import Honesty
 from broker.journal import Journal
 from broker.pipeline import Pipeline
-from broker.recorder import Recorder, decision_digests, recover
+from broker.recorder import Recorder, decision_digests
+from broker.recovery import recover
 from broker.steps import scores_of
 from common import wire
 from common.codec import decode, encode

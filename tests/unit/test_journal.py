@@ -87,6 +87,62 @@ def test_a_full_journal_says_so_and_keeps_what_was_durable(tmp_path: Path, monke
     again.close()
 
 
+def test_a_snapshot_is_on_disk_before_what_it_replaces_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(tmp_path, "r", 8)
+    fill(journal, 10)
+    monkeypatch.setattr(journal, "_delete", lambda firsts: os.close(-1))  # fails there, as a killed process would stop
+    with journal._wake:  # both reach the thread at once
+        seq = journal.append("snapshot", {}, [])
+        journal.prune([], seq)
+    journal.flush()
+    journal._thread.join(10)
+    journal.close()
+    again = Journal(tmp_path, "r", 8)
+    assert again.latest("snapshot") == seq == again.last
+    again.close()
+
+
+READER = """
+import sys, time
+from pathlib import Path
+import broker.journal
+def slow(*arguments):
+    print("inside", flush=True)
+    time.sleep(60)
+broker.journal._unpack = slow
+list(broker.journal.Journal(Path(sys.argv[1]), "", 8, read_only=True).events())
+"""
+
+
+def test_a_reader_that_was_killed_keeps_no_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("broker.journal.MAP_RESERVE", 0)
+    journal = Journal(tmp_path, "r", 8)
+    fill(journal, 10)
+    reader = subprocess.Popen([sys.executable, "-c", READER, str(tmp_path)], stdout=subprocess.PIPE)
+    assert reader.stdout is not None
+    assert reader.stdout.readline() == b"inside\n"
+    reader.kill()
+    reader.wait()
+    reader.stdout.close()
+    for _ in range(20):  # 20 MB through a journal of 8
+        fill(journal, 10, 100_000, journal.last + 1)
+        journal.prune([], journal.last)
+        settle(journal)
+    journal.close()
+
+
+def test_what_is_being_written_counts_as_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(tmp_path, "r", 8)
+    seen: list[int] = []
+    monkeypatch.setattr("broker.journal._pack", lambda events: seen.append(journal.used_bytes) or b"\0" * 9_000)
+    journal.append("admit", {}, [b"y" * 9_000])
+    settle(journal)
+    assert seen == [9_000] and journal.used_bytes == 9_000
+    journal.close()
+
+
 def test_another_runs_journal_is_refused(tmp_path: Path) -> None:
     Journal(tmp_path, "one", 4).close()
     with pytest.raises(JournalError, match="belongs to run one, not two"):

@@ -12,7 +12,8 @@ from broker.groups import Trajectory, unpack_all
 from broker.journal import Journal
 from broker.mixing import EPSILON, Running, mix
 from broker.pipeline import Pipeline
-from broker.recorder import Recorder, decision_digests, recover
+from broker.recorder import Recorder, decision_digests
+from broker.recovery import recover
 from common import wire
 from common.config import (
     AdvantageSection,

@@ -18,6 +18,7 @@ from common.config import (
 )
 from common.errors import ConfigError, DataError, ProtocolError
 from common.routing import Routing
+from tests.routes import routes
 
 G = 3
 TOKEN_FIELDS = ("token_ids", "trainable", "log_q", "versions", "topk_ids", "topk_log_q")
@@ -426,8 +427,8 @@ ROUTED = RolloutSection(groups_per_step=2, group_size=G, max_prompt_tokens=3, ma
 
 def routed(message, width=ROUTING.width):
     """With an expert record of random rows, the last of each trajectory UNROUTED."""
-    rng = np.random.default_rng(int(message.groups[0]))
-    message.experts = rng.integers(0, ROUTING.experts, (len(message.token_ids), width)).astype(np.uint16)
+    rng, layers = np.random.default_rng(int(message.groups[0])), width // ROUTING.per_token
+    message.experts = routes(rng, len(message.token_ids), layers, ROUTING.experts, ROUTING.per_token)
     message.experts[message.cu_seqlens[1:] - 1] = wire.UNROUTED
     return message
 
@@ -448,6 +449,9 @@ def test_a_record_that_cannot_be_this_models_is_refused_by_name():
     ):
         assert pipeline.admit(message, "a", 0).reasons[0] == reason
         assert pipeline.refused[reason] == 1
+    twice = routed(trajectories(int(pipeline.grant("a", 1, 0).groups[0])))
+    twice.experts[1, 3] = twice.experts[1, 2]
+    assert pipeline.admit(twice, "a", 0).reasons[0] == "a layer's record names the same expert twice"
     assert pipeline.book.held == 0
     pipeline = Pipeline(config(), 16)
     pipeline.grant("a", 2, 0)

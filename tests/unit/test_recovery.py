@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from broker.journal import Journal
 from broker.pipeline import Pipeline
-from broker.recorder import Recorder, apply, decision_digests, difference, recover, shard_digests
+from broker.recorder import Recorder, apply, decision_digests, difference, shard_digests
+from broker.recovery import recover
 from common import wire
 from common.codec import encode
 from common.config import (
@@ -27,6 +28,7 @@ from common.config import (
 from common.frozen import TeacherEntry
 from common.objective import LossSection
 from common.routing import Routing
+from tests.routes import routes
 
 B, G, STEPS, VOCAB = 3, 2, 6, 16
 ROUTING = Routing((0, 1, 2), experts=8, per_token=2)
@@ -80,7 +82,7 @@ def rollouts(group: int, siblings: list[int], version: int, seed: int, routed: i
         np.zeros(len(siblings), np.uint8), offsets, rng.integers(0, VOCAB, n).astype(np.int32), on,
         np.where(on, -rng.random(n), 0).astype(np.float32), np.where(on, version, -1).astype(np.int32),
         np.zeros((n, 0), np.int32), np.zeros((n, 0), np.float32),
-        rng.integers(0, ROUTING.experts, (n, routed)).astype(np.uint16),
+        routes(rng, n, routed // ROUTING.per_token, ROUTING.experts, ROUTING.per_token),
     )  # fmt: skip
 
 

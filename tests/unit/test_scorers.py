@@ -8,7 +8,8 @@ import pytest
 from broker.identities import Identities
 from broker.journal import Journal
 from broker.pipeline import Pipeline
-from broker.recorder import Recorder, recover
+from broker.recorder import Recorder
+from broker.recovery import recover
 from common import wire
 from common.codec import encode
 from common.config import ModelSection, ObrsSection, RolloutSection, RunConfig, TaskEntry, TaskSection, load
