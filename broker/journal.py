@@ -194,15 +194,20 @@ class Journal:
 
     def prune(self, needed: Sequence[int], before: int) -> int:
         """Delete the chunks of events older than ``before`` that hold none of ``needed``; returns their bytes."""
-        firsts = [first for first, _ in self._chunks]
-        keep = {bisect_right(firsts, seq) - 1 for seq in needed}
-        gone = [first for index, first in enumerate(firsts[:-1]) if firsts[index + 1] <= before and index not in keep]
-        if gone:
-            with self._wake:
+        with self._wake:
+            firsts = [first for first, _ in self._chunks]
+            keep = {bisect_right(firsts, seq) - 1 for seq in needed}
+            ends = [*firsts[1:], self.durable + 1][: len(firsts)]
+            gone = [
+                first
+                for i, (first, end) in enumerate(zip(firsts, ends, strict=True))
+                if end <= before and i not in keep
+            ]
+            if gone:
                 self._prunes.append(gone)
                 self._wake.notify()
-        dead = set(gone)
-        return sum(size for first, size in self._chunks if first in dead)
+            dead = set(gone)
+            return sum(size for first, size in self._chunks if first in dead)
 
     def _run(self) -> None:
         while True:
@@ -240,10 +245,11 @@ class Journal:
             with self._env.begin(write=True) as txn:
                 if not txn.put(KEY.pack(first), value, append=True):
                     raise lmdb.KeyExistsError(f"event {first} is there already")
-            self._chunks.append((first, len(value)))
-            self._kept_bytes += len(value)
-            self._writing_bytes -= size
-            self.durable = first + (end - start) - 1
+            with self._wake:
+                self._chunks.append((first, len(value)))
+                self._kept_bytes += len(value)
+                self._writing_bytes -= size
+                self.durable = first + (end - start) - 1
             start = end
             self.on_commit()
 
@@ -253,8 +259,9 @@ class Journal:
             for first in firsts:
                 txn.delete(KEY.pack(first))
         dead = set(firsts)
-        self._kept_bytes -= sum(size for first, size in self._chunks if first in dead)
-        self._chunks = [c for c in self._chunks if c[0] not in dead]
+        with self._wake:
+            self._kept_bytes -= sum(size for first, size in self._chunks if first in dead)
+            self._chunks = [c for c in self._chunks if c[0] not in dead]
 
     def close(self) -> None:
         """Commit what waits and close."""

@@ -47,9 +47,9 @@ HANDSHAKE_EVENTS = (
 class BrokerLink:
     """A peer's connection to the broker: Hello, heartbeats, reconnection, typed messages.
 
-    ``hello`` is sent at the start, on every new connection and whenever the broker does not know us; its ``version`` and
-    ``run_id`` are kept current through :meth:`set_version` and the Welcome. Every Welcome is also
-    handed to the owner, who then sends again what was never acknowledged.
+    ``hello`` is sent at the start, on every new connection and whenever the broker does not know us;
+    its ``version`` and ``run_id`` are kept current through :meth:`set_version` and the Welcome. Every
+    Welcome is also handed to the owner, who then sends again what was never acknowledged.
 
     ``keys`` (:func:`common.keys.client_keys`) may only be left out where the address is local.
     """

@@ -1,6 +1,7 @@
 """Mutated messages by the hundred thousand: refused by name, never a crash, a hang or growth."""
 
 import copy
+import dataclasses
 import random
 import resource
 import threading
@@ -28,6 +29,9 @@ def specimens():
         wire.Heartbeat(3, {"seconds_decode": 1.5}),
         wire.Bye("done"),
         group("run", 0),
+        dataclasses.replace(
+            group("run", 0), blocks=np.array([[0, 0, 0, 2, 4]], np.int32), block_rewards=np.ones(1, np.float32)
+        ),
         wire.GroupFailed(3, "ran out", 1),
         wire.EvaluationResult(1, 0, 0, floats, np.full(4, 7, np.int32)),
         wire.ScoreResult(1, 0, 0.5, floats, np.zeros((4, 2), np.float32)),

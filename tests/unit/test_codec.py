@@ -165,6 +165,21 @@ def test_lengths_that_disagree_are_named():
         decode([bytes(f) for f in encode(message)], wire.TO_BROKER)
 
 
+def test_blocks_without_columns_and_more_trajectories_than_an_ack_can_name_are_refused():
+    message = sample_trajectories()
+    message.blocks, message.block_rewards = np.zeros((3, 0), np.int32), np.zeros(3, np.float32)
+    with pytest.raises(DataError, match=r"blocks \(3, 0\) must have five columns"):
+        decode([bytes(f) for f in encode(message)], wire.TO_BROKER)
+    many, none = 8193, np.zeros(0, np.int32)
+    message = wire.Trajectories(
+        "r", [], np.zeros(many, np.int64), np.zeros(many, np.int32), np.zeros(many, np.float32),
+        np.zeros((many, 0), np.float32), np.zeros(many, np.uint8), np.zeros(many + 1, np.int32), none,
+        none.astype(np.uint8), none.astype(np.float32), none, np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32),
+    )  # fmt: skip
+    with pytest.raises(DataError, match="8193 in one message, at most 8192"):
+        decode([bytes(f) for f in encode(message)], wire.TO_BROKER)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -179,14 +194,17 @@ def test_lengths_that_disagree_are_named():
         (lambda m: m.experts.__setitem__((2, 1), wire.UNROUTED), "torn"),
         (lambda m: m.experts.__setitem__((5, 0), 3), "torn"),
         (lambda m: m.experts.__setitem__((2, 1), 8), "expert outside the 8"),
+        (lambda m: m.experts.__setitem__((2, 1), m.experts[2, 0]), "same expert twice"),
+        (lambda m: m.block_rewards.__setitem__(0, np.nan), "a block's reward"),
     ],
 )
 def test_faulty_trajectories_are_found_and_their_siblings_are_not_blamed(change, says):
     message = sample_trajectories(routed=4)
+    message.blocks, message.block_rewards = np.array([[0, 0, 0, 3, 5]], np.int32), np.zeros(1, np.float32)
     change(message)
     if says == "first token":
         message.versions[:] = 3
-    faults = message.faults(vocab_size=16, newest_version=5, expert_count=8)
+    faults = message.faults(vocab_size=16, newest_version=5, expert_count=8, experts_per_token=2)
     assert list(faults) == [0] and says in faults[0]
     assert sample_trajectories().faults(16, 5) == {}
-    assert sample_trajectories(routed=4).faults(16, 5, 8) == {}
+    assert sample_trajectories(routed=4).faults(16, 5, 8, 2) == {}

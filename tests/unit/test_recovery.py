@@ -1,6 +1,7 @@
 """A broker that was killed at any instant comes back where it was, and a replay finds the same decisions."""
 
 import dataclasses
+import time
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from common.config import (
     TaskEntry,
     TaskSection,
 )
+from common.errors import JournalError
 from common.frozen import TeacherEntry
 from common.objective import LossSection
 from common.routing import Routing
@@ -255,6 +257,73 @@ def test_pruning_keeps_all_that_a_restart_needs(tmp_path: Path):
     recover(again, journal)
     assert fingerprint(again) == before
     assert kept < journal.last
+    journal.close()
+
+
+@pytest.mark.parametrize("snapshot", [False, True])
+def test_other_bounds_at_a_restart_lose_nothing_that_was_granted_under_the_old_ones(tmp_path: Path, snapshot: bool):
+    journal = Journal(tmp_path / "j", "r", 64)
+    pipeline = Pipeline(config(), VOCAB)
+    recorder = Recorder(pipeline, journal, dict)
+    recorder.begin(0)
+    for group in recorder.grant("a", 100, 0).groups.tolist():
+        recorder.admit(rollouts(group, [0, 1], 0, 1), "a", 0)
+    if snapshot:
+        recorder.snapshot()
+    before = fingerprint(pipeline)
+    assert pipeline.held() == 3 * B * G  # a budget of 2
+    journal.close()
+    tight = 1.01 * B * config().rollout.largest_group(0) / (1 << 20)
+    assert pipeline.queue_bytes > tight * (1 << 20)
+    changed = config(staleness=StalenessSection(0), broker=BrokerSection(assemble_ahead=1, queue_mb=tight))
+    journal = Journal(tmp_path / "j", "r", 64)
+    again = Pipeline(changed, VOCAB)
+    recover(again, journal)
+    assert fingerprint(again) == before
+    assert again.grant("a", 1, 0) is None
+    journal.close()
+
+
+@pytest.mark.parametrize("snapshot", [False, True])
+def test_what_a_run_may_not_change_is_refused_by_name(tmp_path: Path, snapshot: bool):
+    journal = Journal(tmp_path / "j", "r", 64)
+    recorder = Recorder(Pipeline(config(), VOCAB), journal, dict)
+    recorder.begin(0)
+    if snapshot:
+        recorder.snapshot()
+    journal.close()
+    journal = Journal(tmp_path / "j", "r", 64)
+    rollout = dataclasses.replace(config().rollout, group_size=4, top_logprobs=3)
+    other = Pipeline(config(rollout=rollout), VOCAB)
+    odd = r"rollout\.group_size=2, not 4 and rollout\.top_logprobs=0, not 3; set that back, or choose another run\.name"
+    with pytest.raises(JournalError, match=odd):
+        recover(other, journal)
+    journal.close()
+
+
+def test_a_journal_that_is_full_of_what_was_given_up_is_emptied_without_a_checkpoint(tmp_path: Path):
+    journal = Journal(tmp_path / "j", "r", 1)
+    pipeline = Pipeline(config(), VOCAB)
+    recorder = Recorder(pipeline, journal, dict)
+    recorder.begin(0)
+    written = 0
+    while (grant := recorder.grant("a", 100, 0)) is not None:
+        for group in grant.groups.tolist():
+            journal.append("note", {"what": "x", "values": {}}, [bytes(60_000)])
+            recorder.failed(group, -1, "environment")
+        written += 1
+        settle(journal)
+    assert recorder.grant("a", 1, 0) is None and written > 1, "no room"
+    recorder.make_room()
+    settle(journal)
+    deadline = time.monotonic() + 10
+    while journal.used_bytes > journal.limit_bytes / 2:  # the thread deletes
+        journal.check()
+        assert time.monotonic() < deadline
+    assert recorder.grant("a", 1, 0) is not None
+    last = journal.last
+    recorder.make_room()
+    assert journal.last == last, "not again before much has been written"
     journal.close()
 
 
