@@ -106,10 +106,7 @@ class Figures:
             "trajectories_dropped": dict(pipeline.dropped),
             "trajectories_refused": {k: n for k, n in (pipeline.refused + pipeline.turned_away).items() if k},
             "trajectories_repeated": pipeline.turned_away[""],
-            "trajectories_by_length": {
-                kind: {str(length): n for length, n in sorted(bins.items())} for kind, bins in pipeline.lengths.items()
-            },
-            "trajectories_by_task": {kind: dict(sorted(counts.items())) for kind, counts in pipeline.tasks.items()},
+            **pipeline.fates.status(),
             "bad_messages": dict(self.errors),
             "alerts": self.alerts.raised,
         }

@@ -34,7 +34,7 @@ CLOSE_S = 10.0
 KEY = struct.Struct(">Q")
 ALIGNMENT = 64  # frames start at multiples, so that arrays in them are aligned
 IDENTITY = b"\0"  # sorts before every event, so that events can be appended
-FORMAT = 2  # 2: digests of decisions are XXH3, no longer BLAKE2b
+FORMAT = 3  # 3: what is not awaited is not in it, and it begins with the settings
 
 log = logging.getLogger("broker.journal")
 

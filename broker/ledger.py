@@ -172,16 +172,9 @@ class StalenessLedger:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take up where :meth:`state` was written; one from before budgets moved has deadlines and ours alone."""
-        self.next_step = int(state["next_step"])
-        if "budget" in state:
-            self.budget = int(state["budget"])
-            self._outstanding = {i: _Outstanding(*promise) for i, *promise in state["outstanding"]}
-        else:
-            self._outstanding = {
-                i: _Outstanding(deadline - self.budget, self.budget, complete)
-                for i, deadline, complete in state["outstanding"]
-            }
+        """Take up where :meth:`state` was written."""
+        self.next_step, self.budget = int(state["next_step"]), int(state["budget"])
+        self._outstanding = {i: _Outstanding(*promise) for i, *promise in state["outstanding"]}
         self._ready = sorted((g.version, g.deadline, i) for i, g in self._outstanding.items() if g.complete)
         self._due = Counter(g.deadline for g in self._outstanding.values())
         self._changed = True

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from broker.curriculum import Curriculum
+from broker.fates import Fates
 from broker.groups import GroupBook, LoadTrajectory, Trajectory, unpack_all
 from broker.ledger import StalenessLedger
 from broker.mixing import mix
@@ -29,11 +30,6 @@ from common.wire import Ack, Grant, ScoreRequest, ScoreResult, Shard, Trajectori
 
 RESAMPLE_STEPS = 8  # steps' worth of groups without signal in a row, after which they are trained after all
 PROMPT_RETRIES = 3  # a prompt whose groups failed this often is left out
-
-
-def length_bin(tokens: int) -> int:
-    """Lengths are counted by powers of two: the bin is the smallest one not below ``tokens``."""
-    return 1 << max(0, tokens - 1).bit_length()
 
 
 @dataclass(frozen=True)
@@ -65,8 +61,7 @@ class Pipeline:
         self.dropped: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
         self.turned_away: Counter[str] = Counter()  # never written down: not awaited, by reason; "" for repeats
-        self.lengths: dict[str, Counter[int]] = {"trained": Counter(), "dropped": Counter()}  # see length_bin
-        self.tasks: dict[str, Counter[str]] = {"trained": Counter(), "dropped": Counter()}  # by task.mix's labels
+        self.fates = Fates()
         self.steps = Steps(config, self.counts)
         self.curriculum = Curriculum(config)
         self._next_group = 0
@@ -244,8 +239,7 @@ class Pipeline:
         self.ledger.release(group)
         self.dropped[reason] += len(arrived)
         self.counts["tokens_dropped"] += sum(t.sampled_tokens for t in arrived)
-        self.lengths["dropped"].update(length_bin(t.sampled_tokens) for t in arrived if t.sampled_tokens)
-        self.tasks["dropped"][self.task_of(prompt)] += len(arrived)
+        self.fates.dropped(arrived, self.task_of(prompt), self.ledger.next_step)
         self.counts["groups_given_up"] += 1
         if not again:
             return
@@ -331,9 +325,7 @@ class Pipeline:
             return None
         self.committed_step = max(self.committed_step, step)
         self.counts["trajectories_trained"] += len(entry.batch.groups)
-        sampled = entry.batch.sampled_tokens[entry.batch.sampled]
-        self.lengths["trained"].update(length_bin(int(n)) for n in sampled)
-        self.tasks["trained"].update(entry.batch.count_tasks())
+        self.fates.trained(entry.batch)
         return {**entry.receipt, "staleness_budget": self.ledger.budget, **self.curriculum.receipt(step)}
 
     def checkpointed(self, step: int) -> None:
@@ -355,8 +347,7 @@ class Pipeline:
             "counts": dict(self.counts),
             "dropped": dict(self.dropped),
             "refused": dict(self.refused),
-            "lengths": [[kind, list(bins.items())] for kind, bins in self.lengths.items()],
-            "tasks": {kind: dict(counts) for kind, counts in self.tasks.items()},
+            "fates": self.fates.state(),
             "next_group": self._next_group,
             "next_prompt": self._next_prompt,
             "retry": [list(r) for r in self._retry],
@@ -374,8 +365,7 @@ class Pipeline:
         for counter, name in ((self.counts, "counts"), (self.dropped, "dropped"), (self.refused, "refused")):
             counter.clear()
             counter.update(state[name])
-        self.lengths = {kind: Counter(dict(bins)) for kind, bins in state["lengths"]}
-        self.tasks = {kind: Counter(counts) for kind, counts in state["tasks"].items()}
+        self.fates.restore(state["fates"])
         self._next_group, self._next_prompt = state["next_group"], state["next_prompt"]
         self._retry = deque((prompt, failures) for prompt, failures in state["retry"])
         self._failures = Counter(dict(state["failures"]))

@@ -71,8 +71,7 @@ def apply(pipeline: Pipeline, event: Event) -> Any:
     head = event.head
     match event.kind:
         case "begin":
-            if "budget" in head:  # a journal of before it was written down has the configuration's
-                pipeline.ledger.set_budget(head["budget"])
+            pipeline.ledger.set_budget(head["budget"])  # whatever the configuration says now
             return pipeline.begin(head["generation"])
         case "start_at":
             return pipeline.start_at(head["step"])

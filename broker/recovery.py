@@ -26,7 +26,7 @@ class Recovered:
 
 def _check_settings(pipeline: Pipeline, event: Event, journal: Journal) -> None:
     """Raise :class:`JournalError` where ``event``, a begin or a snapshot, was written under other settings."""
-    now, then = settings_of(pipeline), event.head.get("settings", {})
+    now, then = settings_of(pipeline), event.head["settings"]
     if odd := [f"{name}={then[name]}, not {now[name]}" for name in now if name in then and then[name] != now[name]]:
         raise JournalError(
             f"{journal.directory}: this run has {' and '.join(odd)}; set that back, or choose another run.name "

@@ -23,8 +23,8 @@ from tools.document import (
     Tiles,
     pairs,
 )
+from tools.drops import drop_rows
 from tools.evaluations import NONE
-from tools.lengths import length_rows
 from tools.plots import lag_shares
 from tools.receipt import receipt_rows
 from tools.run_files import CONFIG, LOGS, METRICS, STATUS, SUMMARY, Record, of_kind
@@ -247,16 +247,16 @@ def trajectories(run: Run, summary: Record) -> list[Block]:
         ("Still queued at the end", f"{queued:,}"),
     ]
     blocks: list[Block] = [Heading("Trajectories"), pairs(rows)]
-    lengths = length_rows(run.status)
-    if any(row.dropped for row in lengths):
+    rows_of_drops = drop_rows(run.status)
+    if any(row.dropped for row in rows_of_drops):
         cells: list[tuple[Text, ...]] = [
             (
-                f"{row.longest:,}", f"{row.trained:,}", f"{row.dropped:,}",
+                row.words, f"{row.trained:,}", f"{row.dropped:,}",
                 (f"{row.drop_rate:.2%} ", Bold("differs from the rest")) if row.stands_out else f"{row.drop_rate:.2%}",
             )
-            for row in lengths
+            for row in rows_of_drops
         ]  # fmt: skip
-        blocks.append(Table(("sampled tokens, up to", "trained", "dropped", "drop rate"), cells, numbers=(0, 1, 2, 3)))
+        blocks.append(Table(("by", "trained", "dropped", "drop rate"), cells, numbers=(1, 2, 3)))
     return blocks
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from broker.fates import DROPPED, STRATA, TRAINED
 from common.trace import STATES
 from tools.run_files import Record
 from tools.runs import Run
@@ -194,9 +195,16 @@ def checked_status(status: Record) -> Record:
         found["alerts"] = records(found["alerts"])
     best = mapping(found.get("best"))
     found["best"] = best if None not in (number(best.get(name)) for name in ("version", "reward")) else None
-    lengths = mapping(found.get("trajectories_by_length"))
-    found["trajectories_by_length"] = {
-        kind: {longest: count for longest, count in counts(lengths.get(kind)).items() if count > 0}
-        for kind in ("trained", "dropped")
-    }
+    for stratum in STRATA:
+        by = mapping(found.get(f"trajectories_by_{stratum}"))
+        found[f"trajectories_by_{stratum}"] = {fate: _fates(stratum, by.get(fate)) for fate in (TRAINED, DROPPED)}
     return found
+
+
+def _fates(stratum: str, found: object) -> dict[str, int]:
+    """Trajectories by value: a label of a task, else a whole number, which only a reward's sign may have below 0."""
+    kept = {value: int(n) for value, n in numbers(found).items() if n >= 1 and n == int(n)}
+    if stratum == "task":
+        return kept
+    signs = ("-1", "0", "1") if stratum == "reward" else ()
+    return {value: n for value, n in kept.items() if value in signs or (not signs and counts({value: 1}))}

@@ -17,7 +17,7 @@ from rich.table import Table
 from common.errors import ConfigError, CroupierError, DataError
 from tools.checked import checked
 from tools.console import make_console, print_error
-from tools.lengths import LengthRow, length_rows
+from tools.drops import DropRow, drop_rows
 from tools.run_files import Record
 from tools.runs import print_notes, read_run
 
@@ -27,7 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.receipt", description="Read the receipt of a batch.")
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--step", type=int, help="which step (default: the last)")
-    parser.add_argument("--audit", action="store_true", help="acceptance by length, reward and lag over all steps")
+    parser.add_argument(
+        "--audit", action="store_true", help="acceptance and drops by length, reward, lag and task over all steps"
+    )
     given = parser.parse_args(arguments)
     console = make_console()
     try:
@@ -38,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError(f"{given.run_dir}: no step was trained yet, or this is no run directory")
         if given.audit:
             console.print(audit_table(steps))
-            console.print(length_table(length_rows(run.status)))
+            console.print(drop_table(drop_rows(run.status)))
             return 0
         wanted = steps[-1]["step"] if given.step is None else given.step
         found = [step for step in steps if step["step"] == wanted]
@@ -203,14 +205,14 @@ def audit_table(steps: Sequence[Record]) -> Table:
     return table
 
 
-def length_table(rows: Sequence[LengthRow]) -> Table:
-    """Trained and dropped trajectories by length."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2), title="trajectories by sampled tokens")
-    for title in ("up to", "trained", "dropped", "drop rate", ""):
-        table.add_column(title, header_style="dim", justify="right")
+def drop_table(rows: Sequence[DropRow]) -> Table:
+    """Trained and dropped trajectories by length, reward, lag and task."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2), title="trajectories trained and dropped")
+    for title in ("by", "trained", "dropped", "drop rate", ""):
+        table.add_column(title, header_style="dim", justify="left" if title == "by" else "right")
     for row in rows:
         odd = "differs from the rest" if row.stands_out else ""
-        table.add_row(f"{row.longest:,}", f"{row.trained:,}", f"{row.dropped:,}", f"{row.drop_rate:.2%}", odd)
+        table.add_row(row.words, f"{row.trained:,}", f"{row.dropped:,}", f"{row.drop_rate:.2%}", odd)
     return table
 
 

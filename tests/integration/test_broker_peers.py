@@ -139,7 +139,9 @@ class Proxy:
 
 
 def test_what_a_reset_connection_lost_is_asked_for_again_at_once(make):
-    broker = make(broker={"heartbeat_s": 2.0})  # nothing is sent to it while it is away: then it would be given up
+    broker = make(
+        broker={"heartbeat_s": 2.0, "peer_timeout_s": 6.0}
+    )  # nothing is sent to it while it is away: then it would be given up
     proxy = Proxy(broker.config.broker.address)
     learner = Peer(broker, "learner", "learner")
     actor = Peer(broker, "actor", "a0", section=dataclasses.replace(broker.config.broker, address=proxy.address))

@@ -130,7 +130,7 @@ def test_lags_divergences_and_lengths_never_see_one() -> None:
     honesty.check(batch, scores_of(request))
     assert honesty.accounts["a"].tokens == sampled
     assert pipeline.commit(0) is not None
-    assert pipeline.lengths["trained"] == {8: B * (G - 1)}
+    assert pipeline.fates.counts["length"]["trained"] == {8: B * (G - 1)}
     assert pipeline.counts["tokens_generated"] == sampled
     assert pipeline.counts["trajectories_trained"] == B * G and pipeline.queued == pipeline.held() == 0
 
@@ -159,7 +159,7 @@ def test_a_group_of_exemplars_alone_is_given_up() -> None:
     sent = message(0, experts=(1, 2, 3), siblings=(1, 2, 3))
     assert set(pipeline.admit(sent, "a", 0).reasons) == {""}
     pipeline.failed(0, 0, "environment")
-    assert pipeline.dropped == {"environment": 3} and pipeline.lengths["dropped"] == {}
+    assert pipeline.dropped == {"environment": 3} and pipeline.fates.counts["length"]["dropped"] == {}
     assert pipeline.ledger.promised == 1 and pipeline.queued == pipeline.held() == 0
 
 

@@ -113,10 +113,3 @@ def test_a_raised_budget_grants_at_once_and_a_negative_one_is_refused():
     assert ledger.grantable(0) == 3
     with pytest.raises(DataError, match="-1"):
         ledger.set_budget(-1)
-
-
-def test_a_state_from_before_budgets_moved_is_understood():
-    ledger = StalenessLedger(3, 1, 10)
-    ledger.restore({"next_step": 2, "outstanding": [[7, 5, True]]})
-    assert ledger.state() == {"next_step": 2, "budget": 3, "outstanding": [[7, 2, 3, True]]}
-    assert ledger.select() == [7]

@@ -150,10 +150,10 @@ def test_a_batch_knows_whose_prompt_each_trajectory_answers() -> None:
     }  # fmt: skip
     assert tasks["easy: a"]["reward"] == pytest.approx(2 / 6) and tasks["easy: a"]["groups_without_signal"] == 1
     pipeline.commit(0)
-    assert pipeline.tasks["trained"] == {"easy: a": 6, "b": 2}
+    assert pipeline.fates.counts["task"]["trained"] == {"easy: a": 6, "b": 2}
     pipeline.admit(message(4, [0]), "a", 0)
     pipeline.give_up(4, "actor_lost")
-    assert pipeline.tasks["dropped"] == {"easy: a": 1}
+    assert pipeline.fates.counts["task"]["dropped"] == {"easy: a": 1}
 
 
 def test_one_task_alone_has_no_such_figures() -> None:

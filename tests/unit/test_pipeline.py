@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker.pipeline import Pipeline, length_bin
+from broker.fates import length_bin
+from broker.pipeline import Pipeline
 from common import wire
 from common.config import (
     AdvantageSection,
@@ -282,6 +283,26 @@ def test_steps_that_are_gone_are_named():
     assert pipeline.shard(1, 0, 1) is None
 
 
+def test_what_becomes_of_trajectories_is_counted_by_length_reward_lag_and_task():
+    pipeline = Pipeline(config(obrs=ObrsSection(mode="off")), 16)
+    pipeline.grant("a", 4, 0)
+    for group in range(3):
+        pipeline.admit(trajectories(group, rewards=[-0.5, 0, 2]), "a", 0)
+    pipeline.admit(trajectories(3, siblings=[1], rewards=[1]), "a", 0)
+    assert pipeline.assemble(0) is None and pipeline.shard(0, 0, 1) is not None
+    pipeline.commit(0)
+    pipeline.actor_lost("a")
+    found = pipeline.fates.status()
+    assert found["trajectories_by_reward"] == {"trained": {"-1": 2, "0": 2, "1": 2}, "dropped": {"1": 1}}
+    assert found["trajectories_by_lag"] == {"trained": {"0": 6}, "dropped": {"1": 1}}
+    assert found["trajectories_by_task"] == {"trained": {"sort6": 6}, "dropped": {"sort6": 1}}
+    lengths = found["trajectories_by_length"]
+    assert sum(lengths["trained"].values()) == 6 and sum(lengths["dropped"].values()) == 1
+    again = Pipeline(config(), 16)
+    again.fates.restore(pipeline.fates.state())
+    assert again.fates.status() == found
+
+
 @pytest.mark.parametrize(("kind", "expected"), [("dr_grpo", [2 / 3, -1 / 3, -1 / 3]), ("rloo", [1, -0.5, -0.5])])
 def test_other_advantages(kind, expected):
     pipeline = Pipeline(config(advantage=AdvantageSection(kind=kind)), 16)
@@ -327,7 +348,7 @@ def test_a_failed_sibling_costs_itself_and_too_many_cost_the_group():
     pipeline.failed(1, 2, "environment")
     assert pipeline.ledger.promised == 0
     assert pipeline.dropped == {"environment": 1}
-    assert sum(pipeline.lengths["dropped"].values()) == 1
+    assert sum(pipeline.fates.counts["length"]["dropped"].values()) == 1
     assert pipeline.grant("b", 10, 0).prompts.tolist()[0] == 1  # asked again
     assert_books_balance(pipeline)
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tools import receipt
-from tools.lengths import length_rows
+from tools.drops import drop_rows
 
 
 def status(trained, dropped):
@@ -13,16 +13,31 @@ def status(trained, dropped):
 
 
 def test_a_length_that_is_dropped_more_than_chance_stands_out():
-    rows = length_rows(status({"8": 900, "16": 450, "32": 40}, {"8": 9, "32": 60}))
-    assert [(r.longest, r.trained, r.dropped) for r in rows] == [(8, 900, 9), (16, 450, 0), (32, 40, 60)]
+    rows = drop_rows(status({"8": 900, "16": 450, "32": 40}, {"8": 9, "32": 60}))
+    assert [(int(r.value), r.trained, r.dropped) for r in rows] == [(8, 900, 9), (16, 450, 0), (32, 40, 60)]
     assert [r.stands_out for r in rows] == [True, True, True]
     assert rows[2].drop_rate == 0.6
 
 
+def test_drops_are_told_apart_by_reward_lag_and_task_too():
+    found = drop_rows(
+        {
+            "trajectories_by_task": {"trained": {"b": 5, "a": 7}, "dropped": {"a": 1}},
+            "trajectories_by_lag": {"trained": {"10": 4, "2": 9}},
+            "trajectories_by_reward": {"trained": {"0": 900, "1": 900}, "dropped": {"-1": 3, "1": 90}},
+        }
+    )
+    assert [(row.words, row.trained, row.dropped, row.stands_out) for row in found] == [
+        ("reward -1", 0, 3, False), ("reward 0", 900, 0, True), ("reward 1", 900, 90, True),
+        ("lag 2", 9, 0, False), ("lag 10", 4, 0, False),
+        ("task a", 7, 1, False), ("task b", 5, 0, False),
+    ]  # fmt: skip
+
+
 def test_noise_and_small_numbers_do_not_stand_out():
-    assert not any(r.stands_out for r in length_rows(status({"8": 900, "16": 460}, {"8": 9, "16": 6})))
-    assert not any(r.stands_out for r in length_rows(status({"8": 900, "16": 3}, {"16": 3})))
-    assert length_rows({}) == []
+    assert not any(r.stands_out for r in drop_rows(status({"8": 900, "16": 460}, {"8": 9, "16": 6})))
+    assert not any(r.stands_out for r in drop_rows(status({"8": 900, "16": 3}, {"16": 3})))
+    assert drop_rows({}) == []
 
 
 def test_the_command_reads_a_run_directory(tmp_path, capsys):
