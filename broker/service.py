@@ -51,7 +51,7 @@ SENDERS: dict[type[Any], tuple[str, ...]] = {  # what is left out, everybody may
     **dict.fromkeys((wire.Ready, wire.Applied, wire.ReceiveFailed), ("actor", "replica")),
     **dict.fromkeys((wire.Fetch, wire.Commit, wire.Checkpointed), ("learner",)),
     **dict.fromkeys((wire.Publish, wire.Published, wire.PublishFailed), ("learner",)),
-    wire.ScoreResult: ("replica",),
+    **dict.fromkeys((wire.ScoreResult, wire.ScoreFailed), ("replica",)),
 }
 
 ACTORS_SHOWN, VERSIONS_SHOWN = 64, 1000  # in status.json, which is written twice a second

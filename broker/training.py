@@ -16,6 +16,7 @@ from broker.honesty import Honesty
 from broker.peers import Peer
 from broker.recorder import Recorder
 from broker.runfiles import RunFiles
+from broker.scoring import Asked
 from broker.steps import scores_of
 from common import wire
 from common.config import RunConfig
@@ -53,9 +54,11 @@ class Training:
         self._ess = 1.0  # normalised, of the learner's weights at its last step
         self._fetches: dict[bytes, tuple[wire.Fetch, float]] = {}
         self._sent: dict[int, tuple[bytes, float]] = {}  # of each request under way, to whom and when
+        self._unable: dict[int, set[bytes]] = {}  # of each request, who said that it cannot score it
         self._turns: Counter[str] = Counter()  # of each scorer's processes
         self.handlers: dict[type[Any], Callable[[Peer, Any], None]] = {
             wire.ScoreResult: self._on_scores,
+            wire.ScoreFailed: self._on_score_failed,
             wire.Fetch: self._on_fetch,
             wire.Commit: self._on_commit,
             wire.Checkpointed: self._on_checkpointed,
@@ -127,11 +130,14 @@ class Training:
             self._ask(scorer, request, now)
 
     def _ask(self, scorer: str, request: wire.ScoreRequest, now: float) -> None:
-        """Send a request to one of the scorer's processes, or to the next one when that is late."""
+        """Send a request to one of the scorer's processes, or to the next one when that is late or unable.
+
+        Where all are unable they are asked again as often as one that is late.
+        """
         timeout_s, sent = self.config.broker.score_timeout_s, self._sent.get(request.request)
         if sent is not None and now - sent[1] < timeout_s:
             return
-        scorers = self.door.roster.scorers(scorer)
+        scorers = self._able(scorer, request.request) or self.door.roster.scorers(scorer)
         if not scorers:
             return
         if sent is not None:
@@ -145,16 +151,37 @@ class Training:
         self._sent[request.request] = (chosen.identity, now)
         self.door.send(chosen, request)
 
-    def _on_scores(self, peer: Peer, message: wire.ScoreResult) -> None:
-        scoring, asked = self.pipeline.steps.scoring, self.pipeline.steps.asked(message.request)
+    def _able(self, scorer: str, request: int) -> list[Peer]:
+        """The scorer's processes but for those that said that they cannot score the request."""
+        unable = self._unable.get(request, ())
+        return [peer for peer in self.door.roster.scorers(scorer) if peer.identity not in unable]
+
+    def _asked(self, peer: Peer, request: int) -> Asked | None:
+        """What ``peer`` answers; None for what nobody waits for any more."""
+        asked = self.pipeline.steps.asked(request)
         if asked is not None and asked.scorer != peer.hello.serves:
             raise ProtocolError(
                 f"{peer.name} ({words_of(peer.hello.serves)}) answers what {words_of(asked.scorer)} was asked"
             )
+        return asked
+
+    def _on_score_failed(self, peer: Peer, message: wire.ScoreFailed) -> None:
+        asked, sent = self._asked(peer, message.request), self._sent.get(message.request)
+        if asked is None:
+            return
+        self.figures.errors["score_failed"] += 1
+        log.warning("%s cannot score request %d: %s", peer.name, message.request, message.reason)
+        self._unable.setdefault(message.request, set()).add(peer.identity)
+        if sent is not None and sent[0] == peer.identity and self._able(asked.scorer, message.request):
+            del self._sent[message.request]  # the next one is asked at once
+
+    def _on_scores(self, peer: Peer, message: wire.ScoreResult) -> None:
+        scoring, asked = self.pipeline.steps.scoring, self._asked(peer, message.request)
         started = time.perf_counter()
         if asked is not None:
             self._sent.pop(message.request, None)  # what is refused is asked again, of the next one if there is one
         self.recorder.scored(message)
+        self._unable.pop(message.request, None)
         seconds = time.perf_counter() - started
         if asked is None or scoring is None:
             return

@@ -49,6 +49,7 @@ from learner.model.decoder import Decoder
 from learner.step import micro_batches
 from learner.weights.group import Adopter, join, unpack
 
+MAX_REASON = 500  # characters of why a request cannot be scored
 IDLE_WAIT_S = 0.01  # how long an idle replica blocks for a message before it looks for new weights
 
 log = logging.getLogger("replica")
@@ -313,7 +314,8 @@ class ReplicaService:
                 self.scorer.check(request)
                 batch.append(request)
             except DataError as error:
-                log.error("%s", error)
+                log.error("request %d cannot be scored: %s", request.request, error)
+                self.link.send(wire.ScoreFailed(request.request, str(error)[:MAX_REASON]))
         if not batch:
             return
         self._last_order = time.perf_counter()

@@ -6,7 +6,7 @@
     broker -> peer     Welcome, Refused, WhoAreYou, Pong, Stop
     actor  -> broker   Trajectories, GroupFailed, EvaluationResult
     broker -> actor    Grant, Ack
-    broker -> replica  ScoreRequest                 replica -> broker   ScoreResult
+    broker -> replica  ScoreRequest                 replica -> broker   ScoreResult, ScoreFailed
     learner-> broker   Fetch, Commit, Checkpointed  broker -> learner   Shard, Waiting, KeepBest
     weights            learner: Publish, Published, PublishFailed · broker: Prepare, Go, Resync, PublishDone
                        receiver (actor, replica): Ready, Applied, ReceiveFailed
@@ -57,6 +57,7 @@ from common.wire.steps import (
     Commit,
     Fetch,
     KeepBest,
+    ScoreFailed,
     ScoreRequest,
     ScoreResult,
     Shard,
@@ -120,6 +121,7 @@ __all__ = [
     "ReceiveFailed",
     "Refused",
     "Resync",
+    "ScoreFailed",
     "ScoreRequest",
     "ScoreResult",
     "Shard",
@@ -135,8 +137,8 @@ __all__ = [
 TO_BROKER: dict[str, type[Any]] = {
     m.TAG: m
     for m in (
-        Hello, Heartbeat, Bye, Trajectories, GroupFailed, EvaluationResult, ScoreResult, Fetch, Commit, Checkpointed,
-        Publish, Published, PublishFailed, Ready, Applied, ReceiveFailed,
+        Hello, Heartbeat, Bye, Trajectories, GroupFailed, EvaluationResult, ScoreResult, ScoreFailed, Fetch, Commit,
+        Checkpointed, Publish, Published, PublishFailed, Ready, Applied, ReceiveFailed,
     )
 }  # fmt: skip
 FROM_BROKER: dict[str, type[Any]] = {

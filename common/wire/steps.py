@@ -60,6 +60,15 @@ class ScoreResult:
 
 
 @dataclass
+class ScoreFailed(Unchecked):
+    """Replica: the request cannot be scored, now or later; another process may be able to."""
+
+    TAG: ClassVar[str] = "score_failed"
+    request: int
+    reason: str
+
+
+@dataclass
 class Fetch(Unchecked):
     """The shard of ``rank`` for training step ``step``; answered by Shard, or by Waiting meanwhile."""
 

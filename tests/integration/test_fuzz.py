@@ -35,6 +35,7 @@ def specimens():
         wire.GroupFailed(3, "ran out", 1),
         wire.EvaluationResult(1, 0, 0, floats, np.full(4, 7, np.int32)),
         wire.ScoreResult(1, 0, 0.5, floats, np.zeros((4, 2), np.float32)),
+        wire.ScoreFailed(1, "why"),
         wire.Fetch(0, 0, 1),
         wire.Commit(0, 1, {"loss": 1.0}),
         wire.Checkpointed(0),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import threading
 import time
 
 import numpy as np
@@ -11,10 +12,15 @@ from safetensors.numpy import load_file, save_file
 from common import wire
 from common.config import ObrsSection
 from common.errors import ProtocolError
-from common.frozen import TeacherEntry
+from common.frozen import POLICY, TeacherEntry
 from common.objective import LossSection
+from common.process import StopFlag
+from common.trace import silent
+from learner.model.decoder import Decoder
+from learner.score import PolicyScorer, ReplicaService
 from tests.integration.fleet import Fleet
 from tests.integration.harness import G, Peer, group
+from tests.unit.test_step import CONFIG
 from tools import replay
 
 STEPS = 16
@@ -92,6 +98,64 @@ def test_all_scorers_are_asked_at_once_each_with_a_deadline_of_its_own(make):
     with pytest.raises(ProtocolError, match="it serves 'u', and this run has reference, t"):
         Peer(broker, "replica", "teacher-u-0", serves="u")
     for peer in (learner, actor, policy, reference, late, quick):
+        peer.link.close()
+
+
+def test_a_replica_that_cannot_score_says_why_and_the_next_one_is_asked_at_once(make, caplog):
+    broker = make(obrs=ObrsSection(), broker={"score_timeout_s": 60.0})
+    learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
+    small = Decoder(dataclasses.replace(CONFIG, vocab_size=8))
+    stop = StopFlag()
+    replica = ReplicaService(broker.config, "replica-0", stop, PolicyScorer(small, 8.0), silent("replica-0", "replica"))
+    thread = threading.Thread(target=replica.run)
+    thread.start()
+    soon = time.monotonic() + 5
+    while not broker.service.door.roster.scorers(POLICY):
+        assert time.monotonic() < soon
+        time.sleep(0.01)
+    able = Peer(broker, "replica", "replica-1")
+    for g in actor.expect(wire.Grant).groups.tolist():
+        sent = group(actor.link.run_id, g)
+        actor.link.send(dataclasses.replace(sent, token_ids=sent.token_ids + np.int32(9)))
+    asked = able.expect(wire.ScoreRequest)
+    assert f"replica-0 cannot score request {asked.request}: " in caplog.text
+    assert "outside the vocabulary of 8" in caplog.text
+    assert broker.service.figures.errors == {"score_failed": 1}
+    reply(able, asked, -0.5)
+    learner.link.send(wire.Fetch(0, 0, 1))
+    assert learner.expect(wire.Shard).log_p.min() == pytest.approx(-0.5)
+    stop.set("test")
+    thread.join(5)
+    assert not thread.is_alive()
+    for peer in (learner, actor, able):
+        peer.link.close()
+
+
+def test_what_no_replica_can_score_is_asked_again_as_seldom_as_of_one_that_is_late(make):
+    broker = make(obrs=ObrsSection(), broker={"score_timeout_s": 2.0})
+    learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
+    replicas = [Peer(broker, "replica", f"replica-{n}") for n in range(2)]
+    for g in actor.expect(wire.Grant).groups.tolist():
+        actor.link.send(group(actor.link.run_id, g))
+    for replica in replicas:
+        asked = replica.expect(wire.ScoreRequest)
+        replica.link.send(wire.ScoreFailed(asked.request, "odd"))
+    for replica in replicas:
+        replica.nothing(wire.ScoreRequest, 0.2)
+    again = replicas[0].expect(wire.ScoreRequest)
+    assert again.request == asked.request
+    actor.link.send(wire.ScoreFailed(asked.request, "not an actor's business"))
+    reply(replicas[0], again, -0.5)
+    learner.link.send(wire.Fetch(0, 0, 1))
+    learner.expect(wire.Shard)
+    replicas[1].link.send(wire.ScoreFailed(asked.request, "too late to count"))
+    replicas[1].link.close("done")
+    soon = time.monotonic() + 5
+    while len(broker.service.door.roster.scorers(POLICY)) > 1:
+        assert time.monotonic() < soon
+        time.sleep(0.01)
+    assert broker.service.figures.errors == {"score_failed": 2, "ProtocolError": 1}
+    for peer in (learner, actor, replicas[0]):
         peer.link.close()
 
 
