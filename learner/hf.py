@@ -3,8 +3,11 @@
 Reading touches one slice at a time and writing one file's worth, so the model is never held twice.
 """
 
+import ctypes
 import json
+import os
 import shutil
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from learner.model.decoder import Decoder
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 STAMP = "warmstart.json"  # says that tools.warmstart may replace a directory: not for one that was trained
 SHARD_BYTES = 4 << 30
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2)
 DERIVED = ("rotary_emb.inv_freq",)  # old files carry these; they follow from the configuration
 
 
@@ -131,29 +135,66 @@ def save_hf(
 ) -> None:
     """Write a directory that transformers loads: weights from ``tensors``, all else from ``source``.
 
-    One file's worth is held at a time (SHARD_BYTES); the same weights give the same bytes. With
-    ``config`` the directory says whether its routers have a bias. Raises
-    :class:`ModelError` if the disk does not take it.
+    One file's worth is held at a time (SHARD_BYTES); the same weights give the same bytes. config.json
+    says the tensors' dtype and, with ``config``, whether the routers have a bias. All is written beside
+    ``directory`` and takes its place when it is whole. Raises :class:`ModelError` if the disk does not
+    take it.
     """
     directory = Path(directory)
+    part = directory.with_name(f".{directory.name}.part")
     try:
-        copy_extras(source, directory)
-        if config is not None and config.expert_bias:
-            _note_bias(directory / "config.json")
-        _write(tensors, directory)
+        if directory.exists() and not directory.is_dir():
+            raise NotADirectoryError(f"{directory} is no directory")
+        shutil.rmtree(part, ignore_errors=True)
+        copy_extras(source, part)
+        dtype = _write(tensors, part)
+        _describe(part / "config.json", dtype, config is not None and config.expert_bias)
+        _take_place(part, directory)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{directory}: cannot write the model ({error}); is the disk full?") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
-def _note_bias(file: Path) -> None:
+def _describe(file: Path, dtype: torch.dtype, expert_bias: bool) -> None:
+    """Say in a config.json what the weights beside it are: transformers loads them as it says."""
     found = json.loads(file.read_text())
-    file.write_text(json.dumps({**found, "expert_bias": True}, indent=2) + "\n")
+    name = str(dtype).removeprefix("torch.")
+    found |= {key: name for key in ("dtype", "torch_dtype") if key == "dtype" or key in found}
+    if expert_bias:
+        found["expert_bias"] = True
+    file.write_text(json.dumps(found, indent=2) + "\n")
 
 
-def _write(tensors: Iterable[tuple[str, Tensor]], directory: Path) -> None:
+def _take_place(part: Path, directory: Path) -> None:
+    """``part`` becomes ``directory``; what was there may be left as ``part``.
+
+    Where names cannot be exchanged, a kill between the two renames leaves the earlier model in
+    ``.NAME.old`` and the new one in ``part``.
+    """
+    old = directory.with_name(f".{directory.name}.old")
+    if not directory.exists():
+        part.rename(directory)
+    elif not exchange(part, directory):
+        shutil.rmtree(old, ignore_errors=True)
+        directory.rename(old)
+        part.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two directories swap their names at once; False where the C library or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    where = (AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other))
+    return rename is not None and rename(*where, RENAME_EXCHANGE) == 0
+
+
+def _write(tensors: Iterable[tuple[str, Tensor]], directory: Path) -> torch.dtype:
+    """Returns the dtype that most bytes have."""
     files: list[list[str]] = []
     held: dict[str, Tensor] = {}
-    size = total = 0
+    bytes_of: Counter[torch.dtype] = Counter()
+    size = 0
 
     def flush() -> None:
         save_file(held, directory / f"model-{len(files) + 1:05d}.part", {"format": "pt"})
@@ -165,7 +206,8 @@ def _write(tensors: Iterable[tuple[str, Tensor]], directory: Path) -> None:
             flush()
             size = 0
         held[name] = tensor.detach().cpu().contiguous()
-        size, total = size + tensor.nbytes, total + tensor.nbytes
+        size += tensor.nbytes
+        bytes_of[tensor.dtype] += tensor.nbytes
     flush()
     weight_map = {}
     for number, names in enumerate(files, 1):
@@ -173,5 +215,6 @@ def _write(tensors: Iterable[tuple[str, Tensor]], directory: Path) -> None:
         (directory / f"model-{number:05d}.part").replace(directory / final)
         weight_map.update(dict.fromkeys(names, final))
     if len(files) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        index = {"metadata": {"total_size": bytes_of.total()}, "weight_map": dict(sorted(weight_map.items()))}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return bytes_of.most_common(1)[0][0]

@@ -11,7 +11,6 @@ Reads one tensor at a time, whatever mesh wrote the checkpoint; the directory ap
 """
 
 import argparse
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -85,15 +84,9 @@ def export(run_dir: Path, step: int | None, out: Path | None, dtype: torch.dtype
     out = out or run_dir / f"export-{'rollout-' if rollout else ''}{reader.state.step}"
     if out.exists():
         raise CheckpointError(f"{out}: exists already; name another directory with --out")
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        source = config.joint.path if rollout else config.model.path
-        shape = ModelConfig.from_hf_dir(source) if rollout else model_config(config)
-        save_hf(_tensors(reader, shape, Path(source), dtype), source, part, shape)
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    source = config.joint.path if rollout else config.model.path
+    shape = ModelConfig.from_hf_dir(source) if rollout else model_config(config)
+    save_hf(_tensors(reader, shape, Path(source), dtype), source, out, shape)
     return out
 
 

@@ -18,7 +18,7 @@ from transformers import (
 
 from common.config import ModelSection, RunConfig
 from common.errors import ModelError
-from learner.hf import load_hf, save_hf
+from learner.hf import exchange, files_of, load_hf, save_hf
 from learner.layout import places, views
 from learner.model.config import ModelConfig
 from learner.model.decoder import Decoder
@@ -288,6 +288,65 @@ def test_an_exported_directory_loads_in_transformers_with_the_same_logits(direct
     for (name_a, a), (name_b, b) in zip(hf_tensors(model), hf_tensors(again), strict=True):
         assert name_a == name_b
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_exported_directory_loads_as_what_was_written_whatever_its_source_is(directories, tmp_path, dtype):
+    source = tmp_path / "source"
+    shutil.copytree(directories["dense"], source)
+    config = json.loads((source / "config.json").read_text())
+    said = {torch.float32: "bfloat16", torch.bfloat16: "float32"}[dtype]
+    (source / "config.json").write_text(json.dumps({**config, "dtype": said, "torch_dtype": said}))
+    model = ours(source).to(dtype)
+    save_hf(hf_tensors(model), source, tmp_path / "out")
+    loaded = reference(tmp_path / "out")
+    assert {p.dtype for p in loaded.parameters()} == {dtype}
+    assert all(torch.equal(dict(loaded.named_parameters())[n], t) for n, t in hf_tensors(model))
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["dtype"] == written["torch_dtype"] == str(dtype).removeprefix("torch.")
+    (source / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "dtype"}))
+    save_hf(hf_tensors(model), source, tmp_path / "silent")
+    assert {p.dtype for p in reference(tmp_path / "silent").parameters()} == {dtype}
+    assert "torch_dtype" not in json.loads((tmp_path / "silent" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_model_is_replaced_by_a_whole_one(directories, tmp_path, monkeypatch, at_once):
+    """Whatever number of files it had, and whenever the writing ends."""
+    if not at_once:
+        monkeypatch.setattr("learner.hf.exchange", lambda one, other: False)
+    source, out = directories["dense"], tmp_path / "out"
+    first, second = ours(source), ours(source)
+    with torch.no_grad():
+        second.embed.add_(1)
+
+    def held():
+        return ours(out).embed
+
+    def interrupted(model):
+        yield from list(hf_tensors(model))[:-1]
+        assert torch.equal(held(), first.embed)
+        raise KeyboardInterrupt
+
+    for limit, model in ((30_000, first), (1 << 30, second), (30_000, first)):
+        monkeypatch.setattr("learner.hf.SHARD_BYTES", limit)
+        save_hf(hf_tensors(model), source, out)
+        assert torch.equal(held(), model.embed)
+        listed = {file for file in files_of(out)}
+        assert {file.name for file in out.glob("*.safetensors")} == listed and (len(listed) > 1) == (limit == 30_000)
+    with pytest.raises(KeyboardInterrupt):
+        save_hf(interrupted(second), source, out)
+    assert torch.equal(held(), first.embed)
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_directories_swap_their_names(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "word").write_text(name)
+    swapped = exchange(tmp_path / "a", tmp_path / "b")
+    assert [(tmp_path / name / "word").read_text() for name in "ab"] == (["b", "a"] if swapped else ["a", "b"])
+    assert not exchange(tmp_path / "a", tmp_path / "nothing")
 
 
 def test_a_half_directory_says_what_is_missing(directories, tmp_path):
