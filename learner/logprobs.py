@@ -61,7 +61,7 @@ class Head:
 
     weight: Tensor  # [v, C]
     temperature: float = 1.0
-    chunk_mb: float = 256.0  # of float32 logits that exist at once
+    chunk_mb: float = 256.0  # of float32 logits of one chunk
     tp: Axis = ALONE
     in_float32: bool = False  # the product itself in float32, also for bfloat16 weights
     compiled: bool = False  # torch.compile for what follows the product

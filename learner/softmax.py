@@ -121,20 +121,34 @@ def _in_cache(logits: Tensor, keep: bool, maxima: bool) -> Sums:
 
 
 def _at_once(logits: Tensor, keep: bool, compiled: bool) -> Sums:
-    shift, sums, products, blocks, e = (_compiled_sums() if compiled else _all_sums)(logits, keep)
+    shift, sums, products, blocks, e = (_compiled_sums() if compiled else _sums_in_place)(logits, keep)
     if keep and e is not None:
         logits.copy_(e)
     return Sums(shift, sums, products, None if blocks is None else Maxima(blocks))
 
 
 def _all_sums(x: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    width = x.shape[1]
-    whole = width - width % BLOCK
-    blocks = x[:, :whole].unflatten(1, (-1, BLOCK)).amax(dim=2) if whole else None
-    shift = x.amax(dim=1) if blocks is None else _with_rest(blocks.amax(dim=1), x[:, whole:])
+    """As torch.compile likes it."""
+    shift, blocks = _greatest(x)
     z = x - shift[:, None]
     e = torch.exp2(z)
     return shift, e.sum(dim=1), (e * z).sum(dim=1), blocks, e if keep else None
+
+
+def _sums_in_place(x: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """:func:`_all_sums` step by step: beside x there is one tensor of its size, or two where x is not to change."""
+    shift, blocks = _greatest(x)
+    z = x.sub_(shift[:, None]) if keep else x - shift[:, None]
+    e = torch.exp2(z)
+    return shift, e.sum(dim=1), z.mul_(e).sum(dim=1), blocks, e if keep else None
+
+
+def _greatest(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Of each row and, where a row holds one, of each of its blocks."""
+    width = x.shape[1]
+    whole = width - width % BLOCK
+    blocks = x[:, :whole].unflatten(1, (-1, BLOCK)).amax(dim=2) if whole else None
+    return x.amax(dim=1) if blocks is None else _with_rest(blocks.amax(dim=1), x[:, whole:]), blocks
 
 
 @cache

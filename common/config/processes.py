@@ -109,7 +109,7 @@ class LearnerSection:
     tp: int = 1  # tensor and sequence parallel; experts lie on the ep x tp ranks
     dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and activations; the optimizer keeps float32
     micro_batch_tokens: int = 16384
-    logprob_mb: float = 256.0  # of float32 logits that exist at once
+    logprob_mb: float = 256.0  # of float32 logits of one chunk; working on them takes up to twice as much again
     head_float32: bool = False  # multiply by the head in float32 also where dtype is bfloat16
     recompute: bool = False  # activation checkpointing: keep each layer's input, compute the rest twice
     compile: bool = False  # torch.compile between the large products; needs a C++ compiler on CPUs

@@ -18,6 +18,7 @@ from learner.mesh import Axis
 from learner.parallel.collectives import gather_into, reduce_scatter_into, sum_over
 
 ALIGNMENT = 64  # elements; a shard starts at a multiple
+NORM_CHUNK = 1 << 22  # elements squared at once: their squares are 16 MB, where those of all are a second gradient
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,14 @@ class FlatParameters:
         sum_over(self.own_grads, sharing.replicate)
 
     def squared_norm(self) -> Tensor:
-        """Of the shard, where it counts."""
-        value = self.own_grads.square().sum()
-        return value if self.sharing.counts else torch.zeros_like(value)
+        """Of the shard, where it counts; float64.
+
+        Not by ``torch.linalg.vector_norm``, which on a CPU is 2 % off over 1e8 elements.
+        """
+        value = torch.zeros((), dtype=torch.float64, device=self.own_grads.device)
+        for chunk in self.own_grads.split(NORM_CHUNK) if self.sharing.counts else ():
+            value += chunk.square().sum()
+        return value
 
     @torch.no_grad()
     def publish(self) -> None:

@@ -6,6 +6,7 @@ import torch
 from learner import softmax
 from learner.logprobs import Head, score_tokens
 from learner.softmax import BLOCK, LANES, Maxima, sums_of, top_of_rows
+from tests.unit.live import Live
 
 WIDTHS = (BLOCK * LANES, BLOCK * LANES + 7, 5000)
 OFFSETS = (0.0, -300.0, 300.0)  # the last two must be shifted
@@ -55,6 +56,22 @@ def test_sums_and_maxima_are_those_of_double_precision(uncompiled, width, offset
     found = sums_of(kept, keep=True, maxima=False, compiled=compiled)
     check(x, found)
     assert torch.allclose(kept, torch.exp2(x - found.shift[:, None]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("width", [1, 63, *WIDTHS])
+@pytest.mark.parametrize("offset", OFFSETS)
+def test_a_gpu_without_compile_finds_the_same_and_makes_one_more_of_the_logits_or_two(width, offset):
+    """Any device can go its way."""
+    for keep in (True, False):
+        x = rows(max(width, 4), offset)[:, :width].contiguous()
+        given, size = x.clone(), 4 * x.numel()
+        with Live(given) as live:
+            found = softmax._at_once(given, keep, compiled=False)
+        check(x, found)
+        assert torch.equal(given, torch.exp2(x - found.shift[:, None]) if keep else x)
+        if found.maxima is not None:
+            check_maxima(x, found.maxima)
+        assert width < BLOCK or live.peak < (1.5 if keep else 2.5) * size
 
 
 @pytest.mark.parametrize("width", [4, BLOCK * LANES])

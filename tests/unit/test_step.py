@@ -8,11 +8,14 @@ import torch
 
 from common.config import ActorSection, OptimSection, RunConfig, WeightsSection
 from common.objective import LossSection
+from learner.mesh import ALONE
 from learner.model.config import ModelConfig
 from learner.model.decoder import Decoder
 from learner.optim import Optimizer, learning_rate
+from learner.parallel.flat import FlatParameters, Sharing
 from learner.step import StepBatch, StepSettings, micro_batches, train_step
 from learner.train import weight_backend
+from tests.unit.live import Live
 
 CONFIG = ModelConfig(
     vocab_size=19, hidden_size=16, intermediate_size=0, num_hidden_layers=2, num_attention_heads=4,
@@ -189,3 +192,17 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_is_counted():
 def test_weights_go_by_nccl_only_where_both_ends_have_a_gpu(device, engine, asked, found):
     config = RunConfig(actor=ActorSection(engine=engine), weights=WeightsSection(backend=asked))
     assert weight_backend(config, torch.device(device)) == found
+
+
+@pytest.mark.parametrize("n", [1000, 10_000_001])
+def test_the_gradients_norm_is_exact_and_makes_no_second_gradient(n):
+    parameter = torch.nn.Parameter(torch.zeros(n))
+    flat = FlatParameters([parameter], Sharing("whole", ALONE, ALONE, ALONE, True), 0.0)
+    flat.own_grads[:n] = torch.randn(n, generator=torch.Generator().manual_seed(0)).exp_() * 1e-3
+    with Live(flat.own_grads) as live:
+        found = flat.squared_norm()
+    assert float(found) == pytest.approx(float(flat.own_grads.double().square().sum()), rel=1e-6)
+    assert live.peak < 4 * n / 2 or n == 1000
+    elsewhere = FlatParameters([parameter], Sharing("whole", ALONE, ALONE, ALONE, False), 0.0)
+    elsewhere.own_grads.fill_(1.0)
+    assert float(elsewhere.squared_norm()) == 0
