@@ -25,6 +25,7 @@ from learner.device import compile_rows
 
 LOG2_E = math.log2(math.e)
 GROUPED_ALIGNMENT = 16  # bytes: grouped GEMMs refuse rows whose stride is not a multiple
+BLACKWELL = (10, 0)  # compute capability
 Pair = tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor, Tensor]]]  # swiglu and its way back
 
 
@@ -63,9 +64,12 @@ class ExpertSettings:
 def run_experts(
     x_RC: Tensor, weights_A: Tensor, gate_up_E: Tensor, down_E: Tensor, assignment: Assignment, how: ExpertSettings
 ) -> Tensor:
-    """``[R, C] -> [R, C]``: the weighted sum of each row's experts."""
+    """``[R, C] -> [R, C]``: the weighted sum of each row's experts.
+
+    Without any row no grouped GEMM is asked for: not every kernel takes empty operands.
+    """
     pair = _compiled_pair() if how.compiled else (swiglu, swiglu_back)
-    way = _AllAtOnce if how.grouped else _InTurn
+    way = _AllAtOnce if how.grouped and len(weights_A) else _InTurn
     result: Tensor = way.apply(x_RC, weights_A, gate_up_E, down_E, assignment, pair)  # type: ignore[no-untyped-call]
     return result
 
@@ -210,6 +214,16 @@ def combine(out_AC: Tensor, assignment: Assignment) -> Tensor:
     return result
 
 
+def spoils_idle(device: torch.device) -> bool:
+    """Whether grouped GEMMs leave garbage in the weight gradients of idle experts: on Blackwell (pytorch#172439)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= BLACKWELL
+
+
+def clear_idle(grad_E: Tensor, counts_E: Tensor) -> None:
+    """Zeros for experts that had no rows, whatever stood there, in place: ``grad_E [E, ., .]``."""
+    grad_E.masked_fill_((counts_E == 0)[:, None, None], 0.0)
+
+
 class _AllAtOnce(torch.autograd.Function):
     """One grouped GEMM for each of the six products; ``pair`` does what lies between."""
 
@@ -240,5 +254,8 @@ class _AllAtOnce(torch.autograd.Function):
         grad_both, hidden, grad_weights = ctx.back(grad_hidden, pre, weights_A)
         grad_down = F.grouped_mm(grad.t(), hidden, offs=ends_E)
         grad_gate_up = F.grouped_mm(grad_both.t(), x_RC.index_select(0, source_A), offs=ends_E)
+        if spoils_idle(grad.device):
+            clear_idle(grad_down, ctx.assignment.counts_E)
+            clear_idle(grad_gate_up, ctx.assignment.counts_E)
         grad_rows = F.grouped_mm(grad_both, gate_up_E, offs=ends_E)
         return sum_rows(grad_rows, ctx.assignment.inverse_Rk), grad_weights, grad_gate_up, grad_down, None, None

@@ -80,6 +80,32 @@ def test_a_grouped_product_is_what_taking_turns_gives(directory):
         assert (turn - group).norm() / (turn.norm() + 1e-9) < 0.05
 
 
+@pytest.mark.parametrize("rows", [96, 0])
+def test_idle_experts_and_an_empty_pack_leave_zeros(rows):
+    from learner.model.experts import Assignment, ExpertSettings, run_experts
+
+    experts, width, inner = 8, 256, 128
+    results = []
+    for grouped in (False, True):
+        g = torch.Generator().manual_seed(3)
+        x, gate_up, down = (
+            (torch.randn(shape, generator=g) * 0.3).to(CUDA, torch.bfloat16).requires_grad_()
+            for shape in ((rows, width), (experts, 2 * inner, width), (experts, width, inner))
+        )
+        busy = torch.tensor([0, 2, 3, 6])  # the last is idle, and two neighbours
+        chosen = busy[torch.rand((rows, 4), generator=g).argsort(dim=1)[:, :2]].to(CUDA)
+        weights = torch.rand(2 * rows, generator=g).to(CUDA, torch.bfloat16).requires_grad_()
+        torch.full((1 << 24,), float("nan"), device=CUDA)  # what freed memory holds is seen if it is not written
+        out = run_experts(x, weights, gate_up, down, Assignment.of(chosen, experts), ExpertSettings(grouped=grouped))
+        out.float().square().sum().backward()
+        results.append([out.detach(), x.grad, weights.grad, gate_up.grad, down.grad])
+        for grad in (gate_up.grad, down.grad):
+            assert not grad[[1, 4, 5, 7]].any()
+    for turn, group in zip(*results, strict=True):
+        assert turn.shape == group.shape
+        assert (turn.float() - group.float()).norm() <= 0.05 * turn.float().norm()
+
+
 def test_the_same_step_twice_gives_the_same_bits(directory):
     """The combine adds in a fixed order; nothing in a layer races."""
     grads = []

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -22,7 +23,7 @@ from learner.hf import exchange, files_of, load_hf, save_hf
 from learner.layout import places, views
 from learner.model.config import ModelConfig
 from learner.model.decoder import Decoder
-from learner.model.experts import ExpertSettings
+from learner.model.experts import Assignment, ExpertSettings, run_experts, spoils_idle
 from learner.model.packing import PackPlan
 from tests.unit.named import hf_tensors
 from tools.stamp import STAMP, ModelState, model_state
@@ -196,6 +197,51 @@ def test_experts_computed_otherwise_are_those_that_take_turns(directories, how):
     assert torch.allclose(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
     for in_turn, other in zip(results[0][1], results[1][1], strict=True):
         assert torch.allclose(in_turn, other, rtol=1e-4, atol=1e-5 * float(in_turn.abs().max() + 1))
+
+
+def trained_experts(grouped, rows=40):
+    """The gradients of 6 experts, of which 1 and 5 are idle, and what came out."""
+    generator = torch.Generator().manual_seed(0)
+    x, gate_up, down = (
+        torch.randn(shape, generator=generator).requires_grad_() for shape in ((rows, 16), (6, 16, 16), (6, 16, 8))
+    )
+    chosen = torch.tensor([0, 2, 3, 4])[torch.rand((rows, 4), generator=generator).argsort(dim=1)[:, :2]]
+    assignment = Assignment.of(chosen, 6)
+    weights = torch.rand(2 * rows, generator=generator).requires_grad_()
+    out = run_experts(x, weights, gate_up, down, assignment, ExpertSettings(grouped=grouped))
+    out.square().sum().backward()
+    return [out.detach(), x.grad, weights.grad, gate_up.grad, down.grad]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_a_grouped_product_leaves_for_idle_experts_is_cleared_where_it_is_garbage(monkeypatch):
+    whole = F.grouped_mm
+
+    def blackwell(a, b, *, offs):
+        out = whole(a, b, offs=offs)
+        if a.ndim == b.ndim == 2:  # a weight's gradient, by expert
+            out[offs.diff(prepend=offs.new_zeros(1)) == 0] = torch.nan
+        return out
+
+    monkeypatch.setattr(F, "grouped_mm", blackwell)
+    assert trained_experts(True)[4].isnan().any()
+    monkeypatch.setattr("learner.model.experts.spoils_idle", lambda device: True)
+    for found, expected in zip(trained_experts(True), trained_experts(False), strict=True):
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("capability", "spoils"), [((9, 0), False), ((10, 0), True), ((10, 3), True)])
+def test_blackwell_is_known_by_its_capability(monkeypatch, capability, spoils):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert spoils_idle(torch.device("cuda", 0)) is spoils
+    assert not spoils_idle(torch.device("cpu"))
+
+
+def test_without_rows_no_grouped_product_is_asked_for(monkeypatch):
+    monkeypatch.setattr(F, "grouped_mm", None)
+    out, *grads = trained_experts(True, rows=0)
+    assert out.shape == (0, 16)
+    assert not any(grad.any() for grad in grads)
 
 
 def test_an_empty_pack_runs_and_reaches_no_weight(directories):
