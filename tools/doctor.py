@@ -183,8 +183,10 @@ def check_run(config: str, overrides: list[str]) -> list[Finding]:
         from common.routing import read_routing
     except ImportError as error:
         return [Finding("run file", "missing", f"cannot be read yet: {error}", INSTALL)]
+    from tools.devices import find_devices, receivers, torch_on_gpus
     from tools.preflight import (
         check_address,
+        check_devices,
         check_engine,
         check_frozen,
         check_meshes,
@@ -214,6 +216,9 @@ def check_run(config: str, overrides: list[str]) -> list[Finding]:
     ]
     if run.actor.engine == "sglang":
         findings.append(attempt("SGLang", f"engine.python={run.engine.python}", lambda: check_engine(run)))
+    if devices := find_devices():
+        shown = f"{len(devices)} for {sum(receivers(run, torch_on_gpus()).values())} ranks"
+        findings.append(attempt("GPUs", shown, lambda: check_devices(run, devices, torch_on_gpus())))
     for frozen in run.frozen.values():
         if frozen.path != run.model.path:
             findings.append(attempt(frozen.words, frozen.path, partial(check_frozen, frozen, run.model.path)))

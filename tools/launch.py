@@ -25,10 +25,12 @@ from common.config import RunConfig, load, to_yaml
 from common.errors import CroupierError
 from common.process import StopFlag
 from common.routing import read_routing
+from tools.devices import deal, find_devices, torch_on_gpus
 from tools.follow.follower import Background
 from tools.follow.sinks import find_wandb
 from tools.preflight import (
     check_address,
+    check_devices,
     check_engine,
     check_frozen,
     check_meshes,
@@ -86,6 +88,7 @@ class Run:
     console: Console
     stop: StopFlag
     processes: list[Process] = field(default_factory=list)
+    devices: dict[str, str] = field(default_factory=dict)  # GPUs of those that take some
     started: float = field(default_factory=time.monotonic)
     follower: Follower = field(init=False)
     live: Live | None = None
@@ -106,6 +109,9 @@ class Run:
         """Check what can be checked before anything starts, then make the run directory."""
         check_address(self.config.broker.address)
         check_engine(self.config)
+        on_gpus, devices = torch_on_gpus(), find_devices()
+        check_devices(self.config, devices, on_gpus)
+        self.devices = deal(self.config, devices, on_gpus)
         check_sandbox(self.config)
         if self.config.metrics.wandb:
             find_wandb()
@@ -182,7 +188,7 @@ class Run:
 
     def train(self) -> Outcome:
         """Start every process and watch until the broker is done."""
-        self.processes = processes_of(self.config, self.directory / CONFIG)
+        self.processes = processes_of(self.config, self.directory / CONFIG, self.devices)
         for process in self.processes:
             process.start()
         self.say(f"started {', '.join(process.name for process in self.processes)}; logs in {self.directory / 'logs'}")

@@ -8,6 +8,7 @@ import shutil
 import socket
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.config import RunConfig
@@ -16,6 +17,7 @@ from common.frozen import FrozenModel
 from common.identity import TOKENS, check_same_tokens, differing_identity, model_identity, other_tokens
 from common.process import free_port
 from common.rewards import RewardModelEntry
+from tools.devices import VISIBLE, receivers
 
 ANSWER_S = 3.0  # for a reward model's server
 TCP = re.compile(r"tcp://(?P<host>\[[^\]]+\]|[^:]+):(?P<port>\d+)")
@@ -111,6 +113,25 @@ def check_engine(config: RunConfig) -> None:
             "`python -m tools.sglang_cpu install` and set engine.python=.sglang/bin/python; with one install sglang "
             "and name its interpreter"
         )
+
+
+def check_devices(config: RunConfig, devices: Sequence[str], on_gpus: bool) -> None:
+    """Raise :class:`ConfigError` if weights would go by NCCL and two ends of it share one of ``devices``.
+
+    ``on_gpus``: whether our torch can use them.
+    """
+    weights = config.weights
+    nccl = weights.backend == "nccl" or (weights.backend == "auto" and config.route == "direct" and on_gpus)
+    wanted = receivers(config, on_gpus)
+    if not nccl or not devices or sum(wanted.values()) <= len(devices):
+        return
+    takers = ", ".join(f"{name} {number}" for name, number in wanted.items() if number)
+    raise ConfigError(
+        f"weights.backend={weights.backend}: weights go by NCCL, which takes no GPU twice, and this run needs "
+        f"{sum(wanted.values())} ({takers}) where this machine has {len(devices)} (or {VISIBLE} names so many); set "
+        "weights.backend=gloo, or start fewer processes (the learner's and the replica's mesh, replica.count, "
+        "actor.count, engine.launch, engine.tp)"
+    )
 
 
 def check_rewards(config: RunConfig) -> list[str]:

@@ -13,15 +13,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from common.config import RunConfig
+from tools.devices import VISIBLE
 from tools.run_files import LOGS
 
 TERMINATE_S = 5.0  # between SIGTERM and SIGKILL; with the report after it, all ends within 10 s
 POLL_S = 0.05
+NO_DEVICES: Mapping[str, str] = MappingProxyType({})
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -34,6 +37,7 @@ class Process:
     log: Path
     threads: int = 1
     may_restart: bool = False  # the run goes on without it for a moment
+    devices: str | None = None  # its CUDA_VISIBLE_DEVICES; None: as here
     restarts: int = 0
     running: "subprocess.Popen[bytes] | None" = field(default=None, repr=False)
 
@@ -46,7 +50,7 @@ class Process:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=child_environment(self.threads),
+                env=child_environment(self.threads, self.devices),
                 start_new_session=True,
             )
 
@@ -60,10 +64,15 @@ class Process:
         return self.running is not None and self.running.poll() is None
 
 
-def child_environment(threads: int) -> dict[str, str]:
-    """This environment, for a child that computes on ``threads`` cores and dies with its launcher."""
+def child_environment(threads: int, devices: str | None = None) -> dict[str, str]:
+    """This environment, for a child that computes on ``threads`` cores and dies with its launcher.
+
+    ``devices``: the GPUs that it sees; None for those that are seen here.
+    """
     environment = {key: value for key, value in os.environ.items() if key != "GLOO_SOCKET_IFNAME"}
     environment |= dict.fromkeys(THREADS, str(threads))
+    if devices is not None:
+        environment[VISIBLE] = devices
     return environment | {
         "CROUPIER_DIE_WITH_PARENT": "1",
         "PYTHONUNBUFFERED": "1",  # a killed process leaves its last words in its log
@@ -71,8 +80,11 @@ def child_environment(threads: int) -> dict[str, str]:
     }
 
 
-def processes_of(config: RunConfig, config_file: Path) -> list[Process]:
-    """Every process of the run, the broker first; all read the run directory's own configuration."""
+def processes_of(config: RunConfig, config_file: Path, devices: Mapping[str, str] = NO_DEVICES) -> list[Process]:
+    """Every process of the run, the broker first; all read the run directory's own configuration.
+
+    ``devices``: of those processes that take GPUs, see :func:`tools.devices.deal`.
+    """
     logs = config.run.path / LOGS
     python, file = sys.executable, str(config_file)
     found = [Process("broker", [python, "-m", "broker", file], logs / "broker.log")]
@@ -91,6 +103,8 @@ def processes_of(config: RunConfig, config_file: Path) -> list[Process]:
         name = f"actor-{index}"
         command = [python, "-m", "actor", file, "--name", name]
         found.append(Process(name, command, logs / f"{name}.log", config.actor.threads, may_restart=True))
+    for process in found:
+        process.devices = devices.get(process.name)
     return found
 
 
