@@ -140,7 +140,7 @@ def save_hf(
     ``directory`` and takes its place when it is whole. Raises :class:`ModelError` if the disk does not
     take it.
     """
-    directory = Path(directory)
+    directory = Path(directory).resolve()  # what a link points to is replaced, not the link
     part = directory.with_name(f".{directory.name}.part")
     try:
         if directory.exists() and not directory.is_dir():
@@ -160,7 +160,9 @@ def _describe(file: Path, dtype: torch.dtype, expert_bias: bool) -> None:
     """Say in a config.json what the weights beside it are: transformers loads them as it says."""
     found = json.loads(file.read_text())
     name = str(dtype).removeprefix("torch.")
-    found |= {key: name for key in ("dtype", "torch_dtype") if key == "dtype" or key in found}
+    found["dtype"] = name
+    if "torch_dtype" in found:  # as it was called before transformers 4.56
+        found["torch_dtype"] = name
     if expert_bias:
         found["expert_bias"] = True
     file.write_text(json.dumps(found, indent=2) + "\n")

@@ -82,7 +82,7 @@ class FlatParameters:
     def squared_norm(self) -> Tensor:
         """Of the shard, where it counts; float64.
 
-        Not by ``torch.linalg.vector_norm``, which on a CPU is 2 % off over 1e8 elements.
+        Not by ``torch.linalg.vector_norm``, whose square on a CPU is 2 % off over 1e8 elements.
         """
         value = torch.zeros((), dtype=torch.float64, device=self.own_grads.device)
         for chunk in self.own_grads.split(NORM_CHUNK) if self.sharing.counts else ():

@@ -384,6 +384,9 @@ def test_a_model_is_replaced_by_a_whole_one(directories, tmp_path, monkeypatch, 
         save_hf(interrupted(second), source, out)
     assert torch.equal(held(), first.embed)
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    (tmp_path / "link").symlink_to(out)
+    save_hf(hf_tensors(second), source, tmp_path / "link")
+    assert torch.equal(held(), second.embed) and (tmp_path / "link").is_symlink()
 
 
 def test_two_directories_swap_their_names(tmp_path):
