@@ -19,6 +19,8 @@ from common.config import BrokerSection
 from common.curve import Seldom
 from common.sockets import RouterSocket
 
+SHOWN = 500  # characters of what a peer says, in the log
+
 log = logging.getLogger("broker.door")
 
 
@@ -73,6 +75,11 @@ class Door:
         if self._may_say((self.who(identity), kind)):
             log.warning("%s", words)
         self.offence(identity, kind)
+
+    def warn(self, peer: Peer, kind: str, words: str, *values: Any) -> None:
+        """Log what ``peer`` said went wrong, once a minute about each kind and peer; texts are cut short."""
+        if self._may_say((peer.name, kind)):
+            log.warning(words, *(value[:SHOWN] if isinstance(value, str) else value for value in values))
 
     def offence(self, identity: bytes, kind: str, times: int = 1) -> None:
         """Count what ``identity`` did wrong; it is lost and muted if it goes on."""

@@ -15,12 +15,10 @@ from broker.recorder import Recorder
 from broker.runfiles import RunFiles
 from common import wire
 from common.config import RunConfig
-from common.curve import Seldom
 from common.errors import DataError, ProtocolError
 
 NOBODYS_FAULT = ("unknown_group", "actor_lost", "refused_sibling", "no_signal", "environment", "sibling_failed")
 
-REASON_CHARACTERS = 500  # of why a rollout failed, in the log
 MAX_SESSIONS = 10_000  # of actors that are remembered; who owes nothing and is gone is forgotten first
 
 log = logging.getLogger("broker.rollouts")
@@ -39,7 +37,6 @@ class Rollouts:
         self._newest_version = newest_version
         self.sessions: dict[str, str] = {}  # of actors, also from before a restart
         self._awaited: dict[str, float] = {}  # actors that owe groups since before a restart, and until when
-        self._may_say = Seldom()
         self._told: tuple[int, ...] = ()  # the learner, of what is best
         self.handlers: dict[type[Any], Callable[[Peer, Any], None]] = {
             wire.Trajectories: self._on_trajectories,
@@ -111,7 +108,7 @@ class Rollouts:
         for reason, group, sibling in zip(ack.reasons, ack.groups, ack.siblings, strict=True):
             if reason and reason not in NOBODYS_FAULT:
                 faulty += 1
-                self._say(peer, "refused", "refused trajectory %d.%d of %s: %s", group, sibling, peer.name, reason)
+                self.door.warn(peer, "refused", "refused trajectory %d.%d of %s: %s", group, sibling, peer.name, reason)
         if faulty:
             self.door.offence(peer.identity, "refused_trajectory", faulty)
 
@@ -119,13 +116,8 @@ class Rollouts:
         what = f"group {message.group}" if message.sibling < 0 else f"trajectory {message.group}.{message.sibling}"
         if self.pipeline.book.refusal(message.group, 0, peer.name) == "granted_to_another_actor":
             raise ProtocolError(f"{what} was granted to another actor")
-        self._say(peer, "failed", "%s failed at %s: %s", peer.name, what, message.reason[:REASON_CHARACTERS])
+        self.door.warn(peer, "failed", "%s failed at %s: %s", peer.name, what, message.reason)
         self.recorder.failed(message.group, message.sibling, "environment")
-
-    def _say(self, peer: Peer, kind: str, words: str, *values: Any) -> None:
-        """A warning, once a minute about each kind and peer; all are counted in status.json."""
-        if self._may_say((peer.name, kind)):
-            log.warning(words, *values)
 
     def _on_evaluation(self, peer: Peer, message: wire.EvaluationResult) -> None:
         asked, section, task = self.schedule.asked_of(peer.name), self.config.evaluation, self.config.task

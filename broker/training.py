@@ -170,7 +170,8 @@ class Training:
         if asked is None:
             return
         self.figures.errors["score_failed"] += 1
-        log.warning("%s cannot score request %d: %s", peer.name, message.request, message.reason)
+        words = "%s cannot score request %d: %s"
+        self.door.warn(peer, "score_failed", words, peer.name, message.request, message.reason)
         self._unable.setdefault(message.request, set()).add(peer.identity)
         if sent is not None and sent[0] == peer.identity and self._able(asked.scorer, message.request):
             del self._sent[message.request]  # the next one is asked at once
