@@ -11,13 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from common.deadlines import Watched, connected
 from common.weights import (
     BLOCK_WORDS,
     DIGEST_KEY,
     ROW_WORDS,
-    WATCHDOG_FACTOR,
     Bucket,
-    Watched,
     block_sums,
     group_name,
     store_prefix,
@@ -31,17 +30,19 @@ class GroupCollective:
     def __init__(self, prepare: Prepare, deadline_s: float, device: torch.device) -> None:
         publish = prepare.publish
         deadline_s += publish["seconds"]
-        timeout = timedelta(seconds=deadline_s)
+        timeout, name = timedelta(seconds=deadline_s), group_name(publish["port"], prepare.epoch)
         self._device = device if publish["backend"] == "nccl" else torch.device("cpu")
         store = dist.TCPStore(publish["host"], publish["port"], is_master=False, timeout=timeout)
-        prefix = dist.PrefixStore(store_prefix(group_name(publish["port"], prepare.epoch), self._device.type), store)
+        prefix = dist.PrefixStore(store_prefix(name, self._device.type), store)
         self._store = prefix
         self._deadline_s, self._on_gpu = deadline_s, publish["backend"] == "nccl"
         self._group: Any
         if publish["backend"] == "nccl":
             options = dist.ProcessGroupNCCL.Options()
-            options._timeout = WATCHDOG_FACTOR * timeout
-            self._group = dist.ProcessGroupNCCL(prefix, prepare.rank, prepare.world, options)
+            options._timeout = timeout
+            self._group = connected(
+                lambda: dist.ProcessGroupNCCL(prefix, prepare.rank, prepare.world, options), device, deadline_s, name
+            )
         else:
             self._group = dist.ProcessGroupGloo(prefix, prepare.rank, prepare.world, timeout)
 

@@ -15,24 +15,18 @@ import hashlib
 import logging
 import math
 import queue
-import re
 import threading
-import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import DeadlineError, WeightsError
+from common.deadlines import answered, brief
+from common.errors import WeightsError
 from common.trace import Tracer, silent
 from common.wire import Applied, Go, Prepare, Publish, Ready, ReceiveFailed
 
-T = TypeVar("T")
-
-WATCH_S = 0.0005  # between two looks at a GPU's operation
-GRACE_S = 1.0  # after torch's own deadline, whose words are better
-WATCHDOG_FACTOR = 10  # NCCL's own timeout, which ends the process, comes long after ours
 AHEAD = 2  # broadcasts under way while an earlier one is summed up
 ALIGNMENT = 16  # bytes; every tensor of a bucket starts at a multiple
 EXPERT_BIAS = "e_score_correction_bias"  # of a router: chooses experts, weighs none
@@ -101,12 +95,6 @@ def store_prefix(group: str, device: str) -> str:
     return f"{group}/{group}//{device}/"
 
 
-def brief(error: BaseException) -> str:
-    """What a collective says of its failure, without source paths and advice for its own developers."""
-    first = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return re.sub(r"^(\[[^]]*\]\s*)+", "", first.split(". This is typically")[0])[:500]
-
-
 BLOCK_WORDS, ROW_WORDS = 1 << 17, 512  # of 8 bytes: 1 MB, which stays in cache for the second sum
 
 
@@ -143,61 +131,11 @@ class WeightDigest:
         return self._hash.hexdigest()
 
 
-def answered(call: Callable[[], T], deadline_s: float, where: str) -> T:
-    """What ``call``, which asks the learner's store at ``where``, returns within ``deadline_s`` and GRACE_S.
-
-    torch's store has a deadline for what is not there yet and none for reading an answer: a learner that stands
-    still, not dead, would be waited for without end. The thread is left behind then; it ends with the connection.
-    Raises what ``call`` raises, and :class:`DeadlineError`.
-    """
-    results: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue()
-
-    def run() -> None:
-        try:
-            results.put((call(), None))
-        except BaseException as error:  # noqa: BLE001  # raised where it was asked for
-            results.put((None, error))
-
-    threading.Thread(target=run, name="weight-store", daemon=True).start()
-    try:
-        found, error = results.get(timeout=deadline_s + GRACE_S)
-    except queue.Empty:
-        raise DeadlineError(
-            f"the learner's store at {where} has not answered for {deadline_s:.0f} s (weights.deadline_s): the process "
-            "may stand still"
-        ) from None
-    if error is not None:
-        raise error
-    return cast(T, found)
-
-
 class Work(Protocol):
     """An operation under way."""
 
     def wait(self) -> Any:
         """Until it is done; raises if it broke."""
-
-
-class Watched:
-    """A NCCL operation with a deadline on the host.
-
-    NCCL's own wait only orders streams, and its watchdog ends the process; a receiver that dies must
-    end neither the learner nor its neighbours.
-    """
-
-    def __init__(self, work: Any, deadline_s: float, abort: Callable[[], None]) -> None:
-        """``work.is_completed()`` is polled; ``abort`` frees a communicator that is stuck."""
-        self._work, self._abort = work, abort
-        self._deadline_s, self._deadline = deadline_s, time.monotonic() + deadline_s
-
-    def wait(self) -> None:
-        """Until it is done; RuntimeError after the deadline."""
-        while not self._work.is_completed():
-            if time.monotonic() > self._deadline:
-                self._abort()
-                raise RuntimeError(f"a broadcast was not done within {self._deadline_s:.0f} s (weights.deadline_s)")
-            time.sleep(WATCH_S)
-        self._work.wait()
 
 
 class Collective(Protocol):
@@ -366,7 +304,7 @@ class WeightReceiver:
         within_s, where = self._deadline_s + publish.seconds, f"{publish.host}:{publish.port}"
         if self._collective is None or self._collective[0] != job.epoch:
             self._drop_collective()
-            self._collective = (job.epoch, answered(lambda: self._join(job), within_s, where))
+            self._collective = (job.epoch, answered(lambda: self._join(job), within_s, f"the weights group at {where}"))
         collective = self._collective[1]
         buckets = plan_buckets(publish.tensors, publish.bucket_bytes)
         arena = self._arena(sum(bucket.nbytes for bucket in buckets), collective)
@@ -381,7 +319,9 @@ class WeightReceiver:
                 self._finish(*under_way.pop(0), digest, collective)
         for tensor, work in under_way:
             self._finish(tensor, work, digest, collective)
-        expected = answered(lambda: collective.receive_digest(publish.version), within_s, where)
+        expected = answered(
+            lambda: collective.receive_digest(publish.version), within_s, f"the learner's store at {where}"
+        )
         if digest.hex() != expected:
             raise WeightsError(f"version {publish.version}: digest {digest.hex()} of what arrived is not {expected}")
         return StagedWeights(job.epoch, publish.version, digest.hex(), received, arena)

@@ -26,8 +26,9 @@ import torch.distributed as dist
 
 from actor.engine.client import SHORT_S, Client, ServerLostError, ServerRefusedError, within
 from common.config import MEGABYTE
+from common.deadlines import brief
 from common.errors import EngineError
-from common.weights import Bucket, brief, store_prefix
+from common.weights import Bucket, store_prefix
 
 NOT_RECEIVED = "Failed to receive weights"  # SGLang's words for a broadcast that broke: nothing was loaded
 

@@ -12,15 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from common.deadlines import Watched, connected
 from common.weights import (
     BLOCK_WORDS,
     DIGEST_KEY,
     ROW_WORDS,
-    WATCHDOG_FACTOR,
     Bucket,
     StagedWeights,
     TensorSlot,
-    Watched,
     block_sums,
     group_name,
     store_prefix,
@@ -41,17 +40,19 @@ class WeightGroup:
         deadline_s: float,
         device: torch.device,
     ) -> None:
-        timeout = timedelta(seconds=deadline_s)
-        device_type = "cuda" if backend == "nccl" else "cpu"
-        prefix = dist.PrefixStore(store_prefix(group_name(store.port, epoch), device_type), store)
+        """Raises :class:`common.errors.DeadlineError` if NCCL's members do not meet within ``deadline_s``."""
+        timeout, name = timedelta(seconds=deadline_s), group_name(store.port, epoch)
+        prefix = dist.PrefixStore(store_prefix(name, "cuda" if backend == "nccl" else "cpu"), store)
         self.device = device if backend == "nccl" else torch.device("cpu")  # of what is sent and received
         self._store = prefix
         self._deadline_s, self._on_gpu = deadline_s, backend == "nccl"
         self._group: Any
         if backend == "nccl":
             options = dist.ProcessGroupNCCL.Options()
-            options._timeout = WATCHDOG_FACTOR * timeout
-            self._group = dist.ProcessGroupNCCL(prefix, rank, world, options)
+            options._timeout = timeout
+            self._group = connected(
+                lambda: dist.ProcessGroupNCCL(prefix, rank, world, options), device, deadline_s, name
+            )
         else:
             self._group = dist.ProcessGroupGloo(prefix, rank, world, timeout)
 

@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 
 from common.config import MEGABYTE
+from common.deadlines import brief
 from common.errors import DeadlineError
 from common.joint import POLICY_STREAM
 from common.trace import Tracer, silent
-from common.weights import AHEAD, Bucket, WeightDigest, brief
+from common.weights import AHEAD, Bucket, WeightDigest
 from common.wire import Go, Publish, PublishDone, Published, PublishFailed, Welcome
 from learner.weights.gather import Snapshot
 from learner.weights.group import WeightGroup
@@ -131,7 +132,7 @@ class WeightPublisher:
                 self._group = (go.epoch, group)
             digest = self._broadcast(self._group[1], weights)
             self._group[1].send_digest(digest, go.version)
-        except RuntimeError as error:  # what torch's process groups raise for a lost or late member
+        except (RuntimeError, DeadlineError) as error:  # what groups raise for a lost or late member
             self._close_group()
             reason = brief(error)
             log.warning("publish of version %d to %s broke: %s", go.version, ", ".join(go.members), reason)

@@ -17,8 +17,8 @@ from actor.weights import GroupCollective, bucket_tensors
 from broker.publishing import LEARNER, PublishCoordinator
 from common import wire
 from common.config import MEGABYTE
-from common.errors import DeadlineError, WeightsError
-from common.weights import Watched, WeightDigest, WeightReceiver, answered, block_sums, plan_buckets
+from common.errors import WeightsError
+from common.weights import WeightDigest, WeightReceiver, block_sums, plan_buckets
 from learner.weights import group as weight_group
 from learner.weights.group import tensor_sums
 from learner.weights.publish import WeightPublisher, as_one, flatten
@@ -238,18 +238,6 @@ def test_a_bucket_that_is_one_piece_of_memory_is_not_copied():
     assert [bucket.nbytes for bucket in odd.buckets] == [12, 16]
 
 
-def test_a_gpu_operation_that_never_ends_is_given_up_and_its_communicator_freed():
-    aborted = []
-    stuck = Watched(SimpleNamespace(is_completed=lambda: False), 0.05, lambda: aborted.append(True))
-    with pytest.raises(RuntimeError, match="not done within 0 s"):
-        stuck.wait()
-    assert aborted == [True]
-    answers = iter([False, False, True])
-    done = SimpleNamespace(is_completed=lambda: next(answers), wait=lambda: aborted.append("waited"))
-    Watched(done, 5.0, lambda: aborted.append("never")).wait()
-    assert aborted == [True, "waited"]
-
-
 def test_a_wrong_digest_is_refused():
     class Lying:
         def allocate(self, nbytes):
@@ -305,16 +293,6 @@ def test_a_learner_that_stands_still_is_not_waited_for_without_end():
                 assert isinstance(failed, wire.ReceiveFailed) and re.search("not answered|timed out", failed.reason)
         finally:
             process.kill()
-
-
-def test_an_answer_is_waited_for_as_long_as_it_may_take():
-    assert answered(lambda: 7, 0.0, "host:1") == 7
-    with pytest.raises(KeyError, match="gone"):
-        answered(lambda: {}["gone"], 1.0, "host:1")
-    late = threading.Event()
-    with pytest.raises(DeadlineError, match="host:1 has not answered"):
-        answered(late.wait, -0.9, "host:1")
-    late.set()
 
 
 def test_a_receiver_that_is_stuck_in_a_broken_group_says_ready_once_it_is_free():
