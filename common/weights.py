@@ -77,6 +77,19 @@ def plan_buckets(tensors: Sequence[Sequence[Any]], bucket_bytes: int) -> list[Bu
     return buckets
 
 
+def lay_out(buckets: Sequence[Bucket]) -> tuple[list[int], int]:
+    """Where each bucket begins in a receiver's arena, and the arena's size, in bytes.
+
+    Buckets lie side by side, so that a parameter may come in several. Only one that ends at no multiple of ALIGNMENT
+    is followed by a gap: what comes next would be misaligned, and CUDA's grouped products refuse that.
+    """
+    starts, end = [], 0
+    for bucket in buckets:
+        starts.append(end)
+        end += bucket.nbytes + -bucket.nbytes % ALIGNMENT
+    return starts, end
+
+
 def is_frozen(name: str, patterns: Sequence[str]) -> bool:
     """Whether ``optim.freeze`` keeps the tensor ``name`` as it came: it is then not sent either."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
@@ -307,12 +320,12 @@ class WeightReceiver:
             self._collective = (job.epoch, answered(lambda: self._join(job), within_s, f"the weights group at {where}"))
         collective = self._collective[1]
         buckets = plan_buckets(publish.tensors, publish.bucket_bytes)
-        arena = self._arena(sum(bucket.nbytes for bucket in buckets), collective)
-        digest, received, start = WeightDigest(), [], 0
+        starts, nbytes = lay_out(buckets)
+        arena = self._arena(nbytes, collective)
+        digest, received = WeightDigest(), []
         under_way: list[tuple[Any, Work]] = []
-        for bucket in buckets:
+        for bucket, start in zip(buckets, starts, strict=True):
             tensor = arena[start : start + bucket.nbytes]
-            start += bucket.nbytes
             received.append((bucket, tensor))
             under_way.append((tensor, collective.start(tensor)))
             if len(under_way) > AHEAD:  # sum up one bucket while the next ones arrive
