@@ -33,7 +33,7 @@ class Feed:
         self.stopped = False  # the broker said Stop
 
     def fetch(self, step: int, other: Callable[[Any], None]) -> wire.Shard | None:
-        """The shard of ``step``; None if told to stop.
+        """The shard of ``step``; None if told to stop. What ``other`` takes does not count as waiting.
 
         Raises :class:`DeadlineError` with what the broker last said it waits for.
         """
@@ -55,7 +55,9 @@ class Feed:
                 case None:
                     pass
                 case _:
+                    before = time.monotonic()
                     other(message)
+                    began += time.monotonic() - before
             now = time.monotonic()
             if now - asked > ASK_AGAIN_S:  # a broker that works says every second what it waits for
                 self.link.send(request)

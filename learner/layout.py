@@ -6,12 +6,13 @@ the wire. Our parameters are stacked (q, k and v; gate and up; all experts), so 
 version is gathered, by names and parts alone.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from common.weights import EXPERT_BIAS
+from common.weights import EXPERT_BIAS, ITEM_BYTES
 from learner.mesh import Mesh, spread
 from learner.model.config import ModelConfig
 from learner.model.decoder import Decoder, Layer
@@ -68,6 +69,11 @@ def places(config: ModelConfig) -> list[Place]:
     if not config.tie_word_embeddings:
         found.append(Place("lm_head.weight", table, LAST, 0))
     return found
+
+
+def nbytes_of(config: ModelConfig, dtype: str) -> int:
+    """Bytes of all tensors of a model in ``dtype``."""
+    return sum(math.prod(p.shape) * ITEM_BYTES["float32" if p.optional else dtype] for p in places(config))
 
 
 def _layer_places(config: ModelConfig, layer: int) -> list[Place]:

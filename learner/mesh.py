@@ -29,7 +29,7 @@ from common.config import LearnerSection, ReplicaSection
 from common.errors import ConfigError, DeadlineError
 from learner.device import pick_device
 
-COLLECTIVE_TIMEOUT_S = 600.0
+COLLECTIVE_TIMEOUT_S = 600.0  # for a collective that all ranks are about to enter
 AXES = ("pp", "dp_replicate", "dp_shard", "ep", "tp")  # slowest first: tp neighbours share a node
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -49,8 +49,13 @@ ALONE = Axis()
 class Mesh:
     """This rank among all; a world of one needs no process group."""
 
-    def __init__(self, sizes: Mapping[str, int], rank: int, device: torch.device) -> None:
-        """``sizes`` by axis. With more than one rank, torch's default group must exist; collective."""
+    def __init__(
+        self, sizes: Mapping[str, int], rank: int, device: torch.device, timeout_s: float = COLLECTIVE_TIMEOUT_S
+    ) -> None:
+        """``sizes`` by axis. With more than one rank, torch's default group must exist, and its timeout be
+        ``timeout_s``; collective.
+        """
+        self.timeout_s = timeout_s
         self.sizes = {name: int(sizes.get(name, 1)) for name in AXES}
         self.world, self.rank, self.device = math.prod(self.sizes.values()), rank, device
         self.at = self._coordinates(rank)
@@ -64,9 +69,10 @@ class Mesh:
         self.ends = self._pipeline_ends()
 
     @classmethod
-    def from_environment(cls, config: LearnerSection | ReplicaSection) -> "Mesh":
+    def from_environment(cls, config: LearnerSection | ReplicaSection, timeout_s: float) -> "Mesh":
         """Join the group that torchrun describes; alone without torchrun. NCCL on GPUs, gloo on CPUs.
 
+        ``timeout_s``: how long a rank may wait for the others (learner.patience).
         Raises :class:`ConfigError` if the axes' product is not the number of ranks.
         """
         device = pick_device()
@@ -81,8 +87,8 @@ class Mesh:
             raise ConfigError(f"{', '.join(missing)} not set beside RANK: start the ranks with torchrun")
         if on_gpu:
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
-        return cls(sizes, dist.get_rank(), device)
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s))
+        return cls(sizes, dist.get_rank(), device, timeout_s)
 
     # ---- where everybody is ---------------------------------------------------------------------
 
@@ -180,7 +186,7 @@ class Mesh:
             dist.barrier()
         except RuntimeError as error:
             raise DeadlineError(
-                f"rank {self.rank}: a rank died, or did not arrive within {COLLECTIVE_TIMEOUT_S:.0f} s: {error}"
+                f"rank {self.rank}: a rank died, or did not arrive within {self.timeout_s:.0f} s: {error}"
             ) from error
 
     def close(self) -> None:

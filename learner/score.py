@@ -44,7 +44,7 @@ from learner.followers import IDLE, IDLE_S, SCORE, STOP, SWAP, Followers, Packed
 from learner.hf import load_model
 from learner.layout import places, views
 from learner.logprobs import Head, score_tokens, target_positions
-from learner.mesh import Mesh
+from learner.mesh import COLLECTIVE_TIMEOUT_S, Mesh
 from learner.model.decoder import Decoder
 from learner.step import micro_batches
 from learner.weights.group import Adopter, join, unpack
@@ -360,7 +360,7 @@ def name_of(name: str, mesh: Mesh) -> str:
 def build_mesh(config: RunConfig) -> Mesh:
     """This rank's place among those of its replica."""
     alone = config.replica.ep * config.replica.tp == 1
-    return Mesh({}, 0, pick_device()) if alone else Mesh.from_environment(config.replica)
+    return Mesh({}, 0, pick_device()) if alone else Mesh.from_environment(config.replica, COLLECTIVE_TIMEOUT_S)
 
 
 def build_scorer(config: RunConfig, mesh: Mesh) -> PolicyScorer:

@@ -45,6 +45,7 @@ from learner.mesh import Mesh
 from learner.model.config import ModelConfig
 from learner.model.decoder import Decoder
 from learner.optim import Optimizer
+from learner.patience import patience_s, published_sizes
 from learner.profiling import profiled
 from learner.retention import PREFIX, STATE, Retention
 from learner.step import StepBatch, StepSettings, train_step
@@ -327,7 +328,7 @@ def run_learner(config: RunConfig, _name: str, stop: StopFlag) -> None:
     keep_freed_memory()
     torch.set_num_threads(config.learner.threads)
     torch.manual_seed(config.run.seed)
-    mesh = Mesh.from_environment(config.learner)
+    mesh = Mesh.from_environment(config.learner, patience_s(config, published_sizes(config)))
     try:
         process = f"learner.{mesh.rank}" if mesh.rank else "learner"
         with open_tracer(config, process, "learner", mesh.rank) as tracer, open_exporter(config, tracer) as exporter:

@@ -26,8 +26,14 @@ from learner.weights.group import WeightGroup
 
 POLL_S = 0.2
 BROKER_ATTEMPTS = 6  # preparation deadlines that the broker may use up before it answers
+LAST_ATTEMPT = 2  # of them for an attempt that begins when those are used up: to connect, and to send
 
 log = logging.getLogger("learner.weights")
+
+
+def longest_s(deadline_s: float, seconds: float) -> float:
+    """What :meth:`WeightPublisher.publish` may take; ``seconds`` are what the version's size may take."""
+    return (BROKER_ATTEMPTS + LAST_ATTEMPT) * (deadline_s + seconds)
 
 
 class WeightPublisher:
