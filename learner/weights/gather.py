@@ -17,6 +17,8 @@ from torch import Tensor
 from common.weights import Bucket, plan_buckets
 from learner.layout import FIRST, LAST, Place, places, views
 from learner.model.decoder import Decoder
+from learner.weights.group import unpack
+from learner.weights.pack import flatten
 
 
 class WeightGather:
@@ -102,24 +104,45 @@ class _Transfer:
 class Snapshot:
     """A version's whole tensors on rank 0, gathered as they are asked for and kept for who asks again.
 
-    What had to be gathered is kept in host memory; what lies on rank 0 anyway is not copied, and so
-    is good until the next update.
+    A bucket that had to be gathered is laid out where its parts arrived and kept in host memory, in one copy; what
+    lies on rank 0 anyway is not copied, and so is good until the next update.
     """
 
     def __init__(self, gather: WeightGather) -> None:
         self.listing, self.buckets = gather.listing, gather.buckets
-        self._keep_on_host = not gather.is_local
+        self._is_laid_out = gather.mesh.rank == 0 and not gather.is_local
         self._source = iter(gather)
-        self._held: list[dict[str, Tensor]] = []
+        self._lying: list[dict[str, Tensor]] = []  # of each bucket, if it lies here anyway; empty on other ranks
+        self._kept: list[Tensor] = []  # each bucket on the host, uint8, if it is laid out
 
-    def tensors(self, index: int) -> dict[str, Tensor]:
-        """Of bucket ``index``."""
-        while len(self._held) <= index:
-            _, tensors = next(self._source)
-            self._held.append({n: t.cpu() for n, t in tensors.items()} if self._keep_on_host else tensors)
-        return self._held[index]
+    def tensors(self, index: int, device: torch.device) -> dict[str, Tensor]:
+        """Of bucket ``index``. If they had to be gathered, they lie on ``device`` in one piece."""
+        fresh = self._gather(index)
+        if not self._is_laid_out:
+            return self._lying[index]
+        flat = fresh if fresh is not None and fresh.device == device else self._kept[index].to(device)
+        return dict(unpack([(self.buckets[index], flat)]))
 
     def finish(self) -> None:
         """Gather what nobody asked for, so that the other ranks can go on."""
-        if self.buckets:
-            self.tensors(len(self.buckets) - 1)
+        self._gather(len(self.buckets) - 1)
+
+    def _gather(self, index: int) -> Tensor | None:
+        """All buckets up to ``index``; the last as it was laid out, where its parts arrived, if it is new."""
+        flat = None
+        while len(self._lying) + len(self._kept) <= index:
+            bucket, tensors = next(self._source)
+            if not self._is_laid_out:
+                self._lying.append(tensors)
+                continue
+            device = next(iter(tensors.values())).device
+            flat = flatten(bucket, tensors, torch.empty(bucket.nbytes, dtype=torch.uint8, device=device))
+            self._kept.append(to_host(flat))
+        return flat
+
+
+def to_host(flat: Tensor) -> Tensor:
+    """``flat`` itself if it lies there, else a copy in page-locked memory, between which and a GPU copies are fast."""
+    if not flat.is_cuda:
+        return flat
+    return torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True).copy_(flat)

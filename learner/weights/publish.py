@@ -19,10 +19,11 @@ from common.deadlines import brief
 from common.errors import DeadlineError
 from common.joint import POLICY_STREAM
 from common.trace import Tracer, silent
-from common.weights import AHEAD, Bucket, WeightDigest
+from common.weights import AHEAD, WeightDigest
 from common.wire import Go, Publish, PublishDone, Published, PublishFailed, Welcome
 from learner.weights.gather import Snapshot
 from learner.weights.group import WeightGroup
+from learner.weights.pack import as_one, flatten
 
 POLL_S = 0.2
 BROKER_ATTEMPTS = 6  # preparation deadlines that the broker may use up before it answers
@@ -152,12 +153,13 @@ class WeightPublisher:
         digest = WeightDigest()
         under_way: list[tuple[Any, torch.Tensor]] = []
         for index, bucket in enumerate(weights.buckets):
-            flat = as_one(bucket, weights.tensors(index), group.device)
+            tensors = weights.tensors(index, group.device)
+            flat = as_one(bucket, tensors, group.device)
             if flat is None:
                 room = next((t for t in self._spare if len(t) >= bucket.nbytes), None)
                 self._spare = [t for t in self._spare if t is not room]
                 room = group.allocate(max(bucket.nbytes, self.bucket_bytes)) if room is None else room
-                flat = flatten(bucket, weights.tensors(index), room[: bucket.nbytes])
+                flat = flatten(bucket, tensors, room[: bucket.nbytes])
             under_way.append((group.start(flat), flat))
             digest.update(group.sums(flat))
             if len(under_way) > AHEAD:
@@ -177,32 +179,3 @@ class WeightPublisher:
             self._group[1].close()
             self._group = None
             self._spare.clear()  # a broken broadcast may still read from the others
-
-
-def as_one(bucket: Bucket, tensors: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor | None:
-    """The bucket as a slice of the memory its tensors lie in, if they do so in its order without gaps."""
-    parts = [tensors[slot.name] for slot in bucket.slots]
-    storage, base = parts[0].untyped_storage(), parts[0].data_ptr()
-    for slot, part in zip(bucket.slots, parts, strict=True):
-        if part.data_ptr() - base != slot.offset or part.device != device or not part.is_contiguous():
-            return None
-        if part.untyped_storage().data_ptr() != storage.data_ptr():
-            return None
-    last = bucket.slots[-1]
-    if last.offset + last.nbytes != bucket.nbytes:
-        return None
-    start = base - storage.data_ptr()
-    one = torch.empty(0, dtype=torch.uint8, device=device)
-    one.set_(storage, start, (bucket.nbytes,), (1,))  # bytes of another dtype's storage
-    return one
-
-
-def flatten(bucket: Bucket, tensors: dict[str, torch.Tensor], flat: torch.Tensor) -> torch.Tensor:
-    """Copies the bucket's tensors into ``flat``, uint8 ``[nbytes]``, padding zeroed."""
-    end = 0
-    for slot in bucket.slots:
-        flat[end : slot.offset].zero_()
-        end = slot.offset + slot.nbytes
-        flat[slot.offset : end].copy_(tensors[slot.name].contiguous().view(-1).view(torch.uint8))
-    flat[end:].zero_()
-    return flat

@@ -21,7 +21,8 @@ from common.errors import WeightsError
 from common.weights import WeightDigest, WeightReceiver, block_sums, plan_buckets
 from learner.weights import group as weight_group
 from learner.weights.group import tensor_sums
-from learner.weights.publish import WeightPublisher, as_one, flatten
+from learner.weights.pack import as_one, flatten
+from learner.weights.publish import WeightPublisher
 
 CPU = torch.device("cpu")
 DEADLINE_S = 3.0
@@ -111,7 +112,7 @@ class Held:
         self.listing = [[n, str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in named]
         self.buckets, self.named = plan_buckets(self.listing, bucket_bytes), dict(named)
 
-    def tensors(self, index):
+    def tensors(self, index, device):
         return {slot.name: self.named[slot.name] for slot in self.buckets[index].slots}
 
 
@@ -228,12 +229,12 @@ def test_a_bucket_that_is_one_piece_of_memory_is_not_copied():
     flat = torch.arange(64, dtype=torch.float32)
     named = [("a", flat[:16].view(4, 4)), ("b", flat[16:24]), ("c", flat[24:])]
     held = Held(named, 1 << 20)
-    one = as_one(held.buckets[0], held.tensors(0), CPU)
+    one = as_one(held.buckets[0], held.tensors(0, CPU), CPU)
     assert one.data_ptr() == flat.data_ptr() and one.nbytes == 256
-    copied = flatten(held.buckets[0], held.tensors(0), torch.empty(256, dtype=torch.uint8))
+    copied = flatten(held.buckets[0], held.tensors(0, CPU), torch.empty(256, dtype=torch.uint8))
     assert torch.equal(one, copied)
     gap = Held([named[0], named[2]], 1 << 20)
-    assert as_one(gap.buckets[0], gap.tensors(0), CPU) is None
+    assert as_one(gap.buckets[0], gap.tensors(0, CPU), CPU) is None
     odd = Held([("x", flat[:3]), ("y", flat[3:7])], 1 << 20)  # no gap may be left for alignment
     assert [bucket.nbytes for bucket in odd.buckets] == [12, 16]
 

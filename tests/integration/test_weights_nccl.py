@@ -78,7 +78,7 @@ class Held:
         self.listing = [["a", "float32", [4]]]
         self.buckets = plan_buckets(self.listing, 64)
 
-    def tensors(self, index):
+    def tensors(self, index, device):
         return {"a": torch.arange(4.0)}
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from common.weights import WeightDigest, block_sums, plan_buckets
 from learner.weights.group import WeightGroup
-from learner.weights.publish import flatten
+from learner.weights.pack import flatten
 
 
 def main(model, bucket_bytes, epoch, world, after, fate):

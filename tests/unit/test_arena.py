@@ -15,7 +15,7 @@ from learner.model.decoder import Decoder
 from learner.score import PolicyScorer
 from learner.weights.gather import WeightGather
 from learner.weights.group import unpack
-from learner.weights.publish import flatten
+from learner.weights.pack import flatten
 from tests.unit.test_step import CONFIG
 
 SHAPE = dataclasses.replace(CONFIG, num_experts=6, expert_bias=True)  # a bias of 24 bytes: no multiple of 16

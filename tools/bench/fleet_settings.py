@@ -20,7 +20,7 @@ from actor.engine.sglang import SglangEngine
 from common.config import RunConfig
 from common.errors import EngineError
 from common.weights import Bucket, plan_buckets
-from learner.weights.publish import flatten
+from learner.weights.pack import flatten
 from tools.bench.harness import Row, interleave
 
 PROMPT, COMPLETION, VOCABULARY = 64, 256, 4096
