@@ -5,7 +5,9 @@ Needs torch 2.11 and transformers 5.17 or newer; skips without a CUDA device.
 """
 
 import itertools
+import os
 import socket
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -163,25 +165,69 @@ def test_sums_on_the_gpu_are_those_on_the_host():
 
 
 def test_weights_go_round_an_nccl_group():
-    """One rank, as NCCL takes no GPU twice: the operations, their polling and the digest."""
+    """One rank, as NCCL takes no GPU twice: what lies there afterwards, its sums beside the host's, the digest."""
     import torch.distributed as dist
 
+    from common.deadlines import NO_WATCHDOG
+    from common.weights import WeightDigest, block_sums
     from learner.weights.group import WeightGroup
 
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    before = dict(os.environ)
     group = WeightGroup(store, 1, 0, 1, "nccl", 30.0, CUDA)
-    room = group.allocate(1 << 20)
-    room.random_(0, 255)
-    before = room.clone()
-    group.start(room).wait()
-    torch.cuda.synchronize()
-    assert torch.equal(room, before)
-    group.send_digest("00" * 16, 1)
-    assert group.receive_digest(1) == "00" * 16
+    assert {name: os.environ.get(name) for name in NO_WATCHDOG} == {name: before.get(name) for name in NO_WATCHDOG}
+    digest, expected = WeightDigest(), WeightDigest()
+    for nbytes in (3 * 2**20 + 48, 2**20):
+        host = torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(nbytes))
+        room = group.allocate(nbytes)
+        room.copy_(host)
+        work = group.start(room)
+        sums = group.sums(room)
+        work.wait()
+        assert sums == block_sums(host.numpy())
+        assert torch.equal(room.cpu(), host)
+        digest.update(sums)
+        expected.update(block_sums(host.numpy()))
+    group.send_digest(digest.hex(), 7)
+    assert group.receive_digest(7) == expected.hex()
     group.close()
+
+
+class Gather:
+    """Two tensors that arrived on rank 0's GPU, each in memory of its own: one bucket."""
+
+    def __init__(self):
+        from common.weights import plan_buckets
+
+        self.whole = {"a": torch.arange(1.0, 9.0, device=CUDA), "b": torch.arange(9.0, 13.0, device=CUDA)}
+        self.listing = [[name, "float32", list(tensor.shape)] for name, tensor in self.whole.items()]
+        self.buckets = plan_buckets(self.listing, 1 << 20)
+        self.mesh, self.is_local = SimpleNamespace(rank=0), False
+
+    def __iter__(self):
+        yield self.buckets[0], self.whole
+
+
+def test_a_gathered_bucket_is_sent_from_the_gpu_and_kept_on_the_host():
+    from learner.weights.gather import Snapshot
+    from learner.weights.pack import as_one
+
+    gather, host = Gather(), torch.device("cpu")
+    snapshot = Snapshot(gather)
+    fresh, again = (as_one(gather.buckets[0], snapshot.tensors(0, CUDA), CUDA) for _ in range(2))
+    kept = as_one(gather.buckets[0], snapshot.tensors(0, host), host)
+    assert kept.view(torch.float32).tolist() == [float(n) for n in range(1, 13)]
+    assert torch.equal(fresh.cpu(), kept) and torch.equal(again.cpu(), kept)
+    assert fresh.data_ptr() != again.data_ptr()  # the first was laid out there, the second came from the host
+
+
+def test_the_benchmark_measures_nccl():
+    from tools.bench import nccl
+
+    assert all(row.value > 0 and "over NCCL" in row.name for row in nccl.run(1))
 
 
 def test_a_short_run_in_bfloat16_learns(directory):

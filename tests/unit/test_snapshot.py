@@ -13,11 +13,11 @@ HOST = torch.device("cpu")
 
 
 class Gather:
-    """Tensors that arrive one bucket after the other on ``rank`` 0, each in memory of its own on ``device``."""
+    """Tensors that arrive one bucket after the other on ``rank`` 0, each in memory of its own."""
 
-    def __init__(self, rank=0, is_local=False, device=HOST):
+    def __init__(self, rank=0, is_local=False):
         sizes = {"a": 8, "b": 4, "c": 12, "d": 16, "e": 4}
-        self.whole = {name: torch.arange(1.0, size + 1, device=device) for name, size in sizes.items()}
+        self.whole = {name: torch.arange(1.0, size + 1) for name, size in sizes.items()}
         self.listing = [[name, "float32", [len(t)]] for name, t in self.whole.items()]
         self.buckets = plan_buckets(self.listing, 64)
         self.mesh, self.is_local, self.arrived = SimpleNamespace(rank=rank), is_local, 0

@@ -17,7 +17,7 @@ from learner.logprobs import Head, by_autograd, loss_through_head
 from learner.model.config import ModelConfig
 from learner.model.decoder import Decoder
 from learner.optim import Optimizer
-from tools.bench import moe
+from tools.bench import moe, nccl
 from tools.bench.harness import Row, interleave
 
 CONFIG = ModelConfig(
@@ -35,7 +35,7 @@ def run(reps: int) -> list[Row]:
         raise ConfigError("--gpu: no CUDA device here; leave it out for the CPU's figures")
     device = torch.device("cuda", 0)
     torch.manual_seed(0)
-    return [*_model(reps, device), *_head(device), *moe.run(reps, device)]
+    return [*_model(reps, device), *_head(device), *moe.run(reps, device), *nccl.run(reps)]
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -33,7 +33,7 @@ REGISTRY = {  # name -> (module, what it measures, default repeats); imported wh
         "the actor on real SGLang servers: tokens/s beside a bare loop, cache hits, time lost to updates",
         3,
     ),
-    "learner_gpu": ("tools.bench.gpu", "MFU, memory and the MoE layer on a GPU: learner --gpu", 5),
+    "learner_gpu": ("tools.bench.gpu", "MFU, memory, the MoE layer and weights over NCCL on GPUs: learner --gpu", 5),
     "algorithms": ("tools.bench.algorithms", "every loss and advantage beside a bare PPO clip and a Python loop", 9),
     "staleness": (
         "tools.bench.staleness.study",

@@ -1,4 +1,4 @@
-"""Publishing a version over gloo: Qwen3-MoE's tensors, over 0.5 GB, from a learner to one receiver.
+"""Publishing a version over gloo, or NCCL: Qwen3-MoE's tensors, over 0.5 GB, from a learner to one receiver.
 
 The limit is one broadcast of the same bytes in one flat tensor, nothing laid out or unpacked. Ours
 counts until every tensor lies in the receiver's parameters and its digest was compared. Two
@@ -46,15 +46,21 @@ WAYS = ("ours", "one flat broadcast", "a broadcast a tensor")
 
 
 def run(reps: int) -> list[Row]:
-    """GB/s of each way, taking turns."""
-    model = _model(1)
+    """From this process's memory to another's, over gloo."""
+    return measure(reps, (CPU, CPU))
+
+
+def measure(reps: int, ends: tuple[torch.device, torch.device]) -> list[Row]:
+    """GB/s of each way from the first device to the second, taking turns; over NCCL between GPUs."""
+    sender, target = ends
+    model = _model(1).to(sender)
     names = len(places(CONFIG))
     nbytes = sum(view.nbytes for view in views(model).values())
     here, there = mp.get_context("spawn").Pipe()
-    process = mp.get_context("spawn").Process(target=_receiver, args=(there,), daemon=True)
+    process = mp.get_context("spawn").Process(target=_receiver, args=(there, target), daemon=True)
     process.start()
     try:
-        learner = _Learner(model, here)
+        learner = _Learner(model, here, sender)
         taken: dict[str, list[float]] = {way: [] for way in WAYS}
         for repeat in range(-2, reps):
             for way in WAYS:
@@ -66,8 +72,13 @@ def run(reps: int) -> list[Row]:
     finally:
         process.kill()
     found = {way: statistics.median(values) for way, values in taken.items()}
-    label, limit = f"publish {nbytes / 1e9:.2f} GB in {names} tensors", found["one flat broadcast"]
+    over = " over NCCL" if sender.type == "cuda" else ""
+    label, limit = f"publish {nbytes / 1e9:.2f} GB in {names} tensors{over}", found["one flat broadcast"]
     return [Row("learner", f"{label}: {w}", v, "GB/s", "one flat broadcast", limit, reps) for w, v in found.items()]
+
+
+def _backend(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"
 
 
 def _model(seed: int) -> Decoder:
@@ -82,16 +93,18 @@ def _model(seed: int) -> Decoder:
 class _Learner:
     """The sender, and the broker's part of the handshake."""
 
-    def __init__(self, model: Decoder, pipe: Connection) -> None:
+    def __init__(self, model: Decoder, pipe: Connection, device: torch.device) -> None:
         Optimizer(model, OptimSection(), 1)  # moves the parameters into flat buffers, as training does
         self.model, self.pipe, self.version = model, pipe, 0
         self.began = 0.0
         self._answers: queue.Queue[Any] = queue.Queue()
-        self.publisher = WeightPublisher(self._send, self._receive, "127.0.0.1", BUCKET_MB, DEADLINE_S, CPU)
+        self.publisher = WeightPublisher(
+            self._send, self._receive, "127.0.0.1", BUCKET_MB, DEADLINE_S, device, _backend(device)
+        )
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         pipe.send(("join", self.store.port))
-        self.group = WeightGroup(self.store, 0, 0, 2, "gloo", DEADLINE_S, CPU)
-        self.flat = torch.zeros(sum(v.nbytes for v in views(model).values()), dtype=torch.uint8)
+        self.group = WeightGroup(self.store, 0, 0, 2, _backend(device), DEADLINE_S, device)
+        self.flat = torch.zeros(sum(v.nbytes for v in views(model).values()), dtype=torch.uint8, device=device)
 
     def measure(self, way: str) -> float:
         """Seconds until the receiver has everything."""
@@ -130,13 +143,15 @@ class _Learner:
         return time.perf_counter()
 
 
-def _receiver(pipe: Connection) -> None:
+def _receiver(pipe: Connection, device: torch.device) -> None:
     """The other process: a replica's own receiver and swap, and the two plain ways."""
-    model = _model(2)
+    model = _model(2).to(device)
     scorer = PolicyScorer(model, 64.0)
-    receiver = WeightReceiver(pipe.send, lambda prepare: join(prepare, DEADLINE_S, CPU), DEADLINE_S)
+    receiver = WeightReceiver(pipe.send, lambda prepare: join(prepare, DEADLINE_S, device), DEADLINE_S)
     tensors: dict[str, list[Tensor]] = {
-        "one flat broadcast": [torch.zeros(sum(v.nbytes for v in views(model).values()), dtype=torch.uint8)],
+        "one flat broadcast": [
+            torch.zeros(sum(v.nbytes for v in views(model).values()), dtype=torch.uint8, device=device)
+        ],
         "a broadcast a tensor": [view.clone().view(-1).view(torch.uint8) for view in views(model).values()],
     }
     group: WeightGroup | None = None
@@ -158,7 +173,7 @@ def _receiver(pipe: Connection) -> None:
             handlers[type(message)](message)
         elif message[0] == "join":
             store = dist.TCPStore("127.0.0.1", message[1], is_master=False, timeout=timedelta(seconds=DEADLINE_S))
-            group = WeightGroup(store, 0, 1, 2, "gloo", DEADLINE_S, CPU)
+            group = WeightGroup(store, 0, 1, 2, _backend(device), DEADLINE_S, device)
         elif message[0] == "stop":
             swapping.set()
             return
