@@ -49,7 +49,7 @@ def answered(call: Callable[[], T], deadline_s: float, who: str) -> T:
         except BaseException as error:  # noqa: BLE001  # raised where it was asked for
             results.put((None, error))
 
-    threading.Thread(target=run, name="weight-store", daemon=True).start()
+    threading.Thread(target=run, name="weights-answer", daemon=True).start()
     try:
         found, error = results.get(timeout=deadline_s + GRACE_S)
     except queue.Empty:

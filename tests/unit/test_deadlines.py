@@ -25,7 +25,7 @@ def test_a_gpu_operation_that_never_ends_is_given_up_and_its_communicator_freed(
 
 
 def test_a_gpu_operation_that_broke_is_not_taken_for_done():
-    """As torch has it: completed, and its wait raises nothing."""
+    """It says that it is completed, and whether its wait raises depends on how torch was told to wait."""
     aborted = []
     broke = SimpleNamespace(
         is_completed=lambda: True,
