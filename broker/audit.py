@@ -1,9 +1,9 @@
 """The selection-bias audit: whose tokens does rejection take, and is it more than chance?
 
-Acceptance by response length, reward sign, task and lag. Under the rule itself a stratum may differ
-because its tokens are further from the learner's policy; so each stratum is compared with what the
-rule expected of it (mean of a, which needs no coin), and its difference from the batch is told
-apart from its noise by a z score. Drops by length are counted where they happen (pipeline).
+Acceptance by response length, reward sign, task and lag. Each stratum is compared with the rest of
+the batch, and its difference told apart from its noise by a z score. Under the rule itself a stratum
+may differ because its tokens are further from the learner's policy. What is dropped is counted where
+it happens (broker.fates).
 """
 
 import math

@@ -37,12 +37,13 @@ from common.process import collect_seldom, free_port, keep_freed_memory
 from common.sockets import RouterSocket
 from common.zbounds import z_bounds
 from tools.bench import thinning
-from tools.bench.harness import Row, interleave, rate
+from tools.bench.harness import Row, interleave, rate, touch_memory
 
 TOKENS, TOPK, VOCAB = 2048, 20, 151_936
 GROUPS, GROUP_SIZE, STEPS = 16, 8, 12  # trajectories a step: GROUPS * GROUP_SIZE, one message a group
 WINDOW = 32  # messages under way
 QUEUED = 10_000
+TOUCHED_MB = 512  # before each passage
 DEADLINE_S = 120.0
 THIN_SHAPE = (64, 4096)
 CAP = np.float32(2.0)
@@ -325,7 +326,20 @@ def run(reps: int) -> list[Row]:
     with tempfile.TemporaryDirectory(dir=".") as place:
         for topk, label, counts in ((0, "lean", (96, 48)), (TOPK, f"top-{TOPK}", (96, 12))):
             rows += _path_rows(topk, label, counts, Path(place), reps)
-    return [*rows, *decision_rows(5 * reps), memory_row(reps), *thinning.run()]
+    return [*rows, *decision_rows(5 * reps), memory_row(reps), fresh_memory_row(reps), *thinning.run()]
+
+
+def fresh_memory_row(reps: int) -> Row:
+    """What the machine's host takes for memory at its first touch: noise of whatever allocates."""
+    first, again = (statistics.median(of) for of in zip(*(touch_memory(TOUCHED_MB) for _ in range(reps)), strict=True))
+    size = TOUCHED_MB / 1e3
+    return Row("broker", "memory, first touch", size / first, "GB/s", "second touch", size / again, reps)
+
+
+def _at_hand(measure: Callable[[], float]) -> float:
+    """``measure`` with memory at hand, so that nobody is measured by what the machine's host takes to give some."""
+    touch_memory(TOUCHED_MB)
+    return measure()
 
 
 def _path_rows(topk: int, label: str, counts: tuple[int, int], place: Path, reps: int) -> list[Row]:
@@ -343,7 +357,7 @@ def _path_rows(topk: int, label: str, counts: tuple[int, int], place: Path, reps
     for name in FORMATS:
         slow = name in ("json + base64", "msgpack lists")
         contestants[name] = partial(peer_rate, name, topk, counts[slow])
-    speed = interleave(contestants, reps)
+    speed = interleave({name: partial(_at_hand, measure) for name, measure in contestants.items()}, reps)
     megabytes = sum(memoryview(f).nbytes for f in encode(message(0, topk))) / GROUP_SIZE / 1e6
     rows = [
         Row("broker", f"{label}: socket to shards", speed["broker"], "traj/s", name, speed[name], reps)
