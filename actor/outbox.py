@@ -1,5 +1,6 @@
 """Trajectories on their way to the broker, kept until they are acknowledged. Pure."""
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,7 +8,9 @@ import numpy as np
 
 from actor.rollout import Turn
 from actor.tasks.base import Block
-from common.wire import EXPERT, FINISH_REASONS, STARTS, Ack, Trajectories
+from common.wire import EXPERT, FINISH_REASONS, STARTS, Ack, GroupFailed, Trajectories
+
+FAILURES_KEPT = 1000
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class Outbox:
     """Sent messages with the identities that the broker has not acknowledged yet."""
 
     def __init__(self) -> None:
+        self._failures: deque[GroupFailed] = deque(maxlen=FAILURES_KEPT)
         self._messages: dict[int, tuple[Trajectories, set[tuple[int, int]], int]] = {}
         self._owner: dict[tuple[int, int], int] = {}
         self._next = 0
@@ -118,6 +122,10 @@ class Outbox:
         self._messages[self._next] = (message, identities, size)
         self._owner.update(dict.fromkeys(identities, self._next))
         self._next += 1
+
+    def failed(self, message: GroupFailed) -> None:
+        """Keep ``message`` too: nobody acknowledges it, and the broker ignores one that it knows."""
+        self._failures.append(message)
 
     def acknowledge(self, ack: Ack) -> list[tuple[int, int, str]]:
         """Forget what the broker took or refused for good; returns the refused with their reasons."""
@@ -134,9 +142,9 @@ class Outbox:
                 del self._messages[owner]
         return refused
 
-    def unacknowledged(self) -> list[Trajectories]:
-        """What a broker that came back must be sent again, oldest first."""
-        return [message for message, _, _ in self._messages.values()]
+    def unacknowledged(self) -> list[Trajectories | GroupFailed]:
+        """What must be sent again on a new connection, or to a broker that came back."""
+        return [*(message for message, _, _ in self._messages.values()), *self._failures]
 
     def groups(self) -> set[int]:
         """Groups of which something is not acknowledged."""

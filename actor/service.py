@@ -170,9 +170,10 @@ class ActorService:
     def _send_off(self, finished: Sequence[Finished]) -> None:
         with self.tracer.within("send"):
             for channels, alike in by_channels(finished).items():
-                trajectories = pack(self.link.run_id, channels, alike)
-                self.outbox.add(trajectories)
-                self.link.send(trajectories)
+                for start in range(0, len(alike), wire.MAX_MEMBERS):
+                    trajectories = pack(self.link.run_id, channels, alike[start : start + wire.MAX_MEMBERS])
+                    self.outbox.add(trajectories)
+                    self.link.send(trajectories)
 
     def _waits_for(self) -> str:
         """The state of a main thread that has nothing to do; see :data:`common.trace.STATES`."""
@@ -291,6 +292,8 @@ class ActorService:
     def _send(self, message: wire.GroupFailed | wire.EvaluationResult) -> None:
         if isinstance(message, wire.EvaluationResult) and message.version_max < 0:  # nothing was sampled
             message = dataclasses.replace(message, version_min=self.engine.holds, version_max=self.engine.holds)
+        if isinstance(message, wire.GroupFailed):
+            self.outbox.failed(message)
         self.link.send(message)
 
 

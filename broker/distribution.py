@@ -51,8 +51,12 @@ class Distribution:
         return {stream.stream: stream.history for stream in self.streams.all}
 
     def learner_joined(self, version: int) -> None:
-        """``version`` is out, says the learner; of a stream that it is not, it will be offered again."""
+        """``version`` is out, says the learner; of a stream that it is not, it will be offered again.
+
+        So it is of whatever was under way: what was said of it may be lost with a connection.
+        """
         for stream in self.streams.all:
+            stream.on_learner_lost()
             stream.known(version)
         self._note_published()
 

@@ -118,6 +118,7 @@ class Journal:
         self._pending_bytes = 0
         self._writing_bytes = 0
         self._prunes: list[list[int]] = []
+        self._deleting = 0  # of those that were asked for, not done
         self.on_commit = on_commit
         self._error: JournalError | None = None
         self._closing = False
@@ -192,8 +193,14 @@ class Journal:
         """Bytes of the chunks kept, and of what is being written or waits for it."""
         return self._kept_bytes + self._writing_bytes + self._pending_bytes
 
-    def prune(self, needed: Sequence[int], before: int) -> int:
-        """Delete the chunks of events older than ``before`` that hold none of ``needed``; returns their bytes."""
+    @property
+    def is_settled(self) -> bool:
+        """Whether everything is on disk, and gone that was to be deleted: then :attr:`used_bytes` is exact."""
+        with self._wake:
+            return self.durable == self.last and not self._deleting
+
+    def prune(self, needed: Sequence[int], before: int) -> None:
+        """Delete the chunks of events older than ``before`` that hold none of ``needed``."""
         with self._wake:
             firsts = [first for first, _ in self._chunks]
             keep = {bisect_right(firsts, seq) - 1 for seq in needed}
@@ -204,10 +211,9 @@ class Journal:
                 if end <= before and i not in keep
             ]
             if gone:
+                self._deleting += 1
                 self._prunes.append(gone)
                 self._wake.notify()
-            dead = set(gone)
-            return sum(size for first, size in self._chunks if first in dead)
 
     def _run(self) -> None:
         while True:
@@ -224,6 +230,8 @@ class Journal:
                 self._commit(events)  # before anything is deleted: the snapshot that takes its place is among them
                 for gone in prunes:
                     self._delete(gone)
+                    with self._wake:
+                        self._deleting -= 1
             except Exception as error:  # noqa: BLE001  # whatever it is, the broker must hear of it
                 log.error("%s", error)
                 self._error = JournalError(

@@ -185,12 +185,8 @@ class Pipeline:
         return ""
 
     def _refusal(self, trajectory: Trajectory) -> str:
-        oldest, tokens = trajectory.oldest_version, len(trajectory.token_ids)
-        if oldest < self.book.min_version(trajectory.group):
-            return f"sampled by version {oldest}, older than the grant's {self.book.min_version(trajectory.group)}"
-        if tokens > self.max_length:
-            return f"{tokens} tokens, more than rollout allows ({self.max_length})"
-        return ""
+        oldest, least = trajectory.oldest_version, self.book.min_version(trajectory.group)
+        return f"sampled by version {oldest}, older than the grant's {least}" if oldest < least else ""
 
     def _take(self, trajectory: Trajectory) -> None:
         is_new, complete = self.book.add(trajectory)
@@ -257,15 +253,17 @@ class Pipeline:
 
     # ---- assembly -------------------------------------------------------------------------------
 
-    def assemble(self, min_version: int) -> ScoreRequest | None:
+    def assemble(self, min_version: int, due: bool = False) -> ScoreRequest | None:
         """Choose and collate the next step if it is ready and due; returns what the policy must score of it.
 
         A step is due when it is at most ``broker.assemble_ahead`` ahead of the published version
-        ``min_version``, which will score it: the later, the closer to the policy that trains on it.
-        Frozen models are asked with it (:attr:`requests`). With rejection off None is returned, and
-        unless there are frozen models the step is finished at once.
+        ``min_version``, which will score it: the later, the closer to the policy that trains on it;
+        with ``due`` it is so whatever the setting says. Frozen models are asked with it
+        (:attr:`requests`). With rejection off None is returned, and unless there are frozen models the
+        step is finished at once.
         """
-        if self.scoring_step is not None or self.ledger.next_step - min_version > self.config.broker.assemble_ahead:
+        due = due or self.ledger.next_step - min_version <= self.config.broker.assemble_ahead
+        if self.scoring_step is not None or not due:
             return None
         chosen = self.ledger.select()
         if chosen is None:

@@ -91,7 +91,7 @@ def apply(pipeline: Pipeline, event: Event) -> Any:
         case "actor_lost":
             return pipeline.actor_lost(head["actor"])
         case "assemble":
-            return pipeline.assemble(head["version"])
+            return _assemble_again(pipeline, head["version"])
         case "rethin":
             return pipeline.rethin(head["step"], head["version"])
         case "scored":
@@ -102,6 +102,17 @@ def apply(pipeline: Pipeline, event: Event) -> Any:
             return pipeline.checkpointed(head["step"])
         case _:
             return None
+
+
+def _assemble_again(pipeline: Pipeline, version: int) -> Any:
+    step = pipeline.ledger.next_step
+    request = pipeline.assemble(version, due=True)
+    if pipeline.ledger.next_step == step:
+        raise JournalError(
+            f"step {step} was assembled when the journal was written and cannot be now: {pipeline.waiting_for()}; a "
+            "setting that decides what is taken was changed (run.steps?), or the program: set it back"
+        )
+    return request
 
 
 def difference(pipeline: Pipeline, event: Event) -> str:
@@ -119,13 +130,19 @@ def difference(pipeline: Pipeline, event: Event) -> str:
 
 
 def settings_of(pipeline: Pipeline) -> dict[str, Any]:
-    """What a run may not change when its broker is started again: what is outstanding was granted under it."""
-    run, rollout = pipeline.config.run, pipeline.config.rollout
-    found = {name: getattr(rollout, name) for name in ("groups_per_step", "group_size", "top_logprobs")}
+    """What a run may not change when its broker is started again: its events are applied again under them."""
+    config = pipeline.config
+    rollout, advantage = config.rollout, config.advantage
     return {
-        "run.seed": run.seed,
-        **{f"rollout.{name}": value for name, value in found.items()},
+        "run.seed": config.run.seed,
+        "rollout.groups_per_step": rollout.groups_per_step,
+        "rollout.group_size": rollout.group_size,
+        "rollout.top_logprobs": rollout.top_logprobs,
         "rollout.routing_replay": rollout.routing_replay,
+        "rollout.exemplars": rollout.exemplars,
+        "advantage.zero_signal": advantage.zero_signal,
+        "advantage.skip_passed": advantage.skip_passed,
+        "whoever scores (obrs.mode, loss.kl, teachers)": list(config.scorers),
     }
 
 
@@ -144,7 +161,8 @@ class Recorder:
         self.trail = Trail(self.tracer, pipeline)
         self._service_state = service_state
         self._snapshot_at = (journal.used_bytes if journal else 0, pipeline.committed_step)
-        self._pruned_to = 0  # bytes that the last pruning left
+        self._left: int | None = 0  # bytes that the last pruning left; None until that is known
+        self._looked_at = (-1, 0)  # steps committed and groups given up at the last one
 
     @property
     def last(self) -> int:
@@ -310,7 +328,7 @@ class Recorder:
         return shard
 
     def commit(self, step: int, metrics: dict[str, float]) -> dict[str, Any] | None:
-        """See :meth:`Pipeline.commit`; :meth:`snapshot_if_due` belongs behind whatever is made of the receipt."""
+        """See :meth:`Pipeline.commit`."""
         with self.tracer.within("commit", step):
             self._write("commit", {"step": step, "metrics": metrics})
             receipt = self.pipeline.commit(step)
@@ -318,21 +336,27 @@ class Recorder:
         return receipt
 
     def checkpointed(self, step: int) -> None:
-        """See :meth:`Pipeline.checkpointed`; :meth:`make_room` belongs behind it."""
+        """See :meth:`Pipeline.checkpointed`."""
         self._write("checkpointed", {"step": step})
         self.pipeline.checkpointed(step)
-        self._pruned_to = 0
+        self._left = 0
 
     def make_room(self) -> None:
-        """Delete what nobody will ask for again, once the journal is half full; of use behind a checkpoint, and where
-        nothing can be granted for want of room."""
+        """Delete what nobody will ask for again, once the journal is half full and there is cause to look.
+
+        Of use behind a checkpoint, and where nothing can be granted for want of room; cheap otherwise.
+        """
         journal = self.journal
-        if journal is None or journal.used_bytes < journal.limit_bytes / 2:
+        if journal is None or journal.used_bytes < journal.limit_bytes / 2 or not journal.is_settled:
             return
-        if journal.used_bytes - self._pruned_to < journal.limit_bytes / 8:
+        if self._left is None:
+            self._left = journal.used_bytes
+        done = (self.pipeline.committed_step, self.pipeline.counts["groups_given_up"])
+        is_stuck = done != self._looked_at and not self.room()
+        if journal.used_bytes - self._left < journal.limit_bytes / 8 and not is_stuck:
             return
-        seq = self.snapshot()
-        self._pruned_to = journal.used_bytes - journal.prune(self.pipeline.sources(), seq)
+        journal.prune(self.pipeline.sources(), self.snapshot())
+        self._left, self._looked_at = None, done
 
     def snapshot_if_due(self) -> None:
         """Write the whole state if much has happened since it was written last."""

@@ -170,8 +170,9 @@ class BrokerService:
             self.phase = "running"
         does("send")
         self.outlet.release()
-        if not self.outlet.holding:
-            self.recorder.make_room()  # also where nothing can be granted until there is some
+        if not self.outlet.holding:  # a restart writes no line of metrics.jsonl again that a snapshot lies behind
+            self.recorder.snapshot_if_due()
+            self.recorder.make_room()
         does("status")
         self.recorder.trail.levels()
         if self.files.status_due():

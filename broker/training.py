@@ -50,6 +50,7 @@ class Training:
             Governor(config.staleness, self.pipeline.ledger.budget, least_s) if config.staleness.auto else None
         )
         self.learner_seen = False
+        self._claimed = 0  # the version that the learner came with
         self.serving = False  # a shard has left
         self._ess = 1.0  # normalised, of the learner's weights at its last step
         self._fetches: dict[bytes, tuple[wire.Fetch, float]] = {}
@@ -90,8 +91,14 @@ class Training:
             self.learner_seen = True
             self.recorder.start_at(version)  # first: a broker killed between the two does it again
             self.recorder.note("learner", {})
+        self._claimed = version
+        self._infer(version - 1)  # the newest one's own commit may be on its way
+
+    def _infer(self, version: int) -> None:
+        """The steps before ``version`` are trained: the broker ended, or a connection, before it heard of that."""
         for step in range(self.pipeline.committed_step + 1, version):
-            self.commit(step, {})  # the broker ended before it heard of these
+            if self.pipeline.steps.was_served(step):
+                self.commit(step, {})
 
     def objection(self, hello: wire.Hello) -> str:
         """Why a learner cannot hold the version that it claims; "" if it can, and for everybody else."""
@@ -115,6 +122,8 @@ class Training:
         """Nothing more is owed to it, or expected of it."""
         self._fetches.pop(peer.identity, None)
         self.ask_again(peer)
+        if peer.leads:
+            self._infer(self._claimed)
 
     # ---- scores ---------------------------------------------------------------------------------
 
@@ -205,6 +214,8 @@ class Training:
             raise
         self._fetches[peer.identity] = (message, 0.0)
         if peer.leads:
+            if message.step >= self._claimed:
+                self._infer(self._claimed)
             self.recorder.trail.mark(message.step, "asked")
 
     def _check_fetch(self, peer: Peer, message: wire.Fetch) -> None:
@@ -269,8 +280,7 @@ class Training:
             raise ProtocolError(f"step {step} makes version {step + 1}, not {message.version}")
         if step > self.pipeline.committed_step and not self.pipeline.steps.was_served(step):
             raise ProtocolError(f"step {step} cannot have been trained: this broker has not served it")
-        for earlier in range(self.pipeline.committed_step + 1, step):
-            self.commit(earlier, {})  # word of it was lost with a connection
+        self._infer(step)
         self.commit(step, message.metrics)
 
     def _on_checkpointed(self, peer: Peer, message: wire.Checkpointed) -> None:
@@ -279,7 +289,6 @@ class Training:
                 f"a checkpoint of step {message.step}, and only those up to {self.pipeline.committed_step} are trained"
             )
         self.recorder.checkpointed(message.step)
-        self.door.outlet.do(self.recorder.make_room)
 
     def commit(self, step: int, metrics: dict[str, float]) -> None:
         """``step`` is trained."""
@@ -289,7 +298,6 @@ class Training:
         self._ess = metrics.get("weight_ess", self._ess)
         line, alerts = self.figures.committed(receipt, metrics, self.pipeline, self.door.roster)
         self.door.outlet.do(lambda: self.write_step(line, alerts))
-        self.door.outlet.do(self.recorder.snapshot_if_due)  # not before: a restart writes no line of before it again
         if self.governor is not None:
             self._govern(self.governor, receipt, metrics)
 

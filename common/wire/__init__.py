@@ -66,6 +66,7 @@ from common.wire.steps import (
 from common.wire.trajectories import (
     LOG_Q_TOLERANCE,
     MAX_BLOCKS,
+    MAX_MEMBERS,
     Trajectories,
 )
 from common.wire.weights import (
@@ -91,6 +92,7 @@ __all__ = [
     "MAX_COUNTERS",
     "MAX_FACT",
     "MAX_FACTS",
+    "MAX_MEMBERS",
     "MAX_RANKS",
     "MAX_TEXT",
     "NEVER",

@@ -8,7 +8,7 @@ While one bucket is used the parts of the next are already on their way. Every r
 the same order; ranks that own nothing of a bucket only pass by.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -30,8 +30,8 @@ class WeightGather:
         self.owners = {name: place.owners(model.config, self.mesh) for name, place in self.places.items()}
         self.is_local = all(owners == [0] for owners in self.owners.values())  # rank 0 has it all anyway
         self._views = views(model)
-        if self.is_local:  # in the order of memory, so that a bucket is a slice of the flat parameters
-            self.places = dict(sorted(self.places.items(), key=lambda item: self._views[item[0]].data_ptr()))
+        if self.is_local:  # so that a bucket is a slice of the flat parameters
+            self.places = {name: self.places[name] for name in in_memory_order(self._views, self.places)}
         else:
             self.places = dict(sorted(self.places.items(), key=_stacked))
         dtype = str(model.dtype).removeprefix("torch.")
@@ -75,6 +75,19 @@ class WeightGather:
                     ops.append(dist.P2POp(dist.isend, self._views[name].contiguous(), 0))
         works = dist.batch_isend_irecv(ops) if ops else []
         return _Transfer(works, parts, {name: self.places[name] for name in names})
+
+
+def in_memory_order(tensors: Mapping[str, Tensor], names: Iterable[str]) -> list[str]:
+    """``names`` as their tensors lie in each piece of memory, the pieces in the order in which ``names`` meet them.
+
+    Where the pieces lie differs from process to process; equal weights must give equal buckets all the same.
+    """
+    pieces: dict[int, int] = {}
+    places = {}
+    for name in names:
+        start = tensors[name].untyped_storage().data_ptr()
+        places[name] = (pieces.setdefault(start, len(pieces)), tensors[name].data_ptr())
+    return sorted(places, key=lambda name: places[name])
 
 
 def _stacked(item: tuple[str, Place]) -> tuple[int, bool, bool]:

@@ -160,6 +160,61 @@ def test_what_a_reset_connection_lost_is_asked_for_again_at_once(make):
     proxy.listener.close()
 
 
+def test_a_version_whose_end_a_reset_connection_lost_keeps_no_later_one_back(make):
+    broker = make(broker={"heartbeat_s": 2.0, "peer_timeout_s": 6.0}, staleness=StalenessSection(2))
+    proxy = Proxy(broker.config.broker.address)
+    learner = Peer(
+        broker, "learner", "learner", section=dataclasses.replace(broker.config.broker, address=proxy.address)
+    )
+    actor = Peer(broker, "actor", "a0")
+    learner.link.set_version(1)  # as a learner does when it begins to offer it
+    learner.link.send(wire.Publish(1, "127.0.0.1", 1, "gloo", 1 << 20, [["w", "float32", [1]]]))
+    prepare = actor.expect(wire.Prepare)
+    actor.link.send(wire.Ready(prepare.epoch, 1))
+    go = learner.expect(wire.Go)
+    actor.expect(wire.Go)
+    proxy.swallow = b"published"
+    learner.link.send(wire.Published(go.epoch, 1, "d", 0.01))
+    actor.link.send(wire.Applied(go.epoch, 1, "d"))
+    actor.link.set_version(1)
+    learner.expect(wire.Welcome)
+    assert proxy.resets == 1
+    learner.link.set_version(2)
+    learner.publish(2, [actor])
+    assert broker.service.distribution.streams.published == 2
+    for peer in (learner, actor):
+        peer.link.close()
+    proxy.listener.close()
+
+
+@pytest.mark.parametrize("sends", ["commit", "fetch", "nothing"])
+def test_a_step_that_a_learner_came_back_with_is_committed_with_its_metrics_or_without(make, sends):
+    broker = make(staleness=StalenessSection(2))
+    learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
+    granted = []
+    while len(granted) < 6:
+        granted += actor.expect(wire.Grant).groups.tolist()
+    for number in granted:
+        actor.link.send(group(actor.link.run_id, number))
+    learner.link.send(wire.Fetch(0, 0, 1))
+    learner.expect(wire.Shard)
+    learner.link.close(None)
+    again = Peer(broker, "learner", "learner", version=1)  # the same one: word of its commit is on its way, or lost
+    assert broker.service.pipeline.committed_step == -1
+    if sends == "commit":
+        again.link.send(wire.Commit(0, 1, {"loss": 2.5}))
+    elif sends == "fetch":
+        again.link.send(wire.Fetch(1, 0, 1))
+    else:
+        again.link.close()
+    until(lambda: broker.service.pipeline.committed_step == 0)
+    until(lambda: (broker.config.run.path / "metrics.jsonl").read_text())
+    (line,) = (json.loads(x) for x in (broker.config.run.path / "metrics.jsonl").read_text().splitlines())
+    assert line.get("loss") == (2.5 if sends == "commit" else None)
+    for peer in (actor, again):
+        peer.link.close()
+
+
 def test_groups_that_nobody_granted_fill_no_journal(make, caplog):
     broker = make(broker={"journal_mb": 1.0})
     learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from actor.engine.base import Completion
-from actor.outbox import Finished, Outbox, pack
+from actor.outbox import FAILURES_KEPT, Finished, Outbox, pack
 from actor.rollout import Turn
 from common import wire
 
@@ -63,3 +63,12 @@ def test_a_message_stays_until_each_of_its_trajectories_is_acknowledged() -> Non
     assert outbox.acknowledge(ack([(2, 0)], ["log_q is NaN or infinite"])) == [(2, 0, "log_q is NaN or infinite")]
     assert outbox.unacknowledged() == []
     assert len(outbox) == outbox.nbytes == 0
+
+
+def test_failures_are_sent_again_too_and_only_so_many_are_kept():
+    outbox = Outbox()
+    for number in range(FAILURES_KEPT + 5):
+        outbox.failed(wire.GroupFailed(number, "x", 1))
+    again = outbox.unacknowledged()
+    assert [message.group for message in again] == list(range(5, FAILURES_KEPT + 5))
+    assert len(outbox) == 0 and outbox.groups() == set()

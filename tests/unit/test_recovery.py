@@ -301,29 +301,85 @@ def test_what_a_run_may_not_change_is_refused_by_name(tmp_path: Path, snapshot: 
     journal.close()
 
 
-def test_a_journal_that_is_full_of_what_was_given_up_is_emptied_without_a_checkpoint(tmp_path: Path):
-    journal = Journal(tmp_path / "j", "r", 1)
-    pipeline = Pipeline(config(), VOCAB)
+class Full:
+    """A recorder whose journal of 1 MB is filled by bytes that ``sources`` hold on to."""
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.journal = Journal(directory, "r", 1)
+        self.pipeline = Pipeline(config(), VOCAB)
+        self.held: list[int] = []
+        monkeypatch.setattr(self.pipeline, "sources", lambda: self.held)
+        self.recorder = Recorder(self.pipeline, self.journal, dict)
+        self.recorder.begin(0)
+
+    def write(self, count: int, hold: bool) -> None:
+        for _ in range(count):
+            seq = self.journal.append("note", {"what": "x", "values": {}}, [bytes(60_000)])
+            self.held += [seq] * hold
+            self.settle()
+
+    def settle(self) -> None:
+        self.journal.flush()
+        deadline = time.monotonic() + 10
+        while not self.journal.is_settled:
+            self.journal.check()
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    def turns(self, count: int = 20) -> int:
+        """Snapshots that so many idle turns write."""
+        before = self.journal.last
+        for _ in range(count):
+            self.recorder.make_room()
+            self.settle()
+        return self.journal.last - before
+
+
+def test_a_journal_that_is_full_is_emptied_without_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    full = Full(tmp_path / "j", monkeypatch)
+    full.write(18, hold=False)
+    assert full.recorder.room() == 0
+    assert full.turns() == 1 and full.journal.used_bytes < full.journal.limit_bytes / 4
+    assert full.recorder.grant("a", 1, 0) is not None
+    full.journal.close()
+
+
+@pytest.mark.parametrize("snapshot_bytes", [0, 200_000])
+def test_a_journal_that_cannot_be_emptied_is_looked_at_when_something_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, snapshot_bytes: int
+):
+    full = Full(tmp_path / "j", monkeypatch)
+    full.recorder._service_state = lambda: {"ballast": bytes(snapshot_bytes)}
+    full.write(9, hold=True)
+    assert full.turns() <= 1
+    full.write(9, hold=True)
+    assert full.recorder.grant("a", 1, 0) is None
+    assert full.turns() <= 2 and full.recorder.grant("a", 1, 0) is None
+    assert full.turns() == 0, "nothing has changed"
+    full.held.clear()
+    full.pipeline.committed_step += 1
+    assert full.turns() == 1
+    assert full.recorder.grant("a", 1, 0) is not None
+    full.journal.close()
+
+
+def test_other_settings_of_assembly_at_a_restart_change_nothing_and_impossible_ones_are_named(tmp_path: Path):
+    journal = Journal(tmp_path / "j", "r", 64)
+    pipeline = Pipeline(CONFIGS["off"], VOCAB)
     recorder = Recorder(pipeline, journal, dict)
     recorder.begin(0)
-    written = 0
-    while (grant := recorder.grant("a", 100, 0)) is not None:
-        for group in grant.groups.tolist():
-            journal.append("note", {"what": "x", "values": {}}, [bytes(60_000)])
-            recorder.failed(group, -1, "environment")
-        written += 1
-        settle(journal)
-    assert recorder.grant("a", 1, 0) is None and written > 1, "no room"
-    recorder.make_room()
-    settle(journal)
-    deadline = time.monotonic() + 10
-    while journal.used_bytes > journal.limit_bytes / 2:  # the thread deletes
-        journal.check()
-        assert time.monotonic() < deadline
-    assert recorder.grant("a", 1, 0) is not None
-    last = journal.last
-    recorder.make_room()
-    assert journal.last == last, "not again before much has been written"
+    drive(recorder, np.random.default_rng(6), [0], 300, [])
+    assert pipeline.committed_step > 1
+    before = fingerprint(pipeline)
+    journal.close()
+    journal = Journal(tmp_path / "j", "r", 64)
+    hasty = dataclasses.replace(CONFIGS["off"], broker=BrokerSection(assemble_ahead=0, retain_mb=4.0))
+    again = Pipeline(hasty, VOCAB)
+    recover(again, journal)
+    assert fingerprint(again) == before
+    short = Pipeline(dataclasses.replace(CONFIGS["off"], run=RunSection(seed=5, steps=1)), VOCAB)
+    with pytest.raises(JournalError, match=r"step \d was assembled when the journal was written.*run\.steps"):
+        recover(short, journal)
     journal.close()
 
 

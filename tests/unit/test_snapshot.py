@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.weights import plan_buckets
-from learner.weights.gather import Snapshot
+from learner.weights.gather import Snapshot, in_memory_order
 from learner.weights.pack import as_one
 
 HOST = torch.device("cpu")
@@ -68,3 +68,11 @@ def test_other_ranks_only_pass_by_and_what_lies_on_rank_0_is_not_copied():
     here = Gather(is_local=True)
     for name, tensor in Snapshot(here).tensors(0, HOST).items():
         assert tensor is here.whole[name]
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_the_order_of_tensors_does_not_depend_on_where_the_pieces_of_memory_lie(swapped):
+    low, high = sorted((torch.zeros(8), torch.zeros(8)), key=torch.Tensor.data_ptr)
+    first, second = (high, low) if swapped else (low, high)
+    tensors = {"a": first[4:], "b": second[:4], "c": first[:4], "d": second[4:]}
+    assert in_memory_order(tensors, ["a", "b", "c", "d"]) == ["c", "a", "b", "d"]
