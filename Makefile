@@ -35,9 +35,10 @@ lint: $(STAMP)  ## formatting, lint, types and the import rule
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-# Three workers on two cores: tests that wait for processes and sockets leave a third of them free.
+# Three workers on two cores: tests that wait for processes and sockets leave a third of them free. In the order of
+# the files, the longest tests (integration) first: xdist would put files of few tests last.
 test: lint  ## what CI runs: lint, then the fast tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 slow: $(STAMP)  ## tests that take longer than ten seconds each and kill nobody
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow and not chaos and not gpu and not sglang" $(ARGS)
