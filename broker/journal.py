@@ -194,10 +194,9 @@ class Journal:
         return self._kept_bytes + self._writing_bytes + self._pending_bytes
 
     @property
-    def is_settled(self) -> bool:
-        """Whether everything is on disk, and gone that was to be deleted: then :attr:`used_bytes` is exact."""
-        with self._wake:
-            return self.durable == self.last and not self._deleting
+    def is_deleting(self) -> bool:
+        """Whether something that was pruned is still there."""
+        return self._deleting > 0
 
     def prune(self, needed: Sequence[int], before: int) -> None:
         """Delete the chunks of events older than ``before`` that hold none of ``needed``."""

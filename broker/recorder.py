@@ -161,6 +161,7 @@ class Recorder:
         self.trail = Trail(self.tracer, pipeline)
         self._service_state = service_state
         self._snapshot_at = (journal.used_bytes if journal else 0, pipeline.committed_step)
+        self._pruned_at = -1  # the snapshot of the last pruning
         self._left: int | None = 0  # bytes that the last pruning left; None until that is known
         self._looked_at = (-1, 0)  # steps committed and groups given up at the last one
 
@@ -339,7 +340,7 @@ class Recorder:
         """See :meth:`Pipeline.checkpointed`."""
         self._write("checkpointed", {"step": step})
         self.pipeline.checkpointed(step)
-        self._left = 0
+        self._left = 0  # cause enough to look again
 
     def make_room(self) -> None:
         """Delete what nobody will ask for again, once the journal is half full and there is cause to look.
@@ -347,7 +348,9 @@ class Recorder:
         Of use behind a checkpoint, and where nothing can be granted for want of room; cheap otherwise.
         """
         journal = self.journal
-        if journal is None or journal.used_bytes < journal.limit_bytes / 2 or not journal.is_settled:
+        if journal is None or journal.used_bytes < journal.limit_bytes / 2:
+            return
+        if journal.is_deleting or journal.durable < self._pruned_at:
             return
         if self._left is None:
             self._left = journal.used_bytes
@@ -355,7 +358,8 @@ class Recorder:
         is_stuck = done != self._looked_at and not self.room()
         if journal.used_bytes - self._left < journal.limit_bytes / 8 and not is_stuck:
             return
-        journal.prune(self.pipeline.sources(), self.snapshot())
+        self._pruned_at = self.snapshot()
+        journal.prune(self.pipeline.sources(), self._pruned_at)
         self._left, self._looked_at = None, done
 
     def snapshot_if_due(self) -> None:

@@ -321,7 +321,7 @@ class Full:
     def settle(self) -> None:
         self.journal.flush()
         deadline = time.monotonic() + 10
-        while not self.journal.is_settled:
+        while self.journal.is_deleting or self.journal.durable < self.journal.last:
             self.journal.check()
             assert time.monotonic() < deadline
             time.sleep(0.001)
