@@ -284,6 +284,7 @@ class Training:
         self.commit(step, message.metrics)
 
     def _on_checkpointed(self, peer: Peer, message: wire.Checkpointed) -> None:
+        self._infer(min(self._claimed, message.step + 1))
         if message.step > self.pipeline.committed_step:
             raise ProtocolError(
                 f"a checkpoint of step {message.step}, and only those up to {self.pipeline.committed_step} are trained"

@@ -18,7 +18,7 @@ from common import wire
 from common.config import EvaluationSection, StalenessSection
 from common.errors import JournalError, ProtocolError
 from common.process import StopFlag
-from tests.integration.harness import Broker, Peer, group
+from tests.integration.harness import B, Broker, Peer, group
 
 
 def until(condition, seconds=5.0):
@@ -26,6 +26,14 @@ def until(condition, seconds=5.0):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def staffed(broker):
+    """A learner, an actor and the groups that a budget of 2 grants it."""
+    learner, actor, granted = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0"), []
+    while len(granted) < 3 * B:
+        granted += actor.expect(wire.Grant).groups.tolist()
+    return learner, actor, granted
 
 
 def killed(broker):
@@ -59,10 +67,7 @@ def test_a_learner_may_not_be_ahead_of_the_run(make):
 
 def test_commits_and_checkpoints_of_what_was_not_trained_are_refused(make):
     broker = make(staleness=StalenessSection(2))
-    learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
-    granted = []
-    while len(granted) < 6:
-        granted += actor.expect(wire.Grant).groups.tolist()
+    learner, actor, granted = staffed(broker)
     for number in granted:
         actor.link.send(group(actor.link.run_id, number))
         actor.expect(wire.Ack)
@@ -85,10 +90,7 @@ def test_commits_and_checkpoints_of_what_was_not_trained_are_refused(make):
 
 def test_a_commit_that_was_lost_is_inferred_from_the_next(make):
     broker = make(staleness=StalenessSection(2))
-    learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
-    granted = []
-    while len(granted) < 6:
-        granted += actor.expect(wire.Grant).groups.tolist()
+    learner, actor, granted = staffed(broker)
     for number in granted:
         actor.link.send(group(actor.link.run_id, number))
     for step in (0, 1):
@@ -187,13 +189,10 @@ def test_a_version_whose_end_a_reset_connection_lost_keeps_no_later_one_back(mak
     proxy.listener.close()
 
 
-@pytest.mark.parametrize("sends", ["commit", "fetch", "nothing"])
+@pytest.mark.parametrize("sends", ["commit", "fetch", "checkpointed", "nothing"])
 def test_a_step_that_a_learner_came_back_with_is_committed_with_its_metrics_or_without(make, sends):
     broker = make(staleness=StalenessSection(2))
-    learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
-    granted = []
-    while len(granted) < 6:
-        granted += actor.expect(wire.Grant).groups.tolist()
+    learner, actor, granted = staffed(broker)
     for number in granted:
         actor.link.send(group(actor.link.run_id, number))
     learner.link.send(wire.Fetch(0, 0, 1))
@@ -205,6 +204,8 @@ def test_a_step_that_a_learner_came_back_with_is_committed_with_its_metrics_or_w
         again.link.send(wire.Commit(0, 1, {"loss": 2.5}))
     elif sends == "fetch":
         again.link.send(wire.Fetch(1, 0, 1))
+    elif sends == "checkpointed":
+        again.link.send(wire.Checkpointed(0))
     else:
         again.link.close()
     until(lambda: broker.service.pipeline.committed_step == 0)
@@ -294,10 +295,7 @@ def test_a_full_disk_ends_the_broker_with_the_remedy_and_nothing_left_open(make,
 
 def test_a_changed_budget_is_in_force_after_a_restart_and_written_down(make):
     broker = make(staleness=StalenessSection(2))
-    learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
-    granted = []
-    while len(granted) < 6:
-        granted += actor.expect(wire.Grant).groups.tolist()
+    learner, actor, _ = staffed(broker)
     for peer in (learner, actor):
         peer.link.close(None)
     killed(broker)
