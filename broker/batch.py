@@ -53,13 +53,9 @@ class Batch:
 
     def channel_means(self) -> dict[str, float]:
         """Mean of each reward channel over the sampled trajectories that have it."""
-        found: dict[str, list[float]] = {}
-        for trajectory in self.members:
-            if not trajectory.sampled_tokens:
-                continue
-            for name, value in trajectory.channels.items():
-                found.setdefault(name, []).append(value)
-        return {name: float(np.mean(values)) for name, values in sorted(found.items())}
+        sampled = [trajectory.channels for trajectory in self.members if trajectory.sampled_tokens]
+        names = sorted(set().union(*sampled))
+        return {name: float(np.mean([channels[name] for channels in sampled if name in channels])) for name in names}
 
     def count_tasks(self) -> dict[str, int]:
         """Trajectories of each task that has any."""
