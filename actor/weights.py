@@ -17,8 +17,8 @@ from common.weights import (
     DIGEST_KEY,
     ROW_WORDS,
     Bucket,
-    block_sums,
     group_name,
+    host_sum,
     store_prefix,
 )
 from common.wire import Prepare
@@ -56,7 +56,7 @@ class GroupCollective:
         return Watched(work, self._deadline_s, self._group.abort) if self._on_gpu else work
 
     def sums(self, tensor: torch.Tensor) -> bytes:
-        """:func:`common.weights.block_sums`, where the tensor lies."""
+        """See :func:`tensor_sums`."""
         return tensor_sums(tensor)
 
     def receive_digest(self, version: int) -> str:
@@ -69,9 +69,9 @@ class GroupCollective:
 
 
 def tensor_sums(tensor: torch.Tensor) -> bytes:
-    """:func:`common.weights.block_sums` of uint8 ``[nbytes]``; a GPU sends only the sums over its bus."""
+    """A bucket's sums (:class:`common.weights.WeightDigest`) of uint8 ``[nbytes]``; a GPU sends only them."""
     if not tensor.is_cuda:
-        return block_sums(tensor.numpy())
+        return host_sum(tensor.numpy())
     step = 8 * BLOCK_WORDS
     padded = torch.nn.functional.pad(tensor, (0, -len(tensor) % step))
     blocks = padded.view(torch.int64).view(-1, BLOCK_WORDS // ROW_WORDS, ROW_WORDS)

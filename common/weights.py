@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from common.deadlines import answered, brief
@@ -115,8 +116,7 @@ def block_sums(data: NDArray[np.uint8]) -> bytes:
     """Sums, modulo 2^64, over the rows and over the columns of each megabyte, seen as 256 x 512 words.
 
     A word that changed, or two that changed places, alter one of them. The last block is filled up
-    with zeros. Runs at the speed of memory, where a cryptographic hash would be the slowest part of
-    a broadcast; what the weights group carries is guarded against faults, not against forgers.
+    with zeros. What a GPU can do where the bytes lie; in host memory :func:`host_sum` is thrice as fast.
     """
     parts: list[bytes] = []
     step = 8 * BLOCK_WORDS
@@ -129,8 +129,17 @@ def block_sums(data: NDArray[np.uint8]) -> bytes:
     return b"".join(parts)
 
 
+def host_sum(data: NDArray[np.uint8]) -> bytes:
+    """XXH3-128 of the bytes, at the speed of memory, where a cryptographic hash would be the slowest part of a
+    broadcast: what the weights group carries is guarded against faults, not against forgers."""
+    return xxhash.xxh3_128_digest(data.data)
+
+
 class WeightDigest:
-    """BLAKE2b-128 over the buckets' :func:`block_sums`, in order; equal on both ends if the bytes are."""
+    """BLAKE2b-128 over the buckets' sums, in order; equal on both ends if the bytes are.
+
+    A bucket's are :func:`host_sum` over gloo and :func:`block_sums` over NCCL, for every member of a group alike.
+    """
 
     def __init__(self) -> None:
         self._hash = hashlib.blake2b(digest_size=16)
@@ -161,7 +170,7 @@ class Collective(Protocol):
         """Begin one broadcast from rank 0 into ``tensor``."""
 
     def sums(self, tensor: Any) -> bytes:
-        """:func:`block_sums` of a tensor."""
+        """Of a tensor, see :class:`WeightDigest`."""
 
     def receive_digest(self, version: int) -> str:
         """The learner's digest of ``version``."""

@@ -18,7 +18,7 @@ from broker.publishing import LEARNER, PublishCoordinator
 from common import wire
 from common.config import MEGABYTE
 from common.errors import WeightsError
-from common.weights import WeightDigest, WeightReceiver, block_sums, plan_buckets
+from common.weights import WeightDigest, WeightReceiver, block_sums, host_sum, plan_buckets
 from learner.weights import group as weight_group
 from learner.weights.group import tensor_sums
 from learner.weights.pack import as_one, flatten
@@ -210,19 +210,20 @@ def test_buckets_respect_the_bound_and_large_tensors_get_their_own():
         plan_buckets([["x", "int3", [1]]], 64)
 
 
+@pytest.mark.parametrize("sums_of", [block_sums, host_sum])
 @pytest.mark.parametrize("nbytes", [8, 4096, 3 * 2**20, 2**20 + 16])
-def test_sums_notice_a_changed_bit_and_words_that_changed_places(nbytes):
+def test_sums_notice_a_changed_bit_and_words_that_changed_places(nbytes, sums_of):
     generator = np.random.default_rng(nbytes)
     data = generator.integers(0, 256, nbytes, np.uint8)
-    sums = block_sums(data)
-    assert sums == block_sums(data.copy()) == tensor_sums(torch.from_numpy(data))
+    sums = sums_of(data)
+    assert sums == sums_of(data.copy()) and tensor_sums(torch.from_numpy(data)) == host_sum(data)
     changed = data.copy()
     changed[nbytes // 2] ^= 1
-    assert block_sums(changed) != sums
+    assert sums_of(changed) != sums
     if nbytes > 8:
         words = data.copy().view(np.uint64)
         words[[0, len(words) // 3]] = words[[len(words) // 3, 0]]
-        assert block_sums(words.view(np.uint8)) != sums
+        assert sums_of(words.view(np.uint8)) != sums
 
 
 def test_a_bucket_that_is_one_piece_of_memory_is_not_copied():
