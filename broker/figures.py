@@ -42,10 +42,9 @@ class Figures:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up where :meth:`state` was written."""
-        self.lags = Counter({lag: tokens for lag, tokens in state.get("lags", [])})
-        self.last_step, self.budget_move = state["last_step"], state.get("budget_move")
-        if "alerts" in state:  # not in a journal of before they were
-            self.alerts.restore(state["alerts"])
+        self.lags = Counter({lag: tokens for lag, tokens in state["lags"]})
+        self.last_step, self.budget_move = state["last_step"], state["budget_move"]
+        self.alerts.restore(state["alerts"])
 
     def count(self, receipt: dict[str, Any]) -> None:
         """Add a trained step's lags."""

@@ -116,9 +116,7 @@ class Journal:
         self.durable = self.last
         self._pending: list[tuple[str, dict[str, Any], list[memoryview]]] = []
         self._pending_bytes = 0
-        self._writing_bytes = 0
-        self._prunes: list[list[int]] = []
-        self._deleting = 0  # of those that were asked for, not done
+        self._prunes: list[list[int]] = []  # asked for, and not done yet
         self.on_commit = on_commit
         self._error: JournalError | None = None
         self._closing = False
@@ -191,12 +189,12 @@ class Journal:
     @property
     def used_bytes(self) -> int:
         """Bytes of the chunks kept, and of what is being written or waits for it."""
-        return self._kept_bytes + self._writing_bytes + self._pending_bytes
+        return self._kept_bytes + self._pending_bytes
 
     @property
     def is_deleting(self) -> bool:
         """Whether something that was pruned is still there."""
-        return self._deleting > 0
+        return bool(self._prunes)
 
     def prune(self, needed: Sequence[int], before: int) -> None:
         """Delete the chunks of events older than ``before`` that hold none of ``needed``."""
@@ -210,7 +208,6 @@ class Journal:
                 if end <= before and i not in keep
             ]
             if gone:
-                self._deleting += 1
                 self._prunes.append(gone)
                 self._wake.notify()
 
@@ -220,9 +217,7 @@ class Journal:
                 while not (self._pending or self._prunes or self._closing):
                     self._wake.wait()
                 events, self._pending = self._pending, []
-                nbytes, self._pending_bytes = self._pending_bytes, 0
-                self._writing_bytes = nbytes
-                prunes, self._prunes = self._prunes, []
+                nbytes, prunes = self._pending_bytes, list(self._prunes)
                 if self._closing and not events and not prunes:
                     return
             try:
@@ -230,7 +225,7 @@ class Journal:
                 for gone in prunes:
                     self._delete(gone)
                     with self._wake:
-                        self._deleting -= 1
+                        self._prunes.remove(gone)
             except Exception as error:  # noqa: BLE001  # whatever it is, the broker must hear of it
                 log.error("%s", error)
                 self._error = JournalError(
@@ -255,7 +250,7 @@ class Journal:
             with self._wake:
                 self._chunks.append((first, len(value)))
                 self._kept_bytes += len(value)
-                self._writing_bytes -= size
+                self._pending_bytes -= size
                 self.durable = first + (end - start) - 1
             start = end
             self.on_commit()

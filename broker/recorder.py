@@ -2,7 +2,7 @@
 
 ::
 
-    Recorder.admit(...) -> journal.append("admit", ...) -> pipeline.admit(...)
+    Recorder.admit(...) -> sift -> journal.append("admit", ...) -> pipeline.take(...)
     recover(pipeline, journal) -> newest snapshot, then apply(event) for every event after it (broker.recovery)
 
 The pipeline is a deterministic function of these events, so a broker that was killed comes back

@@ -243,7 +243,7 @@ class BrokerService:
                     published.setdefault(values["stream"], []).append(values["version"])
                 case "evaluated":
                     evaluated.append(values["result"])
-                    lines.append(values.get("line", {}))
+                    lines.append(values["line"])
                 case "joined":
                     self.rollouts.sessions[values["actor"]] = values["session"]
                 case "sending":
@@ -260,7 +260,7 @@ class BrokerService:
                 self.files.metric("budget", move)
         told = self.files.last("eval", "version_asked")
         for line in lines:
-            if line and line["version_asked"] > told:
+            if line["version_asked"] > told:
                 self.files.metric("eval", line)
         self.training.recovered()
         for receipt, metrics in found.commits:

@@ -33,10 +33,8 @@ def sift(message: Trajectories, actor: str, pipeline: Pipeline) -> Sifted:
     for index, identity in enumerate(zip(message.groups.tolist(), message.siblings.tolist(), strict=True)):
         group, sibling = identity
         answer = book.answer(group, sibling, actor)
-        if answer is None and identity in seen:
-            answer = ""
-        elif answer is None and group in found.unfit:
-            answer = "refused_sibling"
+        if answer is None:
+            answer = "" if identity in seen else "refused_sibling" if group in found.unfit else None
         if answer is not None:
             pipeline.turned_away[answer] += 1
             found.reasons.append(answer)

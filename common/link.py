@@ -225,8 +225,9 @@ class BrokerLink:
         made = False
         while monitor.poll(0):
             event, _ = struct.unpack("=Hi", monitor.recv_multipart()[0])
-            made |= event == zmq.EVENT_HANDSHAKE_SUCCEEDED
-            hint = "" if event == zmq.EVENT_HANDSHAKE_SUCCEEDED else f"; {self._handshake_failure(event)}"
+            succeeded = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            made |= succeeded
+            hint = "" if succeeded else f"; {self._handshake_failure(event)}"
             if hint and hint != self._hint:
                 self.log.warning("%s: %s", self.address, hint[2:])
             self._hint = hint

@@ -359,7 +359,7 @@ def name_of(name: str, mesh: Mesh) -> str:
 
 def build_mesh(config: RunConfig) -> Mesh:
     """This rank's place among those of its replica."""
-    alone = config.replica.ep * config.replica.tp == 1
+    alone = config.replica.ranks == 1
     return Mesh({}, 0, pick_device()) if alone else Mesh.from_environment(config.replica, COLLECTIVE_TIMEOUT_S)
 
 

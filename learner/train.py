@@ -290,10 +290,8 @@ def to_batch(shard: wire.Shard, device: torch.device, model: ModelConfig) -> Ste
 
 
 def weight_backend(config: RunConfig, device: torch.device) -> str:
-    """What ``weights.backend`` comes to: nccl needs a GPU on both ends, and the embedded engine has none."""
-    if config.weights.backend != "auto":
-        return config.weights.backend
-    return "nccl" if device.type == "cuda" and config.route == "direct" else "gloo"
+    """What ``weights.backend`` comes to for a learner on ``device``."""
+    return config.weight_backend(device.type == "cuda")
 
 
 def _connect(

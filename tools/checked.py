@@ -206,5 +206,6 @@ def _fates(stratum: str, found: object) -> dict[str, int]:
     kept = {value: int(n) for value, n in numbers(found).items() if n >= 1 and n == int(n)}
     if stratum == "task":
         return kept
-    signs = ("-1", "0", "1") if stratum == "reward" else ()
-    return {value: n for value, n in kept.items() if value in signs or (not signs and counts({value: 1}))}
+    if stratum == "reward":
+        return {value: n for value, n in kept.items() if value in ("-1", "0", "1")}
+    return {value: n for value, n in kept.items() if counts({value: n})}

@@ -64,13 +64,9 @@ def receivers(config: RunConfig, on_gpus: bool) -> dict[str, int]:
     servers = engine.launch * engine.tp if actor.engine == "sglang" and engine.device != "cpu" else 0
     return {
         "learner": config.learner.ranks * on_gpus,
-        **{f"replica-{index}": _of_scorer(config) * on_gpus for index in range(replicas)},
+        **{f"replica-{index}": config.replica.ranks * on_gpus for index in range(replicas)},
         **{f"actor-{index}": servers for index in range(actor.count)},
     }
-
-
-def _of_scorer(config: RunConfig) -> int:
-    return config.replica.ep * config.replica.tp
 
 
 def deal(config: RunConfig, devices: Sequence[str], on_gpus: bool) -> dict[str, str]:
@@ -79,7 +75,7 @@ def deal(config: RunConfig, devices: Sequence[str], on_gpus: bool) -> dict[str, 
     Frozen models come last: they may share. Without GPUs nobody gets any.
     """
     frozen = [model.process(index) for model in config.frozen.values() for index in range(model.count)]
-    wanted = receivers(config, on_gpus) | {name: _of_scorer(config) * on_gpus for name in frozen}
+    wanted = receivers(config, on_gpus) | {name: config.replica.ranks * on_gpus for name in frozen}
     return _in_turn(wanted, devices)
 
 

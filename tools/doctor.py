@@ -235,7 +235,7 @@ def check_run(config: str, overrides: list[str]) -> list[Finding]:
         return [*findings, Finding("model", "note", states, "tools.launch makes it (tools.warmstart)")]
     paths = ", ".join(one.model.path for one in models_of(run))
     findings.append(attempt("model", paths, lambda: check_models(run)))
-    if run.learner.ranks * run.replica.ep * run.replica.tp > 1:
+    if run.learner.ranks * run.replica.ranks > 1:
         findings.append(attempt("meshes", "learner's and replica's divide the model", lambda: check_meshes(run)))
     if run.rollout.routing_replay:
         findings.append(attempt("routing replay", "the model has experts", lambda: read_routing(run)))

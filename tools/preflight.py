@@ -95,7 +95,7 @@ def check_meshes(config: RunConfig) -> None:
     """
     learner, replica = config.learner, config.replica
     sizes = {"learner": {"pp": learner.pp, "ep": learner.ep, "tp": learner.tp}, "replica": vars(replica)}
-    if learner.ranks * replica.ep * replica.tp > 1:
+    if learner.ranks * replica.ranks > 1:
         from learner.model.config import ModelConfig  # torch, which starting one process each need not import
 
         model = ModelConfig.from_hf_dir(config.model.path)
@@ -120,14 +120,12 @@ def check_devices(config: RunConfig, devices: Sequence[str], on_gpus: bool) -> N
 
     ``on_gpus``: whether our torch can use them.
     """
-    weights = config.weights
-    nccl = weights.backend == "nccl" or (weights.backend == "auto" and config.route == "direct" and on_gpus)
     wanted = receivers(config, on_gpus)
-    if not nccl or not devices or sum(wanted.values()) <= len(devices):
+    if config.weight_backend(on_gpus) != "nccl" or not devices or sum(wanted.values()) <= len(devices):
         return
     takers = ", ".join(f"{name} {number}" for name, number in wanted.items() if number)
     raise ConfigError(
-        f"weights.backend={weights.backend}: weights go by NCCL, which takes no GPU twice, and this run needs "
+        f"weights.backend={config.weights.backend}: weights go by NCCL, which takes no GPU twice, and this run needs "
         f"{sum(wanted.values())} ({takers}) where this machine has {len(devices)} (or {VISIBLE} names so many); set "
         "weights.backend=gloo, or start fewer processes (the learner's and the replica's mesh, replica.count, "
         "actor.count, engine.launch, engine.tp)"

@@ -92,11 +92,11 @@ def processes_of(config: RunConfig, config_file: Path, devices: Mapping[str, str
     found.append(Process("learner", learner, logs / "learner.log", config.learner.threads))
     for index in range(config.replica.count if config.obrs.mode != "off" else 0):
         name = f"replica-{index}"
-        command = [*_start(config.replica.ep * config.replica.tp), "learner.score", file, "--name", name]
+        command = [*_start(config.replica.ranks), "learner.score", file, "--name", name]
         found.append(Process(name, command, logs / f"{name}.log", config.replica.threads, may_restart=True))
     for model in config.frozen.values():
         for name in map(model.process, range(model.count)):
-            start = _start(config.replica.ep * config.replica.tp)
+            start = _start(config.replica.ranks)
             command = [*start, "learner.score", file, "--name", name, "--serves", model.name]
             found.append(Process(name, command, logs / f"{name}.log", config.replica.threads, may_restart=True))
     for index in range(config.actor.count):

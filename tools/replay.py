@@ -72,8 +72,6 @@ def verify(config: RunConfig, journal: Journal, seen: Callable[[Pipeline, Event,
     for event in journal.events(first):
         verdict.events += 1
         result = apply(pipeline, event)
-        if event.kind == "grant" and (result is None or len(result.groups) != event.head["count"]):
-            verdict.difference = f"event {event.seq}: granted {event.head['count']} groups then, not now"
         if event.kind in CHECKS:
             verdict.decisions += event.kind == "decided"
             verdict.shards += event.kind == "served"
@@ -103,7 +101,7 @@ class Alternative:
 
     def __call__(self, pipeline: Pipeline, event: Event, _result: Any) -> None:
         """Called with every event that was applied."""
-        if event.kind == "scored" and event.head.get("scorer", POLICY) == POLICY:
+        if event.kind == "scored" and event.head["scorer"] == POLICY:
             self._scores = scores_of(decode(event.frames, wire.TO_BROKER))
         if event.kind != "decided" or self._scores is None:
             return

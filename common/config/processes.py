@@ -153,6 +153,11 @@ class ReplicaSection:
     threads: int = 1
     wait_s: float = 120.0
 
+    @property
+    def ranks(self) -> int:
+        """Processes of one replica."""
+        return self.ep * self.tp
+
 
 @dataclass(frozen=True)
 class WeightsSection:

@@ -293,6 +293,15 @@ class RunConfig:
         """Bytes of the journal for a byte of trajectory."""
         return BYTES_JOURNALED + BYTES_FROZEN * self.scores_per_token / BYTES_PER_TOKEN
 
+    def weight_backend(self, on_gpus: bool) -> str:
+        """What ``weights.backend`` comes to where the learner is ``on_gpus``.
+
+        nccl needs a GPU on both ends, and the embedded engine has none.
+        """
+        if self.weights.backend != "auto":
+            return self.weights.backend
+        return "nccl" if on_gpus and self.route == "direct" else "gloo"
+
     @property
     def route(self) -> Literal["relay", "direct"]:
         """``weights.route``, decided: SGLang servers on GPUs take weights from the learner itself."""

@@ -186,7 +186,7 @@ def _learner(config: RunConfig, machine: Machine) -> Role:
 
 def _scorers(config: RunConfig, machine: Machine) -> tuple[Role, ...]:
     replica, gpus = config.replica, machine.gpus_per_node
-    ranks = replica.ep * replica.tp
+    ranks = replica.ranks
     _require(
         not gpus or ranks <= gpus,
         "replica.ep × replica.tp",
