@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from common.weights import WeightDigest, block_sums, plan_buckets
+from common.weights import WeightDigest, plan_buckets
 from learner.weights.group import WeightGroup
 from learner.weights.pack import flatten
 
@@ -32,7 +32,7 @@ def main(model, bucket_bytes, epoch, world, after, fate):
         if index == int(after) and fate != "none":
             os.kill(os.getpid(), signal.Signals[fate])
         group.start(flat).wait()
-        digest.update(block_sums(flat.numpy()))
+        digest.update(group.sums(flat))
     group.send_digest(digest.hex(), int(epoch))  # versions are numbered like epochs here
     print("done", flush=True)
     sys.stdin.readline()
