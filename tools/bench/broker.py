@@ -4,6 +4,9 @@
 
     child: encode -> DEALER ====> ROUTER -> decode -> admit -> journal -> (durable) -> ack ====> child
                                                         step full -> collate -> shards
+
+A peer's format is measured twice: to arrays in the receiver's hands, and put in place of ours before the same
+admission and packing.
 """
 
 import base64
@@ -40,7 +43,10 @@ from tools.bench import thinning
 from tools.bench.harness import Row, interleave, rate, touch_memory
 
 TOKENS, TOPK, VOCAB = 2048, 20, 151_936
-GROUPS, GROUP_SIZE, STEPS = 16, 8, 12  # trajectories a step: GROUPS * GROUP_SIZE, one message a group
+GROUPS, GROUP_SIZE = 16, 8  # trajectories a step: GROUPS * GROUP_SIZE, one message a group
+STEPS = {0: 48, TOPK: 12}  # of a passage, by alternatives a token: some .3 s
+WITHIN = ("pickle 5", "json + base64")  # peers' formats that are taken through admission and packing, too
+SLOW = {0: 48, TOPK: 12}  # messages of a format that takes milliseconds for each
 WINDOW = 32  # messages under way
 QUEUED = 10_000
 TOUCHED_MB = 512  # before each passage
@@ -49,7 +55,7 @@ THIN_SHAPE = (64, 4096)
 CAP = np.float32(2.0)
 
 
-def config(topk: int, tokens: int = TOKENS, steps: int = STEPS, queue_mb: float = 1 << 16) -> RunConfig:
+def config(topk: int, steps: int, tokens: int = TOKENS, queue_mb: float = 1 << 16) -> RunConfig:
     """Everything granted at once, nothing rejected: the data path alone."""
     return RunConfig(
         run=RunSection(steps=steps),
@@ -102,8 +108,9 @@ def _from_lists(frames: list[Any]) -> Any:
     return {k: np.asarray(v) for k, v in msgpack.unpackb(bytes(frames[0])).items()}
 
 
+OURS = "raw pyzmq"  # its frames are ours
 FORMATS: dict[str, tuple[Callable[[wire.Trajectories], list[Any]], Callable[[list[Any]], Any]]] = {
-    "raw pyzmq": (lambda m: encode(m), lambda frames: [np.frombuffer(f, np.uint8) for f in frames]),
+    OURS: (lambda m: encode(m), lambda frames: [np.frombuffer(f, np.uint8) for f in frames]),
     "pickle 5": (lambda m: [pickle.dumps(m, 5)], lambda frames: pickle.loads(frames[0])),
     "json + base64": (_to_json, _from_json),
     "msgpack lists": (_to_lists, _from_lists),
@@ -120,7 +127,7 @@ def _push(address: str, name: str, topk: int, count: int) -> None:
     socket.setsockopt(zmq.SNDHWM, WINDOW)
     socket.connect(address)
     to_frames, pool = FORMATS[name][0], [message(g, topk) for g in range(4)]
-    ready = [to_frames(m) for m in pool] if name == "raw pyzmq" else None
+    ready = [to_frames(m) for m in pool] if name == OURS else None
     for index in range(count):
         frames = ready[index % 4] if ready else to_frames(pool[index % 4])
         socket.send_multipart(frames, copy=False)
@@ -128,8 +135,9 @@ def _push(address: str, name: str, topk: int, count: int) -> None:
     context.term()
 
 
-def _actor(address: str, groups: list[int], topk: int) -> None:
-    """Send every group through a DEALER, at most WINDOW unacknowledged."""
+def _actor(address: str, groups: list[int], topk: int, name: str) -> None:
+    """Send every group through a DEALER in the format of ``name``, at most WINDOW unacknowledged."""
+    to_frames = FORMATS[name][0]
     context = zmq.Context()
     socket = context.socket(zmq.DEALER)
     socket.connect(address)
@@ -138,7 +146,7 @@ def _actor(address: str, groups: list[int], topk: int) -> None:
     for index, group in enumerate(groups):
         m = pool[index % 4]
         m.groups = np.full(GROUP_SIZE, group)
-        socket.send_multipart(encode(m), copy=False)
+        socket.send_multipart(to_frames(m), copy=False)
         waiting += 1
         while waiting >= WINDOW or (waiting and socket.poll(0)):
             socket.recv_multipart()
@@ -183,24 +191,39 @@ class Passage:
     latencies: list[float] = field(default_factory=list)  # received -> its shard made, seconds
 
 
-def broker_passage(topk: int, journal_dir: Path | None) -> Passage:
-    """Trajectories a second through socket, admission, journal if any, and packing, until acknowledged and sharded."""
+class _Door(RouterSocket):
+    """The broker's socket, where trajectories come in a peer's format."""
+
+    def __init__(self, address: str, name: str) -> None:
+        super().__init__(address)
+        self._from_frames = FORMATS[name][1]
+
+    def _decode(self, frames: list[zmq.Frame], fault: str) -> Any:
+        found = self._from_frames([f.buffer for f in frames[1:]])
+        return found if isinstance(found, wire.Trajectories) else wire.Trajectories("bench", ["correct"], **found)
+
+
+def broker_passage(topk: int, journal_dir: Path | None, name: str = OURS) -> Passage:
+    """Trajectories a second through socket, admission, journal if any, and packing, until acknowledged and sharded.
+
+    They come in the format of ``name``; acknowledgements are ours.
+    """
     keep_freed_memory()  # both as the broker does
     collect_seldom()
-    settings = config(topk)
-    pipeline = Pipeline(settings, VOCAB)
+    steps = STEPS[topk]
+    pipeline = Pipeline(config(topk, steps), VOCAB)
     address = f"tcp://127.0.0.1:{free_port()}"
-    router = RouterSocket(address)
+    router = RouterSocket(address) if name == OURS else _Door(address, name)
     journal = Journal(journal_dir, "bench", 16_384, on_commit=router.wake) if journal_dir else None
     recorder = Recorder(pipeline, journal, dict)
     recorder.begin(0)
     outlet = Outlet(recorder)
-    groups = [g for _ in range(STEPS) for g in _grant_all(recorder)]
-    child = mp.get_context("spawn").Process(target=_actor, args=(address, groups, topk))
+    groups = [g for _ in range(steps) for g in _grant_all(recorder)]
+    child = mp.get_context("spawn").Process(target=_actor, args=(address, groups, topk, name))
     child.start()
     result, arrived, began, deadline = Passage(), {}, 0.0, time.monotonic() + DEADLINE_S
     try:
-        while pipeline.ledger.next_step < STEPS or outlet.holding:
+        while pipeline.ledger.next_step < steps or outlet.holding:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the broker's passage stands at step {pipeline.ledger.next_step}")
             for identity, found in router.receive(0.05):
@@ -249,13 +272,14 @@ def disk_rate(topk: int, directory: Path) -> float:
     Into a new file, as the journal's is: the pages of one that was just deleted take writes four times as fast.
     """
     frames = [bytes(f) for f in encode(message(0, topk))]
+    messages = GROUPS * STEPS[topk]
     target, _ = tempfile.mkstemp(dir=directory)
     try:
         began = time.perf_counter()
-        for _ in range(GROUPS * STEPS):
+        for _ in range(messages):
             os.writev(target, frames)
             os.fdatasync(target)
-        return GROUP_SIZE * GROUPS * STEPS / (time.perf_counter() - began)
+        return GROUP_SIZE * messages / (time.perf_counter() - began)
     finally:
         os.close(target)
 
@@ -264,7 +288,7 @@ def memory_row(reps: int) -> Row:
     """Resident bytes of 10,000 queued trajectories beside their own size."""
     tokens, groups = 512, QUEUED // GROUP_SIZE
     steps = groups // GROUPS + 1
-    pipeline = Pipeline(config(0, tokens, steps), VOCAB)
+    pipeline = Pipeline(config(0, steps, tokens), VOCAB)
     granted = [int(g) for _ in range(steps) for g in pipeline.grant("a", GROUPS, 0).groups][:groups]  # type: ignore[union-attr]
     before = _resident()
     for group in granted:
@@ -324,9 +348,9 @@ def run(reps: int) -> list[Row]:
     """Every figure of the broker."""
     rows = []
     with tempfile.TemporaryDirectory(dir=".") as place:
-        for topk, label, counts in ((0, "lean", (96, 48)), (TOPK, f"top-{TOPK}", (96, 12))):
-            rows += _path_rows(topk, label, counts, Path(place), reps)
-    return [*rows, *decision_rows(5 * reps), memory_row(reps), fresh_memory_row(reps), *thinning.run()]
+        for topk, label in ((0, "lean"), (TOPK, f"top-{TOPK}")):
+            rows += _path_rows(topk, label, Path(place), reps)
+    return [*rows, *decision_rows(reps), memory_row(reps), fresh_memory_row(reps), *thinning.run()]
 
 
 def fresh_memory_row(reps: int) -> Row:
@@ -342,7 +366,7 @@ def _at_hand(measure: Callable[[], float]) -> float:
     return measure()
 
 
-def _path_rows(topk: int, label: str, counts: tuple[int, int], place: Path, reps: int) -> list[Row]:
+def _path_rows(topk: int, label: str, place: Path, reps: int) -> list[Row]:
     latencies: list[float] = []
     made = iter(range(1000))
 
@@ -355,13 +379,15 @@ def _path_rows(topk: int, label: str, counts: tuple[int, int], place: Path, reps
         "broker": lambda: through(False), "journal": lambda: through(True), "disk": lambda: disk_rate(topk, place),
     }  # fmt: skip
     for name in FORMATS:
-        slow = name in ("json + base64", "msgpack lists")
-        contestants[name] = partial(peer_rate, name, topk, counts[slow])
+        count = SLOW[topk] if name in ("json + base64", "msgpack lists") else GROUPS * STEPS[topk]
+        contestants[name] = partial(peer_rate, name, topk, count)
+    for name in WITHIN:
+        contestants[f"{name}, the same way"] = partial(lambda name: broker_passage(topk, None, name).rate, name)
     speed = interleave({name: partial(_at_hand, measure) for name, measure in contestants.items()}, reps)
     megabytes = sum(memoryview(f).nbytes for f in encode(message(0, topk))) / GROUP_SIZE / 1e6
     rows = [
         Row("broker", f"{label}: socket to shards", speed["broker"], "traj/s", name, speed[name], reps)
-        for name in FORMATS
+        for name in (*FORMATS, *(f"{name}, the same way" for name in WITHIN))
     ]
     rows.append(
         Row(

@@ -22,7 +22,7 @@ REGISTRY = {  # name -> (module, what it measures, default repeats); imported wh
     "broker": (
         "tools.bench.broker",
         "socket, admission, journal, packing, rejection; beside raw sockets and disk",
-        3,
+        5,
     ),
     "learner": (
         "tools.bench.learner",
