@@ -228,7 +228,7 @@ def broker_passage(topk: int, journal_dir: Path | None, name: str = OURS) -> Pas
                 raise TimeoutError(f"the broker's passage stands at step {pipeline.ledger.next_step}")
             for identity, found in router.receive(0.05):
                 began = began or time.perf_counter()
-                arrived[int(found.groups[0])] = time.perf_counter()
+                arrived |= dict.fromkeys(found.groups.tolist(), time.perf_counter())
                 ack = recorder.admit(found, "a", 0)
                 outlet.do(partial(_answer, router, identity, ack))
             outlet.release()
