@@ -105,6 +105,7 @@ class Journal:
                 str(directory), map_size=int(self.limit_bytes * SLACK) + MAP_RESERVE, meminit=False,
                 readonly=read_only, lock=True, readahead=False,
             )  # fmt: skip
+            self._check_size()
             self._check(run_id, read_only)
             self._env.reader_check()
         except lmdb.Error as error:
@@ -125,6 +126,17 @@ class Journal:
         if not read_only:
             self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
             self._thread.start()
+
+    def _check_size(self) -> None:
+        """Reading beyond the end of a file that was cut short would end the process without a word."""
+        path = self.directory / "data.mdb"
+        said = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
+        size = path.stat().st_size  # looked at last: the writer may be at work
+        if size < said:
+            raise JournalError(
+                f"{path}: has {size} of its {said} bytes: cut short, or copied in part; copy it whole, or move it away "
+                "to begin anew"
+            )
 
     def _check(self, run_id: str, read_only: bool) -> None:
         with self._env.begin(write=not read_only) as txn:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from broker.fixed import fixed_settings
 from broker.journal import Event, Journal
 from broker.pipeline import Pipeline
 from broker.scoring import Asked
@@ -109,8 +110,8 @@ def _assemble_again(pipeline: Pipeline, version: int) -> Any:
     request = pipeline.assemble(version, due=True)
     if pipeline.ledger.next_step == step:
         raise JournalError(
-            f"step {step} was assembled when the journal was written and cannot be now: {pipeline.waiting_for()}; a "
-            "setting that decides what is taken was changed (run.steps?), or the program: set it back"
+            f"step {step} was assembled when the journal was written and cannot be now: {pipeline.waiting_for()}; "
+            "run.steps was lowered (set it back), the program was changed, or the journal is damaged"
         )
     return request
 
@@ -127,23 +128,6 @@ def difference(pipeline: Pipeline, event: Event) -> str:
         odd = [r for r, (a, b) in enumerate(zip_longest(shard_digests(shards), event.head["shards"])) if a != b]
         return f"step {step}: shards of ranks {odd}" if odd else ""
     return ""
-
-
-def settings_of(pipeline: Pipeline) -> dict[str, Any]:
-    """What a run may not change when its broker is started again: its events are applied again under them."""
-    config = pipeline.config
-    rollout, advantage = config.rollout, config.advantage
-    return {
-        "run.seed": config.run.seed,
-        "rollout.groups_per_step": rollout.groups_per_step,
-        "rollout.group_size": rollout.group_size,
-        "rollout.top_logprobs": rollout.top_logprobs,
-        "rollout.routing_replay": rollout.routing_replay,
-        "rollout.exemplars": rollout.exemplars,
-        "advantage.zero_signal": advantage.zero_signal,
-        "advantage.skip_passed": advantage.skip_passed,
-        "whoever scores (obrs.mode, loss.kl, teachers)": list(config.scorers),
-    }
 
 
 class Recorder:
@@ -198,7 +182,9 @@ class Recorder:
     def begin(self, generation: int) -> None:
         """See :meth:`Pipeline.begin`; the first event of every journal."""
         budget = self.pipeline.ledger.budget
-        self._write("begin", {"generation": generation, "budget": budget, "settings": settings_of(self.pipeline)})
+        self._write(
+            "begin", {"generation": generation, "budget": budget, "settings": fixed_settings(self.pipeline.config)}
+        )
         self.pipeline.begin(generation)
 
     def questions(self, sizes: Sequence[int]) -> None:
@@ -375,6 +361,6 @@ class Recorder:
         if self.journal is None:
             raise JournalError("there is no journal (broker.journal_mb=0)")
         state = {"pipeline": self.pipeline.state(), "service": self._service_state()}
-        seq = self._write("snapshot", {**state, "settings": settings_of(self.pipeline)})
+        seq = self._write("snapshot", {**state, "settings": fixed_settings(self.pipeline.config)})
         self._snapshot_at = (self.journal.used_bytes, self.pipeline.committed_step)
         return seq

@@ -3,10 +3,11 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from broker.fixed import fixed_settings
 from broker.groups import Trajectory, unpack_all
 from broker.journal import Event, Journal
 from broker.pipeline import Pipeline
-from broker.recorder import CHECKS, apply, difference, settings_of
+from broker.recorder import CHECKS, apply, difference
 from common import wire
 from common.codec import decode
 from common.errors import JournalError
@@ -24,9 +25,9 @@ class Recovered:
     moves: list[dict[str, Any]] = field(default_factory=list)  # of the staleness budget: heads of its events
 
 
-def _check_settings(pipeline: Pipeline, event: Event, journal: Journal) -> None:
-    """Raise :class:`JournalError` where ``event``, a begin or a snapshot, was written under other settings."""
-    now, then = settings_of(pipeline), event.head["settings"]
+def check_settings(pipeline: Pipeline, event: Event, journal: Journal) -> None:
+    """Raise :class:`JournalError` if ``event``, a begin or a snapshot, was written under other settings."""
+    now, then = fixed_settings(pipeline.config), event.head["settings"]
     if odd := [f"{name}={then[name]}, not {now[name]}" for name in now if name in then and then[name] != now[name]]:
         raise JournalError(
             f"{journal.directory}: this run has {' and '.join(odd)}; set that back, or choose another run.name "
@@ -57,13 +58,13 @@ def recover(pipeline: Pipeline, journal: Journal) -> Recovered:
     start = journal.latest("snapshot")
     if start is not None:
         event = journal.event(start)
-        _check_settings(pipeline, event, journal)
+        check_settings(pipeline, event, journal)
         load_snapshot(pipeline, journal, event)
         found.service = event.head["service"]
     for event in journal.events(0 if start is None else start + 1):
         found.events += 1
         if event.kind == "begin":
-            _check_settings(pipeline, event, journal)
+            check_settings(pipeline, event, journal)
         result = apply(pipeline, event)
         if event.kind == "commit" and result is not None:
             found.commits.append((result, event.head["metrics"]))

@@ -12,6 +12,7 @@ from typing import Any
 from common.errors import JournalError, ProtocolError
 
 STATUS_EVERY_S = 0.5
+CONFIG = "config.yaml"
 
 
 @contextmanager
@@ -28,9 +29,13 @@ def _named(path: Path) -> Iterator[None]:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace ``path`` atomically: a reader sees the old or the new content. Raises :class:`JournalError`."""
+    _write(path, json.dumps(value, indent=1) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
     temporary = path.with_suffix(f".tmp{os.getpid()}")
     with _named(path):
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
+        temporary.write_text(text)
         os.replace(temporary, path)
 
 
@@ -42,7 +47,7 @@ def _cut_torn_line(path: Path) -> None:
 
 
 class RunFiles:
-    """``run.json`` (who this run is), ``status.json`` (now), ``metrics.jsonl`` (one line an event)."""
+    """``run.json`` (who this run is), ``config.yaml``, ``status.json`` (now), ``metrics.jsonl`` (one line an event)."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -67,6 +72,12 @@ class RunFiles:
                 ) from error
         write_json(path, {"run_id": run_id, "generation": generation, "started_at": self.started_at})
         return run_id, generation
+
+    def keep_config(self, text: str) -> None:
+        """``config.yaml``, for the tools that take a run directory, is what this broker runs with."""
+        path = self.directory / CONFIG
+        if not path.is_file() or path.read_text() != text:
+            _write(path, text)
 
     def seconds(self) -> float:
         """Since the run began."""

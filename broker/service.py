@@ -29,7 +29,7 @@ from broker.rollouts import Rollouts
 from broker.runfiles import RunFiles
 from broker.training import Training
 from common import wire
-from common.config import MEGABYTE, RunConfig
+from common.config import MEGABYTE, RunConfig, to_yaml
 from common.errors import CroupierError, DataError, ModelError, ProtocolError
 from common.exporter import open_exporter
 from common.frozen import command_of, words_of
@@ -112,6 +112,7 @@ class BrokerService:
             self._recover(journal)
         else:
             self.recorder.begin(self.files.generation)
+        self.files.keep_config(to_yaml(config))
         self._handlers: dict[type[Any], Callable[[Peer, Any], None]] = {
             wire.Heartbeat: self._on_heartbeat,
             wire.Bye: lambda peer, m: self.door.lose(peer, m.reason or "bye", orderly=True),

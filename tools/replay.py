@@ -21,7 +21,7 @@ from broker.decision import Rule, Scores, reject, trainable_scores
 from broker.journal import Event, Journal
 from broker.pipeline import Pipeline
 from broker.recorder import CHECKS, apply, difference
-from broker.recovery import load_snapshot
+from broker.recovery import check_settings, load_snapshot
 from broker.service import JOURNAL, read_vocab_size
 from broker.steps import controller_of, scores_of
 from common import wire
@@ -57,6 +57,7 @@ def start(config: RunConfig, journal: Journal) -> tuple[Pipeline, int]:
             return Pipeline(config, vocab_size, routing), 0
         if event.kind == "snapshot":
             pipeline = Pipeline(config, vocab_size, routing)
+            check_settings(pipeline, event, journal)
             try:
                 load_snapshot(pipeline, journal, event)
             except JournalError:  # what it stands on was pruned since
@@ -71,6 +72,8 @@ def verify(config: RunConfig, journal: Journal, seen: Callable[[Pipeline, Event,
     verdict = Verdict(first=first)
     for event in journal.events(first):
         verdict.events += 1
+        if event.kind == "begin":
+            check_settings(pipeline, event, journal)
         result = apply(pipeline, event)
         if event.kind in CHECKS:
             verdict.decisions += event.kind == "decided"

@@ -3,7 +3,7 @@
 ::
 
     runs/<name>/
-      config.yaml     the complete configuration        (launch)
+      config.yaml     the complete configuration        (launch, broker)
       status.json     how the run stands, every 0.5 s   (broker, replaced atomically)
       metrics.jsonl   one line a step, evaluation and publish   (broker, appended)
       logs/*.log      what each process said            (launch)

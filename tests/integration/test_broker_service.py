@@ -18,6 +18,7 @@ from common.config import (
     RolloutSection,
     RunConfig,
     StalenessSection,
+    load,
 )
 from common.errors import ModelError, ProtocolError
 from common.process import StopFlag
@@ -220,6 +221,9 @@ def test_the_learner_is_told_what_it_waits_for_and_wrong_ranks_are_refused(make)
 
 def test_a_broker_that_restarts_takes_its_peers_back_under_the_same_run(make):
     broker = make()
+    kept = broker.config.run.path / "config.yaml"  # for the tools: no launcher wrote it
+    assert load(kept) == broker.config
+    kept.write_text("run: {}\n")
     learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
     run_id, before = actor.link.run_id, actor.expect(wire.Grant)
     broker.service.router.close = lambda: broker.service.router._stop(0)
@@ -227,7 +231,7 @@ def test_a_broker_that_restarts_takes_its_peers_back_under_the_same_run(make):
     broker.end()
     second = Broker(broker.config)
     try:
-        assert actor.expect(wire.Welcome, 10).run_id == run_id
+        assert actor.expect(wire.Welcome, 10).run_id == run_id and load(kept) == broker.config
         after = actor.expect(wire.Grant, 10)  # what it owes is granted again, in case it never heard of it
         assert (after.groups.tolist(), after.prompts.tolist()) == (before.groups.tolist(), before.prompts.tolist())
         actor.link.send(group(run_id, int(before.groups[0])))

@@ -154,6 +154,18 @@ def test_another_runs_journal_is_refused(tmp_path: Path) -> None:
         Journal(tmp_path / "nowhere", "", 4, read_only=True)
 
 
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_file_that_was_cut_short_is_refused(tmp_path: Path, read_only: bool) -> None:
+    journal = Journal(tmp_path, "r", 16)
+    for _ in range(4):
+        journal.append("x", {}, [bytes(100_000)])
+    journal.close()
+    file = tmp_path / "data.mdb"
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(JournalError, match=r"data\.mdb: has \d+ of its \d+ bytes: cut short.*copy it whole"):
+        Journal(tmp_path, "r", 16, read_only=read_only)
+
+
 def test_a_reader_sees_a_living_writers_events(tmp_path: Path) -> None:
     journal = Journal(tmp_path, "r", 4)
     fill(journal, 10)

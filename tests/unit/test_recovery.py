@@ -31,6 +31,7 @@ from common.frozen import TeacherEntry
 from common.objective import LossSection
 from common.routing import Routing
 from tests.routes import routes
+from tools.replay import verify
 
 B, G, STEPS, VOCAB = 3, 2, 6, 16
 ROUTING = Routing((0, 1, 2), experts=8, per_token=2)
@@ -285,7 +286,7 @@ def test_other_bounds_at_a_restart_lose_nothing_that_was_granted_under_the_old_o
 
 
 @pytest.mark.parametrize("snapshot", [False, True])
-def test_what_a_run_may_not_change_is_refused_by_name(tmp_path: Path, snapshot: bool):
+def test_what_a_run_may_not_change_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, snapshot: bool):
     journal = Journal(tmp_path / "j", "r", 64)
     recorder = Recorder(Pipeline(config(), VOCAB), journal, dict)
     recorder.begin(0)
@@ -298,6 +299,24 @@ def test_what_a_run_may_not_change_is_refused_by_name(tmp_path: Path, snapshot: 
     odd = r"rollout\.group_size=2, not 4 and rollout\.top_logprobs=0, not 3; set that back, or choose another run\.name"
     with pytest.raises(JournalError, match=odd):
         recover(other, journal)
+    changed = {
+        r"obrs\.threshold=1\.0, not 1\.5": config(obrs=ObrsSection(threshold=1.5)),
+        r"advantage\.kind=grpo, not rloo": config(advantage=AdvantageSection(kind="rloo")),
+        r"loss\.aggregate=token_mean, not constant": config(loss=LossSection(aggregate="constant")),
+        r"rollout\.temperature=1\.0, not 0\.5": config(rollout=dataclasses.replace(config().rollout, temperature=0.5)),
+        r"task\.mix": config(task=TaskSection(mix={"a": TaskEntry(), "b": TaskEntry(ratio=0.5)})),
+    }
+    monkeypatch.setattr("tools.replay.read_vocab_size", lambda path: VOCAB)
+    for odd, now in changed.items():
+        with pytest.raises(JournalError, match=odd):
+            recover(Pipeline(now, VOCAB), journal)
+        with pytest.raises(JournalError, match=odd):
+            verify(now, journal)
+    longer = dataclasses.replace(config().rollout, max_tokens=7)
+    recover(
+        Pipeline(config(rollout=longer, obrs=ObrsSection(rethin_below=0.5), loss=LossSection(clip_low=0.1)), VOCAB),
+        journal,
+    )
     journal.close()
 
 

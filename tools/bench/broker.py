@@ -221,7 +221,8 @@ def broker_passage(topk: int, journal_dir: Path | None, name: str = OURS) -> Pas
     groups = [g for _ in range(steps) for g in _grant_all(recorder)]
     child = mp.get_context("spawn").Process(target=_actor, args=(address, groups, topk, name))
     child.start()
-    result, arrived, began, deadline = Passage(), {}, 0.0, time.monotonic() + DEADLINE_S
+    result, began, deadline = Passage(), 0.0, time.monotonic() + DEADLINE_S
+    arrived: dict[int, float] = {}
     try:
         while pipeline.ledger.next_step < steps or outlet.holding:
             if time.monotonic() > deadline:

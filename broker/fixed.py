@@ -1,0 +1,50 @@
+"""What a run may not change when its broker is started again: its journal is decided again under it."""
+
+import dataclasses
+from typing import Any
+
+from common.config import RunConfig
+
+
+def fixed_settings(config: RunConfig) -> dict[str, Any]:
+    """Key -> value of all that the steps of a run, as they are held and served again, are a function of.
+
+    What grants and admission follow is not among it: what was granted and admitted stays so.
+    """
+    rollout, obrs, reward = config.rollout, dataclasses.asdict(config.obrs), config.reward
+    del obrs["rethin_below"]  # whether a step was thinned again is in the journal
+    found = {
+        "run.seed": config.run.seed,
+        "rollout.groups_per_step": rollout.groups_per_step,
+        "rollout.group_size": rollout.group_size,
+        "rollout.temperature": rollout.temperature,
+        "rollout.top_logprobs": rollout.top_logprobs,
+        "rollout.routing_replay": rollout.routing_replay,
+        "rollout.exemplars": rollout.exemplars,
+        **{f"advantage.{name}": value for name, value in dataclasses.asdict(config.advantage).items()},
+        **{f"obrs.{name}": value for name, value in obrs.items()},
+        "loss.aggregate": config.loss.aggregate,
+        "whoever scores (obrs.mode, loss.kl, teachers)": list(config.scorers),
+        "the tasks of teachers": {name: model.tasks for name, model in config.frozen.items()},
+        "task.mix": dict(zip(config.task.labels, config.task.ratios, strict=True)),
+    }
+    if config.advantage.overlong_buffer or config.loss.aggregate == "constant":
+        found["rollout.max_turns × max_tokens"] = rollout.max_sampled
+    if reward.mixes:
+        found |= {
+            "reward.normalise": reward.normalise,
+            "reward.normalise_by": reward.normalise_by,
+            "reward.memory": reward.memory,
+            "reward.gate": {name: dataclasses.asdict(gate) for name, gate in reward.gate.items()},
+            "task.reward_weights": {label: entry.reward_weights for label, entry in config.task.entries.items()},
+        }
+    return {key: _plain(value) for key, value in found.items()}
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from a journal."""
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value
