@@ -14,8 +14,13 @@ NEVER_TRIM = 0x7FFFFFFF
 
 
 def pick_device() -> torch.device:
-    """This rank's GPU where there is one, else the CPU."""
+    """This rank's GPU where there is one, without cuDNN's attention; else the CPU.
+
+    cuDNN makes a plan, in 20 to 500 ms, for every shape of attention that it has not met, and keeps them
+    all: packed sequences (:mod:`learner.model.packing`) come in new shapes with almost every micro-batch.
+    """
     if torch.cuda.is_available():
+        torch.backends.cuda.enable_cudnn_sdp(False)
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
 

@@ -82,6 +82,18 @@ def test_a_grouped_product_is_what_taking_turns_gives(directory):
         assert (turn - group).norm() / (turn.norm() + 1e-9) < 0.05
 
 
+def test_attention_is_not_cudnns_where_the_learner_picks_its_device():
+    """It would make a plan for every new shape of a bucket, and packs come in ever new ones."""
+    from torch.nn.attention import SDPBackend
+
+    from learner.device import pick_device
+
+    assert pick_device() == CUDA
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    q, k = (torch.randn(3, heads, 77, 128, device=CUDA, dtype=torch.bfloat16) for heads in (8, 4))
+    assert torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=True) == SDPBackend.FLASH_ATTENTION.value
+
+
 @pytest.mark.parametrize("rows", [96, 0])
 def test_idle_experts_and_an_empty_pack_leave_zeros(rows):
     from learner.model.experts import Assignment, ExpertSettings, run_experts

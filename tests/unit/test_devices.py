@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from common.config import (
@@ -21,6 +22,7 @@ from common.config import (
 from common.errors import ConfigError
 from common.objective import LossSection
 from common.process import StopFlag, free_port
+from learner.device import pick_device
 from tools.devices import VISIBLE, count_listed, deal, find_devices, torch_on_gpus, visible
 from tools.launch import Run
 from tools.preflight import check_devices
@@ -59,6 +61,19 @@ def test_the_embedded_engine_and_servers_on_cpus_take_none():
     assert deal(RunConfig(obrs=ObrsSection(mode="off")), eight(2), True) == {"learner": "0"}
     assert deal(served(device="cpu"), eight(2), True) == {"learner": "0", "replica-0": "1"}
     assert deal(RunConfig(learner=LearnerSection(tp=4)), eight(2), True) == {"learner": "0,1", "replica-0": "0"}
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_where_a_gpu_is_picked_cudnns_attention_is_switched_off(monkeypatch, there):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        assert pick_device() == (torch.device("cuda", 3) if there else torch.device("cpu"))
+        assert torch.backends.cuda.cudnn_sdp_enabled() is not there
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 @pytest.mark.parametrize(

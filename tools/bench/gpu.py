@@ -10,9 +10,11 @@ from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from common.config import OptimSection
 from common.errors import ConfigError
+from learner.device import pick_device
 from learner.logprobs import Head, by_autograd, loss_through_head
 from learner.model.config import ModelConfig
 from learner.model.decoder import Decoder
@@ -26,6 +28,7 @@ CONFIG = ModelConfig(
     num_experts_per_tok=8, moe_intermediate_size=768,
 )  # fmt: skip  # twelve layers of Qwen3-30B-A3B with half its experts
 SEQUENCES, LENGTH = 16, 2048
+SIGMA = 0.8  # of lognormal lengths
 SQUARE = 8192  # of the reference product
 
 
@@ -33,7 +36,7 @@ def run(reps: int) -> list[Row]:
     """Raises :class:`ConfigError` without a CUDA device."""
     if not torch.cuda.is_available():
         raise ConfigError("--gpu: no CUDA device here; leave it out for the CPU's figures")
-    device = torch.device("cuda", 0)
+    device = pick_device()
     torch.manual_seed(0)
     return [*_model(reps, device), *_head(device), *moe.run(reps, device), *nccl.run(reps)]
 
@@ -53,11 +56,10 @@ def _model(reps: int, device: torch.device) -> list[Row]:
         torch.nn.init.normal_(parameter, std=0.02)
     optimizer = Optimizer(model, OptimSection(), 1000)
     tokens = torch.randint(CONFIG.vocab_size, (SEQUENCES * LENGTH,), device=device)
-    offsets = np.arange(0, len(tokens) + 1, LENGTH)
-    at = torch.from_numpy(np.setdiff1d(np.arange(len(tokens)), offsets)).to(device)
+    fixed, rng = np.arange(0, len(tokens) + 1, LENGTH), np.random.default_rng(0)
     left, right = (torch.randn(SQUARE, SQUARE, device=device, dtype=torch.bfloat16) for _ in range(2))
 
-    def step() -> None:
+    def step(offsets: NDArray[np.int64], at: torch.Tensor) -> None:
         optimizer.zero_grad()
         hidden = model.hidden(tokens, offsets)
         loss_through_head(hidden[at - 1], Head(model.head), tokens[at], by_autograd(lambda logp, _: -logp.mean()))[
@@ -65,20 +67,39 @@ def _model(reps: int, device: torch.device) -> list[Row]:
         ].backward()
         optimizer.step()
 
+    def rate(offsets: NDArray[np.int64]) -> float:
+        at = torch.from_numpy(np.setdiff1d(np.arange(len(tokens)), offsets)).to(device)
+        return _flops(np.diff(offsets)) / _seconds(lambda: step(offsets, at)) / 1e12
+
+    def fresh() -> NDArray[np.int64]:
+        ends = rng.lognormal(np.log(LENGTH / 2), SIGMA, len(tokens)).clip(16, 4 * LENGTH).astype(np.int64).cumsum()
+        return np.concatenate(([0], ends[ends < len(tokens)], [len(tokens)]))
+
     contestants = {
-        "step": lambda: _flops(len(tokens)) / _seconds(step) / 1e12,
+        "step": lambda: rate(fixed),
+        "fresh": lambda: rate(fresh()),
         "product": lambda: 2 * SQUARE**3 * 10 / _seconds(lambda: [left @ right for _ in range(10)]) / 1e12,
     }
     interleave(contestants, 1)
     torch.cuda.reset_peak_memory_stats()
-    found = interleave(contestants, reps)
+    rate(fixed)
     peak = torch.cuda.max_memory_allocated() / 1e9
+    found = interleave(contestants, reps)
     held = sum(p.numel() for p in model.parameters()) * (2 + 4 + 4 + 8) / 1e9  # weights, gradients, masters, moments
     return [
         Row(
             "learner",
             "GPU, a whole step in bf16 (MFU)",
             found["step"],
+            "TFLOP/s",
+            "one product",
+            found["product"],
+            reps,
+        ),
+        Row(
+            "learner",
+            "GPU, the same, new lognormal lengths in every step",
+            found["fresh"],
             "TFLOP/s",
             "one product",
             found["product"],
@@ -92,14 +113,14 @@ def _both_ways(way: Callable[[], torch.Tensor]) -> None:
     way().backward()
 
 
-def _flops(tokens: int) -> float:
-    """Of a forward and backward pass over ``tokens`` in sequences of LENGTH."""
+def _flops(lengths: NDArray[np.int64]) -> float:
+    """Of a forward and backward pass over sequences of these ``lengths``."""
     c = CONFIG
     attention = c.hidden_size * c.head_dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
     experts = 3 * c.hidden_size * c.moe_intermediate_size * c.num_experts_per_tok + c.hidden_size * c.num_experts
     met = c.num_hidden_layers * (attention + experts) + c.vocab_size * c.hidden_size
-    scores = c.num_hidden_layers * c.num_attention_heads * c.head_dim * LENGTH  # causal: half of both products
-    return 6.0 * tokens * (met + scores)
+    scores = c.num_hidden_layers * c.num_attention_heads * c.head_dim  # a pair; causal: half of both products
+    return 6.0 * (met * float(lengths.sum()) + scores * float(np.square(lengths).sum()))
 
 
 def _head(device: torch.device) -> list[Row]:
