@@ -61,6 +61,8 @@ class PackPlan:
         """Causal attention inside each sequence: ``q[N, Hq, D]``, ``k, v[N, Hk, D]`` -> ``[N, Hq*D]``."""
         if not self.is_dense:
             q, k, v = (t.index_select(0, self.gather) for t in (q, k, v))
+        if q.is_cuda and q.dtype == torch.float32 and q.shape[1] != k.shape[1]:  # fused, that refuses enable_gqa
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         outputs, start = [], 0
         for count, length in self.shapes:
             cells = slice(start, start + count * length)

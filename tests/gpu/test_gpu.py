@@ -94,6 +94,24 @@ def test_attention_is_not_cudnns_where_the_learner_picks_its_device():
     assert torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=True) == SDPBackend.FLASH_ATTENTION.value
 
 
+def test_grouped_queries_in_float32_never_hold_every_score():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from learner.model.packing import PackPlan
+
+    plan, on_host = PackPlan.of(OFFSETS, CUDA), PackPlan.of(OFFSETS, torch.device("cpu"))
+    g = torch.Generator().manual_seed(4)
+    q, k, v = (torch.randn(int(OFFSETS[-1]), heads, 64, generator=g).requires_grad_() for heads in (8, 4, 4))
+    there = [t.detach().to(CUDA).requires_grad_() for t in (q, k, v)]
+    expected = on_host.attend(q, k, v)
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):  # raises where that cannot be used
+        found = plan.attend(*there)
+    for out in (expected, found):
+        out.square().sum().backward()
+    pairs = [(found, expected), *((ours.grad, theirs.grad) for ours, theirs in zip(there, (q, k, v), strict=True))]
+    assert all((on_gpu.cpu() - on_cpu).norm() < 1e-3 * on_cpu.norm() for on_gpu, on_cpu in pairs)
+
+
 @pytest.mark.parametrize("rows", [96, 0])
 def test_idle_experts_and_an_empty_pack_leave_zeros(rows):
     from learner.model.experts import Assignment, ExpertSettings, run_experts
