@@ -34,7 +34,7 @@ from learner.mesh import Mesh
 from learner.model.decoder import Decoder
 from learner.optim import Optimizer
 from learner.parallel.flat import FlatParameters
-from learner.retention import PREFIX, STATE, Retention, complete
+from learner.retention import PREFIX, STATE, Retention, complete, step_of
 
 POLL_S = 0.05
 BESIDE = "rollout."  # begins the kinds of a second model's pieces
@@ -279,7 +279,14 @@ class CheckpointReader:
         self._index.setdefault((kind, name), []).append((parts, index, int(start), number, key))
 
     def _damaged(self, error: Exception | str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: damaged ({error}); remove it to resume from an older one")
+        older, start = [p for p in complete(self.path.parent) if p.name < self.path.name], "another run.name"
+        if older:
+            export = f"python -m tools.export {self.path.parents[1]} --step {step_of(older[-1])} --out DIR"
+            start = f"`{export}`, then model.path=DIR and another run.name"
+        return CheckpointError(
+            f"{self.path}: damaged ({error}); copy it here again. The broker holds no step before it, so without it "
+            f"only a new run can be started: {start}"
+        )
 
     def check(self, known: dict[str, Place], trained: set[str]) -> None:
         """Raises :class:`CheckpointError` unless these are the tensors that are trained now."""

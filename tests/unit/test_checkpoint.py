@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import threading
 import time
 
@@ -13,14 +14,17 @@ from common.errors import CheckpointError, ConfigError, DeadlineError
 from learner import checkpoint
 from learner.checkpoint import CheckpointWriter, TrainingState
 from learner.freeze import freeze
+from learner.hf import load_hf
 from learner.layout import BIAS
 from learner.mesh import single
+from learner.model.config import ModelConfig
 from learner.model.decoder import Decoder
 from learner.optim import Optimizer
 from learner.retention import Retention
 from learner.step import train_step
-from tests.unit.named import hf_tensors
+from tests.unit.named import hf_tensors, write_hf
 from tests.unit.test_step import CONFIG, LENGTHS, OPTIM, STEPS, batch_of, model_of, settings, train
+from tools.export import main as export
 
 EVERYTHING = list(range(len(LENGTHS)))
 
@@ -176,8 +180,26 @@ def test_a_damaged_checkpoint_says_so(tmp_path, harm):
         torch.save({"a": 1}, file)
     else:
         (path / "state.json").write_text(json.dumps({"ranks": 1, "step": 1, "surprise": 2}))
-    with pytest.raises(CheckpointError, match=r"step-00000001: damaged.*resume from an older one"):
+    with pytest.raises(CheckpointError, match=r"step-00000001: damaged.*only a new run .*: another run\.name"):
         checkpoint.load(path, model, optimizer)
+
+
+def test_beside_a_damaged_checkpoint_the_advice_is_to_export_the_one_before(tmp_path):
+    """The broker holds no step between the two, so nothing can be resumed from it."""
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    write_hf(tmp_path / "model", model_of())
+    (run / "config.yaml").write_text(f"model: {{path: {tmp_path / 'model'}}}\n")
+    model, optimizer = saved(run / "checkpoints", 10)
+    saved(run / "checkpoints", 20)
+    newest = checkpoint.latest(run / "checkpoints")
+    (newest / "rank-00000.safetensors").write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match="damaged") as caught:
+        checkpoint.load(newest, model, optimizer)
+    advice = re.search(r"`python -m tools\.export (.*) --out DIR`, then model\.path=DIR", str(caught.value))
+    assert export([*advice[1].split(), "--out", str(tmp_path / "out")]) == 0
+    load_hf(tmp_path / "out", again := Decoder(ModelConfig.from_hf_dir(tmp_path / "out")))
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
 
 
 def test_frozen_parameters_stay_and_are_neither_kept_nor_gathered(tmp_path):
