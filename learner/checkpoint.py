@@ -34,9 +34,11 @@ from learner.mesh import Mesh
 from learner.model.decoder import Decoder
 from learner.optim import Optimizer
 from learner.parallel.flat import FlatParameters
-from learner.retention import PREFIX, STATE, Retention, complete, step_of
+from learner.retention import PREFIX, STATE, Retention, complete, path_of, step_of
 
 POLL_S = 0.05
+SEEN_S = 30.0  # until every rank sees what rank 0 sees: shared file systems show a new name late
+NOTHING = -1  # where a step is said
 BESIDE = "rollout."  # begins the kinds of a second model's pieces
 Trained = tuple[Decoder, Optimizer]
 
@@ -114,7 +116,7 @@ class CheckpointWriter:
         self._finished.append(self._writing)
 
     def _run(self, pieces: dict[str, Tensor], state: TrainingState) -> None:
-        final = self.directory / f"{PREFIX}{state.step:08d}"
+        final = path_of(self.directory, state.step)
         temporary = self.directory / f".{final.name}.{self._nonce}.tmp"
         try:
             temporary.mkdir(parents=True, exist_ok=True)
@@ -194,6 +196,42 @@ def _pieces(model: Decoder, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]
 
 
 # ---- reading ------------------------------------------------------------------------------------
+
+
+def find(directory: Path, resume: bool, mesh: Mesh, seen_s: float = SEEN_S) -> Path | None:
+    """The checkpoint that every rank goes on from, of rank 0's choice; None: the run begins. Collective.
+
+    Raises :class:`CheckpointError` for checkpoints without ``resume`` (learner.resume), for ``resume`` with none that
+    is complete, and on a rank that does not see rank 0's within ``seen_s``.
+    """
+    step = mesh.broadcast_int(_choose(directory, resume) if mesh.rank == 0 else NOTHING)
+    if step == NOTHING:
+        return None
+    path, deadline = path_of(directory, step), time.monotonic() + seen_s
+    while not (path / STATE).is_file():
+        if time.monotonic() > deadline:
+            raise CheckpointError(
+                f"{path}: rank 0 goes on from it, and rank {mesh.rank} sees no {STATE} there after {seen_s:g} s; "
+                "all ranks need the same run directory"
+            )
+        time.sleep(POLL_S)
+    return path
+
+
+def _choose(directory: Path, resume: bool) -> int:
+    """The step of the newest finished checkpoint, or NOTHING."""
+    found = latest(directory)
+    if found is None and resume and any(directory.glob(f"{PREFIX}*")):
+        raise CheckpointError(
+            f"learner.resume=true, but {directory} holds no complete checkpoint: each lacks its {STATE}; "
+            "restore one, or begin a new run under another run.name"
+        )
+    if found is not None and not resume:
+        raise CheckpointError(
+            f"{directory} holds checkpoints, the newest {found.name}, beside which a new run's would be deleted as "
+            "older ones: go on from them with learner.resume=true, or move that directory away"
+        )
+    return NOTHING if found is None else step_of(found)
 
 
 @torch.no_grad()

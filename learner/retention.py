@@ -21,6 +21,7 @@ from pathlib import Path
 from common.errors import CheckpointError
 from common.wire import KeepBest
 
+CHECKPOINTS = "checkpoints"  # in the run's directory
 STATE = "state.json"  # written last: a checkpoint that has it is complete
 PREFIX = "step-"
 BEST = "best.json"
@@ -36,6 +37,11 @@ def complete(directory: Path) -> list[Path]:
 def step_of(path: Path) -> int:
     """The step of a checkpoint's directory."""
     return int(path.name.removeprefix(PREFIX))
+
+
+def path_of(directory: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` lies."""
+    return directory / f"{PREFIX}{step:08d}"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ import secrets
 import socket
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,6 @@ import torch
 
 from common import wire
 from common.config import MEGABYTE, RunConfig
-from common.errors import CheckpointError
 from common.exporter import Exporter, Families, families_of_peer, gauge, open_exporter
 from common.identity import model_identity
 from common.joint import POLICY_STREAM, ROLLOUT_STREAM
@@ -47,7 +45,7 @@ from learner.model.decoder import Decoder
 from learner.optim import Optimizer
 from learner.patience import patience_s, published_sizes
 from learner.profiling import profiled
-from learner.retention import PREFIX, STATE, Retention
+from learner.retention import CHECKPOINTS, Retention
 from learner.step import StepBatch, StepSettings, train_step
 from learner.weights.gather import WeightGather
 from learner.weights.publish import WeightPublisher
@@ -85,7 +83,7 @@ class Learner:
         """Train every step, then stay until the broker says Stop."""
         config, mesh, tracer = self.config, self.mesh, self.tracer
         feed = Feed(self.link, mesh.data_rank, mesh.data_ranks, config.learner.wait_s, self._stopping)
-        directory = config.run.path / "checkpoints"
+        directory = config.run.path / CHECKPOINTS
         evaluated_every = config.evaluation.every if config.evaluation.keep_best else 0
         self.retention = Retention(directory, config.learner.checkpoint_keep, evaluated_every)
         writer = CheckpointWriter(directory, mesh, self.retention, config.learner.write_timeout_s)
@@ -342,7 +340,7 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopFlag, tracer: Tracer, export
     rollout = RolloutTrainer.load(config, mesh) if config.joint.trains else None
     step, run_id = 0, ""
     expert_fraction = model.uniform_expert_fraction()
-    found = _find_checkpoint(config)
+    found = checkpoint.find(config.run.path / CHECKPOINTS, config.learner.resume, mesh)
     if found is not None:
         state = checkpoint.load(found, model, optimizer, frozen, rollout.trained if rollout is not None else None)
         step, run_id = state.step, state.run_id
@@ -361,16 +359,3 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopFlag, tracer: Tracer, export
     finally:
         tracer.state("end")
         link.close("finished" if not stop.is_set else "stopped")
-
-
-def _find_checkpoint(config: RunConfig) -> Path | None:
-    if not config.learner.resume:
-        return None
-    directory = config.run.path / "checkpoints"
-    found = checkpoint.latest(directory)
-    if found is None and any(directory.glob(f"{PREFIX}*")):
-        raise CheckpointError(
-            f"learner.resume=true, but {directory} holds no complete checkpoint: each lacks its {STATE}; "
-            "restore one, or remove them to begin again"
-        )
-    return found

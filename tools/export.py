@@ -25,10 +25,8 @@ from learner.checkpoint import BESIDE, CheckpointReader, latest
 from learner.hf import files_of, model_config, save_hf
 from learner.layout import places
 from learner.model.config import ModelConfig
-from learner.retention import PREFIX, read_best
+from learner.retention import CHECKPOINTS, PREFIX, path_of, read_best
 from tools.console import make_console, print_error
-
-CHECKPOINTS = "checkpoints"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,7 +70,7 @@ def export(run_dir: Path, step: int | None, out: Path | None, dtype: torch.dtype
     """
     config = load(run_dir / "config.yaml")
     directory = run_dir / CHECKPOINTS
-    path = latest(directory) if step is None else directory / f"{PREFIX}{step:08d}"
+    path = latest(directory) if step is None else path_of(directory, step)
     if path is None or not path.is_dir():
         have = ", ".join(str(int(p.name.removeprefix(PREFIX))) for p in sorted(directory.glob(f"{PREFIX}*"))) or "none"
         raise CheckpointError(

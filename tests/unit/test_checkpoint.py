@@ -156,6 +156,43 @@ def test_a_disk_that_takes_no_more_costs_no_older_checkpoint(tmp_path):
     assert writer.finished() == [3]
 
 
+class Rank:
+    """As much of a mesh as finds a checkpoint: rank 0 chose ``step``."""
+
+    def __init__(self, step, rank=1):
+        self.step, self.rank = step, rank
+
+    def broadcast_int(self, value):
+        return self.step if self.rank else value
+
+
+def test_without_resume_checkpoints_of_an_earlier_start_are_left_alone(tmp_path):
+    assert checkpoint.find(tmp_path / "nothing", False, single()) is None
+    assert checkpoint.find(tmp_path / "nothing", True, single()) is None
+    (tmp_path / "step-00000030").mkdir()
+    assert checkpoint.find(tmp_path, False, single()) is None
+    with pytest.raises(CheckpointError, match=r"holds no complete checkpoint.*another run\.name"):
+        checkpoint.find(tmp_path, True, single())
+    saved(tmp_path, 20)
+    with pytest.raises(CheckpointError, match=rf"{tmp_path} holds .*step-00000020.*learner\.resume=true, or move that"):
+        checkpoint.find(tmp_path, False, single())
+    assert checkpoint.find(tmp_path, True, single()).name == "step-00000020"
+
+
+def test_every_rank_goes_on_from_the_checkpoint_that_rank_0_chose(tmp_path):
+    for step in (1, 2):
+        saved(tmp_path, step)
+    assert checkpoint.find(tmp_path, True, Rank(1)).name == "step-00000001"
+    assert checkpoint.find(tmp_path, True, Rank(checkpoint.NOTHING)) is None
+    assert checkpoint.find(tmp_path, True, Rank(1, rank=0)).name == "step-00000002"
+    with pytest.raises(CheckpointError, match=r"step-00000003: rank 0 goes on from it, and rank 1 sees no state\.json"):
+        checkpoint.find(tmp_path, True, Rank(3), seen_s=0.1)
+    late = threading.Timer(0.2, lambda: saved(tmp_path, 3))
+    late.start()
+    assert checkpoint.find(tmp_path, True, Rank(3)).name == "step-00000003"
+    late.join()
+
+
 @pytest.mark.parametrize("change", [{"num_experts": 8}, {"moe_intermediate_size": 16}, {"num_hidden_layers": 3}])
 def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path, change):
     saved(tmp_path)
