@@ -24,6 +24,7 @@ import torch
 
 from common import wire
 from common.config import MEGABYTE, RunConfig
+from common.errors import DataError
 from common.exporter import Exporter, Families, families_of_peer, gauge, open_exporter
 from common.identity import model_identity
 from common.joint import POLICY_STREAM, ROLLOUT_STREAM
@@ -122,7 +123,7 @@ class Learner:
         tracer, phase = self.tracer, self.tracer.phases(self.step)
         began, cpu = tracer.now(), tracer.cpu()
         phase("load")
-        batch = to_batch(shard, self.mesh.device, self.model.config)
+        batch = to_batch(shard, self.mesh.device, self.model.config, self.config.rollout.temperature)
         metrics, self.expert_fraction = train_step(
             self.model, self.optimizer, batch, self.expert_fraction, settings_of(self.config), phase
         )
@@ -254,12 +255,19 @@ def settings_of(config: RunConfig) -> StepSettings:
     )
 
 
-def to_batch(shard: wire.Shard, device: torch.device, model: ModelConfig) -> StepBatch:
+def to_batch(shard: wire.Shard, device: torch.device, model: ModelConfig, temperature: float) -> StepBatch:
     """The shard's arrays as tensors; advantages and weights spread over each span's tokens.
 
-    Raises :class:`DataError` for token ids outside the vocabulary and routing records that are not this model's.
+    Raises :class:`DataError` for tokens that were sampled at another temperature, token ids outside the vocabulary
+    and routing records that are not this model's.
     """
-    check_ids(f"shard of step {shard.step}, rank {shard.rank}", shard.token_ids, model.vocab_size)
+    tag = f"shard of step {shard.step}, rank {shard.rank}"
+    if shard.temperature != temperature:
+        raise DataError(
+            f"{tag}: sampled at temperature {shard.temperature:g}, and rollout.temperature={temperature:g} here; "
+            "start the learner with the broker's"
+        )
+    check_ids(tag, shard.token_ids, model.vocab_size)
     check_experts(shard.experts, model)
     spans = np.diff(shard.spans)
 

@@ -46,7 +46,7 @@ def delivered(batch: Batch, decision: Decision, config: RunConfig, world: int = 
         message = decode([bytes(frame) for frame in encode(shard)], wire.FROM_BROKER)
         assert isinstance(message, wire.Shard)
         message.check()
-        found.append(to_batch(message, torch.device("cpu"), SHAPE))
+        found.append(to_batch(message, torch.device("cpu"), SHAPE, config.rollout.temperature))
     return found
 
 

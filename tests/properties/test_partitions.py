@@ -15,13 +15,16 @@ import torch
 
 from broker.batch import collate
 from broker.decision import Rule, Scores, accept_all, reject
+from broker.packing import make_shards
 from common.config import OptimSection, RolloutSection, RunConfig
+from common.errors import DataError
 from common.objective import AdvantageSection, LossSection
 from common.wire import STARTS
 from learner.losses.policy import policy_loss
 from learner.model.decoder import Decoder
 from learner.optim import Optimizer
 from learner.step import StepSettings, train_step
+from learner.train import to_batch
 from tests.properties.made import SHAPE, delivered, tokens_of, trajectory
 
 T = 0.9
@@ -229,3 +232,15 @@ def test_a_group_that_misses_siblings_is_trained_as_if_padded_with_copies(kind, 
         found.append((batch.advantages[[0, 1, -4, -3, -2, -1]], share.loss.item()))
     np.testing.assert_array_equal(found[0][0], found[1][0])
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-5)
+
+
+def test_a_shard_of_another_temperature_is_refused_with_both():
+    config = RunConfig(rollout=RolloutSection(group_size=2, temperature=0.5))
+    rng = np.random.default_rng(5)
+    batch = collate(0, [trajectory(0, s, s, [0, 1, 1], rng) for s in range(2)], config)
+    (shard,) = make_shards(batch, accept_all(batch), 1, config)
+    assert len(to_batch(shard, torch.device("cpu"), SHAPE, 0.5).token_ids) == 6
+    with pytest.raises(
+        DataError, match=r"step 0, rank 0: sampled at temperature 0\.5, and rollout\.temperature=1 here"
+    ):
+        to_batch(shard, torch.device("cpu"), SHAPE, 1.0)
