@@ -27,7 +27,8 @@ from common.rewards import RewardSection
 # Least and greatest values that mean something, where a rule needs no more words than its numbers.
 RANGES: dict[str, tuple[float, float]] = {
     "advantage.epsilon": (0, 1), "obrs.rethin_below": (0, 1),
-    "optim.beta1": (0, 0.999999), "optim.beta2": (0, 0.999999), "optim.eps": (0, 1), "optim.weight_decay": (0, 10),
+    "optim.beta1": (0, 0.999999), "optim.beta2": (0, 0.999999), "optim.weight_decay": (0, 10),
+    "optim.eps": (1e-20, 1),  # an update is m / (sqrt(v) + eps), and float32 squares below 1e-22 are 0
     "broker.journal_mb": (0, 1e9), "broker.retain_mb": (0, 1e9), "broker.queue_mb": (0, 1e9),
     "broker.score_timeout_s": (0.1, 1e6), "broker.peer_timeout_s": (0.1, 1e6), "broker.verify_rate": (0, 1),
     "actor.slowdown": (1, 1000), "learner.slowdown": (1, 1000), "actor.pace_s": (0, 3600), "learner.pace_s": (0, 3600),

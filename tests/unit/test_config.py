@@ -104,6 +104,7 @@ def test_a_bare_off_is_a_word_and_not_false(path: Path) -> None:
         ("obrs.mode=true", r"obrs\.mode: "),
         ("obrs.threshold=0", r"obrs\.threshold=0.*: must lie in"),
         ("optim.lr=-1", r"optim\.lr=-1.*: must be positive"),
+        ("optim.eps=0", r"optim\.eps=0.*: must lie in \[1e-20, 1\]"),
         ("optim.min_lr_ratio=2", r"optim\.min_lr_ratio=2.*: must lie in"),
         ("run=3", "override: run is a section and needs keys"),
         ("run.steps", "must read section.key=value"),
