@@ -21,13 +21,14 @@ from common.config import RunConfig
 from common.errors import ModelError
 from learner.layout import Place, places, views
 from learner.mesh import Mesh
-from learner.model.config import ModelConfig
+from learner.model.config import UNQUANTISED, ModelConfig
 from learner.model.decoder import Decoder
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 STAMP = "warmstart.json"  # says that tools.warmstart may replace a directory: not for one that was trained
 SHARD_BYTES = 4 << 30
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2)
+DTYPES = ("F32", "BF16", "F16")  # as safetensors calls them
 DERIVED = ("rotary_emb.inv_freq",)  # old files carry these; they follow from the configuration
 
 
@@ -51,7 +52,7 @@ def load_hf(directory: str | Path, model: Decoder) -> None:
     """Copy this rank's part of the directory's weights into ``model``, one tensor at a time.
 
     Raises :class:`ModelError` naming a file that is missing or damaged and tensors that are
-    missing, unknown or of another shape.
+    missing, unknown, of another shape, quantised or not finite.
     """
     directory = Path(directory)
     config, mesh = model.config, model.mesh
@@ -69,10 +70,10 @@ def load_hf(directory: str | Path, model: Decoder) -> None:
                         spare = directory / file
                         continue
                     source = opened.get_slice(name)
-                    _check(name, tuple(source.get_shape()), known, directory / file)
+                    _check(name, source, known, directory / file)
                     waiting.discard(name)
                     if name in held:
-                        held[name].copy_(_part(source, known[name], mesh))
+                        held[name].copy_(_finite(name, _part(source, known[name], mesh), directory / file))
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{directory / file}: {error}; copy the whole directory again") from error
     if waiting:
@@ -87,11 +88,21 @@ def load_hf(directory: str | Path, model: Decoder) -> None:
             )
 
 
-def _check(name: str, shape: tuple[int, ...], known: dict[str, Place], file: Path) -> None:
+def _check(name: str, source: Any, known: dict[str, Place], file: Path) -> None:
+    shape, dtype = tuple(source.get_shape()), source.get_dtype()
     if name not in known:
         raise ModelError(f"{file}: unknown tensor {name}; config.json and the weights do not belong together")
     if known[name].shape != shape:
         raise ModelError(f"{file}: {name} has shape {list(shape)}, config.json implies {list(known[name].shape)}")
+    if dtype not in DTYPES:
+        raise ModelError(f"{file}: {name} is {dtype}, and only {', '.join(DTYPES)} can be trained; {UNQUANTISED}")
+
+
+def _finite(name: str, part: Tensor, file: Path) -> Tensor:
+    """``part``, which has no NaN and no infinity; one pass, as fast as a copy."""
+    if not torch.stack(part.aminmax()).isfinite().all():
+        raise ModelError(f"{file}: {name} is not finite; copy the whole directory again, or take an earlier checkpoint")
+    return part
 
 
 def _part(source: Any, place: Place, mesh: Mesh) -> Tensor:

@@ -18,6 +18,7 @@ FAMILIES: dict[str, dict[str, bool]] = {
     "llama": {},
 }
 SPARSE = ("qwen3_moe", "qwen2_moe")
+UNQUANTISED = "use the checkpoint that was quantised, or one converted back to bfloat16"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -181,3 +182,5 @@ def _refuse_unsupported(hf: dict[str, Any], source: str) -> None:
     ):
         if not usable:
             raise ModelError(f"{source}: {key}={value!r} is not supported; use a checkpoint without it")
+    if quantised := hf.get("quantization_config"):
+        raise ModelError(f"{source}: quantization_config={quantised!r:.80} is not supported; {UNQUANTISED}")
