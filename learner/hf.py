@@ -25,6 +25,7 @@ from learner.model.config import UNQUANTISED, ModelConfig
 from learner.model.decoder import Decoder
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+WEIGHTS = (".safetensors", ".bin", ".bin.index.json", ".pth", ".pt", ".gguf")
 STAMP = "warmstart.json"  # says that tools.warmstart may replace a directory: not for one that was trained
 SHARD_BYTES = 4 << 30
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2)
@@ -133,11 +134,11 @@ def load_model(config: RunConfig, mesh: Mesh, *, recompute: bool = False, path: 
 
 
 def copy_extras(source: str | Path, directory: str | Path) -> None:
-    """Everything of a model directory but its weights: configuration, tokenizer, chat template."""
+    """Everything of a model directory but weights, in whatever format: configuration, tokenizer, chat template."""
     source, directory = Path(source), Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
-        if file.is_file() and not file.name.endswith(".safetensors") and file.name not in (INDEX, STAMP):
+        if file.is_file() and not file.name.endswith(WEIGHTS) and file.name not in (INDEX, STAMP):
             shutil.copyfile(file, directory / file.name)
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.errors import ModelError
-from learner.hf import load_hf
+from learner.hf import load_hf, save_hf
 from learner.model.config import ModelConfig
 from learner.model.decoder import Decoder
 from tests.unit.named import hf_tensors, write_hf
@@ -78,3 +78,13 @@ def test_weights_that_are_not_finite_are_refused_by_name(copy, name, bad):
     change_weights(copy, lambda n, tensor: tensor.index_fill(0, torch.tensor([5]), bad) if n == name else tensor)
     with pytest.raises(ModelError, match=rf"model\.safetensors: {name} is not finite"):
         loaded(copy)
+
+
+def test_an_export_takes_over_no_weights_of_other_formats(copy, tmp_path):
+    old = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "optimizer.pt", "model-q4.gguf")
+    for name in (*old, "tokenizer.json"):
+        (copy / name).write_text("{}")
+    save_hf(hf_tensors(loaded(copy)), copy, tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "config.json", "model.safetensors", "tokenizer.json",
+    ]  # fmt: skip
