@@ -39,12 +39,15 @@ def files_of(directory: Path) -> dict[str, list[str]]:
     try:
         if index.is_file():
             files: dict[str, list[str]] = {}
-            for name, file in json.loads(index.read_text())["weight_map"].items():
+            listed = json.loads(index.read_text())["weight_map"]
+            if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+                raise TypeError(f"the weight_map of {INDEX} names no file for each tensor")
+            for name, file in listed.items():
                 files.setdefault(file, []).append(name)
             return files
         with safe_open(directory / SINGLE, framework="pt") as opened:
             return {SINGLE: list(opened.keys())}
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{directory}: cannot read the weights ({error}); copy the whole directory again") from error
 
 

@@ -1,6 +1,7 @@
 """The architecture, read from a Hugging Face directory's config.json."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -50,7 +51,19 @@ class ModelConfig:
     expert_bias: bool = False  # a bias that chooses experts and weighs none (DeepSeek-V3, 2408.15664)
 
     def check(self, source: str) -> None:
-        """Raises :class:`ModelError` with the numbers of sizes that contradict each other."""
+        """Raises :class:`ModelError` with the numbers of sizes that are too small or contradict each other."""
+        sparse = len(self.sparse_layers)
+        least = {
+            "vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1,
+            "num_key_value_heads": 1, "head_dim": 1, "intermediate_size": int(sparse < self.num_hidden_layers),
+            "num_experts_per_tok": int(sparse > 0), "moe_intermediate_size": int(sparse > 0),
+            "shared_expert_intermediate_size": 0,
+        }  # fmt: skip
+        for name, size in least.items():
+            if getattr(self, name) < size:
+                raise ModelError(f"{source}: {name}={getattr(self, name)} must be at least {size}")
+        if not 0 < self.rms_norm_eps < math.inf:
+            raise ModelError(f"{source}: rms_norm_eps={self.rms_norm_eps:g} must be positive")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ModelError(
                 f"{source}: num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -117,9 +130,12 @@ class ModelConfig:
         if not any((directory / name).is_file() for name in WEIGHT_FILES):
             raise ModelError(f"{directory}: none of {', '.join(WEIGHT_FILES)} is there; copy the whole directory")
         try:
-            return cls.from_dict(json.loads(path.read_text()), str(path))
-        except json.JSONDecodeError as error:
+            found = json.loads(path.read_text())
+        except ValueError as error:  # no JSON, or no UTF-8
             raise ModelError(f"{path}: not valid JSON ({error}); the directory may be half written") from error
+        if not isinstance(found, dict):
+            raise ModelError(f"{path}: holds a {type(found).__name__} instead of keys and values; copy it again")
+        return cls.from_dict(found, str(path))
 
     @classmethod
     def from_dict(cls, hf: dict[str, Any], source: str) -> "ModelConfig":
@@ -136,7 +152,7 @@ class ModelConfig:
                 num_hidden_layers=int(hf["num_hidden_layers"]),
                 num_attention_heads=heads,
                 num_key_value_heads=int(hf.get("num_key_value_heads") or heads),
-                head_dim=int(hf.get("head_dim") or int(hf["hidden_size"]) // heads),
+                head_dim=int(hf.get("head_dim") or int(hf["hidden_size"]) // max(1, heads)),
                 rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
                 tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
                 rope=RopeConfig.from_dict(hf, source),
@@ -150,7 +166,7 @@ class ModelConfig:
             return found
         except KeyError as error:
             raise ModelError(f"{source}: {error.args[0]} is missing; the directory may be half written") from error
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ModelError(f"{source}: a size is not a number ({error})") from error
 
 
@@ -170,7 +186,7 @@ def _sparse_part(hf: dict[str, Any], family: str) -> dict[str, Any]:
 
 def _refuse_unsupported(hf: dict[str, Any], source: str) -> None:
     family = hf.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ModelError(f"{source}: model_type={family!r}; this learner trains {', '.join(FAMILIES)}")
     bias, qkv_bias = hf.get("attention_bias"), hf.get("qkv_bias", True)
     activation = hf.get("hidden_act", "silu")

@@ -44,7 +44,7 @@ class RopeConfig:
         if float(rope.get("partial_rotary_factor", hf.get("partial_rotary_factor")) or 1.0) != 1.0:
             raise ModelError(f"{source}: partial_rotary_factor is not supported; use a checkpoint without it")
         if kind == "default":
-            return cls(theta)
+            return cls(theta).checked(source)
         positions = int(rope.get("original_max_position_embeddings") or hf.get("max_position_embeddings") or 0)
         factor = rope.get("factor")
         if factor is None and kind == "yarn" and rope.get("original_max_position_embeddings"):
@@ -59,7 +59,22 @@ class RopeConfig:
             beta_slow=float(rope.get("beta_slow") or 1),
             attention_factor=_attention_factor(rope, float(factor)) if kind == "yarn" else 1.0,
             truncate=bool(rope.get("truncate", True)),
-        )  # fmt: skip
+        ).checked(source)  # fmt: skip
+
+    def checked(self, source: str) -> "RopeConfig":
+        """This. Raises :class:`ModelError` with the number of what no rotation can be made of."""
+        least = {"rope_theta": (self.theta, 1.0), "factor": (self.factor, 0.0)}
+        if self.kind in ("llama3", "yarn"):
+            least["original_max_position_embeddings"] = (self.original_positions, 0)
+        if self.kind == "llama3":
+            least["high_freq_factor"] = (self.high_frequency, self.low_frequency)
+        if self.kind == "yarn":
+            least |= {"beta_fast": (self.beta_fast, 0.0), "beta_slow": (self.beta_slow, 0.0)}
+        for key, (value, bound) in least.items():
+            if not bound < value < math.inf:
+                also = ", its low_freq_factor" if key == "high_freq_factor" else ""
+                raise ModelError(f"{source}: {key}={value:g} must be a number above {bound:g}{also}")
+        return self
 
 
 def _attention_factor(rope: dict[str, Any], factor: float) -> float:

@@ -1,6 +1,7 @@
 """Model directories that cannot be trained are refused by name; what an export takes over from one."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.errors import ModelError
-from learner.hf import load_hf, save_hf
+from learner.hf import INDEX, load_hf, save_hf
 from learner.model.config import ModelConfig
 from learner.model.decoder import Decoder
 from tests.unit.named import hf_tensors, write_hf
@@ -77,6 +78,66 @@ def test_a_quantised_model_is_refused_by_name(copy):
 def test_weights_that_are_not_finite_are_refused_by_name(copy, name, bad):
     change_weights(copy, lambda n, tensor: tensor.index_fill(0, torch.tensor([5]), bad) if n == name else tensor)
     with pytest.raises(ModelError, match=rf"model\.safetensors: {name} is not finite"):
+        loaded(copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("config.json", b"[1]", r"config\.json: holds a list instead of keys and values"),
+        ("config.json", b"\xff\xfe{}", r"config\.json: not valid JSON .*utf-8"),
+        (INDEX, b"[]", "model: cannot read the weights"),
+        (INDEX, b"{}", "model: cannot read the weights"),
+        (INDEX, b'{"weight_map": []}', r"the weight_map of model\.safetensors\.index\.json names no file"),
+        (INDEX, b'{"weight_map": {"lm_head.weight": null}}', "names no file for each tensor"),
+        (INDEX, b"\xff\xfe{}", "model: cannot read the weights .*utf-8"),
+    ],
+)
+def test_files_that_hold_something_else_are_named(copy, name, content, words):
+    (copy / name).write_bytes(content)
+    with pytest.raises(ModelError, match=words):
+        loaded(copy)
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
+LLAMA = {**YARN, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        *(
+            ({name: value}, f"{name}={value} must be at least 1")
+            for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_experts_per_tok",
+                         "moe_intermediate_size")
+            for value in (0, -4)
+        ),
+        ({"num_key_value_heads": -2}, "num_key_value_heads=-2 must be at least 1"),
+        ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads=0 must be at least 1"),
+        ({"head_dim": -8}, "head_dim=-8 must be at least 1"),
+        ({"mlp_only_layers": [1]}, "intermediate_size=0 must be at least 1"),
+        (
+            {"model_type": "qwen2_moe", "qkv_bias": True, "shared_expert_intermediate_size": -1},
+            "shared_expert_intermediate_size=-1 must be at least 0",
+        ),
+        ({"hidden_size": math.inf}, "a size is not a number"),
+        ({"model_type": ["qwen3"]}, r"model_type=\['qwen3'\]"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps=-1 must be positive"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps=0 must be positive"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps=nan must be positive"),
+        ({"rope_theta": 0, "rope_parameters": None}, "rope_theta=0 must be a number above 1"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": math.nan}}, "rope_theta=nan must be a number"),
+        ({"rope_parameters": {**YARN, "factor": 0}}, "factor=0 must be a number above 0"),
+        ({"rope_parameters": {**YARN, "beta_slow": -1}}, "beta_slow=-1 must be a number above 0"),
+        ({"rope_parameters": {**YARN, "original_max_position_embeddings": None}}, "original_max_pos.*=0 must be a num"),
+        ({"rope_parameters": {**LLAMA, "high_freq_factor": 1.0}}, "high_freq_factor=1 must .* above 1, its low_freq"),
+    ],
+)  # fmt: skip
+def test_sizes_that_no_model_can_have_are_refused_with_the_number(copy, change, words):
+    change_config(copy, rope_parameters=LLAMA)
+    loaded(copy)
+    change_config(copy, **change)
+    with pytest.raises(ModelError, match=words):
         loaded(copy)
 
 
