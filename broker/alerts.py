@@ -42,7 +42,8 @@ SIGNS = (
     Sign(
         "entropy", ("entropy",), "entropy_below", False,
         "the policy's entropy is {value} nats a token",
-        "it hardly explores any more: raise loss.entropy, lower optim.lr, or go on from an earlier checkpoint",
+        "it hardly explores any more: raise loss.entropy, lower optim.lr, or begin a run from an earlier "
+        "checkpoint (tools.export --step)",
     ),
     Sign(
         "kl", ("kl_after", "kl_to_behaviour"), "kl_above", True,
@@ -61,7 +62,9 @@ SIGNS = (
     ),
 )  # fmt: skip
 UPDATES_REMEDY = "lower optim.lr or optim.max_grad_norm, and look for the last sound checkpoint"
-REWARD_REMEDY = "look at this run's entropy and KL, lower optim.lr, and go on from the best checkpoint"
+REWARD_REMEDY = (
+    "look at this run's entropy and KL, lower optim.lr, and begin a run from the best checkpoint (tools.export --best)"
+)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from learner.retention import PREFIX, STATE, Retention, complete, path_of, step_
 
 POLL_S = 0.05
 SEEN_S = 30.0  # until every rank sees what rank 0 sees: shared file systems show a new name late
-NOTHING = -1  # where a step is said
+NOTHING, REFUSED = -1, -2  # where a step is said
 BESIDE = "rollout."  # begins the kinds of a second model's pieces
 Trained = tuple[Decoder, Optimizer]
 
@@ -204,7 +204,15 @@ def find(directory: Path, resume: bool, mesh: Mesh, seen_s: float = SEEN_S) -> P
     Raises :class:`CheckpointError` for checkpoints without ``resume`` (learner.resume), for ``resume`` with none that
     is complete, and on a rank that does not see rank 0's within ``seen_s``.
     """
-    step = mesh.broadcast_int(_choose(directory, resume) if mesh.rank == 0 else NOTHING)
+    step, refusal = NOTHING, None
+    if mesh.rank == 0:
+        try:
+            step = _choose(directory, resume)
+        except CheckpointError as error:
+            step, refusal = REFUSED, error
+    step = mesh.broadcast_int(step)
+    if step == REFUSED:
+        raise refusal or CheckpointError(f"{directory}: rank 0 goes on from nothing there; its log says why")
     if step == NOTHING:
         return None
     path, deadline = path_of(directory, step), time.monotonic() + seen_s

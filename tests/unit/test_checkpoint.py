@@ -184,6 +184,8 @@ def test_every_rank_goes_on_from_the_checkpoint_that_rank_0_chose(tmp_path):
         saved(tmp_path, step)
     assert checkpoint.find(tmp_path, True, Rank(1)).name == "step-00000001"
     assert checkpoint.find(tmp_path, True, Rank(checkpoint.NOTHING)) is None
+    with pytest.raises(CheckpointError, match="rank 0 goes on from nothing there; its log says why"):
+        checkpoint.find(tmp_path, False, Rank(checkpoint.REFUSED))
     assert checkpoint.find(tmp_path, True, Rank(1, rank=0)).name == "step-00000002"
     with pytest.raises(CheckpointError, match=r"step-00000003: rank 0 goes on from it, and rank 1 sees no state\.json"):
         checkpoint.find(tmp_path, True, Rank(3), seen_s=0.1)
