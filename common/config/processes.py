@@ -85,6 +85,12 @@ class EngineSection:
                 address.startswith(("http://", "https://")), "engine.addresses", address, "must read http://HOST:PORT"
             )
         require(
+            len({address.rstrip("/") for address in self.addresses}) == len(self.addresses),
+            "engine.addresses",
+            self.addresses,
+            "names a server twice, which would be given weights twice at once; leave one out",
+        )
+        require(
             1 <= self.least_servers <= max(self.launch, len(self.addresses)),
             "engine.least_servers",
             self.least_servers,

@@ -173,7 +173,12 @@ class EvaluationSection:
             0 <= self.prompts < MAX_HELD_OUT, "evaluation.prompts", self.prompts, f"must lie in [0, {MAX_HELD_OUT})"
         )
         require(self.every >= 1, "evaluation.every", self.every, "must be at least 1")
-        require(self.temperature >= 0, "evaluation.temperature", self.temperature, "must be 0 (greedy) or more")
+        require(
+            0 <= self.temperature < math.inf,
+            "evaluation.temperature",
+            self.temperature,
+            "must be 0 (greedy) or more, and finite",
+        )
         require(self.samples >= 1, "evaluation.samples", self.samples, "must be at least 1")
         require(
             self.samples == 1 or self.temperature > 0,

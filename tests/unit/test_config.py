@@ -127,6 +127,10 @@ def test_a_wrong_override_is_refused_by_name(path: Path, override: str, words: s
         ),
         ("engine.launch=0 engine.addresses=[http://far:1] actor.count=1 engine.device=cpu", "over loopback alone"),
         ("engine.launch=0 engine.addresses=[127.0.0.1:1] actor.count=1", "must read http://HOST:PORT"),
+        (
+            "engine.launch=0 engine.addresses=[http://127.0.0.1:1,http://127.0.0.1:1/] actor.count=1",
+            "names a server twice",
+        ),
         ("engine.addresses=[http://127.0.0.1:1]", "either the actor starts servers"),
         ("engine.launch=0", "either the actor starts servers"),
         ("weights.backend=nccl weights.route=relay", "has no GPU of its own to pass weights on from"),
@@ -175,7 +179,7 @@ def test_no_unknown_key_passes(tmp_path_factory: pytest.TempPathFactory, name: s
         ("optim.weight_decay=nan", "optim.weight_decay"), ("actor.wait_s=-5", "actor.wait_s"),
         ("broker.verify_rate=7", "broker.verify_rate"), ("run.name=..", "plain name"),
         ("replica.count=0", "obrs.mode=off"), ("broker.queue_mb=0.001", "largest step"),
-        ("broker.journal_mb=0.01", "staleness.budget"),
+        ("broker.journal_mb=0.01", "staleness.budget"), ("evaluation.temperature=.inf", "evaluation.temperature=inf"),
     ],
 )  # fmt: skip
 def test_values_that_cannot_work_are_refused_at_once(path: Path, override: str, words: str) -> None:
