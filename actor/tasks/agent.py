@@ -35,7 +35,8 @@ DEFAULT_DEADLINE_S = 300.0  # for one rollout
 DEFAULT_WORKERS = 32  # rollouts at once
 OUTPUT_KEPT = 64 << 10  # bytes of what a command prints
 SHOWN = 300  # characters of what a failed command said last
-READ_AT_ONCE = 1 << 16  # bytes
+STDOUT, STDERR = 1, 2
+LAST_WORDS_S = 1.0  # for what a command printed to be read, once it has ended
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class AgentTask:
 
 
 async def run_command(command: list[str], session: AgentSession) -> Any:
-    """The last line that ``command`` prints, read as JSON. Its processes are killed if this is cancelled.
+    """The last line that ``command`` prints, read as JSON. Its processes are killed when it ends or this is cancelled.
 
     Raises TaskError, with its last words, if it fails.
     """
@@ -122,31 +123,55 @@ async def run_command(command: list[str], session: AgentSession) -> Any:
         "CROUPIER_SPLIT": session.split,
     }
     pipe, nothing = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
-    process = await asyncio.create_subprocess_exec(
-        *command, stdin=nothing, stdout=pipe, stderr=pipe, env=environment, start_new_session=True
+    process, printed = await asyncio.get_running_loop().subprocess_exec(
+        _Printed, *command, stdin=nothing, stdout=pipe, stderr=pipe, env=environment, start_new_session=True
     )
-    assert process.stdout is not None and process.stderr is not None
     try:
-        output, words, code = await asyncio.gather(_tail(process.stdout), _tail(process.stderr), process.wait())
+        await printed.exited.wait()
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # it leads a group: children go too
-        await process.wait()
-    if code != 0:
-        raise TaskError(f"{command[0]} ended with exit code {code}: {words.strip()[-SHOWN:]}")
-    last = output.strip().rpartition("\n")[2]
+            os.killpg(process.get_pid(), signal.SIGKILL)  # it leads a group: children go too
+        await printed.exited.wait()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(printed.ended.wait(), LAST_WORDS_S)
+        process.close()
+    if code := process.get_returncode():
+        raise TaskError(f"{command[0]} ended with exit code {code}: {printed.tail(STDERR).strip()[-SHOWN:]}")
+    last = printed.tail(STDOUT).strip().rpartition("\n")[2]
     try:
         return json.loads(last)
     except json.JSONDecodeError as error:
         raise TaskError(f"{command[0]} printed no JSON on its last line: {last[-SHOWN:]!r}") from error
 
 
-async def _tail(stream: asyncio.StreamReader) -> str:
-    """The end of what comes, all of which is read."""
-    kept = b""
-    while piece := await stream.read(READ_AT_ONCE):
-        kept = (kept + piece)[-OUTPUT_KEPT:]
-    return kept.decode(errors="replace")
+class _Printed(asyncio.SubprocessProtocol):
+    """The ends of what a command prints, all of which is read.
+
+    Its exit is told from the pipes' end: a process that it left behind may hold them open for ever.
+    """
+
+    def __init__(self) -> None:
+        self.exited, self.ended = asyncio.Event(), asyncio.Event()
+        self._kept = {STDOUT: b"", STDERR: b""}
+        self._open = {STDOUT, STDERR}
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        """A piece of it."""
+        self._kept[fd] = (self._kept[fd] + data)[-OUTPUT_KEPT:]
+
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
+        """Nothing more comes there."""
+        self._open.discard(fd)
+        if not self._open:
+            self.ended.set()
+
+    def process_exited(self) -> None:
+        """The command has ended."""
+        self.exited.set()
+
+    def tail(self, fd: int) -> str:
+        """The last that came there."""
+        return self._kept[fd].decode(errors="replace")
 
 
 def _names(given: Any) -> tuple[str, ...]:
@@ -166,7 +191,7 @@ def _read_questions(path: str) -> list[dict[str, Any]]:
     if not path:
         raise TaskError("task agent needs task.params.questions, a JSONL file")
     try:
-        lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
+        lines = [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(f"task.params.questions={path}: {error}") from error
     questions = []

@@ -1,6 +1,7 @@
 """Agents that use the real openai client, against the embedded engine: what they cause is what is trained."""
 
 import asyncio
+import json
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import openai
 import pytest
 
 from actor.outbox import pack
+from actor.tasks.agent import AgentSession, AgentTask, run_command
 from common import wire
 from common.errors import ConfigError, TaskError
 from tests.chatml import make_chat_model
@@ -277,6 +279,22 @@ def test_commands_are_run_with_the_session_in_their_environment(chat_model, ques
             table.start()
             table.wait(lambda t: t.messages)
             assert reason in table.messages[0].reason
+
+
+@pytest.mark.parametrize("leaves", ["sleep 60", "setsid sleep 3"])  # of its group, and of a group of its own
+def test_a_command_has_ended_whatever_holds_its_pipe(leaves):
+    async def play():
+        command = ["bash", "-c", f"{leaves} & echo '{{\"correct\": 1}}'"]
+        return await asyncio.wait_for(run_command(command, AgentSession("http://x", "k", {}, "train")), 2.5)
+
+    assert asyncio.run(play()) == {"correct": 1}
+
+
+def test_questions_may_hold_what_unicode_calls_the_end_of_a_line(tmp_path):
+    file, texts = tmp_path / "q.jsonl", ["plain", "two\u2028lines", "end\x85"]
+    file.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+    task = AgentTask(0, {**FUNCTION, "questions": str(file)})
+    assert sorted(task.prompt(i, "train").reference["text"] for i in range(3)) == sorted(texts)
 
 
 def test_tools_are_offered_and_their_answers_go_on(table):
