@@ -31,7 +31,7 @@ class Chat:
         self._tokenizer = load_tokenizer(model_dir)
         self._lock = threading.Lock()  # tokenizers refuse to be used by two threads at once: "Already borrowed"
         self._before, self._behind = self._turn_around(model_dir)
-        added = [str(token) for token in self._tokenizer.added_tokens_decoder.values()]
+        added = [str(t) for t in self._tokenizer.added_tokens_decoder.values() if t.special or not str(t).isspace()]
         self._reserved = sorted({*added, *map(str, self._tokenizer.all_special_tokens)}, key=len, reverse=True)
 
     def _turn_around(self, model_dir: str) -> tuple[str, str]:
@@ -88,9 +88,10 @@ class Chat:
     def reply(self, said: str, completion: Ids, room: int) -> Ids:
         """Ids ``[n]``, n <= ``room``, that follow ``completion[T]``; too long a text is cut in the middle, with a mark.
 
-        Text that would be read as the template's own tokens is broken up. Raises TaskError if not
-        even a mark has room.
+        Text that would be read as the template's own tokens is broken up, and what UTF-8 cannot say is
+        replaced. Raises TaskError if not even a mark has room.
         """
+        said = said.encode(errors="replace").decode()
         for token in self._reserved:
             said = said.replace(token, f"{token[0]} {token[1:]}")
         ended = self._ended(completion)
