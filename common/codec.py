@@ -82,7 +82,10 @@ def _layout(kind: Any) -> _Layout:
 
 
 def encode(message: Any) -> list[Any]:
-    """Frames of ``message``: bytes and array memory, ready for ``send_multipart(copy=False)``."""
+    """Frames of ``message``: bytes and array memory, ready for ``send_multipart(copy=False)``.
+
+    What UTF-8 cannot say, lone surrogates that foreign code put into an error's text, is escaped.
+    """
     kind: Any = type(message)
     layout = _layout(kind)
     plain = {name: getattr(message, name) for name in layout.plain}
@@ -111,7 +114,8 @@ def encode(message: Any) -> list[Any]:
             offset += value.nbytes + padding
     if pieces:
         payload.append(b"".join(pieces))
-    header = msgpack.packb({"w": WIRE_VERSION, "t": message.TAG, "h": plain, "a": table})
+    fields = {"w": WIRE_VERSION, "t": message.TAG, "h": plain, "a": table}
+    header = msgpack.packb(fields, unicode_errors="backslashreplace")
     if len(header) > MAX_HEADER_BYTES:
         raise WireError(f"{message.TAG}: header of {len(header)} bytes exceeds {MAX_HEADER_BYTES}")
     return [header, *payload]

@@ -61,6 +61,11 @@ def test_round_trip(tokens, k, routed):
     same(message, decode(frames, wire.TO_BROKER))
 
 
+def test_what_utf8_cannot_say_travels_escaped():
+    frames = encode(wire.GroupFailed(7, "no tool \ud83d: caf\N{LATIN SMALL LETTER E WITH ACUTE} \N{SNOWMAN}", 1))
+    assert decode(frames, wire.TO_BROKER).reason == "no tool \\ud83d: caf\u00e9 \u2603"
+
+
 def test_an_expert_record_travels_in_requests_and_shards_too():
     sent = sample_trajectories(routed=4)
     request = wire.ScoreRequest(
