@@ -1,16 +1,18 @@
 """Trajectories on their way to the broker, kept until they are acknowledged. Pure."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from actor.rollout import Turn
 from actor.tasks.base import Block
-from common.wire import EXPERT, FINISH_REASONS, STARTS, Ack, GroupFailed, Trajectories
+from common.config.units import BYTES_PER_ALTERNATIVE, BYTES_PER_EXPERT, BYTES_PER_TOKEN
+from common.wire import EXPERT, FINISH_REASONS, MAX_MEMBERS, STARTS, Ack, GroupFailed, Trajectories
 
 FAILURES_KEPT = 1000
+BYTES_PER_MEMBER, BYTES_PER_BLOCK, BYTES_PER_CHANNEL = 24, 24, 4  # of a message, beside the tokens
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,31 @@ def by_channels(finished: Sequence[Finished]) -> dict[tuple[str, ...], list[Fini
     for one in finished:
         found.setdefault(tuple(one.channels), []).append(one)
     return found
+
+
+def in_messages(finished: Sequence[Finished], most_bytes: int) -> Iterator[list[Finished]]:
+    """``finished`` as one message after another can carry it: one rollout at least, else ``most_bytes`` at most."""
+    part, room = list[Finished](), most_bytes
+    for one in finished:
+        size = _size(one)
+        if part and (len(part) == MAX_MEMBERS or size > room):
+            yield part
+            part, room = [], most_bytes
+        part.append(one)
+        room -= size
+    if part:
+        yield part
+
+
+def _size(one: Finished) -> int:
+    """Bytes of a message."""
+    first = one.turns[0].completion
+    alternatives, experts = first.topk_ids.shape[1], first.experts.shape[1]
+    per_token = BYTES_PER_TOKEN + BYTES_PER_ALTERNATIVE * alternatives + BYTES_PER_EXPERT * experts
+    tokens = sum(len(turn.given) + len(turn.completion.token_ids) for turn in one.turns)
+    beside = BYTES_PER_MEMBER + BYTES_PER_CHANNEL * len(one.channels) + BYTES_PER_BLOCK * len(one.blocks)
+    size: int = tokens * per_token + beside
+    return size
 
 
 def pack(run_id: str, channel_names: Sequence[str], finished: Sequence[Finished]) -> Trajectories:

@@ -25,7 +25,7 @@ import torch
 
 from actor.engine.base import Engine
 from actor.exports import counter_families
-from actor.outbox import Finished, Outbox, by_channels, pack
+from actor.outbox import Finished, Outbox, by_channels, in_messages, pack
 from actor.play import Play, open_task
 from actor.tasks.base import count_questions
 from actor.tasks.mixed import parts_of
@@ -43,6 +43,7 @@ from common.weights import Receiver, StagedWeights, WeightReceiver
 IDLE_WAIT_S = 0.01  # how long an idle actor blocks for a message before it looks for new weights
 AGENTS_WAIT_S = 0.002  # the same while agents are at work, whose requests come from another thread
 PAUSE_S = 0.1  # actor.slowdown and .pace_s: how long at a time
+MESSAGE_SHARE = 4  # one in so many bytes of broker.max_message_mb: a link is shared with heartbeats
 ENGINE_WAIT_S = 0.005  # how long a step may wait for an engine that samples elsewhere
 
 log = logging.getLogger("actor")
@@ -170,8 +171,8 @@ class ActorService:
     def _send_off(self, finished: Sequence[Finished]) -> None:
         with self.tracer.within("send"):
             for channels, alike in by_channels(finished).items():
-                for start in range(0, len(alike), wire.MAX_MEMBERS):
-                    trajectories = pack(self.link.run_id, channels, alike[start : start + wire.MAX_MEMBERS])
+                for part in in_messages(alike, self.config.broker.max_message_bytes // MESSAGE_SHARE):
+                    trajectories = pack(self.link.run_id, channels, part)
                     self.outbox.add(trajectories)
                     self.link.send(trajectories)
 

@@ -17,7 +17,15 @@ from common.config.processes import (
     WeightsSection,
 )
 from common.config.sampling import EvaluationSection, ModelSection, RolloutSection, TaskSection
-from common.config.units import BYTES_FROZEN, BYTES_JOURNALED, BYTES_PER_EXPERT, BYTES_PER_TOKEN, BYTES_SERVED, MEGABYTE
+from common.config.units import (
+    BYTES_BESIDE,
+    BYTES_FROZEN,
+    BYTES_JOURNALED,
+    BYTES_PER_EXPERT,
+    BYTES_PER_TOKEN,
+    BYTES_SERVED,
+    MEGABYTE,
+)
 from common.frozen import POLICY, REFERENCE, FrozenModel, ReferenceSection, TeacherEntry, check_teachers
 from common.joint import JointSection, WarmstartSection
 from common.objective import AdvantageSection, LossSection, check_stacking, require
@@ -348,6 +356,14 @@ class RunConfig:
             self.broker.journal_mb,
             f"must hold staleness.budget + 2 (auto: most + 2) of the largest steps that rollout allows, "
             f"{journal_mb:.3g} MB{beside}, or be 0",
+        )
+        longest_mb = (self.rollout.largest_trajectory(routed) + BYTES_BESIDE) / MEGABYTE
+        require(
+            self.broker.max_message_mb >= longest_mb,
+            "broker.max_message_mb",
+            self.broker.max_message_mb,
+            f"must hold the longest trajectory that rollout.max_prompt_tokens, .max_turns, .max_tokens, "
+            f".max_reply_tokens and .top_logprobs allow, {longest_mb:.3g} MB{beside}; raise it, or lower those",
         )
         tokens = self.rollout.groups_per_step * self.rollout.group_size * self.rollout.max_length
         served = BYTES_SERVED + BYTES_FROZEN * self.scores_per_token

@@ -150,10 +150,14 @@ class RolloutSection:
         """Siblings that are sampled for a group in which ``exemplars`` are not."""
         return math.ceil((self.group_size - exemplars) * self.oversample)
 
-    def largest_group(self, routed: int = 0) -> int:
-        """Bytes of a group whose every sibling is as long as it may be; ``routed`` experts are recorded of a token."""
+    def largest_trajectory(self, routed: int = 0) -> int:
+        """Bytes of the longest possible trajectory; ``routed`` experts are recorded of a token."""
         per_token = BYTES_PER_TOKEN + BYTES_PER_ALTERNATIVE * self.top_logprobs + BYTES_PER_EXPERT * routed
-        return self.group_size * self.max_length * per_token
+        return self.max_length * per_token
+
+    def largest_group(self, routed: int = 0) -> int:
+        """Bytes of a group whose every sibling is as long as it may be."""
+        return self.group_size * self.largest_trajectory(routed)
 
 
 @dataclass(frozen=True)

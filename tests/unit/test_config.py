@@ -179,12 +179,17 @@ def test_no_unknown_key_passes(tmp_path_factory: pytest.TempPathFactory, name: s
         ("optim.weight_decay=nan", "optim.weight_decay"), ("actor.wait_s=-5", "actor.wait_s"),
         ("broker.verify_rate=7", "broker.verify_rate"), ("run.name=..", "plain name"),
         ("replica.count=0", "obrs.mode=off"), ("broker.queue_mb=0.001", "largest step"),
-        ("broker.journal_mb=0.01", "staleness.budget"), ("evaluation.temperature=.inf", "evaluation.temperature=inf"),
+        ("broker.journal_mb=0.01", "staleness.budget"),
+        (
+            "broker.max_message_mb=1 rollout.max_tokens=90000 broker.queue_mb=1000 broker.journal_mb=0",
+            "broker.max_message_mb=1.0: must hold the longest trajectory",
+        ),
+        ("evaluation.temperature=.inf", "evaluation.temperature=inf"),
     ],
 )  # fmt: skip
 def test_values_that_cannot_work_are_refused_at_once(path: Path, override: str, words: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(words)):
-        load(path, [override])
+        load(path, override.split())
 
 
 def test_every_range_names_a_key() -> None:

@@ -1,12 +1,16 @@
 """What an actor keeps until the broker has it."""
 
+import itertools
+
 import numpy as np
 import pytest
 
 from actor.engine.base import Completion
-from actor.outbox import FAILURES_KEPT, Finished, Outbox, pack
+from actor.outbox import FAILURES_KEPT, Finished, Outbox, in_messages, pack
 from actor.rollout import Turn
 from common import wire
+from common.codec import encode
+from common.frames import count_bytes
 
 
 def finished(group: int, sibling: int, prompt: int = 3, tokens: int = 4, reason: str = "stop") -> Finished:
@@ -46,6 +50,24 @@ def test_many_trajectories_travel_as_one_message() -> None:
     assert message.rewards.tolist() == [0.0, 0.5]
     assert [wire.FINISH_REASONS[i] for i in message.finish] == ["stop", "length"]
     assert message.faults(1000, 7) == {}
+
+
+@pytest.mark.parametrize("most_bytes", [1, 500, 2000, 1 << 20])
+def test_messages_are_bounded_in_bytes(most_bytes: int) -> None:
+    given = [finished(1, sibling, tokens=20 + sibling) for sibling in range(20)]
+    parts = list(in_messages(given, most_bytes))
+    assert [one for part in parts for one in part] == given
+    for part in parts:
+        _, *payload = encode(pack("r", ("right", "short"), part))
+        assert len(part) == 1 or count_bytes(payload) <= most_bytes
+    for one, following in itertools.pairwise(parts):
+        together = pack("r", ("right", "short"), [*one, following[0]])
+        assert count_bytes(encode(together)[1:]) > 0.9 * most_bytes, "no message is needed that has room elsewhere"
+
+
+def test_messages_are_bounded_in_members() -> None:
+    one = finished(1, 0)
+    assert [len(part) for part in in_messages([one] * (wire.MAX_MEMBERS + 1), 1 << 30)] == [wire.MAX_MEMBERS, 1]
 
 
 def test_a_message_stays_until_each_of_its_trajectories_is_acknowledged() -> None:
