@@ -8,7 +8,9 @@
         {"name": ..., "params": JSON, "entry": Python literals, "answer": ...}  -> {"score": 1.0}
 
 Every request says after how many ``seconds`` the process kills itself. JSON lines on the socket that
-is its standard input. Its memory is bounded; an answer that makes a verifier raise has failed.
+is its standard input. An answer that makes a verifier raise has failed. Memory is bounded: who runs
+out of it ends without a verdict, and one that verifiers have filled half of it says so (``spent``),
+to be replaced before that can happen to an answer that is innocent.
 """
 
 import ast
@@ -25,6 +27,7 @@ from collections.abc import Callable
 from typing import Any
 
 MEMORY_BYTES = 2 << 30  # of address space: sympy and what it needs take a quarter of it
+SPENT_BYTES = MEMORY_BYTES // 2  # latex2sympy's parser keeps something of every new kind of answer, for ever
 REFERENCES_KEPT = 4096
 ENTRIES_KEPT = 64  # siblings come soon after one another
 
@@ -38,7 +41,9 @@ def grade_math(request: dict[str, Any]) -> dict[str, Any]:
         correct = bool(given) and any(
             verify(_reference(wanted), given, timeout_seconds=None) for wanted in request["references"]
         )
-    except Exception:  # noqa: BLE001  # sympy raises whatever it likes, MemoryError too
+    except MemoryError:  # which says nothing of the answer
+        raise
+    except Exception:  # noqa: BLE001  # sympy raises whatever it likes
         return {"read": False, "correct": False}
     return {"read": bool(given), "correct": correct}
 
@@ -86,6 +91,12 @@ def prepare(kind: str) -> None:
         importlib.import_module("reasoning_gym")
 
 
+def is_spent() -> bool:
+    """Whether there may not be memory for another answer."""
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split(maxsplit=1)[0]) * resource.getpagesize() > SPENT_BYTES
+
+
 def main(kind: str) -> None:
     """Until the other end is closed."""
     logging.disable(logging.CRITICAL)  # math-verify says at every call that it has no timeout
@@ -97,9 +108,12 @@ def main(kind: str) -> None:
         for line in lines:
             request = json.loads(line)
             signal.setitimer(signal.ITIMER_REAL, request["seconds"])  # the signal's own action ends the process
-            verdict = GRADE[kind](request)
+            try:
+                verdict = GRADE[kind](request)
+            except MemoryError:
+                os._exit(1)  # a fresh process may grade it
             signal.setitimer(signal.ITIMER_REAL, 0)
-            channel.sendall(json.dumps(verdict).encode() + b"\n")
+            channel.sendall(json.dumps({**verdict, "spent": is_spent()}).encode() + b"\n")
 
 
 if __name__ == "__main__":

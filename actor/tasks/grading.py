@@ -4,6 +4,7 @@
 
     grade(request) -> an idle worker (started if there is none) -> its verdict
                         | late, or dead twice -> killed; another is started when it is needed -> Overdue
+                        | it says that its memory is spent -> its verdict; another is started when it is needed
 
 What a policy writes ends in sympy here: a tower of exponents keeps it busy for ever and holds the
 interpreter's lock meanwhile, so no thread and no signal of this process could end it. Workers are
@@ -106,7 +107,7 @@ class Graders:
             try:
                 worker = worker or _Worker(self.kind)
                 verdict = worker.ask(request, self.deadline_s)
-                kept = worker
+                kept = None if verdict.pop("spent") else worker
                 return verdict
             except TimeoutError:
                 raise Overdue(f"was not graded within {self.deadline_s:g} s") from None

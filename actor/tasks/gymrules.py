@@ -55,7 +55,10 @@ def is_arithmetic(text: str) -> bool:
 
 
 def score(dataset: Any, name: str, answer: str, entry: dict[str, Any]) -> float:
-    """What ``answer`` is worth, in [0, 1]; one that the verifier cannot read is worth nothing."""
+    """What ``answer`` is worth, in [0, 1]; one that the verifier cannot read is worth nothing.
+
+    Raises MemoryError.
+    """
     name = str(entry.get("metadata", {}).get("source_dataset", name))
     if name in READ_BY_SYMPY and not is_arithmetic(answer):
         return 0.0
@@ -63,6 +66,8 @@ def score(dataset: Any, name: str, answer: str, entry: dict[str, Any]) -> float:
         found = float(dataset.score_answer(answer, entry))
         if not math.isfinite(found) or (found >= CORRECT_FROM and name in _CHECKS and not _CHECKS[name](answer, entry)):
             return 0.0
+    except MemoryError:
+        raise
     except Exception:  # noqa: BLE001  # verifiers raise for answers that they did not expect
         return 0.0
     return found

@@ -89,6 +89,19 @@ def test_a_worker_left_alone_with_a_tower_kills_itself() -> None:
     assert worker.wait(30) == -signal.SIGALRM
 
 
+def test_a_process_that_has_grown_says_so() -> None:
+    ours, theirs = socket.socketpair()
+    grown = "import sys; from actor.tasks import gradeworker as g; kept = bytearray(g.SPENT_BYTES); g.main('math')"
+    worker = subprocess.Popen([sys.executable, "-c", grown], stdin=theirs.fileno(), cwd=ROOT)
+    theirs.close()
+    ours.settimeout(60)
+    assert ours.recv(100) == b"{}\n"
+    ours.sendall(json.dumps({**ONE, "seconds": 60}).encode() + b"\n")
+    assert json.loads(ours.recv(1000)) == {"read": True, "correct": True, "spent": True}
+    ours.close()
+    assert worker.wait(30) == 0
+
+
 def test_a_worker_that_cannot_start_is_an_error_of_ours(one: Graders, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(TaskError, match="a grading process did not start"):
