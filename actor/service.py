@@ -34,7 +34,7 @@ from common import wire
 from common.config import MEGABYTE, RunConfig
 from common.exporter import Families, families_of_peer, gauge, open_exporter
 from common.identity import model_identity
-from common.link import connect
+from common.link import BrokerLink, connect
 from common.process import StopFlag
 from common.slowness import Slowness
 from common.trace import Tracer, open_tracer, power_of_two, silent
@@ -83,6 +83,16 @@ def make_receiver(config: RunConfig, engine: Engine, send: Callable[[Any], None]
     return WeightReceiver(send, lambda prepare: GroupCollective(prepare, deadline, device), deadline, tracer)
 
 
+def reporting(link: BrokerLink, engine: Engine) -> Callable[[Any], None]:
+    """What a receiver sends by: the link knows first what is held, so that no heartbeat denies what was applied."""
+
+    def send(message: Any) -> None:
+        link.set_version(engine.holds)
+        link.send(message)
+
+    return send
+
+
 class ActorService:
     """One actor; :meth:`run` returns when the broker says Stop or the process is asked to end."""
 
@@ -115,7 +125,7 @@ class ActorService:
             questions=[count_questions(part) for part in parts_of(self.task)],
         )
         self.link = connect(config.broker, hello, self.tracer)
-        self.receiver = make_receiver(config, self.engine, self.link.send, self.tracer)
+        self.receiver = make_receiver(config, self.engine, reporting(self.link, self.engine), self.tracer)
 
     def run(self) -> None:
         """Sample until told to stop."""
@@ -245,7 +255,6 @@ class ActorService:
                 self.receiver.failed(staged, loaded.error)
                 continue
             self.counters["swaps"] += 1
-            self.link.set_version(self.engine.holds)
             self.receiver.applied(staged, adopted=loaded.keeps, copied=not loaded.keeps)
 
     def _load(self, staged: StagedWeights) -> None:

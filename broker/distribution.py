@@ -117,7 +117,7 @@ class Distribution:
 
     def _on_applied(self, peer: Peer, message: wire.Applied) -> None:
         stream = self._stream_of(peer)
-        peer.version = max(peer.version, message.version)
+        peer.holds(max(peer.version, message.version))
         self._dispatch(stream, stream.on_applied(message, peer.name))
 
     def _on_receive_failed(self, peer: Peer, message: wire.ReceiveFailed) -> None:

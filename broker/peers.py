@@ -14,9 +14,18 @@ class Peer:
     identity: bytes
     hello: Hello
     heard: float
-    version: int
+    version: int  # the oldest that anything of it holds, by its own account
     counters: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)  # in each state (common.trace.STATES)
+    reached: int = -1  # the newest version that it has had: what else of it still serves may be granted work
+
+    def __post_init__(self) -> None:
+        """It has what it came with."""
+        self.holds(self.version)
+
+    def holds(self, version: int) -> None:
+        """It says so. Less than before, if servers behind an actor were lost with their weights."""
+        self.version, self.reached = version, max(self.reached, version)
 
     @property
     def name(self) -> str:

@@ -139,12 +139,12 @@ class Rollouts:
         self.door.outlet.do(lambda: self.files.metric("eval", line))
 
     def grant(self, version: int) -> None:
-        """Promise room to the actors that have ``version``, in equal shares; a model that stays as it is, has all.
+        """Promise room to the actors that have had ``version``, in equal shares; a model that stays as it is, has all.
 
         One that evaluates gets what the others have no room for: its groups would wait behind held-out prompts.
         """
         stays = self.config.joint.stays
-        serving = [p for p in self.door.roster.role("actor") if stays or p.version >= version]
+        serving = [p for p in self.door.roster.role("actor") if stays or p.reached >= version]
         if not serving:
             return
         busy = {p.name: self.pipeline.book.in_flight(p.name) for p in serving}

@@ -314,7 +314,7 @@ class BrokerService:
         return loss
 
     def _on_heartbeat(self, peer: Peer, message: wire.Heartbeat) -> None:
-        peer.version = max(peer.version, message.version)
+        peer.holds(message.version)
         self.figures.fleet.heard(peer, message.seconds, message.counters)
         pong = wire.Pong(self.door.version, message.sent_ns, time.monotonic_ns(), time.monotonic_ns())
         self.router.send(peer.identity, pong)  # at once: the shorter the way, the better its clock is known

@@ -187,11 +187,15 @@ class SglangEngine:
 
     @property
     def holds(self) -> int:
-        """The version that the broker is told: with ``weights.route=direct`` the oldest of a server that lives."""
+        """The version that the broker is told: with ``weights.route=direct`` the oldest of a server that lives.
+
+        While none does, the newest: there is nobody to send it to.
+        """
         if self.config.route == "relay":
             return self._loaded_version
         alive = (State.STALE, State.SYNCED, State.SERVING)
-        return min((server.version for server in self._servers if server.state in alive), default=0)
+        newest = self._held.number if self._held is not None else 0
+        return min((server.version for server in self._servers if server.state in alive), default=newest)
 
     def lacking(self, version: int) -> Sequence[Server]:
         """Servers that live and do not have ``version``."""

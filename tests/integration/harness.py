@@ -99,6 +99,7 @@ class Peer:
         self.link.send(wire.Published(go.epoch, version, "d", 0.01))
         for receiver in receivers:
             receiver.expect(wire.Go)
+            receiver.link.set_version(version)
             receiver.link.send(wire.Applied(go.epoch, version, "d"))
         self.expect(wire.PublishDone)
 

@@ -177,8 +177,8 @@ def test_a_version_whose_end_a_reset_connection_lost_keeps_no_later_one_back(mak
     actor.expect(wire.Go)
     proxy.swallow = b"published"
     learner.link.send(wire.Published(go.epoch, 1, "d", 0.01))
-    actor.link.send(wire.Applied(go.epoch, 1, "d"))
     actor.link.set_version(1)
+    actor.link.send(wire.Applied(go.epoch, 1, "d"))
     learner.expect(wire.Welcome)
     assert proxy.resets == 1
     learner.link.set_version(2)
@@ -187,6 +187,27 @@ def test_a_version_whose_end_a_reset_connection_lost_keeps_no_later_one_back(mak
     for peer in (learner, actor):
         peer.link.close()
     proxy.listener.close()
+
+
+def test_an_actor_whose_servers_lost_their_weights_is_sent_them_again(make):
+    broker = make(staleness=StalenessSection(2))
+    learner, actor, granted = staffed(broker)
+    for number in granted:
+        actor.link.send(group(actor.link.run_id, number))
+    learner.link.send(wire.Fetch(0, 0, 1))
+    learner.expect(wire.Shard)
+    learner.link.send(wire.Commit(0, 1, {}))
+    learner.publish(1, [actor])
+    later = actor.expect(wire.Grant).groups.tolist()
+    learner.nothing(wire.Resync, 0.3)
+    actor.link.set_version(0)  # one came back with the starting model
+    assert learner.expect(wire.Resync).reason == "a0 lack version 1"
+    actor.link.send(wire.GroupFailed(later[0], "gone"))
+    assert actor.expect(wire.Grant).min_version == 1  # the others serve on
+    learner.publish(1, [actor])
+    learner.nothing(wire.Resync, 0.3)
+    for peer in (learner, actor):
+        peer.link.close()
 
 
 @pytest.mark.parametrize("sends", ["commit", "fetch", "checkpointed", "nothing"])

@@ -5,6 +5,7 @@ import json
 import logging
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,10 +13,21 @@ from aiohttp import web
 from safetensors.numpy import save_file
 
 from actor.engine.base import Failure, SampleRequest
+from actor.engine.push import Version
 from actor.engine.server import State
 from actor.engine.sglang import SglangEngine
-from common.config import ActorSection, EngineSection, ModelSection, RolloutSection, RunConfig, RunSection
+from actor.service import reporting
+from common.config import (
+    ActorSection,
+    EngineSection,
+    ModelSection,
+    RolloutSection,
+    RunConfig,
+    RunSection,
+    WeightsSection,
+)
 from common.errors import EngineError
+from common.weights import plan_buckets
 from tests.integration.fake_sglang import VOCAB, FakeServer
 
 FAST = {
@@ -50,12 +62,13 @@ def engine_on(tmp_path):
     save_file({"w": np.zeros(4, np.float32)}, model / "model.safetensors")
     made = []
 
-    def make(*servers, wait=True, rollout=None, **engine):
+    def make(*servers, wait=True, rollout=None, weights=None, **engine):
         config = RunConfig(
             run=RunSection(name="r", dir=str(tmp_path)),
             model=ModelSection(path=str(model)),
             rollout=RolloutSection(max_prompt_tokens=64, max_tokens=64, **(rollout or {})),
             actor=ActorSection(count=1, engine="sglang", max_sequences=64),
+            weights=weights or WeightsSection(),
             engine=EngineSection(launch=0, addresses=tuple(s.url for s in servers), **{**FAST, **engine}),
         )
         made.append(SglangEngine(config, "a"))
@@ -195,6 +208,34 @@ def test_a_server_that_comes_back_joins_again(fakes, engine_on):
     fakes(port=goes.port)
     run(engine, lambda: engine.servers[1].state == State.SERVING)
     assert engine.servers[1].version == 0
+
+
+def test_the_broker_is_told_of_a_server_that_came_back_without_its_weights(fakes, engine_on):
+    fake = fakes()
+    engine = engine_on(fake, weights=WeightsSection(route="direct", backend="gloo"), restarts=20)
+    (server,) = engine.servers
+    version = Version(3, engine.tag(3), [(b, None) for b in plan_buckets([("w", "float32", (4,))], 1 << 20)])
+
+    async def taken():
+        fake.weight_version = version.tag
+        return 0.0
+
+    async def receive():
+        assert await server.receive(version, taken) == ""
+        engine.expect(version)
+
+    assert engine.holds == 0
+    engine.run(receive()).result(5)
+    heard = SimpleNamespace(said=[], set_version=lambda version: heard.said.append(version))
+    heard.send = heard.said.append
+    reporting(heard, engine)("applied")
+    assert heard.said == [3, "applied"]
+    fake.close()
+    run(engine, lambda: server.state == State.LOST)
+    assert engine.holds == 3 and not engine.lacking(3)  # nobody could be sent it
+    fakes(port=fake.port)
+    run(engine, lambda: server.state == State.STALE)
+    assert engine.holds == 0 and engine.lacking(3) == [server]
 
 
 def test_a_stuck_scheduler_is_found_although_the_server_accepts_connections(fakes, engine_on):
