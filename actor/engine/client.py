@@ -14,7 +14,7 @@ from actor.engine.pacing import Load
 from common.errors import EngineError
 
 SHORT_S = 10.0  # for calls that do no work
-NOT_THERE = 404
+NOT_THERE, TOO_MANY, BROKEN = 404, 429, 500
 
 
 class ServerLostError(EngineError):
@@ -27,6 +27,11 @@ class ServerRefusedError(EngineError):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
+
+    @property
+    def passing(self) -> bool:
+        """Whether that is the server's trouble, which may pass, and not the request's."""
+        return self.status == TOO_MANY or self.status >= BROKEN
 
 
 class Client:

@@ -14,7 +14,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from actor.engine.client import Client, ServerRefusedError
+from actor.engine.client import Client, ServerLostError, ServerRefusedError
 from actor.engine.reply import Asked, read_piece
 from common.errors import DataError, EngineError
 
@@ -123,7 +123,8 @@ async def check_density(client: Client, vocab_size: int, temperature: float) -> 
         try:
             answer = orjson.loads(await client.send("/generate", orjson.dumps(fields), PROBE_S))
         except ServerRefusedError as error:
-            raise EngineError(f"{client.name} refused the probe of its log-probabilities: {error}") from error
+            kind = ServerLostError if error.passing else EngineError
+            raise kind(f"{client.name} refused the probe of its log-probabilities: {error}") from error
         return list(answer)
 
     drawn = await ask(temperature, DRAWS)

@@ -92,6 +92,7 @@ class Server:
         self._changed = asyncio.Event()
         self._updating = asyncio.Lock()
         self.failure: Exception | None = None  # of an update from the learner; ends this life
+        self._receiving = False  # from the learner
         self._refusals = 0  # of updates from the learner, in a row
         self.lives = 0  # joins so far
         self._task: asyncio.Task[None] | None = None
@@ -122,6 +123,17 @@ class Server:
             self.why = why
             self._changed.set()
 
+    def fail(self, why: str) -> None:
+        """It is of no use as it is: it starts anew."""
+        if self.state == State.SERVING:
+            self.failure = ServerLostError(why)
+            self._changed.set()
+
+    @property
+    def updating(self) -> bool:
+        """Whether a version is on its way into it, for which what runs may be aborted."""
+        return self._receiving or not self.settled
+
     def disown(self, why: str) -> None:
         """It samples from weights that are not ours: it must take the version again."""
         if self.state != State.SERVING:
@@ -139,6 +151,7 @@ class Server:
         async with self._updating:
             if self.lives != life or self.state not in (State.STALE, State.SERVING):
                 return f"{self.name} is {self.state}"
+            self._receiving = True
             try:
                 await self._taken(version, await take())
                 self._refusals = 0
@@ -156,6 +169,7 @@ class Server:
                 self.failure = error
                 return f"{type(error).__name__}: {error}"
             finally:
+                self._receiving = False
                 self._changed.set()
         return ""
 

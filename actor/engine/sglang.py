@@ -5,7 +5,7 @@
     add -> home of its key (actor.engine.routing) -> sent while the server keeps up (actor.engine.pacing)
         -> reply (actor.engine.reply) -> Completion
              | aborted by an update: the tokens are kept, the rest is asked for as a further piece
-             | server lost or reply untrue: all of it is thrown away and sampled again elsewhere
+             | server lost or refuses, or reply untrue: all of it is thrown away and sampled again elsewhere
 
 Servers live on an event loop in a thread (actor.engine.server); this object belongs to the actor's
 main thread, which reads replies there, so that nothing heavy runs on the loop.
@@ -28,7 +28,7 @@ import orjson
 import torch
 
 from actor.engine.base import Completion, Failure, Loaded, SampleRequest, check_request
-from actor.engine.client import ServerLostError
+from actor.engine.client import ServerLostError, ServerRefusedError
 from actor.engine.loading import differing, read_model_facts
 from actor.engine.probe import sampling
 from actor.engine.push import Pusher, Version
@@ -295,7 +295,7 @@ class SglangEngine:
         self._serial += 1
         sample.serial, serial = self._serial, self._serial
         target.under_way += 1
-        sample.sent_to = target
+        sample.sent_to, sample.updates = target, target.server.updates
         body = orjson.dumps(self._fields(target, sample), option=orjson.OPT_SERIALIZE_NUMPY)
         client, timeout = target.server.client, self.config.engine.request_timeout_s
 
@@ -363,9 +363,7 @@ class SglangEngine:
         target = sample.answered()
         if isinstance(answer, EngineError):
             self._counters["requests_failed"] += 1
-            if isinstance(answer, ServerLostError):
-                target.doubted = target.server.loads
-                self._loop.call_soon_threadsafe(target.server.suspect, str(answer))
+            self._doubt(target, answer)
             self._retry(sample, str(answer))
             return
         request = sample.request
@@ -381,7 +379,17 @@ class SglangEngine:
                 self._loop.call_soon_threadsafe(target.server.disown, str(error))
             self._retry(sample, f"{sample.home}: {error}")
             return
+        target.answers(sample, len(piece.token_ids))
         self._join(sample, piece)
+
+    def _doubt(self, target: Target, error: EngineError) -> None:
+        """``target`` is sent nothing before its next look, if ``error`` is its fault; it may have failed."""
+        server = target.server
+        if isinstance(error, ServerLostError):
+            target.doubt()
+            self._loop.call_soon_threadsafe(server.suspect, str(error))
+        elif isinstance(error, ServerRefusedError) and error.passing and target.refuses():
+            self._loop.call_soon_threadsafe(server.fail, f"it does nothing but refuse: {error}")
 
     def _join(self, sample: Sample, piece: Piece) -> None:
         """A further piece: the end, or a reason to ask for the rest."""
@@ -406,7 +414,7 @@ class SglangEngine:
         """Sample it again from its prompt, elsewhere: what a lost server sampled is nobody's rollout."""
         sample.tries += 1
         sample.pieces.clear()
-        sample.sampled = 0
+        sample.sampled = sample.empty = 0
         if sample.tries >= self.config.engine.attempts:
             self._samples.pop((sample.request.request_id, sample.sibling), None)
             reason = f"{sample.tries} attempts (engine.attempts), the last: {why}"

@@ -3,7 +3,7 @@
 ::
 
     place -> queue of the key's home -> ready, while its server keeps up -> sent -> answered
-               ^ its server is lost, or doubted, or another idles: placed again
+               ^ its server is lost, refuses or is doubted, or another idles: placed again
 """
 
 import asyncio
@@ -19,6 +19,7 @@ from actor.engine.reply import Piece
 from actor.engine.routing import Router
 from actor.engine.server import Server, State
 
+REFUSALS = 3  # looks in a row behind which a server did nothing but refuse, until it has failed
 STEAL = 2  # samples that must wait at one target before an idle one takes a key from it
 
 log = logging.getLogger("actor.engine")
@@ -38,6 +39,7 @@ class Sample:
     sent_to: "Target | None" = None  # whose request is under way
     serial: int = 0  # of the request under way: a reply to an earlier one is not ours any more
     task: "asyncio.Future[Any] | None" = None
+    updates: int = 0  # of the server that it was sent to, when it was
 
     @property
     def left(self) -> int:
@@ -64,6 +66,7 @@ class Target:
     under_way: int = 0
     seen: int = 0  # looks at the server's load that the pace has had
     doubted: int = -1  # looks that there had been when a request to it failed; it gets none before the next
+    refused: int = 0  # looks in a row behind which it did nothing but refuse
 
     @property
     def load(self) -> int:
@@ -77,8 +80,32 @@ class Target:
 
     @property
     def idle(self) -> bool:
-        """Whether it could do more than waits for it."""
-        return not self.waiting and self.under_way < self.pace.limit
+        """Whether it could do more than waits for it; one that refuses what it has cannot."""
+        return not self.waiting and not self.refused and self.under_way < self.pace.limit
+
+    def doubt(self) -> None:
+        """A request to it failed."""
+        self.doubted = self.server.loads
+
+    def refuses(self) -> bool:
+        """A request was refused for no fault of its own. Returns whether it has done nothing else for too long.
+
+        What is refused while others run there says no more than that it is full.
+        """
+        self.doubt()
+        self.refused += not self.under_way
+        if self.refused < REFUSALS:
+            return False
+        self.doubted += 1  # it is looked at once more before it ends
+        return True
+
+    def answers(self, sample: Sample, tokens: int) -> None:
+        """``sample`` came back with ``tokens``; with none it was aborted, which updates alone may do."""
+        server = self.server
+        if tokens:
+            self.refused = 0
+        elif sample.updates == server.updates and not server.updating:
+            self.doubt()
 
 
 class Targets:

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from actor.engine.base import Failure, SampleRequest
 from actor.engine.push import Version
 from actor.engine.server import State
-from actor.engine.sglang import SglangEngine
+from actor.engine.sglang import MOST_EMPTY, SglangEngine
 from actor.service import reporting
 from common.config import (
     ActorSection,
@@ -181,6 +181,108 @@ def test_a_server_that_keeps_lying_costs_its_rollouts_and_nothing_else(fakes, en
     failed = [c for c in done if isinstance(c, Failure)]
     assert 0 < len(failed) < 12 and len(done) == 12
     assert all("2 attempts (engine.attempts), the last: a/server-1: 6 tokens but 0" in f.reason for f in failed)
+
+
+def first(count, change):
+    """Spoil so many answers that are not the probe's."""
+    left = [count]
+
+    def spoil(fields, answer):
+        if isinstance(answer, list) or not left[0]:
+            return answer
+        left[0] -= 1
+        return change(answer)
+
+    return spoil
+
+
+def refused(status):
+    return lambda answer: web.Response(status=status, text="overloaded")
+
+
+def aborted(answer):
+    return edited(finish_reason={"type": "abort", "message": "x"}, output_token_logprobs=[], completion_tokens=0)(
+        {**answer, "output_ids": []}
+    )
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_server_that_refuses_is_asked_again_after_its_next_look(fakes, engine_on, status):
+    fake = fakes()
+    engine = engine_on(fake)
+    server, refuse = engine.servers[0], always(refused(status))
+    recovers = server.loads + 2
+    fake.spoil["/generate"] = lambda fields, answer: answer if server.loads >= recovers else refuse(fields, answer)
+    engine.add(ask(1, samples=4))
+    done = drain(engine)
+    assert len(done) == 4 and not any(isinstance(c, Failure) for c in done)
+    assert engine.counters["requests"] <= 12 and server.restarts == 0
+
+
+def test_a_server_that_does_nothing_but_refuse_has_failed(fakes, engine_on, caplog):
+    fake = fakes()
+    engine = engine_on(fake, restarts=20, backoff_s=0.5)
+    fake.spoil["/generate"] = always(refused(500))
+    engine.add(ask(1, samples=4))
+    ended = run(engine, lambda: engine.servers[0].restarts == 1)
+    assert "lost a server: it does nothing but refuse: a/server-0 /generate: HTTP 500" in caplog.text
+    del fake.spoil["/generate"]
+    done = ended + drain(engine)
+    assert len(done) == 4 and not any(isinstance(c, Failure) for c in done), "three of four attempts"
+
+
+def test_a_server_that_fails_at_once_takes_nothing_from_those_that_work(fakes, engine_on):
+    works, fails = fakes(), fakes()
+    engine = engine_on(works, fails, concurrency=8)
+    works.seconds = 0.02
+    fails.spoil["/generate"] = always(refused(500))
+    for number in range(40):
+        engine.add(ask(number, samples=4))
+    done = drain(engine)
+    assert len(done) == 160 and not any(isinstance(c, Failure) for c in done)
+    assert engine.counters["requests_failed"] <= 160, "none is taken there twice"
+
+
+def test_a_server_that_cannot_be_probed_is_tried_again(fakes, engine_on, caplog):
+    fake = fakes()
+    refusals = [1]
+    fake.spoil["/generate"] = lambda fields, answer: refused(503)(answer) if refusals and refusals.pop() else answer
+    assert engine_on(fake).servers[0].restarts == 1
+    assert "lost a server: a/server-0 refused the probe" in caplog.text
+
+
+def test_aborts_without_a_token_are_not_asked_again_at_once(fakes, engine_on):
+    fake = fakes()
+    engine = engine_on(fake)
+    fake.spoil["/generate"] = always(aborted)
+    engine.add(ask(1, samples=4))
+    looks = engine.servers[0].loads
+    run(engine, lambda: engine.counters["resumed"] >= 12)
+    assert engine.counters["requests"] <= 4 * (engine.servers[0].loads - looks + 2)
+    del fake.spoil["/generate"]
+    assert not any(isinstance(c, Failure) for c in drain(engine))
+
+
+def test_aborts_by_an_update_are_asked_again_at_once(fakes, engine_on):
+    fake = fakes()
+    engine = engine_on(fake, heartbeat_s=3.0, server_timeout_s=9.0)
+
+    def update(answer):
+        engine.servers[0].updates += 1
+        return aborted(answer)
+
+    fake.spoil["/generate"] = first(5, update)
+    engine.add(ask(1, samples=1))
+    assert len(run(engine, lambda: not engine.in_flight, 2.0)) == 1
+
+
+def test_aborts_are_counted_anew_with_every_attempt(fakes, engine_on):
+    fake = fakes()
+    engine = engine_on(fake, heartbeat_s=0.001, attempts=2)
+    fake.spoil["/generate"] = first(MOST_EMPTY + 5, aborted)
+    engine.add(ask(1, samples=1))
+    (done,) = drain(engine)
+    assert not isinstance(done, Failure) and engine.counters["retries"] == 1
 
 
 def test_rollouts_of_a_server_that_vanishes_are_sampled_elsewhere_from_their_prompts(fakes, engine_on):
