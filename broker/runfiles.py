@@ -9,7 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from common.errors import JournalError, ProtocolError
+from common.errors import ConfigError, JournalError, ProtocolError
+from common.locks import try_lock
 
 STATUS_EVERY_S = 0.5
 CONFIG = "config.yaml"
@@ -47,16 +48,29 @@ def _cut_torn_line(path: Path) -> None:
 
 
 class RunFiles:
-    """``run.json`` (who this run is), ``config.yaml``, ``status.json`` (now), ``metrics.jsonl`` (one line an event)."""
+    """``run.json`` (who this run is), ``config.yaml``, ``status.json`` (now), ``metrics.jsonl`` (one line an event).
+
+    ``metrics.jsonl`` is locked as long as they are open: two brokers never write into one directory.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
+        with _named(directory / "metrics.jsonl"):
+            self._metrics = (directory / "metrics.jsonl").open("a")
+        try:
+            if not try_lock(self._metrics):
+                raise ConfigError(f"{directory}: another broker is at work there; stop it, or choose another run.name")
+            self._begin()
+        except BaseException:
+            self._metrics.close()
+            raise
+
+    def _begin(self) -> None:
         self.started_at = now = time.time()  # noqa: TID251  the wall clock is asked once: it may jump
-        self.run_id, self.generation = self._identify(directory / "run.json")
+        self.run_id, self.generation = self._identify(self.directory / "run.json")
         self._began = time.monotonic() - max(0.0, now - self.started_at)
-        _cut_torn_line(directory / "metrics.jsonl")
-        self._metrics = (directory / "metrics.jsonl").open("a")
+        _cut_torn_line(self.directory / "metrics.jsonl")
         self._next_status = 0.0
 
     def _identify(self, path: Path) -> tuple[str, int]:

@@ -2,7 +2,8 @@
 
 ::
 
-    load -> check address -> set an earlier run aside -> warm start -> start processes -> watch -> stop -> report
+    load -> check address -> claim the directory, set an earlier run aside -> warm start -> start processes
+         -> watch -> stop -> report
 
 The broker's ``status.json`` is all that is watched, beside exit codes. Exit codes: 0 finished,
 1 failed, 2 a configuration that cannot be run, 130 interrupted.
@@ -22,7 +23,7 @@ from rich.console import Console
 from rich.live import Live
 
 from common.config import RunConfig, load, to_yaml
-from common.errors import CroupierError
+from common.errors import ConfigError, CroupierError
 from common.process import StopFlag
 from common.routing import read_routing
 from tools.devices import deal, find_devices, torch_on_gpus
@@ -39,7 +40,7 @@ from tools.preflight import (
     check_sandbox,
 )
 from tools.processes import Process, processes_of, stop_all, wait_all
-from tools.run_files import CONFIG, LOGS, PAGE, STATUS, last_lines, read_status, set_aside
+from tools.run_files import CONFIG, LOGS, PAGE, STATUS, claim, last_lines, read_status, set_aside
 from tools.stamp import wants_warmstart
 from tools.watch.follow import Follower
 from tools.watch.screen import Screen, plain_line
@@ -65,15 +66,15 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     console = Console(highlight=False)
     stop = StopFlag().install()
-    try:
-        config = load(given.config, given.overrides)
-        run = Run(config, console, stop)
-        run.prepare()
-    except CroupierError as error:
-        console.print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True)
-        return 2
-    outcome = run.execute()
-    return EXIT_CODES[outcome]
+    with contextlib.ExitStack() as held:
+        try:
+            config = load(given.config, given.overrides)
+            run = Run(config, console, stop, held=held)
+            run.prepare()
+        except CroupierError as error:
+            console.print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True)
+            return 2
+        return EXIT_CODES[run.execute()]
 
 
 def _plain(message: object) -> str:
@@ -89,6 +90,7 @@ class Run:
     stop: StopFlag
     processes: list[Process] = field(default_factory=list)
     devices: dict[str, str] = field(default_factory=dict)  # GPUs of those that take some
+    held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # the run directory's lock
     started: float = field(default_factory=time.monotonic)
     follower: Follower = field(init=False)
     live: Live | None = None
@@ -125,13 +127,24 @@ class Run:
             check_models(self.config)
             read_routing(self.config)
             check_meshes(self.config)
+        try:
+            self.take_directory()
+        except OSError as error:
+            raise ConfigError(
+                f"run.dir={self.config.run.dir!r}: cannot be written ({error}); name another directory"
+            ) from error
+
+    def take_directory(self) -> None:
+        """Make the run directory and hold it; an earlier run that does not go on is set aside.
+
+        Raises :class:`ConfigError` where a run of this name is under way.
+        """
+        self.held.enter_context(claim(self.directory))
         if self.config.learner.resume:
             (self.directory / STATUS).unlink(missing_ok=True)  # of the earlier launch
-        else:
-            moved = set_aside(self.directory)
-            if moved is not None:
-                self.say(f"moved the earlier run to {moved}")
-        self.directory.mkdir(parents=True, exist_ok=True)
+        elif (moved := set_aside(self.directory)) is not None:
+            self.held.enter_context(claim(self.directory))
+            self.say(f"moved the earlier run to {moved}")
         (self.directory / CONFIG).write_text(to_yaml(self.config))
         (self.directory / LOGS).mkdir(exist_ok=True)
         self.log = self.directory / LOGS / "launch.log"

@@ -49,8 +49,8 @@ def check_address(address: str) -> None:
 
 def _in_use(address: str) -> ConfigError:
     return ConfigError(
-        f"broker.address={address!r}: address in use, perhaps by another run; stop that run, "
-        f"or pass broker.address=tcp://127.0.0.1:{free_port()} (free now)"
+        f"broker.address={address!r}: address in use, perhaps by another run; stop that run, or pass "
+        f"broker.address=tcp://127.0.0.1:{free_port()} (free now) and a run.name= that no other run has"
     )
 
 

@@ -5,17 +5,20 @@
     runs/<name>/
       config.yaml     the complete configuration        (launch, broker)
       status.json     how the run stands, every 0.5 s   (broker, replaced atomically)
-      metrics.jsonl   one line a step, evaluation and publish   (broker, appended)
+      metrics.jsonl   one line a step, evaluation and publish   (broker, appended and locked)
+      launch.lock     empty; locked while a launcher is at work (launch)
       logs/*.log      what each process said            (launch)
       summary.json report.html report.md *.png          (report)
 """
 
 import json
 import math
+import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from common.errors import DataError
+from common.errors import ConfigError, DataError
+from common.locks import try_lock
 
 CONFIG, STATUS, METRICS, LOGS, SUMMARY, REPORT, PAGE = (
     "config.yaml",
@@ -26,6 +29,7 @@ CONFIG, STATUS, METRICS, LOGS, SUMMARY, REPORT, PAGE = (
     "report.md",
     "report.html",
 )
+LOCK = "launch.lock"
 Record = dict[str, Any]  # one JSON object
 LINE_BEGINS = '{"kind":'  # every line of metrics.jsonl
 NEEDED = {"step": ("step",), "eval": ("version", "reward"), "publish": ("version",)}  # numbers of a record
@@ -122,9 +126,35 @@ def last_lines(path: Path, count: int) -> list[str]:
         return []
 
 
+def claim(run_dir: Path) -> IO[str]:
+    """Make ``run_dir``; nobody else can claim it until what is returned is closed, or the process ends.
+
+    Raises :class:`ConfigError` where a launcher or a broker is at work in it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    held = (run_dir / LOCK).open("a")
+    if try_lock(held) and _is_there(held, run_dir / LOCK) and not _is_written(run_dir):
+        return held
+    held.close()
+    raise ConfigError(f"{run_dir}: a run of this name is under way; choose another run.name, or stop that run first")
+
+
+def _is_there(file: IO[str], path: Path) -> bool:
+    """Whether ``path`` still leads to it: somebody may have set the directory aside meanwhile."""
+    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+
+
+def _is_written(run_dir: Path) -> bool:
+    """Whether a broker, perhaps one that was started by hand, holds its ``metrics.jsonl``."""
+    if not (run_dir / METRICS).exists():
+        return False
+    with (run_dir / METRICS).open("a") as metrics:
+        return not try_lock(metrics)
+
+
 def set_aside(run_dir: Path) -> Path | None:
     """Move an earlier run to ``<name>.1``, ``.2``, …: the first free; returns where, or None if there was none."""
-    if not run_dir.exists():
+    if not run_dir.exists() or all(path.name == LOCK for path in run_dir.iterdir()):
         return None
     number = 1
     while (target := run_dir.with_name(f"{run_dir.name}.{number}")).exists():

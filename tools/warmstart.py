@@ -9,7 +9,6 @@ written beside its place and renamed into it, so a half-written model is never s
 """
 
 import argparse
-import fcntl
 import json
 import os
 import shutil
@@ -31,6 +30,7 @@ from actor.tasks.base import DemonstratedTask, PromptItem, make_task
 from actor.tasks.sort6 import write_tokenizer
 from common.config import RunConfig, load
 from common.errors import ConfigError, CroupierError, DeadlineError, ModelError
+from common.locks import try_lock
 from common.process import die_with_parent
 from tools.stamp import ModelState, model_state, models_of, write_stamp
 
@@ -90,16 +90,12 @@ def alone(directory: Path, wait_s: float = 2 * LIMIT_S) -> Iterator[None]:
     began, told = time.monotonic(), False
     held = os.open(directory, os.O_RDONLY)
     try:
-        while True:
-            try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() - began > wait_s:
-                    raise DeadlineError(
-                        f"{directory}: another warm start has been at work there for {wait_s:.0f} s; stop it, or set "
-                        "model.path to another directory"
-                    ) from None
+        while not try_lock(held):
+            if time.monotonic() - began > wait_s:
+                raise DeadlineError(
+                    f"{directory}: another warm start has been at work there for {wait_s:.0f} s; stop it, or set "
+                    "model.path to another directory"
+                )
             if not told:
                 print(f"{directory}: waiting for another warm start there", flush=True)
             told = True

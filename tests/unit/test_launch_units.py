@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from broker.runfiles import RunFiles
 from common.config import (
     ActorSection,
+    BrokerSection,
     EngineSection,
     LearnerSection,
     ModelSection,
@@ -227,6 +229,54 @@ def test_a_missing_model_is_found_before_anything_starts(tmp_path: Path) -> None
     with pytest.raises(ModelError, match="no such directory"):
         run.prepare()
     assert not config.run.path.exists()
+
+
+def launching(tmp_path: Path, resume: bool = False) -> tuple[Run, io.StringIO]:
+    """A run whose model is still to be made."""
+    config = RunConfig(
+        run=RunSection(name="r", dir=str(tmp_path / "runs")),
+        model=ModelSection(path=str(tmp_path / "model")),
+        broker=BrokerSection(address=f"ipc://{tmp_path}/broker"),
+        learner=LearnerSection(resume=resume),
+    )
+    said = io.StringIO()
+    return Run(config, Console(file=said, width=200), StopFlag()), said
+
+
+def test_a_run_under_way_is_neither_set_aside_nor_resumed(tmp_path: Path) -> None:
+    first, _ = launching(tmp_path)
+    with first.held:
+        first.prepare()
+        for resume in (False, True):
+            with pytest.raises(ConfigError, match=r"a run of this name is under way; choose another run\.name"):
+                launching(tmp_path, resume)[0].prepare()
+        assert [path.name for path in (tmp_path / "runs").iterdir()] == ["r"]
+    second, said = launching(tmp_path)
+    with second.held:
+        second.prepare()
+        assert "moved the earlier run to" in said.getvalue() and (tmp_path / "runs" / "r.1" / "config.yaml").exists()
+        with pytest.raises(ConfigError, match="under way"):
+            launching(tmp_path)[0].prepare()
+    resumed, _ = launching(tmp_path, resume=True)
+    with resumed.held:
+        resumed.prepare()
+
+
+def test_a_broker_that_was_started_by_hand_keeps_its_directory(tmp_path: Path) -> None:
+    files = RunFiles(tmp_path / "runs" / "r")
+    with pytest.raises(ConfigError, match="a run of this name is under way"):
+        launching(tmp_path)[0].prepare()
+    files.close()
+    run, _ = launching(tmp_path)
+    with run.held:
+        run.prepare()
+    assert (tmp_path / "runs" / "r.1" / "run.json").exists()
+
+
+def test_a_directory_that_cannot_be_written_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(ConfigError, match=r"run\.dir=.*runs': cannot be written \(.*Not a directory"):
+        launching(tmp_path)[0].prepare()
 
 
 def test_a_mesh_that_does_not_divide_the_model_is_found_before_anything_starts(tmp_path: Path) -> None:

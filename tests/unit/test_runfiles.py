@@ -6,7 +6,7 @@ import time
 import pytest
 
 from broker.runfiles import RunFiles
-from common.errors import ProtocolError
+from common.errors import ConfigError, ProtocolError
 
 
 def test_a_clock_that_jumps_moves_no_time_stamp(tmp_path, monkeypatch):
@@ -34,10 +34,13 @@ def test_a_line_cut_short_is_no_step(tmp_path):
 
 
 def test_a_run_keeps_its_name_and_counts_its_brokers(tmp_path):
-    first, second = RunFiles(tmp_path), RunFiles(tmp_path)
+    first = RunFiles(tmp_path)
+    with pytest.raises(ConfigError, match="another broker is at work there"):
+        RunFiles(tmp_path)
+    first.close()
+    second = RunFiles(tmp_path)
     assert (first.run_id, first.generation, second.generation) == (second.run_id, 0, 1)
     (tmp_path / "run.json").write_text("{")
-    for files in (first, second):
-        files.close()
+    second.close()
     with pytest.raises(ProtocolError, match=r"move .* away"):
         RunFiles(tmp_path)

@@ -8,7 +8,6 @@ A follower that was killed goes on where its place says, whatever it had written
 """
 
 import contextlib
-import fcntl
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 import yaml
 
 from common.errors import ConfigError, DataError
+from common.locks import try_lock
 from tools.follow.points import points_of
 from tools.follow.sinks import TENSORBOARD, WANDB, Sink, TensorBoard, Wandb, find_wandb, read_place, write_place
 from tools.run_files import CONFIG, METRICS, Record, read_status, record_of
@@ -120,13 +120,11 @@ def _hold(held: contextlib.ExitStack, directory: Path) -> None:
     """Two followers would write everything twice."""
     directory.mkdir(parents=True, exist_ok=True)
     lock = held.enter_context((directory / "lock").open("w"))
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    if not try_lock(lock):
         raise ConfigError(
             f"{directory}: somebody else follows this run there already; tools.launch does by itself "
             "(metrics.tensorboard, metrics.wandb)"
-        ) from error
+        )
 
 
 class Background:

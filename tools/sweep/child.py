@@ -6,7 +6,6 @@ not start beside what is left of it.
 """
 
 import contextlib
-import fcntl
 import os
 import random
 import signal
@@ -21,6 +20,7 @@ from typing import IO, Protocol
 
 from common.config import RunConfig, to_yaml
 from common.errors import ConfigError
+from common.locks import try_lock
 
 STOP_S = 15.0  # for a launcher to stop all its processes, which it does within 10 s
 LOCK_S = 20.0  # for what is left of a killed sweep to end
@@ -111,7 +111,7 @@ class Lock:
         directory.mkdir(parents=True, exist_ok=True)
         self._file: IO[str] = (directory / "lock").open("a")
         deadline, told = time.monotonic() + LOCK_S, False
-        while not self._taken():
+        while not try_lock(self._file):
             if not told:
                 say(f"{directory}: waiting for what is left of an earlier sweep to end, {LOCK_S:.0f} s at most")
                 told = True
@@ -119,13 +119,6 @@ class Lock:
                 self._file.close()
                 raise ConfigError(f"{directory}: another sweep is running there; wait for it, or stop it first")
             time.sleep(0.2)
-
-    def _taken(self) -> bool:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
 
     @property
     def descriptor(self) -> int:
