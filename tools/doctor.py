@@ -8,6 +8,7 @@ import argparse
 import configparser
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import re
 import shutil
@@ -178,7 +179,7 @@ def check_run(config: str, overrides: list[str]) -> list[Finding]:
     """What one run needs: a valid YAML, a free address, a whole model."""
     try:
         from actor.tasks.base import SANDBOXED
-        from common.config import load
+        from common.config import RunConfig, load
         from common.errors import ConfigError, ModelError, SandboxError
         from common.routing import read_routing
     except ImportError as error:
@@ -207,7 +208,14 @@ def check_run(config: str, overrides: list[str]) -> list[Finding]:
         except (ConfigError, ModelError, SandboxError) as error:
             detail, _, remedy = str(error).partition("; ")
             return Finding(what, "missing", detail, remedy)
+        except ImportError as error:
+            return Finding(what, "missing", f"cannot be looked at yet: {error}", INSTALL)
         return Finding(what, "ok", good or str(found))
+
+    def attempt_warned(what: str, good: str, check: Callable[[RunConfig], list[str]], remedy: str) -> Finding:
+        warnings: list[str] = []
+        finding = attempt(what, good, lambda: warnings.extend(check(run)))
+        return Finding(what, "note", "; ".join(warnings), remedy) if warnings else finding
 
     address = run.broker.address
     findings = [
@@ -215,7 +223,8 @@ def check_run(config: str, overrides: list[str]) -> list[Finding]:
         attempt("broker address", f"{address} is free", lambda: check_address(address)),
     ]
     if run.actor.engine == "sglang":
-        findings.append(attempt("SGLang", f"engine.python={run.engine.python}", lambda: check_engine(run)))
+        remedy = "install one of these, or try it: its answers were not looked at"
+        findings.append(attempt_warned("SGLang", f"engine.python={run.engine.python}", check_engine, remedy))
     if devices := find_devices():
         shown = f"{len(devices)} for {sum(receivers(run, torch_on_gpus()).values())} ranks"
         findings.append(attempt("GPUs", shown, lambda: check_devices(run, devices, torch_on_gpus())))
@@ -225,11 +234,7 @@ def check_run(config: str, overrides: list[str]) -> list[Finding]:
     if any(entry.name in SANDBOXED for entry in run.task.entries.values()):
         findings.append(attempt("sandbox", "", lambda: check_sandbox(run)))
     if run.reward.models or run.reward.exemplars:
-        warnings: list[str] = []
-        finding = attempt("rewards", "models answer", lambda: warnings.extend(check_rewards(run)))
-        if finding.state == "ok" and warnings:
-            finding = Finding("rewards", "note", "; ".join(warnings), "start its server before the run")
-        findings.append(finding)
+        findings.append(attempt_warned("rewards", "models answer", check_rewards, "start its server before the run"))
     if wants_warmstart(run):
         states = "; ".join(f"{one.model.path}: {model_state(one)}" for one in models_of(run))
         return [*findings, Finding("model", "note", states, "tools.launch makes it (tools.warmstart)")]
@@ -243,16 +248,17 @@ def check_run(config: str, overrides: list[str]) -> list[Finding]:
 
 
 def show(findings: list[Finding]) -> None:
-    """A table where rich is installed, plain lines elsewhere."""
-    try:
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-    except ImportError:
+    """A table on a terminal where rich is installed; elsewhere lines, in which no address or command is broken."""
+    if not sys.stdout.isatty() or importlib.util.find_spec("rich") is None:
         for finding in findings:
             remedy = f" -> {finding.remedy}" if finding.remedy else ""
             print(f"{finding.state:8} {finding.what}: {finding.detail}{remedy}")
         return
+    from rich.table import Table
+    from rich.text import Text
+
+    from tools.console import make_console
+
     colours = {"ok": "green", "note": "yellow", "missing": "bold red"}
     table = Table(box=None, pad_edge=False, padding=(0, 2))
     for title in ("", "what", "found", "how to get it"):
@@ -264,7 +270,7 @@ def show(findings: list[Finding]) -> None:
             Text(finding.detail),
             Text(finding.remedy),
         )
-    Console().print(table)
+    make_console().print(table)
 
 
 if __name__ == "__main__":

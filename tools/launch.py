@@ -110,14 +110,14 @@ class Run:
     def prepare(self) -> None:
         """Check what can be checked before anything starts, then make the run directory."""
         check_address(self.config.broker.address)
-        check_engine(self.config)
+        warnings = check_engine(self.config)
         on_gpus, devices = torch_on_gpus(), find_devices()
         check_devices(self.config, devices, on_gpus)
         self.devices = deal(self.config, devices, on_gpus)
         check_sandbox(self.config)
         if self.config.metrics.wandb:
             find_wandb()
-        for warning in check_rewards(self.config):
+        for warning in [*warnings, *check_rewards(self.config)]:
             self.say(f"warning: {warning}", "yellow")
         policy = None if self.needs_warmstart() else self.config.model.path
         for model in self.config.frozen.values():

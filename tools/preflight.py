@@ -3,9 +3,10 @@
 import errno
 import http.client
 import json
+import os
 import re
-import shutil
 import socket
+import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from common.rewards import RewardModelEntry
 from tools.devices import VISIBLE, receivers
 
 ANSWER_S = 3.0  # for a reward model's server
+VERSION_S = 30.0  # for engine.python to start and tell which SGLang it has, on a cold network disk
+VERSION = "import importlib.metadata as m; print(m.version('sglang'))"
 TCP = re.compile(r"tcp://(?P<host>\[[^\]]+\]|[^:]+):(?P<port>\d+)")
 
 
@@ -105,14 +108,44 @@ def check_meshes(config: RunConfig) -> None:
             ModelConfig.from_hf_dir(frozen.path).check_mesh(sizes["replica"], "replica")
 
 
-def check_engine(config: RunConfig) -> None:
-    """Raise :class:`ConfigError` if actors here would start SGLang with an interpreter that is not there."""
-    if config.actor.engine == "sglang" and config.engine.launch and shutil.which(config.engine.python) is None:
-        raise ConfigError(
-            f"engine.python={config.engine.python!r}: no such program; without a GPU run "
-            "`python -m tools.sglang_cpu install` and set engine.python=.sglang/bin/python; with one install sglang "
-            "and name its interpreter"
+def check_engine(config: RunConfig) -> list[str]:
+    """What may go wrong with the SGLang servers that actors here would start, in words: an untried release.
+
+    Raises :class:`ConfigError` for an interpreter that is not there, or in which no SGLang is installed.
+    """
+    if config.actor.engine != "sglang" or not config.engine.launch:
+        return []
+    from actor.engine.probe import NEWEST, OLDEST
+
+    version = _sglang_version(config.engine.python)
+    if OLDEST <= tuple(map(int, re.findall(r"\d+", version)[:3])) <= NEWEST:
+        return []
+    oldest, newest = (".".join(map(str, release)) for release in (OLDEST, NEWEST))
+    return [f"engine.python={config.engine.python!r}: SGLang {version}; {oldest} to {newest} are supported"]
+
+
+def _sglang_version(python: str) -> str:
+    """Of the SGLang that an actor's server would run, asked in the environment that it would have."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    try:
+        asked = subprocess.run(
+            [python, "-c", VERSION], capture_output=True, text=True, timeout=VERSION_S, env=environment, check=True
         )
+        return asked.stdout.strip()
+    except FileNotFoundError:
+        trouble = "no such program"
+    except OSError as error:
+        trouble = f"cannot be started ({error.strerror or error})"
+    except subprocess.TimeoutExpired:
+        trouble = f"does not say within {VERSION_S:g} s which SGLang it has"
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.strip().splitlines()
+        trouble = f"sglang is not installed there ({said[-1] if said else f'exit code {error.returncode}'})"
+    raise ConfigError(
+        f"engine.python={python!r}: {trouble}; without a GPU run "
+        "`python -m tools.sglang_cpu install` and set engine.python=.sglang/bin/python; with one install sglang "
+        "and name its interpreter"
+    )
 
 
 def check_devices(config: RunConfig, devices: Sequence[str], on_gpus: bool) -> None:

@@ -13,7 +13,17 @@ from common.config import load
 from common.errors import ConfigError, ModelError
 from tests.unit.reward_server import RewardServer
 from tests.unit.sandboxed import require_sandbox
-from tools.doctor import ROOT, check_checkout, check_package, check_run, main, pinned_versions, requirements
+from tools.doctor import (
+    ROOT,
+    Finding,
+    check_checkout,
+    check_package,
+    check_run,
+    main,
+    pinned_versions,
+    requirements,
+    show,
+)
 from tools.preflight import check_rewards
 
 
@@ -50,6 +60,28 @@ def test_a_healthy_run_passes_and_a_bad_one_is_explained(tmp_path: Path, capsys:
     assert "download the model" in states["model"].remedy
     (finding,) = check_run(quickstart, ["actor.cuont=2"])
     assert "did you mean 'count'?" in finding.detail
+
+
+def test_an_engine_without_sglang_is_missing_and_an_untried_one_noted(tmp_path: Path) -> None:
+    given = [f"broker.address=ipc://{tmp_path}/broker", f"model.path={tmp_path}", "actor.engine=sglang"]
+
+    def found(python: str) -> Finding:
+        findings = check_run(str(ROOT / "configs" / "sglang.yaml"), [*given, f"engine.python={python}"])
+        return next(finding for finding in findings if finding.what == "SGLang")
+
+    missing = found(sys.executable)
+    assert missing.state == "missing" and "sglang is not installed there" in missing.detail
+    assert "python -m tools.sglang_cpu install" in missing.remedy
+    (tmp_path / "python").write_text("#!/bin/sh\necho 0.6.1\n")
+    (tmp_path / "python").chmod(0o755)
+    untried = found(f"{tmp_path}/python")
+    assert untried.state == "note" and "SGLang 0.6.1; 0.5.19 to 0.5.23 are supported" in untried.detail
+
+
+def test_in_a_pipe_addresses_and_commands_are_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    address, remedy = f"ipc://{'long/' * 30}broker", f"python -m tools.keys make {'keys/' * 30}"
+    show([Finding("broker address", "missing", f"{address}: no directory", remedy)])
+    assert capsys.readouterr().out == f"missing  broker address: {address}: no directory -> {remedy}\n"
 
 
 def test_it_starts_without_site_packages() -> None:

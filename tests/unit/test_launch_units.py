@@ -319,5 +319,25 @@ def test_servers_that_cannot_be_started_are_known_before_anything_is():
     config = RunConfig(actor=ActorSection(engine="sglang"), engine=EngineSection(python="/none/python"))
     with pytest.raises(ConfigError, match=r"engine\.python='/none/python': .*tools\.sglang_cpu install"):
         check_engine(config)
-    check_engine(RunConfig(actor=ActorSection(engine="sglang"), engine=EngineSection(python=sys.executable)))
-    check_engine(RunConfig())
+    assert check_engine(RunConfig()) == []
+
+
+def interpreter(path: Path, script: str) -> str:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_an_interpreter_without_sglang_is_refused_and_an_untried_release_is_said(tmp_path: Path) -> None:
+    def check(python: str) -> list[str]:
+        return check_engine(RunConfig(actor=ActorSection(engine="sglang"), engine=EngineSection(python=python)))
+
+    with pytest.raises(ConfigError, match=r"not installed there \(.*PackageNotFoundError.*tools\.sglang_cpu install"):
+        check(sys.executable)
+    with pytest.raises(ConfigError, match="exit code 3"):
+        check(interpreter(tmp_path / "broken", "exit 3"))
+    for version in ("0.5.19", "0.5.22.post1", "0.5.23"):
+        assert check(interpreter(tmp_path / version, f"echo {version}")) == []
+    for version in ("0.5.18", "0.6.0", "none"):
+        (warning,) = check(interpreter(tmp_path / version, f"echo {version}"))
+        assert f"SGLang {version}; 0.5.19 to 0.5.23 are supported" in warning
