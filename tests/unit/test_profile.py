@@ -30,7 +30,7 @@ from tools.profile.predict import Prediction
 from tools.profile.simulated import Simulated, simulated
 from tools.profile.spent import Window, apportion, choose_window, course_of, processes_of
 from tools.profile.verdict import bounds_of, verdict
-from tools.profile.words import lines_of
+from tools.profile.words import bar, legend, lines_of
 from tools.runs import Run, read_run
 from tools.simulate.settings import ActorPart, LearnerPart, MachinePart, RolloutPart, Setup
 
@@ -255,6 +255,70 @@ def test_the_window_leaves_out_the_start_and_what_comes_after_the_last_step():
     whole, word = choose_window(timelines(life("actor-0", "actor", [("sample", 50)])))
     assert whole == Window(0, 50 * MS) and "fewer than two steps" in word
     assert choose_window(timelines()) == (None, "")
+
+
+def resumed():
+    """Two starts of the broker, five minutes apart: steps 0 to 5, then 6 to 11, of 400 ms each."""
+    moments = {"asked": 2, "ready": 250, "assembled": 255, "scored": 290, "decided": 294, "served": 298}
+    lives = []
+    for first, start in ((0, 0), (6, 302_400)):
+        steps = range(first, first + 6)
+        milestones = [
+            (what, step, start + (step - first) * 400 + ms)
+            for step in steps
+            for what, ms in {**moments, "committed": 400}.items()
+        ]
+        learner = [(s, ms, step) for step in steps for s, ms in (("idle.shard", 300), ("forward", 100))]
+        lives += [
+            life("learner", "learner", learner, start=start),
+            life("actor-0", "actor", [("sample", 2400)], start=start),
+            life("broker", "broker", [("idle.messages", 2400)], milestones, start=start),
+        ]
+    records = step_lines(STEPS, 400)
+    for record in records:
+        since = 0.4 * (record["step"] % 6 + 1)
+        record["time_s"] = since + (302.4 if record["step"] >= 6 else 0.0)
+        record["states"] = {"broker": {"idle.messages": since}, "learner": {"forward": since / 4}}
+    return Run(Path("runs/x"), RunConfig(run=RunSection(name="x")), {}, records, timelines(*lives))
+
+
+def test_of_a_resumed_run_the_last_start_is_judged_without_the_pause():
+    run = resumed()
+    found = verdict(run)
+    assert (found.first, found.last, found.seconds) == (9, 11, pytest.approx(0.8))
+    assert found.rates.steps_s == pytest.approx(2.5) and found.rates.generated_s == pytest.approx(2500)
+    assert [(p.name, p.absent_s) for p in found.processes] == [(name, 0.0) for name in ("learner", "actor-0", "broker")]
+    assert share(found, "learner", "rollouts.sampling") == pytest.approx(248 / 400)
+    word = "the broker started 2 times: start 2 alone is judged, without the pauses between them"
+    assert word in found.notes and len(run.timelines.lives) == 6
+    run.timelines = timelines(
+        *run.timelines.lives[:3], life("broker", "broker", [("idle.messages", 50)], start=900_000)
+    )
+    assert (verdict(run).first, verdict(run).last) == (3, 5)  # nothing was committed after the last start
+    run.timelines = timelines()
+    found = verdict(run)
+    assert (found.first, found.last, found.seconds) == (9, 11, pytest.approx(0.8)) and word in found.notes
+    assert found.processes[0].busy_s == pytest.approx(0.2)
+
+
+def test_seconds_to_leave_out_that_leave_nothing_are_named():
+    for run in (starved_learner(), without_timelines(RunConfig(), actors=2, ranks=1)):
+        found = verdict(run, skip_s=60)
+        length = run.records[-1]["time_s"]
+        assert not found.seconds
+        assert found.notes[-1] == (
+            f"nothing to judge: --skip-s 60 leaves fewer than two steps of a run of {length:.1f} s"
+        )
+
+
+def test_absence_is_told_from_work_without_colours():
+    run = starved_learner()
+    run.timelines.lives[1] = loop("actor", "actor-0", [("sample", 400)], start=2400)
+    found = verdict(run)
+    drawn = {process.name: bar(process).plain for process in found.processes}
+    assert drawn["actor-0"] == "█" * 38 + "·" * 12 and "·" not in drawn["actor-1"]
+    assert legend(found).plain.endswith("░ idle  · absent")
+    assert legend(verdict(starved_learner())).plain.endswith("░ idle")
 
 
 def test_a_process_that_was_killed_and_started_again_is_one_with_a_hole():

@@ -19,6 +19,7 @@ def verdict_blocks(run: Run) -> list[Block]:
         return []
     return [
         Heading("Where the time went"),
+        *(Paragraph(f"Note: {note}.") for note in found.notes if note not in run.notes),
         *_advice(found),
         *_picture(found, run.path),
         *_waits(found),

@@ -13,13 +13,33 @@ from collections.abc import Mapping, Sequence
 
 from common.config import RunConfig
 from tools.profile.causes import plain
-from tools.profile.spent import ROLES, Process
+from tools.profile.spent import ROLES, Process, started_again
 from tools.run_files import Record
 from tools.timelines import is_idle
-from tools.watch.sound import number
+from tools.watch.sound import mapping, number
 
+ALIVE_S = 1.0  # by which the broker's seconds may fall behind the clock: it is always in some state, but lines round
 PARKED = {"rollouts": "rollouts.sampling", "scoring": "scoring", "packing": "packing", "publish": "version"}
 FIRST_RANKS = ("gather", "send", "idle.receivers")  # states of the learner that only its first rank knows
+
+
+def of_one_start(steps: Sequence[Record]) -> tuple[Sequence[Record], str]:
+    """Those of the start that :func:`tools.profile.spent.judged_start` would choose, and a word where there were more.
+
+    The sums of a broker begin anew with it: what it says it lived between two lines is less than what passed.
+    """
+    starts: list[list[Record]] = [[]]
+    for step in steps:
+        before = starts[-1][-1] if starts[-1] else step
+        if step["time_s"] - before["time_s"] - (_alive(step) - _alive(before)) > ALIVE_S and _alive(before):
+            starts.append([])
+        starts[-1].append(step)
+    judged = max((n for n, found in enumerate(starts) if len(found) >= 2), default=len(starts) - 1)
+    return starts[judged], started_again(judged, len(starts)) if len(starts) > 1 else ""
+
+
+def _alive(step: Record) -> float:
+    return sum(_gained(mapping(step.get("states")).get("broker"), None).values())
 
 
 def processes_between(steps: Sequence[Record], seconds: float, config: RunConfig | None) -> list[Process]:

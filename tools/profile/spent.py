@@ -2,7 +2,8 @@
 
 ::
 
-    commits -> choose_window() -> Window;   Life + Window -> spent() -> nanoseconds by state, wall-clock and CPU
+    judged_start() -> commits -> choose_window() -> Window
+    Life + Window -> spent() -> nanoseconds by state, wall-clock and CPU
 
 Seconds by state come from the totals that every timeline holds about once a second: they count every
 change of state, also those too short to be drawn. Only from the last totals to the window's edge the drawn
@@ -84,16 +85,38 @@ def commits_of(timelines: Timelines) -> dict[int, int]:
     return dict(sorted(found.items()))
 
 
+def judged_start(timelines: Timelines) -> tuple[Timelines, str]:
+    """What lived during one start of the broker, and a word about it where there were several.
+
+    Between two starts nobody could work, and the settings may have changed: of a run that was resumed, or whose
+    broker was killed, the last start that committed two steps is judged, or else the last.
+    """
+    brokers = timelines.of("broker")
+    if len(brokers) < 2:
+        return timelines, ""
+    committed = [len(commits_of(Timelines([broker]))) for broker in brokers]
+    judged = max((n for n, steps in enumerate(committed) if steps >= 2), default=len(brokers) - 1)
+    begun = brokers[judged].start
+    ended = brokers[judged + 1].start if judged + 1 < len(brokers) else max(life.end for life in timelines.lives)
+    lives = [life for life in timelines.lives if life.end > begun and life.start < ended]
+    return Timelines(lives, timelines.notes), started_again(judged, len(brokers))
+
+
+def started_again(judged: int, starts: int) -> str:
+    """A note for a run whose broker began several times."""
+    return f"the broker started {starts} times: start {judged + 1} alone is judged, without the pauses between them"
+
+
 def choose_window(timelines: Timelines, skip_s: float | None = None) -> tuple[Window | None, str]:
     """The steady part of a run and a word about it: from a commit to the last commit.
 
-    It begins with FIRST_STEP, or with the first commit after ``skip_s`` seconds. A run of fewer than two
-    commits is judged from its first to its last sign of life; None for one without any.
+    It begins with FIRST_STEP, or with the first commit after ``skip_s`` seconds of the broker. A run of fewer than
+    two commits is judged from its first to its last sign of life; None for one without any.
     """
     lives = timelines.lives
     if not lives:
         return None, ""
-    born, died = min(life.start for life in lives), max(life.end for life in lives)
+    born, died = min(life.start for life in timelines.of("broker") or lives), max(life.end for life in lives)
     commits = list(commits_of(timelines).items())
     if skip_s is None:
         later = commits[min(FIRST_STEP, max(0, len(commits) - 2)) :]

@@ -2,14 +2,15 @@
 
 ::
 
-    Run -> choose_window -> processes and causes -> rates, publishes, staleness -> bottleneck -> recommendation
+    Run -> judged_start -> choose_window -> processes and causes -> rates, publishes, staleness -> bottleneck
+        -> recommendation
     verdict(read_run(run_dir)) -> Verdict;   words.lines_of(it) -> sentences;   picture.draw(it, path)
 """
 
 import os
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from tools.profile.advice import Recommendation, recommend
@@ -27,9 +28,9 @@ from tools.profile.figures import (
     staleness_of,
     waste_of,
 )
-from tools.profile.heartbeats import processes_between
+from tools.profile.heartbeats import of_one_start, processes_between
 from tools.profile.predict import Bounds, Predictor
-from tools.profile.spent import FIRST_STEP, NS, Process, Window, choose_window, processes_of
+from tools.profile.spent import FIRST_STEP, NS, Process, Window, choose_window, judged_start, processes_of
 from tools.run_files import Record
 from tools.runs import Run
 from tools.timelines import Timelines
@@ -67,8 +68,10 @@ class Verdict:
 
 def verdict(run: Run, skip_s: float | None = None, ask: Ask | None = None) -> Verdict:
     """Judge what could be read of a run; whom ``ask`` gives is asked for predictions before the bounds are."""
-    window, word = choose_window(run.timelines, skip_s)
-    notes = [*run.notes, *([word] if word else [])]
+    timelines, again = judged_start(run.timelines)
+    run = replace(run, timelines=timelines)
+    window, word = choose_window(timelines, skip_s)
+    notes = [*run.notes, *filter(None, (again, word))]
     if window is None:
         return _from_records(run, notes, skip_s)
     processes = processes_of(run.timelines, window)
@@ -170,13 +173,17 @@ PACED = 1e3  # taken for the slowdown of a role that sleeps up to a pace_s: near
 
 def _from_records(run: Run, notes: list[str], skip_s: float | None) -> Verdict:
     """What metrics.jsonl alone tells: every role as one, no CPU, waits as the broker saw them."""
-    timed = [step for step in run.steps if number(step.get("time_s")) is not None]
+    timed, again = of_one_start([step for step in run.steps if number(step.get("time_s")) is not None])
+    notes += [again] if again and again not in notes else []
     steps = timed[min(FIRST_STEP, max(0, len(timed) - 2)) :]
     if skip_s is not None:
         steps = [step for step in timed if step["time_s"] >= skip_s]
     found = Verdict(run.path.name, 0.0, -1, -1, notes=notes)
     if len(steps) < 2 or steps[-1]["time_s"] <= steps[0]["time_s"]:
-        notes.append("nothing to judge: there are no timelines, and fewer than two steps were committed")
+        why = "there are no timelines, and fewer than two steps were committed"
+        if skip_s is not None and timed:
+            why = f"--skip-s {skip_s:g} leaves fewer than two steps of a run of {timed[-1]['time_s']:.1f} s"
+        notes.append(f"nothing to judge: {why}")
         return found
     found.first, found.last = int(steps[0]["step"]), int(steps[-1]["step"])
     found.seconds = float(steps[-1]["time_s"] - steps[0]["time_s"])

@@ -24,7 +24,8 @@ COLORS = {  # of states; idle ones are grey
     "grant": "yellow", "commit": "purple", "journal": "red", "status": "grey70", "checkpoint": "magenta",
     "export": "magenta", "train": "green",
 }  # fmt: skip
-IDLE_COLOR, ABSENT_COLOR = "grey35", "black"
+WORK, IDLE, ABSENT = "█", "░", "·"  # told apart without colours too
+FAINT = "grey35"  # of the last two
 
 
 def pct(part: float, whole: float) -> str:
@@ -167,7 +168,7 @@ def render(verdict: Verdict) -> Group:
 
 
 def bars(verdict: Verdict) -> Table:
-    """One stacked bar a process: work in colours, waiting in grey, absence in black."""
+    """One stacked bar a process: work in colours, waiting in grey, absence in dots."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title in ("process", "", "busy", "idle", "CPU of busy"):
         table.add_column(title, header_style="dim", justify="right" if title[:1] in "biC" and title else "left")
@@ -184,29 +185,32 @@ def bars(verdict: Verdict) -> Table:
 def bar(process: Process) -> Text:
     """Each state as many characters as its share; the rest goes to the largest remainders."""
     whole = process.there_s + process.absent_s
-    parts = [(COLORS.get(state, "white"), wall) for state, (wall, _) in process.states.items() if not is_idle(state)]
-    parts += [(IDLE_COLOR, process.idle_s), (ABSENT_COLOR, process.absent_s)]
+    work = [(state, wall) for state, (wall, _) in process.states.items() if not is_idle(state)]
+    parts = [(WORK, COLORS.get(state, "white"), wall) for state, wall in work]
+    parts += [(IDLE, FAINT, process.idle_s), (ABSENT, FAINT, process.absent_s)]
     text, done, drawn = Text(), 0.0, 0
-    for color, seconds in parts:
+    for glyph, color, seconds in parts:
         done += seconds
         until = round(BAR * done / whole) if whole else 0
-        text.append(("░" if color == IDLE_COLOR else "█") * (until - drawn), style=color)
+        text.append(glyph * (until - drawn), style=color)
         drawn = until
     return text
 
 
 def legend(verdict: Verdict) -> Text:
-    """The colours of the states that take a visible share of somebody's time."""
-    seen = Counter[str]()
+    """The colours of the states that take a visible share of somebody's time, and absence where there is any."""
+    seen, absent = Counter[str](), False
     for process in shown(verdict.processes):
         whole = process.there_s + process.absent_s
+        absent |= process.absent_s > 0 and process.absent_s / whole >= 1 / BAR
         for state, (wall, _) in process.states.items():
             if not is_idle(state) and whole and wall / whole >= 1 / BAR:
                 seen[state] += 1
     text = Text()
     for state in seen:
-        text.append("█", style=COLORS.get(state, "white")).append(f" {state}  ", style="dim")
-    return text.append("░", style=IDLE_COLOR).append(" idle", style="dim")
+        text.append(WORK, style=COLORS.get(state, "white")).append(f" {state}  ", style="dim")
+    text.append(IDLE, style=FAINT).append(" idle", style="dim")
+    return text.append(f"  {ABSENT}", style=FAINT).append(" absent", style="dim") if absent else text
 
 
 def waits(verdict: Verdict) -> Table:

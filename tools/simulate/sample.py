@@ -2,7 +2,7 @@
 
 ::
 
-    RUN_DIR -> read_run -> choose_window -> Sample
+    RUN_DIR -> read_run -> judged_start -> choose_window -> Sample
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ import numpy as np
 from common.config import RunConfig
 from common.errors import DataError
 from tools.checked import checked
-from tools.profile.spent import NS, Window, choose_window, course_of, processes_of
+from tools.profile.spent import NS, Window, choose_window, course_of, judged_start, processes_of
 from tools.run_files import Record
 from tools.runs import Run, read_run
 from tools.timelines import Life, is_idle
@@ -83,6 +83,8 @@ class Sample:
 def read_sample(run_dir: Path) -> Sample:
     """What a run tells. Raises :class:`DataError` with what is missing."""
     run = checked(read_run(run_dir))
+    run.timelines, again = judged_start(run.timelines)
+    run.notes += [again] if again else []
     window, _ = choose_window(run.timelines)
     if run.config is None:
         raise DataError(f"{run_dir}: no config.yaml that can be read, so what was run is not known")
