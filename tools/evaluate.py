@@ -29,13 +29,13 @@ from actor.play import Play, open_task
 from actor.service import make_engine
 from broker.heldout import evaluate
 from common import wire
-from common.config import RunConfig, load
+from common.config import RunConfig
 from common.errors import CheckpointError, CroupierError, DeadlineError, EngineError
 from common.joint import JointSection
 from tools.console import make_console, print_error
 from tools.evaluations import interval
 from tools.export import export
-from tools.run_files import CONFIG
+from tools.runs import load_config
 
 STEP_S = 0.05  # how long an engine that samples elsewhere may wait for something to end
 
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_intermixed_args(arguments)
     console = make_console()
     try:
-        config = load(given.run_dir / CONFIG, given.overrides)
+        config = load_config(given.run_dir, given.overrides)
         table = Table("model", "held-out reward", "prompts", "samples", "mean length", box=None, padding=(0, 2))
         with tempfile.TemporaryDirectory() as room:
             for words, path in models_of(config, given.run_dir, given.step, given.model, Path(room)):

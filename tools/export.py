@@ -19,7 +19,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from common.config import load
 from common.errors import CheckpointError, CroupierError
 from learner.checkpoint import BESIDE, CheckpointReader, latest
 from learner.hf import files_of, model_config, save_hf
@@ -27,6 +26,8 @@ from learner.layout import places
 from learner.model.config import ModelConfig
 from learner.retention import CHECKPOINTS, PREFIX, path_of, read_best
 from tools.console import make_console, print_error
+from tools.run_files import check_run_dir
+from tools.runs import load_config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     console = make_console()
     try:
+        check_run_dir(given.run_dir)
         step = best_step(given.run_dir) if given.best else given.step
         out = export(given.run_dir, step, given.out, getattr(torch, given.dtype), rollout=given.rollout)
     except CroupierError as error:
@@ -68,7 +70,7 @@ def export(run_dir: Path, step: int | None, out: Path | None, dtype: torch.dtype
     ``rollout``: not the policy but the rollout model that was trained beside it. Raises
     :class:`CheckpointError` if there is none, or if ``out`` exists.
     """
-    config = load(run_dir / "config.yaml")
+    config = load_config(run_dir)
     directory = run_dir / CHECKPOINTS
     path = latest(directory) if step is None else path_of(directory, step)
     if path is None or not path.is_dir():

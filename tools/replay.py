@@ -27,12 +27,12 @@ from broker.steps import controller_of, scores_of
 from common import wire
 from common.budget import ThresholdController
 from common.codec import decode
-from common.config import RunConfig, load
+from common.config import RunConfig
 from common.errors import ConfigError, CroupierError, JournalError
 from common.frozen import POLICY
 from common.routing import read_routing
 from tools.console import make_console, print_error
-from tools.run_files import CONFIG
+from tools.runs import load_config
 
 SHOWN_ROWS = 12
 
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     console = make_console()
     try:
-        config = load(given.run_dir / CONFIG)
+        config = load_config(given.run_dir)
         journal = Journal(given.run_dir / JOURNAL, "", config.broker.journal_mb or 1.0, read_only=True)
         alternative = Alternative(_altered(given.run_dir, config, given.overrides)) if given.overrides else None
         verdict = verify(config, journal, alternative)
@@ -171,7 +171,7 @@ def _altered(run_dir: Path, config: RunConfig, overrides: Sequence[str]) -> RunC
         implied = ["obrs.mode=ess"]
     if any(o.startswith("obrs.threshold") for o in overrides):
         implied = ["obrs.mode=threshold"]
-    return load(run_dir / CONFIG, [*implied, *overrides])
+    return load_config(run_dir, [*implied, *overrides])
 
 
 def _compare(alternative: Alternative, run_dir: Path, console: Console) -> None:

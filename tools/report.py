@@ -30,7 +30,7 @@ from tools.markdown import to_markdown
 from tools.page import to_html
 from tools.plots import plot_all
 from tools.profile.chapter import verdict_blocks
-from tools.run_files import CONFIG, METRICS, PAGE, REPORT, STATUS, SUMMARY, Record, of_kind
+from tools.run_files import CONFIG, METRICS, PAGE, REPORT, STATUS, SUMMARY, Record, check_run_dir, of_kind
 from tools.runs import Run, read_run
 
 Outcome = Literal["finished", "interrupted", "failed"]
@@ -163,10 +163,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("run_dir", type=Path, help="such as runs/quickstart")
     given = parser.parse_args(arguments)
-    if not given.run_dir.is_dir():
-        print(f"error: {given.run_dir}: no such directory", file=sys.stderr)
-        return 2
     try:
+        check_run_dir(given.run_dir)
         outcome, wall_s = _earlier(given.run_dir)
         write_report(given.run_dir, outcome, wall_s)
     except CroupierError as error:

@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from common.errors import ConfigError, DataError
 from common.locks import try_lock
+from common.trace import TRACE
 
 CONFIG, STATUS, METRICS, LOGS, SUMMARY, REPORT, PAGE = (
     "config.yaml",
@@ -30,10 +31,26 @@ CONFIG, STATUS, METRICS, LOGS, SUMMARY, REPORT, PAGE = (
     "report.html",
 )
 LOCK = "launch.lock"
+SIGNS = (CONFIG, STATUS, METRICS, LOGS, TRACE)  # any of them makes a directory a run's
 Record = dict[str, Any]  # one JSON object
 LINE_BEGINS = '{"kind":'  # every line of metrics.jsonl
 NEEDED = {"step": ("step",), "eval": ("version", "reward"), "publish": ("version",)}  # numbers of a record
 NUMBERS_SHOWN = 5  # lines named in a note
+
+
+def check_there(run_dir: Path) -> None:
+    """Raise :class:`ConfigError` unless there is such a directory, whatever is in it."""
+    if not run_dir.is_dir():
+        raise ConfigError(f"{run_dir}: no such directory; name a run's, such as runs/quickstart")
+
+
+def check_run_dir(run_dir: Path) -> None:
+    """Raise :class:`ConfigError` unless a run has left something in ``run_dir``."""
+    check_there(run_dir)
+    if not any((run_dir / sign).exists() for sign in SIGNS):
+        raise ConfigError(
+            f"{run_dir}: no run directory: none of {', '.join(SIGNS)} is there; name a run's, such as runs/quickstart"
+        )
 
 
 def read_status(run_dir: Path) -> Record:

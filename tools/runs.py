@@ -9,7 +9,7 @@ reads it here, prints ``Run.notes`` and goes on with the rest. Nothing is unpick
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,17 @@ from yaml import YAMLError
 
 from common.config import RunConfig, load
 from common.errors import ConfigError, DataError
-from tools.run_files import CONFIG, METRICS, STATUS, Record, of_kind, read_status, scan_metrics
+from tools.run_files import (
+    CONFIG,
+    METRICS,
+    STATUS,
+    Record,
+    check_run_dir,
+    check_there,
+    of_kind,
+    read_status,
+    scan_metrics,
+)
 from tools.timelines import Timelines, read_timelines
 
 ENDED = ("finished", "stopped")  # phases of status.json after which nothing more is written
@@ -66,8 +76,7 @@ def read_run(run_dir: Path, timelines: bool = True) -> Run:
 
     Raises :class:`ConfigError` where there is no such directory, and for nothing else.
     """
-    if not run_dir.is_dir():
-        raise ConfigError(f"{run_dir}: no such directory; name a run's, such as runs/quickstart")
+    check_there(run_dir)
     config, notes = read_config(run_dir)
     try:
         status = read_status(run_dir)
@@ -97,6 +106,14 @@ def _brief(error: Exception) -> str:
 
 
 # ---- the configuration --------------------------------------------------------------------------
+
+
+def load_config(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """What a run was run with, whole, with ``overrides``. Raises :class:`ConfigError`."""
+    check_run_dir(run_dir)
+    if not (run_dir / CONFIG).is_file():
+        raise ConfigError(f"{run_dir}: {CONFIG} is missing, so what was run is not known; put the run's YAML there")
+    return load(run_dir / CONFIG, overrides)
 
 
 def read_config(run_dir: Path) -> tuple[RunConfig | None, list[str]]:

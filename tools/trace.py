@@ -24,6 +24,7 @@ from tools.console import make_console, print_error
 from tools.flows import draw_flows
 from tools.outputs import check_folder
 from tools.perfetto import Drawing, Window, draw
+from tools.run_files import check_run_dir
 from tools.timelines import Timelines, read_timelines
 from tools.torch_events import draw_torch
 
@@ -42,15 +43,16 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     console = make_console()
     out = given.out or given.run_dir / OUT
-    timelines = read_timelines(given.run_dir)
-    window = choose(timelines, given.from_step, given.to_step)
-    if window is None:
-        for note in timelines.notes:
-            console.print(note, markup=False, soft_wrap=True)
-        steps = "" if given.from_step is None and given.to_step is None else " of these steps"
-        console.print(f"{given.run_dir}: nothing{steps} to draw", style="red", markup=False, soft_wrap=True)
-        return NOTHING
     try:
+        check_run_dir(given.run_dir)
+        timelines = read_timelines(given.run_dir)
+        window = choose(timelines, given.from_step, given.to_step)
+        if window is None:
+            for note in timelines.notes:
+                console.print(note, markup=False, soft_wrap=True)
+            steps = "" if given.from_step is None and given.to_step is None else " of these steps"
+            console.print(f"{given.run_dir}: nothing{steps} to draw", style="red", markup=False, soft_wrap=True)
+            return NOTHING
         check_folder(out)
         _draw_and_tell(given.run_dir, out, timelines, window, console)
     except CroupierError as error:

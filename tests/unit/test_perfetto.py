@@ -183,6 +183,7 @@ def test_what_cannot_be_read_is_named_beside_what_can(tmp_path, capsys):
 
 @pytest.mark.parametrize("content", [None, b"", b"not a timeline"])
 def test_nothing_at_all_is_said_and_fails(tmp_path, content, capsys):
+    (tmp_path / "logs").mkdir()
     if content is not None:
         (tmp_path / "trace").mkdir()
         (tmp_path / "trace" / "actor-0.trace").write_bytes(content)

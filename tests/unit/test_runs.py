@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from common.config import RunConfig, RunSection, to_yaml
 from common.errors import ConfigError
 from common.trace import Tracer, trace_path
-from tools import receipt, report
+from tools import evaluate, export, receipt, replay, report, trace
+from tools.profile import __main__ as profile
 from tools.runs import read_run
 from tools.timelines import read_timelines
 
@@ -34,6 +35,26 @@ def written(run_dir, lines=LINES):
 def life(run_dir, process, role="actor"):
     with Tracer(trace_path(run_dir, process), process, role) as tracer:
         tracer.span("rollouts", "rollout", 10, 20, group=8)
+
+
+@pytest.mark.parametrize("tool", [evaluate, export, profile, receipt, replay, report, trace], ids=lambda t: t.__name__)
+def test_a_wrong_directory_is_named_by_every_tool_in_the_same_words(tmp_path, capsys, tool):
+    assert tool.main([str(tmp_path / "nowhere")]) == 2
+    said = "".join(capsys.readouterr())
+    assert f"{tmp_path}/nowhere: no such directory; name a run's, such as runs/quickstart" in said
+    if tool not in (profile, receipt):  # which say what they lack of a run that has hardly begun
+        (tmp_path / "notes.txt").touch()
+        assert tool.main([str(tmp_path)]) == 2
+        said = "".join(capsys.readouterr())
+        assert f"{tmp_path}: no run directory: none of config.yaml, status.json, metrics.jsonl" in said
+        assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("tool", [evaluate, export, replay], ids=lambda t: t.__name__)
+def test_a_run_without_its_configuration_is_asked_for_it(tmp_path, capsys, tool):
+    (tmp_path / "logs").mkdir()
+    assert tool.main([str(tmp_path)]) == 2
+    assert f"{tmp_path}: config.yaml is missing, so what was run is not known" in capsys.readouterr().out
 
 
 def test_a_whole_directory_leaves_nothing_to_say(tmp_path):
