@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from rich.cells import cell_len
 from rich.console import Console
 
+from common.config import MEGABYTE
 from common.process import StopFlag
 from common.trace import IDLE, STATES
 from tests.made_run import HOSTILE, MadeRun
@@ -36,6 +37,14 @@ from tools.watch.shares import Window, split_shard
 from tools.watch.tail import Tail
 from tools.watch.terminal import watch_lines
 from tools.watch.view import make_view
+
+
+def test_the_queue_and_its_bound_are_told_in_the_megabytes_of_broker_queue_mb(tmp_path):
+    run = MadeRun(tmp_path / "run")
+    status = run.status() | {"queue_bytes": 64 << 20, "queue_limit_bytes": int(256.0 * MEGABYTE)}
+    view = make_view("x", status, History(), Window())
+    assert (view.queue_mb, view.queue_limit_mb) == (64.0, 256.0)
+
 
 # ---- the tail -----------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@
 
 from dataclasses import dataclass, field
 
+from common.config import MEGABYTE
 from common.trace import STATES
 from tools.run_files import Record
 from tools.watch.history import Alert, History, Move, Receipt
@@ -17,7 +18,6 @@ SILENT_S = 3.0  # a peer silent for longer is shown in yellow
 LOST_S = 10.0  # a status.json that was not replaced for longer: the broker is gone or stopped
 LAST_STEPS = 32  # whose lags and receipts are shown
 ROLES = ("learner", "replica", "actor", "broker")  # in this order
-MEGABYTE = 1e6
 WORDS = 300  # characters of a sentence
 
 
