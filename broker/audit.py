@@ -1,6 +1,6 @@
 """The selection-bias audit: whose tokens does rejection take, and is it more than chance?
 
-Acceptance by response length, reward sign, task and lag. Each stratum is compared with the rest of
+Acceptance by response length, sign of the advantage, task and lag. Each stratum is compared with the rest of
 the batch, and its difference told apart from its noise by a z score. Under the rule itself a stratum
 may differ because its tokens are further from the learner's policy. What is dropped is counted where
 it happens (broker.fates).
@@ -29,7 +29,7 @@ def strata(batch: Batch) -> dict[str, NDArray[np.int64]]:
     edges = np.quantile(lengths[batch.sampled], np.linspace(0, 1, LENGTH_BINS + 1)[1:-1])
     found = {
         "length": np.searchsorted(edges, lengths, side="left"),
-        "reward": np.sign(batch.advantages).astype(np.int64),
+        "advantage": np.sign(batch.advantages).astype(np.int64),
     }
     return found if len(batch.labels) == 1 else {**found, "task": batch.tasks}
 

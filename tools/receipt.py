@@ -28,7 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--step", type=int, help="which step (default: the last)")
     parser.add_argument(
-        "--audit", action="store_true", help="acceptance and drops by length, reward, lag and task over all steps"
+        "--audit",
+        action="store_true",
+        help="over all steps: acceptance by length, advantage, lag and task, drops by length, reward, lag and task",
     )
     given = parser.parse_args(arguments)
     console = make_console()
@@ -106,8 +108,10 @@ def receipt_rows(line: Record) -> list[tuple[str, str]]:
             ("thinned again", f"by version {line['rethinned_by_version']}: {line['rethinned_tokens']:,} tokens fewer")
         )
     rows += _frozen(line)
+    drops = ", ".join(f"{reason}: {count}" for reason, count in (line.get("dropped") or {}).items())
+    dropped = ("dropped so far", drops or "nothing")
     if line.get("scored_by_version") is None:
-        return [*rows, ("rejection", "off: every token was trained")]
+        return [*rows, ("rejection", "off: every token was trained"), dropped]
     rows += [
         ("scored by", f"version {line['scored_by_version']}, λ = {line['threshold']:.4f}" + _next(line)),
         (
@@ -129,8 +133,7 @@ def receipt_rows(line: Record) -> list[tuple[str, str]]:
         ))  # fmt: skip
     if line["unscorable"]:
         rows.append(("unscorable", f"{line['unscorable']} tokens whose score was NaN: rejected"))
-    drops = ", ".join(f"{reason}: {count}" for reason, count in (line.get("dropped") or {}).items())
-    rows.append(("dropped so far", drops or "nothing"))
+    rows.append(dropped)
     warnings = (line.get("audit") or {}).get("warnings", [])
     rows.append(("audit", "; ".join(warnings) or "no stratum stands out"))
     return rows

@@ -81,9 +81,9 @@ def test_a_stratum_that_loses_more_than_its_noise_is_named():
     positive = np.repeat(batch.advantages > 0, np.diff(batch.cu_seqlens))
     biased = Scores(0, scored.log_p - np.where(positive, np.float32(0.4), np.float32(0)), scored.topk_log_p)
     found = audit(batch, reject(batch, biased, Rule(0, 0.0)))
-    assert any(w.startswith("reward 1: ") for w in found["warnings"])
+    assert any(w.startswith("advantage 1: ") for w in found["warnings"])
     assert not any(w.startswith("lag") for w in found["warnings"])
-    tokens = sum(count for count, _, _ in found["strata"]["reward"].values())
+    tokens = sum(count for count, _, _ in found["strata"]["advantage"].values())
     assert tokens == len(batch.token_ids)
 
 

@@ -86,14 +86,17 @@ def test_a_figure_of_the_wrong_kind_is_left_out_or_told(tmp_path, capsys, odd):
     assert receipt.main([str(tmp_path), "--audit"]) == 0
 
 
-def test_pass_rates_and_retired_questions_are_shown():
+def test_pass_rates_retired_questions_and_drops_are_shown_without_rejection_too():
     line = {
         "step": 3, "trajectories": 8, "tokens": 80, "tokens_proposed": 40, "reward": 0.5, "reward_std": 0.1,
         "groups_without_signal": 1, "lag_mean": 0.0, "lag_max": 0, "lag_histogram": {"0": 40}, "length_mean": 5.0,
         "length_max": 6, "truncated": 0.0, "pass_rates": {"0": 3, "0.5": 2}, "questions_retired": 7,
         "questions_skipped": 9,
     }  # fmt: skip
+    rows = dict(receipt.receipt_rows(line | {"dropped": {"stale": 2, "lag": 3}}))
+    assert rows["rejection"].startswith("off") and rows["dropped so far"] == "stale: 2, lag: 3"
     rows = dict(receipt.receipt_rows(line))
+    assert rows["dropped so far"] == "nothing"
     assert rows["passed of a group"] == "0: 3, 0.5: 2 groups, before any filter; 7 questions retired, 9 skipped"
     del line["questions_retired"]
     assert dict(receipt.receipt_rows(line))["passed of a group"] == "0: 3, 0.5: 2 groups, before any filter"
