@@ -33,6 +33,14 @@ def test_modes_differ_from_the_quick_start_in_what_they_say_only() -> None:
     assert sync.obrs.mode == "off"
 
 
+def test_keys_are_made_for_every_process_that_the_example_for_gpus_starts() -> None:
+    (file,) = (file for file in CONFIGS if file.stem == "qwen3-30b-a3b")
+    asked = [words.split()[0] for words in file.read_text().split("--client ")[1:]]
+    config = load(file)
+    actors = [f"actor-{number}" for number in range(config.actor.count)]
+    assert asked == ["learner", *(f"replica-{number}" for number in range(config.replica.count)), *actors]
+
+
 def test_rejection_off_starts_no_replica() -> None:
     by_name = {file.stem: load(file) for file in CONFIGS}
     names = {

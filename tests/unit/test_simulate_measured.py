@@ -206,6 +206,12 @@ def test_a_run_is_read_whatever_its_figures_are(tmp_path, capsys):
             read_sample(traced_run(tmp_path / f"none-{number}", **more))
 
 
+def test_a_run_directory_may_be_named_by_a_string(tmp_path):
+    run_dir = traced_run(tmp_path / "x")
+    setup = Setup.from_run(str(run_dir), ["actor.count=4"])
+    assert setup == Setup.from_run(run_dir, ["actor.count=4"]) and setup.actor.count == 4
+
+
 def test_a_run_whose_learner_nobody_can_read_is_not_simulated_as_one_that_costs_nothing(tmp_path):
     run_dir = traced_run(tmp_path / "x")
     trace_path(run_dir, "learner").unlink()

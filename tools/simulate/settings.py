@@ -255,14 +255,14 @@ class Setup:
         require(sound, "length.weights", length.weights, "must be finite, not negative, and not all 0")
 
     @staticmethod
-    def from_run(run_dir: Path, overrides: Sequence[str] = ()) -> "Setup":
+    def from_run(run_dir: Path | str, overrides: Sequence[str] = ()) -> "Setup":
         """What ``run_dir`` did, at the costs it had, with ``overrides``; see :mod:`tools.simulate.measured`.
 
         Raises :class:`DataError` for a run that does not tell enough, :class:`ConfigError` for the overrides.
         """
         from tools.simulate.measured import measure
 
-        return override(measure([run_dir]).setup, overrides)
+        return override(measure([Path(run_dir)]).setup, overrides)
 
 
 def read_setup(path: Path | None, overrides: Sequence[str] = ()) -> Setup:
