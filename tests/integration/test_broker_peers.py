@@ -79,7 +79,8 @@ def test_commits_and_checkpoints_of_what_was_not_trained_are_refused(make):
     learner.link.send(wire.Commit(0, 1, {"step": float("nan"), "acceptance": 7.0, "loss": 1.5}))
     until(lambda: broker.service.pipeline.committed_step == 0)
     refused(broker, learner, wire.Checkpointed(1), "not trained")
-    assert broker.service.pipeline.held() == broker.service.pipeline.queued == 2 * 4
+    pipeline = broker.service.pipeline  # its thread may be in the middle of an assembly
+    until(lambda: pipeline.held() == pipeline.queued == 2 * 4)
     for peer in (actor, learner):
         peer.link.close()
     killed(broker)
