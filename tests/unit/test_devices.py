@@ -141,6 +141,7 @@ def test_children_see_their_own_gpus_and_others_what_we_see(monkeypatch):
 
 def test_a_launch_deals_out_what_there_is_or_says_what_is_missing(tmp_path, monkeypatch):
     fake_machine(tmp_path, monkeypatch, LISTED)
+    monkeypatch.setattr("tools.launch.check_engine", lambda config: [])  # no SGLang is needed to count GPUs
     where = {"run": RunSection(dir=str(tmp_path)), "broker": BrokerSection(f"tcp://127.0.0.1:{free_port()}")}
 
     def prepared(config):
