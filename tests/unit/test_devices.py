@@ -150,6 +150,7 @@ def test_a_launch_deals_out_what_there_is_or_says_what_is_missing(tmp_path, monk
         return run
 
     run = prepared(served(**where, weights=WeightsSection(backend="gloo")))
+    run.held.close()
     assert run.devices == deal(run.config, ["0", "1"], torch_on_gpus()) != {}
     with pytest.raises(ConfigError, match="where this machine has 2"):
         prepared(served(count=3, **where, weights=WeightsSection(backend="nccl")))
