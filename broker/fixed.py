@@ -41,6 +41,13 @@ def fixed_settings(config: RunConfig) -> dict[str, Any]:
     return {key: _plain(value) for key, value in found.items()}
 
 
+def changed(then: dict[str, Any], now: dict[str, Any]) -> str:
+    """What of a run's settings ``then`` is another ``now``, in words; "" if nothing is."""
+    odd = [f"{name}={then[name]}, not {now[name]}" for name in now if name in then and then[name] != now[name]]
+    remedy = "; set that back, or choose another run.name to begin a new run"
+    return f"this run has {' and '.join(odd)}{remedy}" if odd else ""
+
+
 def _plain(value: Any) -> Any:
     """As it comes back from a journal."""
     if isinstance(value, dict):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from broker.fixed import fixed_settings
+from broker.fixed import changed, fixed_settings
 from broker.groups import Trajectory, unpack_all
 from broker.journal import Event, Journal
 from broker.pipeline import Pipeline
@@ -27,12 +27,8 @@ class Recovered:
 
 def check_settings(pipeline: Pipeline, event: Event, journal: Journal) -> None:
     """Raise :class:`JournalError` if ``event``, a begin or a snapshot, was written under other settings."""
-    now, then = fixed_settings(pipeline.config), event.head["settings"]
-    if odd := [f"{name}={then[name]}, not {now[name]}" for name in now if name in then and then[name] != now[name]]:
-        raise JournalError(
-            f"{journal.directory}: this run has {' and '.join(odd)}; set that back, or choose another run.name "
-            "to begin a new run"
-        )
+    if odd := changed(event.head["settings"], fixed_settings(pipeline.config)):
+        raise JournalError(f"{journal.directory}: {odd}")
 
 
 def load_snapshot(pipeline: Pipeline, journal: Journal, event: Event) -> None:

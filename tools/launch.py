@@ -36,6 +36,7 @@ from tools.preflight import (
     check_frozen,
     check_meshes,
     check_models,
+    check_resumed,
     check_rewards,
     check_sandbox,
 )
@@ -141,6 +142,7 @@ class Run:
         """
         self.held.enter_context(claim(self.directory))
         if self.config.learner.resume:
+            check_resumed(self.config)
             (self.directory / STATUS).unlink(missing_ok=True)  # of the earlier launch
         elif (moved := set_aside(self.directory)) is not None:
             self.held.enter_context(claim(self.directory))

@@ -12,13 +12,16 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.config import RunConfig
+from broker.fixed import changed, fixed_settings
+from broker.service import JOURNAL
+from common.config import RunConfig, load
 from common.errors import ConfigError, ModelError
 from common.frozen import FrozenModel
 from common.identity import TOKENS, check_same_tokens, differing_identity, model_identity, other_tokens
 from common.process import free_port
 from common.rewards import RewardModelEntry
 from tools.devices import VISIBLE, receivers
+from tools.run_files import CONFIG
 
 ANSWER_S = 3.0  # for a reward model's server
 VERSION_S = 30.0  # for engine.python to start and tell which SGLang it has, on a cold network disk
@@ -106,6 +109,19 @@ def check_meshes(config: RunConfig) -> None:
             model.check_mesh(mesh, whose)
         for frozen in config.frozen.values():
             ModelConfig.from_hf_dir(frozen.path).check_mesh(sizes["replica"], "replica")
+
+
+def check_resumed(config: RunConfig) -> None:
+    """Raise :class:`ConfigError` where the run that is to go on has settings that may not change within it."""
+    path = config.run.path / CONFIG
+    if not path.is_file() or not (config.run.path / JOURNAL).is_dir():
+        return
+    try:
+        then = fixed_settings(load(path))
+    except ConfigError:  # of another croupier; the broker has it in its journal, too
+        return
+    if odd := changed(then, fixed_settings(config)):
+        raise ConfigError(f"{path}: {odd}")
 
 
 def check_engine(config: RunConfig) -> list[str]:

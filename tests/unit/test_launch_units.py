@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from common.config import (
     EngineSection,
     LearnerSection,
     ModelSection,
+    ObrsSection,
     ReplicaSection,
     RunConfig,
     RunSection,
@@ -260,6 +262,25 @@ def test_a_run_under_way_is_neither_set_aside_nor_resumed(tmp_path: Path) -> Non
     resumed, _ = launching(tmp_path, resume=True)
     with resumed.held:
         resumed.prepare()
+
+
+def test_a_run_that_goes_on_by_another_rule_is_refused_before_anything_is_touched(tmp_path: Path) -> None:
+    first, _ = launching(tmp_path)
+    with first.held:
+        first.prepare()
+    written = (first.directory / "config.yaml").read_text()
+    other, _ = launching(tmp_path, resume=True)
+    other.config = replace(other.config, obrs=ObrsSection(threshold=2.0))
+    with other.held:
+        other.prepare()  # nothing is in a journal: nothing would be decided anew
+    (first.directory / "config.yaml").write_text(written)
+    (first.directory / "journal").mkdir()
+    with (
+        other.held,
+        pytest.raises(ConfigError, match=r"config\.yaml: this run has obrs\.threshold=1\.0, not 2\.0; set"),
+    ):
+        other.prepare()
+    assert (first.directory / "config.yaml").read_text() == written
 
 
 def test_a_broker_that_was_started_by_hand_keeps_its_directory(tmp_path: Path) -> None:
