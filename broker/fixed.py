@@ -26,7 +26,7 @@ def fixed_settings(config: RunConfig) -> dict[str, Any]:
         "loss.aggregate": config.loss.aggregate,
         "whoever scores (obrs.mode, loss.kl, teachers)": list(config.scorers),
         "the tasks of teachers": {name: model.tasks for name, model in config.frozen.items()},
-        "task.mix": dict(zip(config.task.labels, config.task.ratios, strict=True)),
+        "task.mix": list(zip(config.task.labels, config.task.ratios, strict=True)),  # tasks are numbered in this order
     }
     if config.advantage.overlong_buffer or config.loss.aggregate == "constant":
         found["rollout.max_turns × max_tokens"] = rollout.max_sampled

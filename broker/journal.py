@@ -13,6 +13,7 @@ within its bound.
 """
 
 import logging
+import os
 import struct
 import threading
 from bisect import bisect_right
@@ -32,6 +33,7 @@ SLACK = 1.5  # map size over the bound on what is kept: LMDB needs room to copy 
 MAP_RESERVE = 64 * MEGABYTE
 CLOSE_S = 10.0
 KEY = struct.Struct(">Q")
+UNWRITTEN_BYTES = 64 << 10  # at the file's end that may be missing while its writer is at work
 ALIGNMENT = 64  # frames start at multiples, so that arrays in them are aligned
 IDENTITY = b"\0"  # sorts before every event, so that events can be appended
 FORMAT = 3  # 3: what is not awaited is not in it, and it begins with the settings
@@ -127,16 +129,26 @@ class Journal:
             self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
             self._thread.start()
 
+    def _missing(self) -> tuple[int, int]:
+        """Bytes that the file should have, and how many of them it lacks; never more than it does."""
+        page: int = self._env.stat()["psize"]
+        said = (self._env.info()["last_pgno"] + 1) * page
+        return said, max(0, said - (self.directory / "data.mdb").stat().st_size)
+
     def _check_size(self) -> None:
         """Reading beyond the end of a file that was cut short would end the process without a word."""
-        path = self.directory / "data.mdb"
-        said = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
-        size = path.stat().st_size  # looked at last: the writer may be at work
-        if size < said:
+        said, missing = self._missing()
+        if missing > UNWRITTEN_BYTES:
             raise JournalError(
-                f"{path}: has {size} of its {said} bytes: cut short, or copied in part; copy it whole, or move it away "
-                "to begin anew"
+                f"{self.directory / 'data.mdb'}: has {said - missing} of its {said} bytes: cut short, or copied in "
+                "part; copy it whole, or move it away to begin anew"
             )
+
+    def _fill_up(self) -> None:
+        """LMDB may count pages at the end that it took and gave back without writing them."""
+        said, missing = self._missing()
+        if missing:
+            os.truncate(self.directory / "data.mdb", said)
 
     def _check(self, run_id: str, read_only: bool) -> None:
         with self._env.begin(write=not read_only) as txn:
@@ -238,6 +250,7 @@ class Journal:
                     self._delete(gone)
                     with self._wake:
                         self._prunes.remove(gone)
+                self._fill_up()
             except Exception as error:  # noqa: BLE001  # whatever it is, the broker must hear of it
                 log.error("%s", error)
                 self._error = JournalError(

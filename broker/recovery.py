@@ -10,6 +10,7 @@ from broker.pipeline import Pipeline
 from broker.recorder import CHECKS, apply, difference
 from common import wire
 from common.codec import decode
+from common.config import RunConfig
 from common.errors import JournalError
 
 
@@ -25,9 +26,11 @@ class Recovered:
     moves: list[dict[str, Any]] = field(default_factory=list)  # of the staleness budget: heads of its events
 
 
-def check_settings(pipeline: Pipeline, event: Event, journal: Journal) -> None:
-    """Raise :class:`JournalError` if ``event``, a begin or a snapshot, was written under other settings."""
-    if odd := changed(event.head["settings"], fixed_settings(pipeline.config)):
+def check_settings(config: RunConfig, journal: Journal) -> None:
+    """Raise :class:`JournalError` if ``journal`` was written under settings that are others now."""
+    last = journal.latest("snapshot")
+    last = journal.latest("begin") if last is None else last
+    if last is not None and (odd := changed(journal.event(last).head["settings"], fixed_settings(config))):
         raise JournalError(f"{journal.directory}: {odd}")
 
 
@@ -50,17 +53,15 @@ def load_snapshot(pipeline: Pipeline, journal: Journal, event: Event) -> None:
 
 def recover(pipeline: Pipeline, journal: Journal) -> Recovered:
     """Bring ``pipeline`` to where the journal ends."""
+    check_settings(pipeline.config, journal)
     found = Recovered()
     start = journal.latest("snapshot")
     if start is not None:
         event = journal.event(start)
-        check_settings(pipeline, event, journal)
         load_snapshot(pipeline, journal, event)
         found.service = event.head["service"]
     for event in journal.events(0 if start is None else start + 1):
         found.events += 1
-        if event.kind == "begin":
-            check_settings(pipeline, event, journal)
         result = apply(pipeline, event)
         if event.kind == "commit" and result is not None:
             found.commits.append((result, event.head["metrics"]))

@@ -1,10 +1,11 @@
 """The run directory as the broker writes it: identity, status, metrics. Nothing here decides anything."""
 
 import json
+import logging
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ from common.errors import ConfigError, JournalError, ProtocolError
 from common.locks import try_lock
 
 STATUS_EVERY_S = 0.5
+LOCK_S, LOOK_S = 120.0, 0.1  # for a lock that network file systems keep for a dead machine, 90 s as a rule
 CONFIG = "config.yaml"
+
+log = logging.getLogger("broker.runfiles")
 
 
 @contextmanager
@@ -53,18 +57,31 @@ class RunFiles:
     ``metrics.jsonl`` is locked as long as they are open: two brokers never write into one directory.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, is_stopped: Callable[[], bool] = lambda: False) -> None:
+        """Raises :class:`ConfigError` where another broker holds the directory, or nothing can be written."""
         self.directory = directory
-        directory.mkdir(parents=True, exist_ok=True)
-        with _named(directory / "metrics.jsonl"):
-            self._metrics = (directory / "metrics.jsonl").open("a")
         try:
-            if not try_lock(self._metrics):
-                raise ConfigError(f"{directory}: another broker is at work there; stop it, or choose another run.name")
+            directory.mkdir(parents=True, exist_ok=True)
+            self._metrics = (directory / "metrics.jsonl").open("a")
+        except OSError as error:
+            raise ConfigError(f"run.dir: {directory} cannot be written ({error}); name another directory") from error
+        try:
+            self._lock(is_stopped)
             self._begin()
         except BaseException:
             self._metrics.close()
             raise
+
+    def _lock(self, is_stopped: Callable[[], bool]) -> None:
+        deadline, told = time.monotonic() + LOCK_S, False
+        while not try_lock(self._metrics):
+            held = f"{self.directory}: another broker is at work there (it holds metrics.jsonl)"
+            if is_stopped() or time.monotonic() > deadline:
+                raise ConfigError(f"{held}; stop it, or choose another run.name")
+            if not told:
+                log.warning("%s, or its machine died and the file system does not know; waiting %g s", held, LOCK_S)
+            told = True
+            time.sleep(LOOK_S)
 
     def _begin(self) -> None:
         self.started_at = now = time.time()  # noqa: TID251  the wall clock is asked once: it may jump

@@ -90,7 +90,7 @@ class BrokerService:
             max_message_bytes=config.broker.max_message_bytes,
         )
         try:
-            self.files = RunFiles(config.run.path)
+            self.files = RunFiles(config.run.path, lambda: stop.is_set)
             journal = self._journal()
         except BaseException:
             self.router.close()

@@ -208,7 +208,7 @@ def find(directory: Path, resume: bool, mesh: Mesh, seen_s: float = SEEN_S) -> P
     if mesh.rank == 0:
         try:
             step = _choose(directory, resume)
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             step, refusal = REFUSED, error
     step = mesh.broadcast_int(step)
     if step == REFUSED:

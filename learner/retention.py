@@ -31,7 +31,8 @@ log = logging.getLogger("learner.retention")
 
 def complete(directory: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
-    return sorted(p for p in directory.glob(f"{PREFIX}*") if (p / STATE).is_file())
+    found = (p for p in directory.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdecimal())
+    return sorted(p for p in found if (p / STATE).is_file())
 
 
 def step_of(path: Path) -> int:

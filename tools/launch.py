@@ -140,12 +140,13 @@ class Run:
 
         Raises :class:`ConfigError` where a run of this name is under way.
         """
-        self.held.enter_context(claim(self.directory))
+        claimed = self.held.enter_context(claim(self.directory))
         if self.config.learner.resume:
             check_resumed(self.config)
             (self.directory / STATUS).unlink(missing_ok=True)  # of the earlier launch
         elif (moved := set_aside(self.directory)) is not None:
             self.held.enter_context(claim(self.directory))
+            claimed.close()  # it went with the earlier run, which may be resumed beside this one
             self.say(f"moved the earlier run to {moved}")
         (self.directory / CONFIG).write_text(to_yaml(self.config))
         (self.directory / LOGS).mkdir(exist_ok=True)

@@ -12,16 +12,16 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-from broker.fixed import changed, fixed_settings
+from broker.journal import Journal
+from broker.recovery import check_settings
 from broker.service import JOURNAL
-from common.config import RunConfig, load
+from common.config import RunConfig
 from common.errors import ConfigError, ModelError
 from common.frozen import FrozenModel
 from common.identity import TOKENS, check_same_tokens, differing_identity, model_identity, other_tokens
 from common.process import free_port
 from common.rewards import RewardModelEntry
 from tools.devices import VISIBLE, receivers
-from tools.run_files import CONFIG
 
 ANSWER_S = 3.0  # for a reward model's server
 VERSION_S = 30.0  # for engine.python to start and tell which SGLang it has, on a cold network disk
@@ -112,16 +112,15 @@ def check_meshes(config: RunConfig) -> None:
 
 
 def check_resumed(config: RunConfig) -> None:
-    """Raise :class:`ConfigError` where the run that is to go on has settings that may not change within it."""
-    path = config.run.path / CONFIG
-    if not path.is_file() or not (config.run.path / JOURNAL).is_dir():
+    """Raise :class:`JournalError` where the run that is to go on has settings that may not change within it."""
+    directory = config.run.path / JOURNAL
+    if not (directory / "data.mdb").is_file():
         return
+    journal = Journal(directory, "", config.broker.journal_mb, read_only=True)
     try:
-        then = fixed_settings(load(path))
-    except ConfigError:  # of another croupier; the broker has it in its journal, too
-        return
-    if odd := changed(then, fixed_settings(config)):
-        raise ConfigError(f"{path}: {odd}")
+        check_settings(config, journal)
+    finally:
+        journal.close()
 
 
 def check_engine(config: RunConfig) -> list[str]:

@@ -57,7 +57,6 @@ def start(config: RunConfig, journal: Journal) -> tuple[Pipeline, int]:
             return Pipeline(config, vocab_size, routing), 0
         if event.kind == "snapshot":
             pipeline = Pipeline(config, vocab_size, routing)
-            check_settings(pipeline, event, journal)
             try:
                 load_snapshot(pipeline, journal, event)
             except JournalError:  # what it stands on was pruned since
@@ -68,12 +67,11 @@ def start(config: RunConfig, journal: Journal) -> tuple[Pipeline, int]:
 
 def verify(config: RunConfig, journal: Journal, seen: Callable[[Pipeline, Event, Any], None] | None = None) -> Verdict:
     """Apply every event; stop at the first check that comes out differently."""
+    check_settings(config, journal)
     pipeline, first = start(config, journal)
     verdict = Verdict(first=first)
     for event in journal.events(first):
         verdict.events += 1
-        if event.kind == "begin":
-            check_settings(pipeline, event, journal)
         result = apply(pipeline, event)
         if event.kind in CHECKS:
             verdict.decisions += event.kind == "decided"

@@ -363,7 +363,7 @@ class SglangEngine:
         target = sample.answered()
         if isinstance(answer, EngineError):
             self._counters["requests_failed"] += 1
-            self._doubt(target, answer)
+            self._doubt(target, sample, answer)
             self._retry(sample, str(answer))
             return
         request = sample.request
@@ -382,14 +382,16 @@ class SglangEngine:
         target.answers(sample, len(piece.token_ids))
         self._join(sample, piece)
 
-    def _doubt(self, target: Target, error: EngineError) -> None:
-        """``target`` is sent nothing before its next look, if ``error`` is its fault; it may have failed."""
+    def _doubt(self, target: Target, sample: Sample, error: EngineError) -> None:
+        """``target`` is sent nothing before its next look, if what ``sample`` met is its fault; it may have failed."""
         server = target.server
         if isinstance(error, ServerLostError):
             target.doubt()
             self._loop.call_soon_threadsafe(server.suspect, str(error))
-        elif isinstance(error, ServerRefusedError) and error.passing and target.refuses():
-            self._loop.call_soon_threadsafe(server.fail, f"it does nothing but refuse: {error}")
+        elif isinstance(error, ServerRefusedError) and error.passing:
+            busy = any(other.under_way for other in self._targets if other.server is server)
+            if target.refuses(sample.request.request_id, busy):
+                self._loop.call_soon_threadsafe(server.fail, f"it does nothing but refuse: {error}")
 
     def _join(self, sample: Sample, piece: Piece) -> None:
         """A further piece: the end, or a reason to ask for the rest."""

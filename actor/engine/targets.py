@@ -20,6 +20,7 @@ from actor.engine.routing import Router
 from actor.engine.server import Server, State
 
 REFUSALS = 3  # looks in a row behind which a server did nothing but refuse, until it has failed
+REFUSED_REQUESTS = 2  # and of so many requests
 STEAL = 2  # samples that must wait at one target before an idle one takes a key from it
 
 log = logging.getLogger("actor.engine")
@@ -67,6 +68,7 @@ class Target:
     seen: int = 0  # looks at the server's load that the pace has had
     doubted: int = -1  # looks that there had been when a request to it failed; it gets none before the next
     refused: int = 0  # looks in a row behind which it did nothing but refuse
+    refusers: set[int] = field(default_factory=set)  # whose requests those were
 
     @property
     def load(self) -> int:
@@ -87,14 +89,16 @@ class Target:
         """A request to it failed."""
         self.doubted = self.server.loads
 
-    def refuses(self) -> bool:
-        """A request was refused for no fault of its own. Returns whether it has done nothing else for too long.
+    def refuses(self, request_id: int, busy: bool) -> bool:
+        """A request was refused, by its status for no fault of its own. Returns whether nothing else came for too long.
 
-        What is refused while others run there says no more than that it is full.
+        What is refused while its server is ``busy`` with others says no more than that it is full, and what
+        befalls one request alone may be that request's fault.
         """
         self.doubt()
-        self.refused += not self.under_way
-        if self.refused < REFUSALS:
+        self.refused += not busy
+        self.refusers.add(request_id)
+        if self.refused < REFUSALS or len(self.refusers) < REFUSED_REQUESTS:
             return False
         self.doubted += 1  # it is looked at once more before it ends
         return True
@@ -104,6 +108,7 @@ class Target:
         server = self.server
         if tokens:
             self.refused = 0
+            self.refusers.clear()
         elif sample.updates == server.updates and not server.updating:
             self.doubt()
 

@@ -223,12 +223,31 @@ def test_a_server_that_does_nothing_but_refuse_has_failed(fakes, engine_on, capl
     fake = fakes()
     engine = engine_on(fake, restarts=20, backoff_s=0.5)
     fake.spoil["/generate"] = always(refused(500))
-    engine.add(ask(1, samples=4))
+    for number in (1, 2):
+        engine.add(ask(number, samples=2))
     ended = run(engine, lambda: engine.servers[0].restarts == 1)
     assert "lost a server: it does nothing but refuse: a/server-0 /generate: HTTP 500" in caplog.text
     del fake.spoil["/generate"]
     done = ended + drain(engine)
     assert len(done) == 4 and not any(isinstance(c, Failure) for c in done), "three of four attempts"
+
+
+POISON = 7  # the first token of prompts that the server cannot take
+
+
+def test_a_request_that_is_always_refused_costs_its_server_nothing(fakes, engine_on):
+    fake = fakes()
+    engine = engine_on(fake)
+    refuse = always(refused(500))
+    fake.spoil["/generate"] = lambda f, answer: refuse(f, answer) if f["input_ids"][0] == POISON else answer
+    for number in range(3):
+        engine.add(replace(ask(number, samples=1), prompt_ids=np.array([POISON, 2, 3], np.int32)))
+        (ended,) = drain(engine)
+        assert isinstance(ended, Failure) and "HTTP 500" in ended.reason
+        engine.add(ask(10 + number, samples=1))
+        (ended,) = drain(engine)
+        assert not isinstance(ended, Failure)
+    assert engine.servers[0].restarts == 0 and engine.servers[0].state == State.SERVING
 
 
 def test_a_server_that_fails_at_once_takes_nothing_from_those_that_work(fakes, engine_on):

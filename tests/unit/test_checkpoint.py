@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import threading
 import time
 
@@ -182,6 +183,7 @@ def test_without_resume_checkpoints_of_an_earlier_start_are_left_alone(tmp_path)
 def test_every_rank_goes_on_from_the_checkpoint_that_rank_0_chose(tmp_path):
     for step in (1, 2):
         saved(tmp_path, step)
+    shutil.copytree(tmp_path / "step-00000002", tmp_path / "step-00000002.bak")  # somebody's copy is no checkpoint
     assert checkpoint.find(tmp_path, True, Rank(1)).name == "step-00000001"
     assert checkpoint.find(tmp_path, True, Rank(checkpoint.NOTHING)) is None
     with pytest.raises(CheckpointError, match="rank 0 goes on from nothing there; its log says why"):

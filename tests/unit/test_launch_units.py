@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from broker.journal import Journal
+from broker.pipeline import Pipeline
+from broker.recorder import Recorder
 from broker.runfiles import RunFiles
 from common.config import (
     ActorSection,
@@ -25,12 +28,13 @@ from common.config import (
     RunSection,
     TaskSection,
 )
-from common.errors import ConfigError, ModelError
+from common.errors import ConfigError, JournalError, ModelError
 from common.process import StopFlag, free_port
 from tools.launch import LINE_S, Run, main
 from tools.preflight import check_address, check_engine, check_meshes, check_model
 from tools.processes import Process, child_environment, descendants, processes_of, stop_all, wait_all
 from tools.progress import duration, remaining_s
+from tools.run_files import claim
 from tools.stamp import ModelState, fingerprint, model_state, write_stamp
 
 STATUS = {
@@ -257,6 +261,7 @@ def test_a_run_under_way_is_neither_set_aside_nor_resumed(tmp_path: Path) -> Non
     with second.held:
         second.prepare()
         assert "moved the earlier run to" in said.getvalue() and (tmp_path / "runs" / "r.1" / "config.yaml").exists()
+        claim(tmp_path / "runs" / "r.1").close()  # which may go on beside it
         with pytest.raises(ConfigError, match="under way"):
             launching(tmp_path)[0].prepare()
     resumed, _ = launching(tmp_path, resume=True)
@@ -266,21 +271,21 @@ def test_a_run_under_way_is_neither_set_aside_nor_resumed(tmp_path: Path) -> Non
 
 def test_a_run_that_goes_on_by_another_rule_is_refused_before_anything_is_touched(tmp_path: Path) -> None:
     first, _ = launching(tmp_path)
-    with first.held:
-        first.prepare()
-    written = (first.directory / "config.yaml").read_text()
     other, _ = launching(tmp_path, resume=True)
     other.config = replace(other.config, obrs=ObrsSection(threshold=2.0))
-    with other.held:
-        other.prepare()  # nothing is in a journal: nothing would be decided anew
-    (first.directory / "config.yaml").write_text(written)
-    (first.directory / "journal").mkdir()
-    with (
-        other.held,
-        pytest.raises(ConfigError, match=r"config\.yaml: this run has obrs\.threshold=1\.0, not 2\.0; set"),
-    ):
+    for run in (first, other):  # without a journal nothing would be decided anew
+        with run.held:
+            run.prepare()
+    written = (first.directory / "config.yaml").read_text()
+    journal = Journal(first.directory / "journal", "r", 64)
+    Recorder(Pipeline(first.config, 16), journal, dict).begin(0)
+    journal.close()
+    with other.held, pytest.raises(JournalError, match=r"this run has obrs\.threshold=1\.0, not 2\.0; set that back"):
         other.prepare()
     assert (first.directory / "config.yaml").read_text() == written
+    again, _ = launching(tmp_path, resume=True)
+    with again.held:
+        again.prepare()
 
 
 def test_a_broker_that_was_started_by_hand_keeps_its_directory(tmp_path: Path) -> None:

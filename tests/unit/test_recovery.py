@@ -304,7 +304,9 @@ def test_what_a_run_may_not_change_is_refused_by_name(tmp_path: Path, monkeypatc
         r"advantage\.kind=grpo, not rloo": config(advantage=AdvantageSection(kind="rloo")),
         r"loss\.aggregate=token_mean, not constant": config(loss=LossSection(aggregate="constant")),
         r"rollout\.temperature=1\.0, not 0\.5": config(rollout=dataclasses.replace(config().rollout, temperature=0.5)),
-        r"task\.mix": config(task=TaskSection(mix={"a": TaskEntry(), "b": TaskEntry(ratio=0.5)})),
+        r"task\.mix=\[\['sort6', 1\.0\]\], not \[\['a', 1\.0\], \['b', 0\.5\]\]": config(
+            task=TaskSection(mix={"a": TaskEntry(), "b": TaskEntry(ratio=0.5)})
+        ),
     }
     monkeypatch.setattr("tools.replay.read_vocab_size", lambda path: VOCAB)
     for odd, now in changed.items():

@@ -33,9 +33,12 @@ def test_a_line_cut_short_is_no_step(tmp_path):
     files.close()
 
 
-def test_a_run_keeps_its_name_and_counts_its_brokers(tmp_path):
+def test_a_run_keeps_its_name_and_counts_its_brokers(tmp_path, monkeypatch):
     first = RunFiles(tmp_path)
     with pytest.raises(ConfigError, match="another broker is at work there"):
+        RunFiles(tmp_path, lambda: True)
+    monkeypatch.setattr("broker.runfiles.LOCK_S", 0.05)
+    with pytest.raises(ConfigError, match=r"stop it, or choose another run\.name"):
         RunFiles(tmp_path)
     first.close()
     second = RunFiles(tmp_path)
@@ -44,3 +47,9 @@ def test_a_run_keeps_its_name_and_counts_its_brokers(tmp_path):
     second.close()
     with pytest.raises(ProtocolError, match=r"move .* away"):
         RunFiles(tmp_path)
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"run\.dir: .*file/run cannot be written .*name another directory"):
+        RunFiles(tmp_path / "file" / "run")

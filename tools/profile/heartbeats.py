@@ -18,7 +18,7 @@ from tools.run_files import Record
 from tools.timelines import is_idle
 from tools.watch.sound import mapping, number
 
-ALIVE_S = 1.0  # by which the broker's seconds may fall behind the clock: it is always in some state, but lines round
+ALIVE_S = 10.0  # by which the broker's seconds may fall behind the clock: a line is written once the disk has its step
 PARKED = {"rollouts": "rollouts.sampling", "scoring": "scoring", "packing": "packing", "publish": "version"}
 FIRST_RANKS = ("gather", "send", "idle.receivers")  # states of the learner that only its first rank knows
 
@@ -31,7 +31,8 @@ def of_one_start(steps: Sequence[Record]) -> tuple[Sequence[Record], str]:
     starts: list[list[Record]] = [[]]
     for step in steps:
         before = starts[-1][-1] if starts[-1] else step
-        if step["time_s"] - before["time_s"] - (_alive(step) - _alive(before)) > ALIVE_S and _alive(before):
+        lived = _alive(step) - _alive(before)
+        if _alive(before) and (lived < 0 or step["time_s"] - before["time_s"] - lived > ALIVE_S):
             starts.append([])
         starts[-1].append(step)
     judged = max((n for n, found in enumerate(starts) if len(found) >= 2), default=len(starts) - 1)

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from common.errors import ConfigError, DataError
 from tools.checked import checked_status
-from tools.run_files import LOGS, last_lines, read_status, set_aside
+from tools.run_files import LOGS, claim, last_lines, read_status, set_aside
 from tools.sweep.child import Child, Launcher
 from tools.sweep.plan import Found, Job, Plan, look, write_state
 
@@ -124,7 +124,8 @@ class Runner:
         self.states[job.key] = self.states[job.key] | values
 
     def _start(self, job: Job) -> None:
-        moved = set_aside(job.config.run.path)
+        with claim(job.config.run.path):  # nobody may be at work there
+            moved = set_aside(job.config.run.path)
         if moved is not None:
             self.view.say(f"{job.key}: an earlier attempt was set aside as {moved.name}", "dim")
         self._set(job, state="running", attempts=int(self.states[job.key].get("attempts", 0)) + 1, reason="")
