@@ -28,6 +28,16 @@ def until(condition, seconds=5.0):
         time.sleep(0.005)
 
 
+def served(broker):
+    """Learner and actor; the learner has the first step's shard."""
+    learner, actor, granted = staffed(broker)
+    for number in granted:
+        actor.link.send(group(actor.link.run_id, number))
+    learner.link.send(wire.Fetch(0, 0, 1))
+    learner.expect(wire.Shard)
+    return learner, actor
+
+
 def staffed(broker):
     """A learner, an actor and the groups that a budget of 2 grants it."""
     learner, actor, granted = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0"), []
@@ -192,11 +202,7 @@ def test_a_version_whose_end_a_reset_connection_lost_keeps_no_later_one_back(mak
 
 def test_an_actor_whose_servers_lost_their_weights_is_sent_them_again(make):
     broker = make(staleness=StalenessSection(2))
-    learner, actor, granted = staffed(broker)
-    for number in granted:
-        actor.link.send(group(actor.link.run_id, number))
-    learner.link.send(wire.Fetch(0, 0, 1))
-    learner.expect(wire.Shard)
+    learner, actor = served(broker)
     learner.link.send(wire.Commit(0, 1, {}))
     learner.publish(1, [actor])
     later = actor.expect(wire.Grant).groups.tolist()
@@ -214,11 +220,7 @@ def test_an_actor_whose_servers_lost_their_weights_is_sent_them_again(make):
 @pytest.mark.parametrize("sends", ["commit", "fetch", "checkpointed", "nothing"])
 def test_a_step_that_a_learner_came_back_with_is_committed_with_its_metrics_or_without(make, sends):
     broker = make(staleness=StalenessSection(2))
-    learner, actor, granted = staffed(broker)
-    for number in granted:
-        actor.link.send(group(actor.link.run_id, number))
-    learner.link.send(wire.Fetch(0, 0, 1))
-    learner.expect(wire.Shard)
+    learner, actor = served(broker)
     learner.link.close(None)
     again = Peer(broker, "learner", "learner", version=1)  # the same one: word of its commit is on its way, or lost
     assert broker.service.pipeline.committed_step == -1
