@@ -8,7 +8,7 @@ import numpy as np
 
 from actor.rollout import Turn
 from actor.tasks.base import Block
-from common.config.units import BYTES_PER_ALTERNATIVE, BYTES_PER_EXPERT, BYTES_PER_TOKEN
+from common.config.units import bytes_per_token
 from common.wire import EXPERT, FINISH_REASONS, MAX_MEMBERS, STARTS, Ack, GroupFailed, Trajectories
 
 FAILURES_KEPT = 1000
@@ -52,8 +52,7 @@ def in_messages(finished: Sequence[Finished], most_bytes: int) -> Iterator[list[
 def _size(one: Finished) -> int:
     """Bytes of a message."""
     first = one.turns[0].completion
-    alternatives, experts = first.topk_ids.shape[1], first.experts.shape[1]
-    per_token = BYTES_PER_TOKEN + BYTES_PER_ALTERNATIVE * alternatives + BYTES_PER_EXPERT * experts
+    per_token = bytes_per_token(first.topk_ids.shape[1], first.experts.shape[1])
     tokens = sum(len(turn.given) + len(turn.completion.token_ids) for turn in one.turns)
     beside = BYTES_PER_MEMBER + BYTES_PER_CHANNEL * len(one.channels) + BYTES_PER_BLOCK * len(one.blocks)
     size: int = tokens * per_token + beside

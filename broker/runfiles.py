@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError, JournalError, ProtocolError
-from common.locks import try_lock
+from common.locks import lock_within
 
 STATUS_EVERY_S = 0.5
-LOCK_S, LOOK_S = 120.0, 0.1  # for a lock that network file systems keep for a dead machine, 90 s as a rule
+LOCK_S = 120.0  # for a lock that network file systems keep for a dead machine, 90 s as a rule
 CONFIG = "config.yaml"
 
 log = logging.getLogger("broker.runfiles")
@@ -73,15 +73,10 @@ class RunFiles:
             raise
 
     def _lock(self, is_stopped: Callable[[], bool]) -> None:
-        deadline, told = time.monotonic() + LOCK_S, False
-        while not try_lock(self._metrics):
-            held = f"{self.directory}: another broker is at work there (it holds metrics.jsonl)"
-            if is_stopped() or time.monotonic() > deadline:
-                raise ConfigError(f"{held}; stop it, or choose another run.name")
-            if not told:
-                log.warning("%s, or its machine died and the file system does not know; waiting %g s", held, LOCK_S)
-            told = True
-            time.sleep(LOOK_S)
+        held = f"{self.directory}: another broker is at work there (it holds metrics.jsonl)"
+        waiting = "%s, or its machine died and the file system does not know; waiting %g s"
+        if not lock_within(self._metrics, LOCK_S, lambda: log.warning(waiting, held, LOCK_S), is_stopped):
+            raise ConfigError(f"{held}; stop it, or choose another run.name")
 
     def _begin(self) -> None:
         self.started_at = now = time.time()  # noqa: TID251  the wall clock is asked once: it may jump

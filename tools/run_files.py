@@ -17,12 +17,12 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
+from broker.runfiles import CONFIG as CONFIG  # who keeps it names it
 from common.errors import ConfigError, DataError
 from common.locks import try_lock
 from common.trace import TRACE
 
-CONFIG, STATUS, METRICS, LOGS, SUMMARY, REPORT, PAGE = (
-    "config.yaml",
+STATUS, METRICS, LOGS, SUMMARY, REPORT, PAGE = (
     "status.json",
     "metrics.jsonl",
     "logs",

@@ -30,7 +30,7 @@ from actor.tasks.base import DemonstratedTask, PromptItem, make_task
 from actor.tasks.sort6 import write_tokenizer
 from common.config import RunConfig, load
 from common.errors import ConfigError, CroupierError, DeadlineError, ModelError
-from common.locks import try_lock
+from common.locks import lock_within
 from common.process import die_with_parent
 from tools.stamp import ModelState, model_state, models_of, write_stamp
 
@@ -41,7 +41,6 @@ BALANCE = 0.01  # coefficient of the load-balancing loss, as in training
 MAX_POSITIONS = 64
 ROPE_THETA = 10_000.0
 LIMIT_S = 120.0
-LOOK_S = 0.05  # between two tries for a directory that another process holds
 
 
 def ensure(config: RunConfig) -> Path:
@@ -87,19 +86,14 @@ def alone(directory: Path, wait_s: float = 2 * LIMIT_S) -> Iterator[None]:
 
     Raises :class:`DeadlineError` if another holds it for ``wait_s``.
     """
-    began, told = time.monotonic(), False
     held = os.open(directory, os.O_RDONLY)
     try:
-        while not try_lock(held):
-            if time.monotonic() - began > wait_s:
-                raise DeadlineError(
-                    f"{directory}: another warm start has been at work there for {wait_s:.0f} s; stop it, or set "
-                    "model.path to another directory"
-                )
-            if not told:
-                print(f"{directory}: waiting for another warm start there", flush=True)
-            told = True
-            time.sleep(LOOK_S)
+        waiting = f"{directory}: waiting for another warm start there"
+        if not lock_within(held, wait_s, lambda: print(waiting, flush=True)):
+            raise DeadlineError(
+                f"{directory}: another warm start has been at work there for {wait_s:.0f} s; stop it, or set "
+                "model.path to another directory"
+            )
         yield
     finally:
         os.close(held)

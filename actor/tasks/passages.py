@@ -9,7 +9,6 @@ number of processes and threads. What it was built from stands in it; a corpus t
 indexed again.
 """
 
-import fcntl
 import json
 import os
 import re
@@ -17,7 +16,6 @@ import shutil
 import sqlite3
 import tempfile
 import threading
-import time
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import TaskError
+from common.locks import lock_within
 
 FORMAT = "1"
 TOKENIZER = "porter unicode61 remove_diacritics 2"
 BUILD_S = 3600.0  # to wait for another process that builds the same index
-LOOK_S = 0.2  # between two looks at whether it is done
 MOST_WORDS = 32  # of a query; what comes behind them is not looked for
 TITLE_WEIGHT = 2.0  # of a word in a title, beside one in the text
 TITLE_KEYS, TEXT_KEYS = ("title", "name"), ("text", "contents", "passage")
@@ -192,16 +190,9 @@ def _build(path: Path, source: str, passages: Iterable[Passage]) -> None:
 @contextmanager
 def _alone(lock: Path) -> Iterator[None]:
     """While no other process is in here with the same ``lock``."""
-    deadline = time.monotonic() + BUILD_S
     with lock.open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise TaskError(f"{lock}: another process builds the index for {BUILD_S:g} s now; end it") from None
-                time.sleep(LOOK_S)
+        if not lock_within(file, BUILD_S):
+            raise TaskError(f"{lock}: another process builds the index for {BUILD_S:g} s now; end it")
         try:
             yield
         finally:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from common.config.units import BYTES_PER_ALTERNATIVE, BYTES_PER_EXPERT, BYTES_PER_TOKEN
+from common.config.units import bytes_per_token
 from common.errors import ConfigError
 from common.mixture import Mixture, mixture
 from common.objective import require
@@ -152,8 +152,7 @@ class RolloutSection:
 
     def largest_trajectory(self, routed: int = 0) -> int:
         """Bytes of the longest possible trajectory; ``routed`` experts are recorded of a token."""
-        per_token = BYTES_PER_TOKEN + BYTES_PER_ALTERNATIVE * self.top_logprobs + BYTES_PER_EXPERT * routed
-        return self.max_length * per_token
+        return self.max_length * bytes_per_token(self.top_logprobs, routed)
 
     def largest_group(self, routed: int = 0) -> int:
         """Bytes of a group whose every sibling is as long as it may be."""

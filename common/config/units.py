@@ -8,3 +8,8 @@ BYTES_BESIDE = 1 << 16  # of a message, beside a trajectory's tokens: header, na
 BYTES_SERVED = 18  # a token of a shard without its expert record: ids, two flags, log q, log m and log p
 BYTES_JOURNALED = 1.5  # written for a byte of trajectory: scores, tables and padding on top
 BYTES_FROZEN = 4  # a token of one frozen model's scores, journaled and served
+
+
+def bytes_per_token(alternatives: int, experts: int) -> int:
+    """Of a trajectory, with as many of each recorded of a token."""
+    return BYTES_PER_TOKEN + BYTES_PER_ALTERNATIVE * alternatives + BYTES_PER_EXPERT * experts

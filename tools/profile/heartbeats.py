@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from common.config import RunConfig
 from tools.profile.causes import plain
-from tools.profile.spent import ROLES, Process, started_again
+from tools.profile.spent import ROLES, Process, started_again, which_start
 from tools.run_files import Record
 from tools.timelines import is_idle
 from tools.watch.sound import mapping, number
@@ -35,7 +35,7 @@ def of_one_start(steps: Sequence[Record]) -> tuple[Sequence[Record], str]:
         if _alive(before) and (lived < 0 or step["time_s"] - before["time_s"] - lived > ALIVE_S):
             starts.append([])
         starts[-1].append(step)
-    judged = max((n for n, found in enumerate(starts) if len(found) >= 2), default=len(starts) - 1)
+    judged = which_start([len(found) for found in starts])
     return starts[judged], started_again(judged, len(starts)) if len(starts) > 1 else ""
 
 

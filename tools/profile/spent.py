@@ -95,11 +95,16 @@ def judged_start(timelines: Timelines) -> tuple[Timelines, str]:
     if len(brokers) < 2:
         return timelines, ""
     committed = [len(commits_of(Timelines([broker]))) for broker in brokers]
-    judged = max((n for n, steps in enumerate(committed) if steps >= 2), default=len(brokers) - 1)
+    judged = which_start(committed)
     begun = brokers[judged].start
     ended = brokers[judged + 1].start if judged + 1 < len(brokers) else max(life.end for life in timelines.lives)
     lives = [life for life in timelines.lives if life.end > begun and life.start < ended]
     return Timelines(lives, timelines.notes), started_again(judged, len(brokers))
+
+
+def which_start(committed: Sequence[int]) -> int:
+    """The last start that committed two steps, or else the last, of ``committed`` steps of each."""
+    return max((n for n, steps in enumerate(committed) if steps >= 2), default=len(committed) - 1)
 
 
 def started_again(judged: int, starts: int) -> str:

@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import IO, Protocol
 
 from common.config import RunConfig, to_yaml
 from common.errors import ConfigError
-from common.locks import try_lock
+from common.locks import lock_within
 
 STOP_S = 15.0  # for a launcher to stop all its processes, which it does within 10 s
 LOCK_S = 20.0  # for what is left of a killed sweep to end
@@ -110,15 +109,10 @@ class Lock:
         """Take it within ``LOCK_S``, and ``say`` so if that takes time. Raises :class:`ConfigError` if it cannot."""
         directory.mkdir(parents=True, exist_ok=True)
         self._file: IO[str] = (directory / "lock").open("a")
-        deadline, told = time.monotonic() + LOCK_S, False
-        while not try_lock(self._file):
-            if not told:
-                say(f"{directory}: waiting for what is left of an earlier sweep to end, {LOCK_S:.0f} s at most")
-                told = True
-            if time.monotonic() > deadline:
-                self._file.close()
-                raise ConfigError(f"{directory}: another sweep is running there; wait for it, or stop it first")
-            time.sleep(0.2)
+        waiting = f"{directory}: waiting for what is left of an earlier sweep to end, {LOCK_S:.0f} s at most"
+        if not lock_within(self._file, LOCK_S, lambda: say(waiting)):
+            self._file.close()
+            raise ConfigError(f"{directory}: another sweep is running there; wait for it, or stop it first")
 
     @property
     def descriptor(self) -> int:

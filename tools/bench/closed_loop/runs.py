@@ -26,7 +26,7 @@ import torch
 from common.config import RunConfig, load, to_yaml
 from common.errors import EngineError
 from common.process import free_port
-from learner.retention import complete, step_of
+from learner.retention import CHECKPOINTS, complete, step_of
 from tools.evaluate import held_out
 from tools.export import export
 from tools.run_files import Record, last_lines, of_kind, read_metrics
@@ -228,7 +228,7 @@ def judged(cell: Cell, root: Path) -> dict[int, float] | None:
 def judge(cell: Cell, done: Done, root: Path) -> dict[int, float]:
     """Judge the versions that :func:`at_the_end` needs; everybody's with the same questions and noise."""
     folder = root / cell.name
-    versions = needed([step_of(path) for path in complete(folder / "run" / "checkpoints")], done)
+    versions = needed([step_of(path) for path in complete(folder / "run" / CHECKPOINTS)], done)
     config = load(
         CONFIG, [f"run.seed={cell.seed}", f"model.path={root / cell.model}", f"evaluation.prompts={HELD_OUT}"]
     )
@@ -238,7 +238,7 @@ def judge(cell: Cell, done: Done, root: Path) -> dict[int, float]:
             directory = export(folder / "run", version, Path(room) / str(version), torch.float32)
             rewards[version] = float(held_out(config, directory, JUDGE_LIMIT_S)["reward"])
     _write(folder / REWARDS, rewards)
-    shutil.rmtree(folder / "run" / "checkpoints")
+    shutil.rmtree(folder / "run" / CHECKPOINTS)
     return rewards
 
 

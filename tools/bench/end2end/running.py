@@ -26,7 +26,7 @@ import torch
 
 from common.errors import EngineError
 from common.process import free_port
-from learner.retention import complete, step_of
+from learner.retention import CHECKPOINTS, complete, step_of
 from tools.bench.end2end import trl_grpo
 from tools.bench.end2end.analysis import Timed
 from tools.bench.end2end.contestants import (
@@ -196,7 +196,7 @@ def saved(folder: Path, model: Path, room: Path) -> Iterator[tuple[int, Path]]:
     yield 0, model
     for path in sorted(folder.glob("model-*"), key=_version):
         yield _version(path), path
-    for checkpoint in complete(folder / "run" / "checkpoints"):
+    for checkpoint in complete(folder / "run" / CHECKPOINTS):
         version = step_of(checkpoint)
         yield version, export(folder / "run", version, room / str(version), torch.float32)
 
