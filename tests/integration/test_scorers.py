@@ -48,10 +48,10 @@ def reply(peer, request, value):
 
 
 def waits_for(learner, words, seconds=5.0):
-    """The broker tells a parked learner so."""
+    """The broker tells a parked learner so, and names nothing beyond it: else a reply is still on its way."""
     learner.link.send(wire.Fetch(0, 0, 1))
     deadline = time.monotonic() + seconds
-    while words not in (told := learner.expect(wire.Waiting).detail):
+    while not (told := learner.expect(wire.Waiting).detail).endswith(words):
         assert time.monotonic() < deadline, told
 
 
@@ -164,7 +164,7 @@ def test_without_rejection_a_step_waits_for_the_frozen_models_alone(make, tmp_pa
     learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
     for g in actor.expect(wire.Grant).groups.tolist():
         actor.link.send(group(actor.link.run_id, g))
-    waits_for(learner, "a reference model")
+    waits_for(learner, "a reference model (python -m learner.score RUN.yaml --serves reference)")
     first = Peer(broker, "replica", "reference-0", serves="reference")
     first.expect(wire.ScoreRequest)
     first.link.close(None)  # as if killed while it scores
