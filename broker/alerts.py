@@ -53,7 +53,8 @@ SIGNS = (
     Sign(
         "ess", ("weight_ess", "ess"), "ess_below", False,
         "the effective sample size is {value} of the batch ({figure})",
-        "few tokens carry the gradient: lower staleness.budget, or set obrs.rethin_below=0.3",
+        "few tokens carry the gradient: lower staleness.budget; with obrs.mode=off switch rejection on, with "
+        "obrs.z_weight=none set obrs.rethin_below=0.3",
     ),
     Sign(
         "truncated", ("truncated",), "truncated_above", True,

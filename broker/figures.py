@@ -28,7 +28,7 @@ class Figures:
         self.frozen_seconds = 0.0  # of reference and teachers, added up
         self.decide_seconds = 0.0  # of thinning: coins, log m, receipt and audit of each batch
         self.lags: Counter[int] = Counter()  # tokens trained at each lag
-        self._actor_seconds = 0.0
+        self._decoding_s = 0.0  # of actors, up to the last step
         self._rate: deque[tuple[float, int]] = deque()
 
     def state(self) -> dict[str, Any]:
@@ -51,11 +51,10 @@ class Figures:
         self.lags.update({int(lag): tokens for lag, tokens in receipt["lag_histogram"].items()})
 
     def committed(
-        self, receipt: dict[str, Any], metrics: dict[str, float], pipeline: Pipeline, roster: Roster
+        self, receipt: dict[str, Any], metrics: dict[str, float], pipeline: Pipeline
     ) -> tuple[dict[str, Any], list[Alert]]:
         """The step's line for metrics.jsonl (its receipt, the queues, the learner's own figures) and what it tells."""
         self.count(receipt)
-        actor_seconds = sum(p.counters.get("seconds_decode", 0.0) for p in roster.role("actor"))
         line = {
             **receipt,
             "version": receipt["step"] + 1,
@@ -65,14 +64,14 @@ class Figures:
             "queue_bytes": pipeline.queue_bytes,
             "queue_groups": pipeline.ledger.queued,
             "in_flight_groups": pipeline.ledger.promised,
-            "seconds_rollout": max(0.0, actor_seconds - self._actor_seconds),
+            "seconds_rollout": self.fleet.decoding_s - self._decoding_s,
             "seconds_score": self.score_seconds,
             "seconds_frozen": self.frozen_seconds,
             "seconds_decide": self.decide_seconds,
             **self.fleet.line(),
         }
         line |= {name: value for name, value in metrics.items() if name not in line}
-        self._actor_seconds = actor_seconds
+        self._decoding_s = self.fleet.decoding_s
         self.score_seconds = self.frozen_seconds = self.decide_seconds = 0.0
         self.last_step = line
         return line, self.alerts.step(line)
@@ -107,5 +106,4 @@ class Figures:
             "trajectories_repeated": pipeline.turned_away[""],
             **pipeline.fates.status(),
             "bad_messages": dict(self.errors),
-            "alerts": self.alerts.raised,
         }

@@ -16,7 +16,7 @@ from common.trace import STATES
 PEERS_SHOWN = 64  # of each role in status.json, which is written twice a second
 SILENT_S = 3.0  # three heartbeats
 NAMES_SHOWN = 8
-UNFILLED = "seconds_unfilled"  # an actor's counter
+UNFILLED, DECODING = "seconds_unfilled", "seconds_decode"  # an actor's counters
 
 # What a learner that has asked for its shard waits for: groups; scores of them; coins and packing; the version
 # that shall score them.
@@ -31,6 +31,7 @@ class Fleet:
         self.seconds: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))  # by role
         self.policy_seconds: defaultdict[str, float] = defaultdict(float)  # of the replicas of the policy alone
         self.unfilled_s = 0.0  # of actors that sampled: their time times the share of their slots that stayed empty
+        self.decoding_s = 0.0  # of actors
         self.parked: defaultdict[str, float] = defaultdict(float)  # cause -> seconds
         self._own = own
         self._waits: tuple[str, float] = ("", 0.0)  # for what, seen when
@@ -47,8 +48,8 @@ class Fleet:
                 if of_policy:
                     self.policy_seconds[state] += grown
             if peer.role == "actor":
-                grown = (counters or {}).get(UNFILLED, 0.0) - peer.counters.get(UNFILLED, 0.0)
-                self.unfilled_s += grown if 0 < grown < math.inf else 0.0
+                self.unfilled_s += _grown(UNFILLED, peer.counters, counters or {})
+                self.decoding_s += _grown(DECODING, peer.counters, counters or {})
         peer.seconds, peer.counters = sound, counters or {}
 
     def waits(self, cause: str, now: float) -> None:
@@ -73,6 +74,11 @@ class Fleet:
             "fleet": {role: summary(roster.role(role), now) for role in roles},
             **self.line(),
         }
+
+
+def _grown(counter: str, before: dict[str, float], now: dict[str, float]) -> float:
+    grown = now.get(counter, 0.0) - before.get(counter, 0.0)
+    return grown if 0 < grown < math.inf else 0.0
 
 
 def known_states(role: str, seconds: dict[str, float]) -> dict[str, float]:

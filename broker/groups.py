@@ -199,6 +199,10 @@ class GroupBook:
         """The group's prompt."""
         return self._groups[group].prompt
 
+    def actor(self, group: int) -> str:
+        """Whom the group was granted to."""
+        return self._groups[group].actor
+
     def prompts(self, groups: NDArray[np.int64]) -> list[int]:
         """Those of several; 0 for a group that is not here."""
         return [self._groups[group].prompt if group in self._groups else 0 for group in groups.tolist()]

@@ -18,7 +18,8 @@ SIGMA = 6.0  # beyond the noise of the mean
 LEAST = 0.05  # ... and at least this far from 1
 FEWEST = 2000  # tokens before an actor is judged
 LARGEST_RATIO = 20.0  # p/q is cut here: one wild token must not hide or make a case
-FORGET = 0.9  # of the past, a batch
+REMEMBERED = 10 * FEWEST  # tokens of an account, beyond which
+FORGET = 0.9  # is what a batch leaves of its past: however small an actor's share of a batch is, it will be judged
 
 
 @dataclass
@@ -72,9 +73,10 @@ class Honesty:
 
     def _add(self, actor: str, ratio: NDArray[np.float64]) -> list[str]:
         account = self.accounts.setdefault(actor, Account())
-        account.tokens = FORGET * account.tokens + len(ratio)
-        account.total = FORGET * account.total + float(ratio.sum())
-        account.squares = FORGET * account.squares + float(np.square(ratio).sum())
+        kept = FORGET if account.tokens > REMEMBERED else 1.0
+        account.tokens = kept * account.tokens + len(ratio)
+        account.total = kept * account.total + float(ratio.sum())
+        account.squares = kept * account.squares + float(np.square(ratio).sum())
         if not account.is_suspect:
             self._known.discard(actor)
             return []

@@ -70,6 +70,9 @@ class Pipeline:
         self._failures: Counter[int] = Counter()
         self.committed_step = -1
         self._silent = 0  # groups without signal in a row
+        self.setbacks: Counter[str] = (
+            Counter()
+        )  # groups given up since an actor's last whole one; a restart begins anew
 
     # ---- grants ---------------------------------------------------------------------------------
 
@@ -204,6 +207,8 @@ class Pipeline:
         if not self.book.enough(group) or not any(t.sampled_tokens for t in members):  # exemplars alone are no group
             self.give_up(group, reason)
             return
+        self.counts["groups_whole"] += 1
+        self.setbacks.pop(self.book.actor(group), None)
         self.curriculum.settled(self.book.prompt(group), members)
         if self.config.advantage.zero_signal == "resample" and self._resample(members):
             self.give_up(group, "no_signal", again=False)
@@ -231,6 +236,8 @@ class Pipeline:
         """Drop the group: count what had arrived, free its place, grant its prompt ``again``."""
         if group not in self.book:
             return
+        if again and reason != "actor_lost":
+            self.setbacks[self.book.actor(group)] += 1
         prompt, arrived = self.book.tombstone(group, reason)
         self.ledger.release(group)
         self.dropped[reason] += len(arrived)
@@ -249,6 +256,7 @@ class Pipeline:
         for group in owed:
             self.book.fail(group, -1)
             self._settle(group, "actor_lost")
+        self.setbacks.pop(actor, None)
         return sum(group not in self.book for group in owed)
 
     # ---- assembly -------------------------------------------------------------------------------

@@ -7,18 +7,21 @@ from typing import Any
 
 import numpy as np
 
+from broker.alerts import Alert
 from broker.door import Door
 from broker.evaluation import Evaluation, EvaluationSchedule
 from broker.heldout import evaluate
 from broker.peers import Peer
 from broker.recorder import Recorder
 from broker.runfiles import RunFiles
+from broker.setbacks import Setbacks
 from common import wire
 from common.config import RunConfig
 from common.errors import DataError, ProtocolError
 
 NOBODYS_FAULT = ("unknown_group", "actor_lost", "refused_sibling", "no_signal", "environment", "sibling_failed")
 
+REASON = 200  # characters of a failure that are said again
 MAX_SESSIONS = 10_000  # of actors that are remembered; who owes nothing and is gone is forgotten first
 
 log = logging.getLogger("broker.rollouts")
@@ -38,6 +41,7 @@ class Rollouts:
         self.sessions: dict[str, str] = {}  # of actors, also from before a restart
         self._awaited: dict[str, float] = {}  # actors that owe groups since before a restart, and until when
         self._told: tuple[int, ...] = ()  # the learner, of what is best
+        self._setbacks = Setbacks(config.rollout.groups_per_step)
         self.handlers: dict[type[Any], Callable[[Peer, Any], None]] = {
             wire.Trajectories: self._on_trajectories,
             wire.GroupFailed: self._on_group_failed,
@@ -90,6 +94,7 @@ class Rollouts:
         """Returns what its going costs, in words."""
         given_up = self.recorder.actor_lost(peer.name)
         self.schedule.lost(peer.name)
+        self._setbacks.forget(peer.name)
         return f"{given_up} groups given up" if given_up else ""
 
     def look_after_awaited(self, now: float) -> None:
@@ -108,6 +113,7 @@ class Rollouts:
         for reason, group, sibling in zip(ack.reasons, ack.groups, ack.siblings, strict=True):
             if reason and reason not in NOBODYS_FAULT:
                 faulty += 1
+                self._setbacks.note(peer.name, f"trajectory refused: {reason}")
                 self.door.warn(peer, "refused", "refused trajectory %d.%d of %s: %s", group, sibling, peer.name, reason)
         if faulty:
             self.door.offence(peer.identity, "refused_trajectory", faulty)
@@ -117,6 +123,7 @@ class Rollouts:
         if self.pipeline.book.refusal(message.group, 0, peer.name) == "granted_to_another_actor":
             raise ProtocolError(f"{what} was granted to another actor")
         self.door.warn(peer, "failed", "%s failed at %s: %s", peer.name, what, message.reason)
+        self._setbacks.note(peer.name, message.reason[:REASON])
         self.recorder.failed(message.group, message.sibling, "environment")
 
     def _on_evaluation(self, peer: Peer, message: wire.EvaluationResult) -> None:
@@ -153,13 +160,18 @@ class Rollouts:
             evaluator = min(serving, key=lambda p: busy[p.name]).name
             asked[evaluator] = self.schedule.ask(evaluator, version)
         hold = not self.schedule.first_done  # the starting model is evaluated before it changes
+        now = time.monotonic()
+        self._look_at_setbacks(serving, now)
         resets = self.pipeline.curriculum.resets
         evaluating = [p for p in serving if self.schedule.asked_of(p.name) is not None]
         for peers in ([p for p in serving if p not in evaluating], evaluating):
             share = -(-self.pipeline.ledger.grantable(version) // max(1, len(peers)))
             for peer in peers:
                 wanted = min(share, peer.hello.capacity - busy[peer.name])
-                grant = None if hold else self.recorder.grant(peer.name, wanted, version)
+                held = hold or self._setbacks.holds_back(peer.name, now)
+                grant = None if held else self.recorder.grant(peer.name, wanted, version)
+                if grant is not None:
+                    self._setbacks.granted(peer.name, now)
                 if peer.name in asked:
                     grant = self._with_evaluation(grant, asked[peer.name])
                 if grant is not None:
@@ -170,6 +182,26 @@ class Rollouts:
                 "all are asked again and their history begins anew; harder questions would teach more",
                 self.config.advantage.skip_passed,
             )
+
+    def _look_at_setbacks(self, serving: list[Peer], now: float) -> None:
+        """Say who does nothing but fail, and who does no longer. Raises TaskError if nobody ever did anything else."""
+        step, setbacks = self.pipeline.committed_step + 1, self._setbacks
+        for peer in serving:
+            in_a_row = self.pipeline.setbacks[peer.name]
+            state = setbacks.look(peer.name, in_a_row, now)
+            if not state:
+                continue
+            cleared = state == "cleared"
+            text = f"groups of {peer.name} come to be whole again" if cleared else setbacks.words(peer.name)
+            self.files.metric("alert", Alert("rollouts", state, step, step, in_a_row, text).line())
+            log.log(logging.INFO if cleared else logging.WARNING, "alert, step %d: %s", step, text)
+        if not self.pipeline.counts["groups_whole"]:
+            setbacks.check([peer.name for peer in serving], now)
+
+    def alerts(self) -> list[dict[str, Any]]:
+        """What is wrong now, for status.json."""
+        step, setbacks = self.pipeline.committed_step + 1, self._setbacks
+        return [{"sign": "rollouts", "since": step, "text": setbacks.words(actor)} for actor in setbacks.lasting]
 
     def _with_evaluation(self, grant: wire.Grant | None, asked: Evaluation) -> wire.Grant:
         none, section = np.zeros(0, np.int64), self.config.evaluation

@@ -265,7 +265,7 @@ class BrokerService:
                 self.files.metric("eval", line)
         self.training.recovered()
         for receipt, metrics in found.commits:
-            line, alerts = self.figures.committed(receipt, metrics, self.pipeline, self.door.roster)
+            line, alerts = self.figures.committed(receipt, metrics, self.pipeline)
             if receipt["step"] > written:
                 self.training.write_step(line, alerts)
         for odd in found.differences[:5]:
@@ -281,6 +281,8 @@ class BrokerService:
         peer = self.door.roster.get(identity)
         if isinstance(message, Exception):
             self.door.bad_message(identity, "bad message", message)
+            if peer is not None and peer.role == "actor":
+                self.rollouts.schedule.lost(peer.name)  # it may have been the result of an evaluation
             return
         if isinstance(message, wire.Hello):
             self.door.hello(identity, message)
@@ -340,7 +342,8 @@ class BrokerService:
         servers = sum(p.counters.get("servers", 0) for p in actors)
         if servers and not any(p.counters.get("servers_serving", 0) for p in actors):
             return f"{', '.join(p.name for p in actors)}: none of {servers:.0f} SGLang servers serves yet"
-        return self._room_wanted() or self.pipeline.waiting_for()
+        found = self._room_wanted() or self.pipeline.waiting_for()
+        return "; ".join([found, *(alert["text"] for alert in self.rollouts.alerts())])
 
     def _room_wanted(self) -> str:
         """What is full where nothing more can be granted for it."""
@@ -386,6 +389,7 @@ class BrokerService:
             "offences": self.door.conduct.counts,
             "impostors": dict(self.router.impostors),
             **self.figures.status(self.pipeline, self.door.roster),
+            "alerts": self.figures.alerts.raised + self.rollouts.alerts(),
         }
 
 

@@ -297,7 +297,7 @@ class Training:
         if receipt is None:
             return
         self._ess = metrics.get("weight_ess", self._ess)
-        line, alerts = self.figures.committed(receipt, metrics, self.pipeline, self.door.roster)
+        line, alerts = self.figures.committed(receipt, metrics, self.pipeline)
         self.door.outlet.do(lambda: self.write_step(line, alerts))
         if self.governor is not None:
             self._govern(self.governor, receipt, metrics)

@@ -19,6 +19,7 @@ from common.config import (
     StalenessSection,
     WeightsSection,
 )
+from common.errors import CroupierError
 from common.link import connect
 from common.process import StopFlag
 from tests.integration.fleet import free_address
@@ -32,8 +33,15 @@ class Broker:
     def __init__(self, config):
         self.config, self.stop = config, StopFlag()
         self.service = BrokerService(config, self.stop)
-        self.thread = threading.Thread(target=self.service.run)
+        self.failure = None  # what ended it
+        self.thread = threading.Thread(target=self._run)
         self.thread.start()
+
+    def _run(self):
+        try:
+            self.service.run()
+        except CroupierError as error:
+            self.failure = error
 
     def end(self):
         self.stop.set("test")

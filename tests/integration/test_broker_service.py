@@ -6,7 +6,9 @@ import time
 import numpy as np
 import pytest
 
+from broker import setbacks
 from broker.service import BrokerService
+from broker.setbacks import STEPS_IN_A_ROW
 from common import wire
 from common.codec import encode
 from common.config import (
@@ -355,3 +357,83 @@ def test_what_an_actors_servers_are_about_is_in_the_status(make):
 def test_whoever_waits_for_an_answer_waits_for_the_disk_and_not_for_a_turn(make):
     broker = make()
     assert broker.service.recorder.journal.on_commit == broker.service.router.wake
+
+
+def test_groups_that_all_fail_are_granted_seldom_said_aloud_and_at_last_end_the_run(make, monkeypatch):
+    monkeypatch.setattr(setbacks, "GIVE_UP_S", 2.0)
+    broker = make()
+    learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
+    grants = 0
+    while broker.thread.is_alive():
+        message = actor.link.receive(0.05)
+        if isinstance(message, wire.Grant):
+            grants += 1
+            for g in message.groups.tolist():
+                actor.link.send(wire.GroupFailed(g, "no such program"))
+    assert grants <= 2 * STEPS_IN_A_ROW + 4  # after these at first, one a second, and fewer
+    assert "groups of a0 all failed, the last one so: no such program; correct the task" in str(broker.failure)
+    told, lines = broker.status(), (broker.config.run.path / "metrics.jsonl").read_text().splitlines()
+    assert told["alerts"][0]["sign"] == "rollouts" and "no such program" in told["alerts"][0]["text"]
+    assert "no such program" in told["waiting_for"]
+    assert [json.loads(x)["state"] for x in lines] == ["raised"]
+    for peer in (learner, actor):
+        peer.link.close(None)
+
+
+def test_an_environment_that_comes_back_costs_no_more_than_time(make):
+    broker = make(staleness=StalenessSection(STEPS))
+    learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
+    down, taken = 2 * STEPS_IN_A_ROW * B, 0
+    while taken < B:
+        for g in actor.expect(wire.Grant).groups.tolist():
+            down -= 1
+            if down >= 0:
+                actor.link.send(wire.GroupFailed(g, "the browser is gone"))
+            else:
+                actor.link.send(group(actor.link.run_id, g))
+                taken += 1
+    learner.link.send(wire.Fetch(0, 0, 1))
+    learner.expect(wire.Shard)
+    lines = [json.loads(x) for x in (broker.config.run.path / "metrics.jsonl").read_text().splitlines()]
+    assert [x["state"] for x in lines if x["kind"] == "alert"] == ["raised", "cleared"]
+    assert not broker.service.rollouts.alerts()
+    for peer in (learner, actor):
+        peer.link.close()
+
+
+def test_an_actor_where_nothing_works_takes_no_groups_from_one_where_everything_does(make):
+    broker = make(staleness=StalenessSection(STEPS))
+    learner, bad, good = Peer(broker, "learner", "learner"), Peer(broker, "actor", "bad"), Peer(broker, "actor", "good")
+    failed, held, began, deadline = 0, [], time.monotonic(), time.monotonic() + 10
+    while len(held) < STEPS * B:
+        assert time.monotonic() < deadline
+        for peer in (bad, good):
+            message = peer.link.receive(0.01)
+            groups = message.groups.tolist() if isinstance(message, wire.Grant) else []
+            if peer is good:
+                held += groups
+            for g in groups if peer is bad else ():
+                failed += 1
+                peer.link.send(wire.GroupFailed(g, "no browser here"))
+        assert failed < 40  # in a second, where it was hundreds
+        if time.monotonic() - began < 1.0:
+            continue
+        for g in held:
+            good.link.send(group(good.link.run_id, g))
+    assert failed >= STEPS_IN_A_ROW * B
+    for peer in (learner, bad, good):
+        peer.link.close()
+
+
+def test_an_evaluation_whose_result_cannot_be_read_is_asked_again(make):
+    broker = make(evaluation=EvaluationSection(prompts=2))
+    learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
+    first = actor.expect(wire.Grant)
+    endless = np.array([np.inf, 1], np.float32)
+    actor.link.send(wire.EvaluationResult(first.evaluation, 0, 0, endless, np.ones(2, np.int32)))
+    again = actor.expect(wire.Grant)
+    assert again.evaluation > first.evaluation and broker.service.figures.errors["DataError"] == 1
+    actor.link.send(wire.EvaluationResult(again.evaluation, 0, 0, np.ones(2, np.float32), np.ones(2, np.int32)))
+    assert len(actor.expect(wire.Grant).groups)  # rollouts begin
+    for peer in (learner, actor):
+        peer.link.close()

@@ -6,7 +6,7 @@ from broker.audit import audit
 from broker.batch import Batch, collate
 from broker.decision import Rule, Scores, reject
 from broker.groups import Trajectory
-from broker.honesty import Honesty
+from broker.honesty import FEWEST, Honesty
 from broker.receipts import receipt
 from common.config import RolloutSection, RunConfig
 
@@ -68,6 +68,22 @@ def test_an_actor_that_reports_another_temperature_is_flagged_and_honest_ones_ar
     assert set(honesty.suspects) == {"a1"}
     honest = Honesty(1.0, 0)
     assert not [s for step in range(20) for s in honest.check(*batch_of(step, {}, drift=1.0))]
+
+
+def test_an_actor_with_a_small_share_of_each_batch_is_judged_too():
+    honesty, random = Honesty(1.0, 0), np.random.default_rng(0)
+    said = []
+    for step in range(60):
+        said += [(step, sentence) for sentence in honesty._add("a0", random.exponential(0.6, 50))]
+        assert not honesty._add("a1", random.exponential(1.0, 50))
+    assert [step for step, _ in said] == [FEWEST // 50 - 1]
+
+
+def test_a_turncoat_is_found_out_however_long_it_was_honest():
+    honesty, random = Honesty(1.0, 0), np.random.default_rng(0)
+    assert not [s for _ in range(2000) for s in honesty._add("a0", random.exponential(1.0, 200))]
+    found = [step for step in range(100) if honesty._add("a0", random.exponential(0.6, 200))]
+    assert found and found[0] < 30
 
 
 def test_verification_can_be_switched_off():

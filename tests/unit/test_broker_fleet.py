@@ -33,6 +33,19 @@ def test_what_is_no_state_of_the_role_or_no_time_is_left_out(seconds):
     assert one.seconds == {"play": 2.0} and fleet.line()["states"]["actor"] == {"play": 1.0}
 
 
+def test_time_spent_decoding_is_each_actors_own_growth_whoever_comes_and_goes():
+    fleet, one, two = Fleet(), peer("a0"), peer("a1")
+    for seconds in (100.0, 101.0):
+        for each in (one, two):
+            fleet.heard(each, {"sample": seconds}, {"seconds_decode": seconds})
+    assert fleet.decoding_s == 2.0
+    again = peer("a1")  # welcomed again, with all its past
+    for seconds in (150.0, 150.5):
+        fleet.heard(again, {"sample": seconds}, {"seconds_decode": seconds})
+    fleet.heard(one, {"sample": 101.0}, {"seconds_decode": float("nan")})
+    assert fleet.decoding_s == 2.5
+
+
 def test_frozen_models_are_no_replicas_of_the_policy():
     fleet, policy, teacher = Fleet(), peer("r0", "replica"), peer("t0", "replica")
     teacher.hello.serves = "teacher"

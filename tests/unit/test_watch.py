@@ -295,7 +295,7 @@ def test_a_finished_run_shows_its_end(tmp_path, capsys):
     assert main([str(run.directory)]) == 0  # no terminal: plain lines, until the end
     assert capsys.readouterr().out.startswith("finished  step 30/30")
     assert main([str(run.directory), "--once"]) == 0
-    assert "Time over the whole run" in capsys.readouterr().out
+    assert "Time since the broker's start" in capsys.readouterr().out
 
 
 def test_a_run_that_is_deleted_and_one_that_takes_its_name(tmp_path):

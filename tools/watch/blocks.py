@@ -34,7 +34,7 @@ def blocks_of(view: View, history: History, filling: bool = False) -> list[tuple
         found.append((LEFT, Block("Reward", 1, 3, 8, lambda w, n: rewards(history, w, n), more)))
     if any(role.shares for role in view.roles):
         told = [role for role in view.roles if role.shares]
-        over = "over the whole run" if view.span_s is None else f"over the last {view.span_s:.0f} s"
+        over = "since the broker's start" if view.span_s is None else f"over the last {view.span_s:.0f} s"
         found.append((RIGHT, Block(f"Time {over}", 1, len(told), 2 * len(told), lambda w, n: times(told, w, n))))
     if view.lags:
         rows = len(lag_rows(view))

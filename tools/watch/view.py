@@ -75,7 +75,7 @@ class View:
     trained: int | None = None  # trajectories
     dropped: dict[str, int] = field(default_factory=dict)
     roles: list[Role] = field(default_factory=list)
-    span_s: float | None = None  # that the shares are of; None: the whole run
+    span_s: float | None = None  # that the shares are of; None: all since the broker's start
     peers: list[PeerRow] = field(default_factory=list)
     hidden: int = 0  # peers that are not among them
     receipts: list[Receipt] = field(default_factory=list)  # the newest first
@@ -215,7 +215,7 @@ def _roles(status: Record, history: History) -> list[str]:
 
 
 def _role(role: str, fleet: Record, view: View, window: Window, history: History) -> Role:
-    """``role``'s shares over the window; over the whole run where status.json tells none."""
+    """``role``'s shares over the window; since the broker's start where status.json tells none."""
     if view.over or not window.settled:
         levels = history.steps.bins[-1].levels if history.steps.bins else {}
         seconds, parked = part(levels, f"state {role} "), part(levels, "parked ")

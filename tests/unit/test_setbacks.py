@@ -1,0 +1,44 @@
+"""Actors whose groups do nothing but fail are granted seldom, and a run that never had a whole group ends."""
+
+import pytest
+
+from broker.setbacks import GIVE_UP_S, LONGEST_S, PAUSE_S, STEPS_IN_A_ROW, Setbacks
+from common.errors import TaskError
+
+ENOUGH = STEPS_IN_A_ROW * 4
+
+
+def test_pauses_grow_while_nothing_succeeds_and_end_with_the_first_success():
+    setbacks, now, pauses = Setbacks(4), 0.0, []
+    setbacks.note("a0", "no such program")
+    assert setbacks.look("a0", ENOUGH - 1, now) == ""
+    setbacks.granted("a0", now)
+    assert not setbacks.lasting and not setbacks.holds_back("a0", now)
+    for turn in range(8):
+        assert setbacks.look("a0", ENOUGH + turn, now) == ("" if turn else "raised")
+        setbacks.granted("a0", now)
+        setbacks.granted("a1", now)
+        began = now
+        while setbacks.holds_back("a0", now):
+            assert not setbacks.holds_back("a1", now)  # where things work
+            now += 0.5
+        pauses.append(now - began)
+    assert pauses == [PAUSE_S, 2, 4, 8, 16, LONGEST_S, LONGEST_S, LONGEST_S]
+    assert setbacks.words("a0") == f"the last {ENOUGH + 7} groups of a0 all failed, the last one so: no such program"
+    setbacks.granted("a0", now)
+    assert setbacks.look("a0", 0, now) == "cleared"
+    assert not setbacks.lasting and not setbacks.holds_back("a0", now)
+
+
+def test_a_run_ends_once_all_actors_have_failed_at_everything_for_long_enough():
+    setbacks = Setbacks(4)
+    setbacks.check([], 0.0)
+    for actor, since in (("a0", 0.0), ("a1", 10.0)):
+        setbacks.look(actor, ENOUGH, since)
+    setbacks.check(["a0", "a1"], GIVE_UP_S + 1)
+    setbacks.check(["a0", "a1", "a2"], GIVE_UP_S + 11)  # a2 may still succeed
+    with pytest.raises(TaskError, match=r"not one group of this run .* the last 8 groups of a0 all failed"):
+        setbacks.check(["a0", "a1"], GIVE_UP_S + 11)
+    setbacks.forget("a0")
+    setbacks.look("a0", ENOUGH, GIVE_UP_S)  # another process of that name
+    setbacks.check(["a0", "a1"], GIVE_UP_S + 11)
