@@ -343,7 +343,9 @@ class BrokerService:
         if servers and not any(p.counters.get("servers_serving", 0) for p in actors):
             return f"{', '.join(p.name for p in actors)}: none of {servers:.0f} SGLang servers serves yet"
         found = self._room_wanted() or self.pipeline.waiting_for()
-        return "; ".join([found, *(alert["text"] for alert in self.rollouts.alerts())])
+        failing = [alert["text"] for alert in self.rollouts.alerts()]
+        more = [f"{len(failing) - 1} other actors fare alike"] if len(failing) > 1 else []
+        return "; ".join([found, *failing[:1], *more])
 
     def _room_wanted(self) -> str:
         """What is full where nothing more can be granted for it."""

@@ -3,9 +3,9 @@
 ::
 
     an actor's failures: STEPS_IN_A_ROW steps' worth in a row -> a grant, PAUSE_S, a grant, twice that, ... LONGEST_S
-    every actor's, no group ever whole, GIVE_UP_S later              -> TaskError with the last reason
+    every actor's, no group ever whole, GIVE_UP_S later            -> TaskError with the last reason
 
-An environment that is down for a while costs time and no prompts, and a machine on which nothing works takes no
+An environment that is down for a while costs time and few prompts, and a machine on which nothing works takes no
 groups from those on which it does. What cannot work at all (a misspelt command, prompts that are too long) is a
 mistake to be said, not tried a thousand times a second. Pure: the time is handed in, in seconds.
 """
