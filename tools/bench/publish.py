@@ -161,7 +161,7 @@ def _receiver(pipe: Connection, device: torch.device) -> None:
         while not swapping.is_set():
             staged = receiver.staged()
             if staged is None:
-                time.sleep(0.0002)
+                time.sleep(0.001)
                 continue
             receiver.applied(staged, adopted=scorer.swap(staged))
 
