@@ -48,14 +48,34 @@ def last_tagged(text: str) -> str | None:
 
 def marked(text: str) -> str | None:
     """The answer that ``text`` marks as such; None if it marks none."""
+    found = enclosed(text)
+    return said(text) if found is None else found
+
+
+def enclosed(text: str) -> str | None:
+    """An answer that is marked by more than words: in a box, in tags, behind ``####``."""
     if (boxed := last_boxed(text)) is not None:
         return boxed
     if (tagged := last_tagged(text)) is not None:
-        return tagged
-    for pattern in (_HASHES, _SAID):
-        if found := list(pattern.finditer(text)):
-            return next(group for group in found[-1].groups() if group is not None).strip().removesuffix(".")
-    return None
+        return _plain(tagged)
+    return _last(_HASHES, text)
+
+
+def said(text: str) -> str | None:
+    """What follows the last ``answer:`` or ``the answer is`` on its line, which may be a sentence."""
+    return _last(_SAID, text)
+
+
+def _last(pattern: re.Pattern[str], text: str) -> str | None:
+    found = None
+    for match in pattern.finditer(text):
+        found = match
+    return None if found is None else _plain(next(group for group in found.groups() if group is not None))
+
+
+def _plain(text: str) -> str:
+    """Without a full stop and Markdown's emphasis."""
+    return text.strip().removesuffix(".").strip("* ").removesuffix(".") or text.strip()
 
 
 def read_number(text: str) -> Fraction | None:

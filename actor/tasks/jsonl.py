@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actor.tasks.answers import last_boxed, marked, normalised, read_number
+from actor.tasks.answers import enclosed, marked, normalised, read_number, said
 from actor.tasks.base import PromptItem, Split, refuse_params
 from actor.tasks.chat import Chat
 from actor.tasks.finite import Questions
@@ -110,8 +110,11 @@ class JsonlTask:
         return " ".join(found.split()) or None if found else None
 
     def _by_math(self, text: str, line: Line) -> Verdict:
-        found = last_boxed(text)
-        answer = text if found is None else f"\\boxed{{{found}}}"
+        if (found := enclosed(text)) is not None:
+            answer = f"\\boxed{{{found}}}"
+        else:
+            found = said(text)
+            answer = text if found is None else f"The answer is {found}"
         try:
             verdict = self._graders.grade({"references": line.answers, "answer": answer})
         except Overdue as error:

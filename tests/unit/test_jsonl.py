@@ -196,6 +196,36 @@ def test_math_verify_grades(model: str, tmp_path: Path) -> None:
     assert task.answer(item, ids(model, r"\boxed{ 1 }")) == "1" and task.answer(item, ids(model, "no idea")) is None
 
 
+@pytest.mark.parametrize(
+    ("text", "correct", "answer"),
+    [
+        ("<answer>42</answer>", 1, "42"), ("<answer>\n**42**\n</answer>", 1, "42"),
+        ("<answer>$42$</answer>", 1, "$42$"),
+        ("<answer>42</answer>\nNote: I used 2 facts and 43 steps.", 1, "42"),
+        ("<answer>43</answer>\nIt is 42", 0, "43"), (r"<answer>43</answer> \boxed{42}", 1, "42"),
+        ("#### 42\n\nThat is 6 + 36 = 42, using 2 facts", 1, "42"), ("####42", 1, "42"), ("#### 43\n42", 0, "43"),
+        ("Answer: 42\nI hope this helps in 2024", 1, "42"), ("**Answer:** 42", 1, "42"), ("The answer is 43.", 0, "43"),
+        ("6 * 7 = 42", 1, None),
+    ],
+)  # fmt: skip
+def test_math_grades_what_is_marked_and_votes_count_the_same(model: str, tmp_path: Path, text, correct, answer) -> None:
+    task = exact(model, tmp_path, [{"question": "What is 6 * 7?", "answer": 42}], grader="math", workers=1)
+    assert grade(task, model, 0, text) == {"correct": correct, "format": 1.0, "overdue": 0.0}
+    assert task.answer(task.prompt(0, "heldout"), ids(model, text)) == answer
+
+
+def test_answers_in_tags_are_graded_by_math_in_blocks_too(model: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "q.jsonl", [{"question": f"What is {n} * 7?", "answer": 42} for n in (6, 7)])
+    params = {"inner": "jsonl", "params": {"file": file, "heldout": 1, "workers": 1}}
+    task = make_task("tagged", model, 0, params)
+    item = task.prompt(0, "heldout")
+    found = task.reward(item, ids(model, "<answer>42</answer> <confidence>0.9</confidence>"))
+    assert (found["correct"], found["valid"]) == (1.0, 1.0)
+    task = make_task("tagged", model, 0, {**params, "style": "attempts"})
+    found = task.reward(item, ids(model, "<answer>41</answer> no, 6 * 7 is 42, in 3 steps <answer>42</answer>"))
+    assert found == {"correct": 1.0, "valid": 1.0, "first": 0.0, "second": 1.0, "changed": 1.0}
+
+
 @pytest.mark.slow
 def test_a_tower_of_exponents_is_broken_off_and_wrong(model: str, tmp_path: Path, caplog) -> None:
     task = exact(model, tmp_path, HALVES, grader="math", workers=1, deadline_s=1)
