@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from actor.tasks.reasoning import ENDS, Decoder, is_opened, without_reasoning
 from actor.tasks.tokenizer import load_tokenizer
 from common.config import RolloutSection
 from common.errors import ConfigError, TaskError
@@ -21,7 +22,6 @@ from common.errors import ConfigError, TaskError
 Ids = NDArray[np.int32]
 ANSWERED, SAID = "\x02answered\x02", "\x02said\x02"  # places in a rendered template
 CUT = "\n[... {} characters left out ...]\n"
-THINK_BEGINS, THINK_ENDS = "<think>", "</think>"
 
 
 class Chat:
@@ -30,7 +30,9 @@ class Chat:
     def __init__(self, model_dir: str) -> None:
         self._tokenizer = load_tokenizer(model_dir)
         self._lock = threading.Lock()  # tokenizers refuse to be used by two threads at once: "Already borrowed"
+        self._decode = Decoder(self._tokenizer)
         self._before, self._behind = self._turn_around(model_dir)
+        self._opened = is_opened(self._behind)
         added = [str(t) for t in self._tokenizer.added_tokens_decoder.values() if t.special or not str(t).isspace()]
         self._reserved = sorted({*added, *map(str, self._tokenizer.all_special_tokens)}, key=len, reverse=True)
 
@@ -60,13 +62,15 @@ class Chat:
     def text(self, completion: Ids) -> str:
         """What the policy wrote in ``completion[T]``, its reasoning left out; "" if that has no end."""
         with self._lock:
-            whole = self._tokenizer.decode(
-                completion.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-        _, ended, answer = str(whole).rpartition(THINK_ENDS)
-        if ended:
-            return answer
-        return "" if THINK_BEGINS in answer else answer
+            return without_reasoning(self._decode(completion), self._opened)
+
+    def rest(self, completion: Ids, cut: int) -> Ids:
+        """``completion[cut:]``, which :meth:`text` reads as an answer if reasoning has ended before it."""
+        if not self._opened:
+            return completion[cut:]
+        with self._lock:
+            ended = ENDS in self._decode(completion[:cut])
+            return np.concatenate([self._encode(ENDS), completion[cut:]]) if ended else completion[cut:]
 
     def least_reply(self) -> int:
         """Tokens of a reply that says nothing."""

@@ -104,7 +104,7 @@ class TaggedTask:
         if cut is None or len(answers) != 2:
             first = self._correct(item, ids if cut is None else ids[:cut])
             return {"correct": first, "valid": 0.0, "first": first, "second": 0.0, "changed": 0.0}
-        first, second = self._correct(item, ids[:cut]), self._correct(item, ids[cut:])
+        first, second = self._correct(item, ids[:cut]), self._correct(item, self._chat.rest(ids, cut))
         changed = float(answers[0].strip() != answers[1].strip())
         return {"correct": second, "valid": 1.0, "first": first, "second": second, "changed": changed}
 

@@ -14,7 +14,7 @@ from aiohttp import web
 from actor.outbox import by_channels, pack
 from actor.play import Play, open_task
 from actor.scoring.exemplars import Exemplars, end_ids
-from actor.scoring.texts import Texts, without_reasoning
+from actor.scoring.texts import Texts
 from actor.tasks.sort6 import Sort6, decode, encode, write_tokenizer
 from actor.tasks.tokenizer import load_tokenizer
 from common import wire
@@ -448,9 +448,7 @@ def test_ids_are_made_once_and_end_as_the_chat_template_ends(tmp_path: Path, mod
     assert exemplars.of("t", 9, "q") == ["hello you"] and exemplars.of("t", 9, "p") == []
 
 
-def test_reasoning_is_not_judged(model_dir: str) -> None:
-    assert without_reasoning("<think>a</think>\nb") == "b" and without_reasoning(" b ") == "b"
-    assert without_reasoning("<think>a") == "" and without_reasoning("a</think> b") == "b"
+def test_a_question_without_words_is_the_prompt_decoded(model_dir: str) -> None:
     texts = Texts(Sort6(0, {}), model_dir)
     item = Sort6(0, {}).prompt(0, "train")
     assert texts.question(item, np.asarray(item.prompt_ids)) == decode(item.prompt_ids)
