@@ -8,15 +8,21 @@ import re
 import unicodedata
 from fractions import Fraction
 
+from actor.tasks.reading import MARKS
+
 MOST_DIGITS = 400  # of a number that is read
 _TAGS = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _HASHES = re.compile(r"####[ \t]*(\S[^\n]*)")
 _SAID = re.compile(
     r"\banswer(?:[ \t]{1,9}is)?[ \t]{0,9}[:=][ \t]{0,9}(\S[^\n]*)|\bthe answer is[ \t]{1,9}(\S[^\n]*)", re.IGNORECASE
 )
-_NUMBER = re.compile(r"(?<![\w.])[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?|(?<![\d.])[-+−]?\.\d+")
+_POWER = r"(?:[eE][-+−]?\d+)?"
+_NUMBER = re.compile(
+    rf"(?<![\w.])[-+−]?(?:\d{{1,3}}(?:,\d{{3}})+|\d+)(?:\.\d+)?{_POWER}(?:\s*/\s*\d+)?|(?<![\d.])[-+−]?\.\d+{_POWER}"
+)
 _BRACES = re.compile(r"\\f?boxed\{|\\fbox\{|\\.|[{}]", re.DOTALL)
-_SIGNS = re.compile(r"(?<!\w)-(?=\d)|(?<=\d)[.:/](?=\d)|([^\w\s])")
+_SIGNS = re.compile(rf"(?<!\w)-(?=\d)|(?<=\d)[.:/](?=\d)|([^\w\s{MARKS}])")
+_PARTED = re.compile(r"(?<=\d)(?=[¼-¾⅐-⅟↉])")  # 1½, which NFKC would make 11/2
 _ARTICLE = re.compile(r"^(?:a|an|the) (?=\S)")
 
 
@@ -79,19 +85,20 @@ def _plain(text: str) -> str:
 
 
 def read_number(text: str) -> Fraction | None:
-    """The last number in ``text``: 1,234 or -3.5 or 2/3 in digits; None if there is none."""
+    """The last number in ``text``: 1,234 or -3.5 or 2e-3 or 2/3 in digits; None if there is none."""
     found = _NUMBER.findall(text)
     if not found or len(found[-1]) > MOST_DIGITS:
         return None
     upper, _, lower = re.sub(r"[,\s+]", "", found[-1]).replace("−", "-").partition("/")
-    if lower and not int(lower):
+    power = upper.lower().partition("e")[2]
+    if (lower and not int(lower)) or (power and abs(int(power)) > MOST_DIGITS):
         return None
     return Fraction(upper) / (int(lower) if lower else 1)
 
 
 def normalised(text: str) -> str:
     """For an exact comparison: case, white space, a leading article and signs that are no part of a number are gone."""
-    folded = unicodedata.normalize("NFKC", text).casefold().replace("−", "-")
+    folded = unicodedata.normalize("NFKC", _PARTED.sub(" ", text)).casefold().replace("−", "-").replace("\u2044", "/")
     folded = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", folded)
     words = " ".join(_SIGNS.sub(lambda sign: " " if sign[1] else sign[0], folded).split())
     return _ARTICLE.sub("", words) or " ".join(folded.split())

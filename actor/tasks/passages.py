@@ -9,7 +9,6 @@ number of processes and threads. What it was built from stands in it; a corpus t
 indexed again.
 """
 
-import json
 import os
 import re
 import shutil
@@ -21,7 +20,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
+from actor.tasks.reading import MARKS
+from actor.tasks.rows import read_row
 from common.errors import TaskError
 from common.locks import lock_within
 
@@ -37,7 +39,7 @@ COMMON = frozenset(
         "on", "or", "that", "the", "to", "was", "were", "what", "when", "where", "which", "who", "whose", "with",
     ]
 )  # fmt: skip
-_WORD = re.compile(r"\w+")
+_WORD, _PIECE = re.compile(rf"\w[\w{MARKS}]*"), re.compile(r"\w+")  # FTS5's tokenizer cuts words at their marks
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,7 @@ def read_corpus(path: Path) -> Iterator[Passage]:
 
 
 def _read_passage(line: str, where: str) -> Passage:
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise TaskError(f"{where}: not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise TaskError(f"{where}: must be a JSON object")
+    row = read_row(line, where)
     text = next((row[key] for key in TEXT_KEYS if isinstance(row.get(key), str)), None)
     if text is None:
         raise TaskError(f"{where}: no text under {' or '.join(map(repr, TEXT_KEYS))}")
@@ -74,7 +71,8 @@ def _read_passage(line: str, where: str) -> Passage:
 
 def as_query(text: str) -> str:
     """Any of the words of ``text``, in FTS5's syntax and with nothing of it left to the writer; "" for no words."""
-    words = list(dict.fromkeys(word.casefold() for word in _WORD.findall(text[:4096])))
+    text = text[:4096]
+    words = list(dict.fromkeys(word.casefold() for word in _WORD.findall(text) + _PIECE.findall(text)))
     rare = [word for word in words if word not in COMMON] or words
     return " OR ".join(f'"{word}"' for word in rare[:MOST_WORDS])
 
@@ -109,7 +107,7 @@ class Index:
 
 
 def _open(path: Path) -> sqlite3.Connection:
-    return sqlite3.connect(f"file:{path}?mode=ro&immutable=1", uri=True, check_same_thread=False)
+    return sqlite3.connect(f"file:{quote(os.fsencode(path))}?mode=ro&immutable=1", uri=True, check_same_thread=False)
 
 
 def open_index(corpus: Path) -> Index:

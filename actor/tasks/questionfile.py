@@ -7,14 +7,16 @@
     {"question": ..., "answer": "Paris"}           or a list of answers, each of which is right
 """
 
-import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from actor.tasks.answers import last_boxed
+from actor.tasks.rows import read_row
 from common.errors import TaskError
 
 QUESTION_KEYS = ("question", "problem", "prompt")  # tried in this order
@@ -78,12 +80,7 @@ def _read(path: str, params: dict[str, Any]) -> Iterator[Line]:
         if not text.strip():
             continue
         where = f"{path}:{number}"
-        try:
-            row = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise TaskError(f"{where}: not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise TaskError(f"{where}: must be a JSON object")
+        row = read_row(text, where)
         _, (question, *_) = _field(row, "question", params, QUESTION_KEYS, where)
         key, answers = _field(row, "answer", params, ANSWER_KEYS, where)
         plain = key != "solution" or "answer" in params
@@ -98,7 +95,7 @@ def _field(
     for key in keys:
         value = row.get(key)
         values = value if isinstance(value, list) else [value]
-        texts = [one if isinstance(one, str) else str(one) for one in values if _holds_something(one)]
+        texts = [_as_text(one) for one in values if _holds_something(one)]
         if texts and len(texts) == len(values):
             return key, texts
     raise TaskError(
@@ -110,7 +107,13 @@ def _field(
 def _holds_something(value: Any) -> bool:
     if isinstance(value, str):
         return bool(value.strip())
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _as_text(value: Any) -> str:
+    return format(Decimal(repr(value)), "f") if isinstance(value, float) else str(value)
 
 
 def _final(text: str, plain: bool, where: str) -> str:

@@ -52,6 +52,8 @@ def test_a_box_with_balanced_braces_is_read_whole(inner: str) -> None:
     [
         ("1,234 people", 1234), ("-3.5", Fraction(-7, 2)), ("= 2/3", Fraction(2, 3)), ("10 / 4", Fraction(5, 2)),
         ("$12.50", Fraction(25, 2)), ("first 3 then 4.", 4), ("−4", -4), ("x=.5", Fraction(1, 2)), ("5-3", 3),
+        ("1.5e-7", Fraction(3, 20_000_000)), ("1e5", 100_000), ("-2.5E+3", -2500), ("3e−2", Fraction(3, 100)),
+        ("1e5/2", 50_000), (".5e1", 5), ("2e^x", 2), ("1e999999999", None), ("1e" + "0" * 5000, None),
         ("1/0", None), ("v2", None), ("none", None), ("9" * 5000, None), ("", None),
     ],
 )  # fmt: skip
@@ -64,6 +66,8 @@ def test_the_last_number_is_read_exactly(text: str, number: Fraction | int | Non
     [
         ("The Eiffel  Tower.", "eiffel tower"), ("'Jean-Luc Picard'", "jean luc picard"), ("3,000", "3000"), ("A", "a"),
         ("−5", "-5"), ("5%", "5"), ("12:30", "12:30"), ("ﬁve", "five"), ("the", "The"),
+        ("½", "1/2"), ("1½", "1 1/2"), ("caf\u00e9", "cafe\u0301"), ("किताब।", "किताब"),
+        ("Paris \u2764\ufe0f", "paris"),
     ],
 )  # fmt: skip
 def test_what_does_not_count_in_a_comparison(one: str, other: str) -> None:
@@ -71,8 +75,12 @@ def test_what_does_not_count_in_a_comparison(one: str, other: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "other"), [("-5", "5"), ("3.14", "314"), ("vitamin A", "vitamin"), ("!!", "??"), ("", "a")]
-)
+    ("one", "other"),
+    [
+        ("-5", "5"), ("3.14", "314"), ("vitamin A", "vitamin"), ("!!", "??"), ("", "a"), ("1½", "11/2"),
+        ("कि", "की"), ("सीता", "सूता"), ("ปี", "ปู"),
+    ],
+)  # fmt: skip
 def test_what_counts_in_a_comparison(one: str, other: str) -> None:
     assert normalised(one) != normalised(other)
 

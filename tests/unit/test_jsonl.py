@@ -101,6 +101,9 @@ def test_the_prompt_is_system_question_and_suffix_in_the_chat_template(model: st
         ([APPLES[0]], {"question": "ask"}, r"q\.jsonl:1: no question under 'ask', it has 'question', 'answer'"),
         ([{"problem": "?", "solution": "no box"}], {}, r"q\.jsonl:1: its 'solution' holds neither"),
         ([{"question": "?", "answer": "work ####  "}], {}, r"q\.jsonl:1: its answer is empty"),
+        (['{"question": "?", "answer": ' + "9" * 5000 + "}"], {}, r"q\.jsonl:1: not JSON: .*4300"),
+        ([APPLES[0], {"question": "\ud83d?", "answer": "1"}], {}, r"q\.jsonl:2: holds half a character, '.ud83d'"),
+        (['{"question": "?", "answer": NaN}'], {}, r"q\.jsonl:1: no answer under"),
         ([], {}, "holds no questions"),
         (APPLES, {"heldout": 4}, "heldout=4 of 4 questions leaves none"),
         (APPLES, {"heldout": True}, "must name a JSONL file"),
@@ -181,6 +184,19 @@ def test_numbers_are_compared_exactly(model: str, tmp_path: Path) -> None:
     words = exact(model, tmp_path, [{"question": "?", "answer": "many"}], grader="number")
     with pytest.raises(TaskError, match=r"h\.jsonl:1: no number in its answer"):
         grade(words, model, 0, "4")
+
+
+def test_numbers_in_a_file_are_what_they_are_in_json(model: str, tmp_path: Path) -> None:
+    rows = [{"question": f"{n}?", "answer": n} for n in (0.00001, 1e16, 2.5, -3, 1.5e-7)]
+    task = exact(model, tmp_path, rows, grader="number")
+    answers = [task.prompt(i, "heldout").reference.answers for i in range(len(rows))]
+    assert answers == [("0.00001",), ("10000000000000000",), ("2.5",), ("-3",), ("0.00000015",)]
+    for number, text in enumerate(("1e-5", "1e16", "5/2", "-3", r"\boxed{1.5e-7}")):
+        assert grade(task, model, number, text)["correct"] == 1.0
+    assert grade(task, model, 0, "5")["correct"] == 0.0
+    write(tmp_path / "h.jsonl", [{"question": "\U0001f600?", "answer": "yes"}])
+    whole = make_task("jsonl", model, 0, {"file": str(tmp_path / "h.jsonl"), "grader": "exact"})
+    assert whole.prompt(0, "train").reference.question == "\U0001f600?"  # two halves make a character
 
 
 def test_math_verify_grades(model: str, tmp_path: Path) -> None:

@@ -104,6 +104,12 @@ def test_no_query_is_an_error(query: str) -> None:
     assert all(len(word) > 2 for word in as_query(query).split(" OR ") if word)
 
 
+def test_words_with_marks_are_looked_for_whole_and_then_in_pieces() -> None:
+    assert as_query("किताब of Paris") == '"किताब" OR "paris" OR "क" OR "त" OR "ब"'
+    index = index_of([Passage("", "त ब क त"), Passage("", "क त ब x"), Passage("", "यह किताब है")])
+    assert {p.text for p in index.search("किताब", 2)} == {"क त ब x", "यह किताब है"}  # its tokenizer drops marks
+
+
 HOSTILE = index_of([Passage("a", "and or not near title"), Passage("b", "x")])
 
 
@@ -121,6 +127,15 @@ def test_an_index_is_built_once_beside_its_corpus_and_again_when_that_changes(tm
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.jsonl", "c.jsonl.fts5"]
     with pytest.raises(sqlite3.OperationalError, match="readonly"):
         open_index(corpus)._connection().execute("INSERT INTO passages VALUES ('x', 'y')")
+
+
+@pytest.mark.parametrize("name", ["c#1", "c?mode=rw", "c%201", "c d", "ç"])
+def test_an_index_may_lie_anywhere(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    corpus = write(tmp_path / name / "c.jsonl", [{"text": "alpha"}])
+    assert open_index(corpus).search("alpha", 1) == [Passage("", "alpha")]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [name]
+    assert sorted(p.name for p in (tmp_path / name).iterdir()) == ["c.jsonl", "c.jsonl.fts5"]
 
 
 def test_a_corpus_in_a_directory_that_cannot_be_written_is_indexed_elsewhere(tmp_path: Path, monkeypatch) -> None:
@@ -252,6 +267,8 @@ def test_a_corpus_and_questions_of_ones_own(model: str, tmp_path: Path) -> None:
         ({"corpus": "c.jsonl"}, r"task\.params\.questions must name"),
         ({"corpus": "b.jsonl"}, r"b\.jsonl:2: no text under 'text'"),
         ({"corpus": "e.jsonl"}, "holds no passages"),
+        ({"corpus": "h.jsonl"}, r"h\.jsonl:2: holds half a character"),
+        ({"corpus": "n.jsonl"}, r"n\.jsonl:1: not JSON: .*4300"),
         ({"hops": [1, 3]}, r"task\.params\.hops=\[1, 3\]: must be two numbers in \[2, 4\]"),
         ({"hops": 3}, r"task\.params\.hops=3"),
         ({"topk": 3}, "did you mean 'top_k'"),
@@ -261,6 +278,8 @@ def test_what_cannot_be_used_is_named(model: str, tmp_path: Path, params: dict, 
     write(tmp_path / "c.jsonl", [{"text": "x"}])
     write(tmp_path / "b.jsonl", [{"text": "x"}, {"body": "y"}])
     write(tmp_path / "e.jsonl", [])
+    write(tmp_path / "h.jsonl", [{"text": "x"}, {"text": "y\udc00"}])
+    write(tmp_path / "n.jsonl", ['{"text": "x", "id": ' + "9" * 5000 + "}"])
     if "corpus" in params:
         params = {**params, "corpus": str(tmp_path / params["corpus"])}
     with pytest.raises(TaskError, match=words):
