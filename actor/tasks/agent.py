@@ -16,6 +16,8 @@ import importlib
 import json
 import math
 import os
+import resource
+import shutil
 import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -24,8 +26,10 @@ from typing import Any
 
 import numpy as np
 
+from actor.rewards import is_told
 from actor.tasks.base import PromptItem, Split, refuse_params
 from actor.tasks.finite import Questions
+from actor.tasks.rows import read_row
 from common.errors import TaskError
 
 PARAMS = (
@@ -36,6 +40,8 @@ DEFAULT_WORKERS = 32  # rollouts at once
 OUTPUT_KEPT = 64 << 10  # bytes of what a command prints
 SHOWN = 300  # characters of what a failed command said last
 STDOUT, STDERR = 1, 2
+QUESTION = "CROUPIER_QUESTION"  # in a command's environment
+LONGEST = 32 * resource.getpagesize()  # bytes of one entry of it, name and end included: MAX_ARG_STRLEN in execve(2)
 LAST_WORDS_S = 1.0  # for what a command printed to be read, once it has ended
 
 
@@ -59,7 +65,7 @@ class AgentTask:
         self.workers = int(_number(params, "workers", DEFAULT_WORKERS, 1))
         self.port = int(_number(params, "port", 0, 0))
         self.chat_template = str(params.get("chat_template", ""))
-        lines = _read_questions(str(params.get("questions", "")))
+        lines = _read_questions(str(params.get("questions", "")), "command" in params)
         self.held_out = int(_number(params, "heldout", 0, 0))
         trained = len(lines) - self.held_out
         if trained < 1:
@@ -72,6 +78,11 @@ class AgentTask:
             isinstance(self._command, list) and self._command and all(isinstance(w, str) for w in self._command)
         ):
             raise TaskError(f"task.params.command={self._command!r}: must be a list of words")
+        if self._command is not None and shutil.which(self._command[0]) is None:
+            raise TaskError(
+                f"task.params.command={self._command!r}: no program {self._command[0]!r} to run, "
+                f"seen from {Path.cwd()}; name one on PATH, or its path"
+            )
         self._function = None if self._command is not None else _import(str(params["agent"]))
 
     @property
@@ -105,13 +116,15 @@ class AgentTask:
                 channels[name] = float(value)
             except (TypeError, ValueError) as error:
                 raise TaskError(f"the agent's channel {name}={value!r} is no number") from error
-            if not math.isfinite(channels[name]):
-                raise TaskError(f"the agent's channel {name}={value!r} is not finite")
+            except OverflowError:
+                channels[name] = math.inf
+            if not is_told(channels[name]):
+                raise TaskError(f"the agent's channel {name}={channels[name]} is not finite (float32)")
         return channels
 
 
 async def run_command(command: list[str], session: AgentSession) -> Any:
-    """The last line that ``command`` prints, read as JSON. Its processes are killed when it ends or this is cancelled.
+    """The last line that ``command`` prints, as JSON. Its process group is killed when it ends or this is cancelled.
 
     Raises TaskError, with its last words, if it fails.
     """
@@ -119,7 +132,7 @@ async def run_command(command: list[str], session: AgentSession) -> Any:
         **os.environ,
         "OPENAI_BASE_URL": session.base_url,
         "OPENAI_API_KEY": session.api_key,
-        "CROUPIER_QUESTION": json.dumps(session.question),
+        QUESTION: json.dumps(session.question),
         "CROUPIER_SPLIT": session.split,
     }
     pipe, nothing = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
@@ -140,7 +153,7 @@ async def run_command(command: list[str], session: AgentSession) -> Any:
     last = printed.tail(STDOUT).strip().rpartition("\n")[2]
     try:
         return json.loads(last)
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise TaskError(f"{command[0]} printed no JSON on its last line: {last[-SHOWN:]!r}") from error
 
 
@@ -187,22 +200,24 @@ def _number(params: dict[str, Any], name: str, default: float, least: float) -> 
     return value
 
 
-def _read_questions(path: str) -> list[dict[str, Any]]:
+def _read_questions(path: str, in_environment: bool) -> list[dict[str, Any]]:
     if not path:
         raise TaskError("task agent needs task.params.questions, a JSONL file")
     try:
-        lines = [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(f"task.params.questions={path}: {error}") from error
     questions = []
     for number, line in enumerate(lines, 1):
-        try:
-            question = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise TaskError(f"{path}: question {number} is not JSON: {error}") from error
-        if not isinstance(question, dict):
-            raise TaskError(f"{path}: question {number} must be a JSON object")
-        questions.append(question)
+        if not line.strip():
+            continue
+        questions.append(read_row(line, f"{path}:{number}"))
+        size = len(f"{QUESTION}={json.dumps(questions[-1])}") + 1
+        if in_environment and size > LONGEST:
+            raise TaskError(
+                f"{path}:{number}: takes {size} bytes of a command's environment, where {LONGEST} have room; "
+                "put a file's path in its place, or play it with task.params.agent"
+            )
     return questions
 
 

@@ -21,6 +21,7 @@ from tests.integration.table import Table
 END = 2
 HELLO = [{"role": "user", "content": "hello how are you"}]
 CHANNELS = {"correct", "prefix"}
+ROOM = 131_072 - len('CROUPIER_QUESTION={"text": ""}') - 1  # characters of a text that a command can be handed
 FUNCTION = {"agent": "tests.integration.agents:seated"}
 WEATHER = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
 
@@ -197,6 +198,8 @@ def test_an_agent_that_ends_mid_request_leaves_nothing_behind(table):
         (ValueError("oh no"), "ValueError: oh no"),
         (SystemExit(3), "SystemExit: 3"),
         ({"correct": float("nan")}, "not finite"),
+        ({"correct": 1e39}, "not finite (float32)"),
+        ({"correct": 10**400}, "not finite (float32)"),
         ({"correct": "good"}, "no number"),
         ({"corect": 1.0}, "wanted"),
         (None, "wanted"),
@@ -290,6 +293,16 @@ def test_a_command_has_ended_whatever_holds_its_pipe(leaves):
     assert asyncio.run(play()) == {"correct": 1}
 
 
+def test_a_command_is_handed_the_longest_question_that_is_taken(tmp_path):
+    file = tmp_path / "q.jsonl"
+    file.write_text(json.dumps({"text": "x" * ROOM}) + "\n")
+    command = [sys.executable, "-c", f"import os; print(len(os.environ['CROUPIER_QUESTION']) > {ROOM})"]
+    task = AgentTask(0, {"command": command, "questions": str(file)})
+    session = AgentSession("http://x", "k", task.prompt(0, "train").reference, "train")
+    with pytest.raises(TaskError, match="printed no JSON on its last line: 'True'"):
+        asyncio.run(run_command(command, session))
+
+
 def test_questions_may_hold_what_unicode_calls_the_end_of_a_line(tmp_path):
     file, texts = tmp_path / "q.jsonl", ["plain", "two\u2028lines", "end\x85"]
     file.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
@@ -368,7 +381,16 @@ def test_settings_that_do_not_fit_are_refused_at_once(chat_model, questions, tmp
     refused("list of names", {**FUNCTION, "channels": "correct"})
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"a": 1}\n[2]\n')
-    refused("question 2 must be", {**FUNCTION, "questions": str(bad)})
+    refused(r"bad\.jsonl:2: must be", {**FUNCTION, "questions": str(bad)})
+    refused(r"command=\['no_such_program'\]: no program 'no_such_program' to run", {"command": ["no_such_program"]})
+    refused(r"no program '\./none\.sh' to run, seen from /", {"command": ["./none.sh"]})
+    for row, words in (
+        ('{"n": ' + "9" * 5000 + "}", "not JSON: .*4300"), ('{"text": "\\ud83d"}', "holds half a character"),
+        (json.dumps({"text": "x" * (ROOM + 1)}), "takes 131073 bytes of .* where 131072 have room"),
+    ):  # fmt: skip
+        bad.write_text(f'{{"a": 1}}\n\n{row}\n')
+        refused(rf"bad\.jsonl:3: {words}", {"command": ["true"], "questions": str(bad)})
+    assert AgentTask(0, {**FUNCTION, "questions": str(bad)}).questions == 2  # a function is handed any length
     with Table(chat_model, questions, FUNCTION) as table:
         port = int(table.play._driver._gateway.url.rpartition(":")[2].partition("/")[0])
         refused(r"task\.params\.port", {**FUNCTION, "port": port}, ConfigError)
