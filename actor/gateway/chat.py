@@ -176,12 +176,12 @@ def _check_parameter(name: str, value: Any) -> None:
         return
     if name not in NEUTRAL:
         raise _bad(name, f"this gateway does not know it; {REMEDY}", "unsupported_parameter")
-    if not any(value == neutral for neutral in NEUTRAL[name]):
+    if not any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in NEUTRAL[name]):
         raise _bad(name, f"{_brief(value)} cannot be honoured: {REMEDIES.get(name, REMEDY)}", "unsupported_value")
 
 
 def _check_temperature(value: Any, limits: Limits) -> None:
-    if value is not None and value not in limits.temperatures:
+    if value is not None and (isinstance(value, bool) or value not in limits.temperatures):
         used = limits.temperatures[0]
         text = f"{_brief(value)}, but rollout.temperature={used} samples; leave it out or change the run's setting"
         raise _bad("temperature", text, "unsupported_value")
@@ -214,7 +214,8 @@ def _messages(given: Any) -> tuple[Message, ...]:
 
 
 def _message(where: str, given: Any) -> Message:
-    if not isinstance(given, dict) or given.get("role") not in ROLES:
+    role = given.get("role") if isinstance(given, dict) else None
+    if not isinstance(role, str) or role not in ROLES:
         raise _bad(where, f"must be an object with a role among {', '.join(ROLES)}")
     for key, value in given.items():
         if value and key not in ("role", "content", "tool_calls", "name", "tool_call_id"):
@@ -223,7 +224,7 @@ def _message(where: str, given: Any) -> Message:
     if not isinstance(calls, list):
         raise _bad(f"{where}.tool_calls", "must be a list")
     return Message(
-        role=ROLES[given["role"]],
+        role=ROLES[role],
         content=_content(f"{where}.content", given.get("content")),
         calls=tuple(_call(f"{where}.tool_calls[{i}]", call) for i, call in enumerate(calls)),
         name=str(given.get("name") or ""),

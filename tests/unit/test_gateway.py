@@ -188,7 +188,9 @@ def test_calls_stay_text_where_no_tools_were_offered(template: ChatTemplate) -> 
         ({"logit_bias": {"3": 1}}, "logit_bias"), ({"seed": 0}, "seed"), ({"top_k": 5}, "top_k"),
         ({"response_format": {"type": "json_object"}}, "response_format"), ({"tool_choice": "required"}, "tool_choice"),
         ({"max_tokens": 9}, "max_tokens"), ({"max_completion_tokens": 0}, "max_completion_tokens"),
-        ({"max_tokens": True}, "max_tokens"), ({"stream": "yes"}, "stream"), ({"tools": [{}]}, "tools"),
+        ({"temperature": True}, "temperature"), ({"n": True}, "n"), ({"presence_penalty": False}, "presence_penalty"),
+        ({"parallel_tool_calls": 1}, "parallel_tool_calls"), ({"max_tokens": True}, "max_tokens"),
+        ({"stream": "yes"}, "stream"), ({"tools": [{}]}, "tools"),
         ({"top_logprobs": 3, "logprobs": True}, "top_logprobs"), ({"top_logprobs": 1}, "top_logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
     ],
@@ -215,6 +217,7 @@ def test_parameters_that_ask_for_nothing_are_taken() -> None:
     ("given", "words"),
     [
         (b"{", "not JSON"), (b"[]", "JSON object"), (body([]), "messages"), (body([{"role": "bot"}]), r"messages\[0\]"),
+        (body([{"role": ["user"]}]), r"messages\[0\]: must be an object with a role"), (body(["hi"]), r"messages\[0\]"),
         (body([{"role": "user", "content": [{"type": "image_url"}]}]), "parts of type text"),
         (body([{"role": "user", "content": 3}]), "parts of type text"),
         (body([{"role": "assistant", "tool_calls": [{"id": "x"}]}]), r"tool_calls\[0\]"),
