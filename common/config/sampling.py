@@ -11,6 +11,7 @@ from common.objective import require
 
 MAX_HELD_OUT = 1 << 24  # prompts of one evaluation
 SORT_TASKS = {"sort6", "sort6_confidence", "sort6_twice"}  # each has a warm start of its own
+LEAST_TEMPERATURE = 1e-4  # logits of thousands divided by it are still sampled and scored exactly in float32
 MAX_TASKS, MAX_LABEL = 64, 64  # tasks that are mixed; characters of a label
 
 
@@ -117,10 +118,10 @@ class RolloutSection:
         require(self.max_tokens >= 1, "rollout.max_tokens", self.max_tokens, "must be at least 1")
         require(self.max_prompt_tokens >= 1, "rollout.max_prompt_tokens", self.max_prompt_tokens, "must be at least 1")
         require(
-            0 < self.temperature < math.inf,
+            LEAST_TEMPERATURE <= self.temperature < math.inf,
             "rollout.temperature",
             self.temperature,
-            "must be positive: a greedy rollout has no density to correct (algorithms.md 1.10)",
+            f"must be at least {LEAST_TEMPERATURE:g}: a greedy rollout has no density to correct (algorithms.md 1.10)",
         )
         require(
             0 <= self.exemplars < self.group_size,
@@ -177,10 +178,10 @@ class EvaluationSection:
         )
         require(self.every >= 1, "evaluation.every", self.every, "must be at least 1")
         require(
-            0 <= self.temperature < math.inf,
+            self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < math.inf,
             "evaluation.temperature",
             self.temperature,
-            "must be 0 (greedy) or more, and finite",
+            f"must be 0 (greedy), or at least {LEAST_TEMPERATURE:g} and finite",
         )
         require(self.samples >= 1, "evaluation.samples", self.samples, "must be at least 1")
         require(

@@ -185,6 +185,9 @@ def test_no_unknown_key_passes(tmp_path_factory: pytest.TempPathFactory, name: s
             "broker.max_message_mb=1.0: must hold the longest trajectory",
         ),
         ("evaluation.temperature=.inf", "evaluation.temperature=inf"),
+        ("evaluation.temperature=1e-38", "evaluation.temperature=1e-38: must be 0 (greedy), or at least 0.0001"),
+        ("rollout.temperature=1e-38", "rollout.temperature=1e-38: must be at least 0.0001"),
+        ("rollout.temperature=0", "rollout.temperature=0.0: must be at least 0.0001: a greedy rollout"),
     ],
 )  # fmt: skip
 def test_values_that_cannot_work_are_refused_at_once(path: Path, override: str, words: str) -> None:

@@ -15,6 +15,7 @@ from actor.engine.base import Completion, SampleRequest
 from actor.engine.experts import sparse_forward, use_lean_experts
 from actor.engine.local import LocalEngine
 from actor.engine.sampling import sample
+from common.config.sampling import LEAST_TEMPERATURE
 from common.errors import EngineError, ModelError
 from common.philox import uniforms
 from common.wire import UNROUTED
@@ -349,6 +350,14 @@ def test_sampling_follows_the_distribution() -> None:
     kept = expected > 0
     assert ((counts - expected)[kept] ** 2 / expected[kept]).sum() < 20.5
     np.testing.assert_allclose(sampled.logprobs.numpy(), np.log(probabilities[sampled.ids.numpy()]), atol=1e-6)
+
+
+def test_the_least_temperature_samples_logits_of_thousands() -> None:
+    logits = torch.tensor([[5e4, 5e4, -5e4]]).expand(2, -1)
+    noise = torch.tensor([0.1, 0.9], dtype=torch.float64)
+    sampled = sample(logits, torch.full((2,), LEAST_TEMPERATURE), noise)
+    assert sampled.ids.tolist() == [0, 1]
+    np.testing.assert_allclose(sampled.logprobs.numpy(), np.log(0.5), atol=1e-6)
 
 
 def test_zero_probabilities_at_either_end_are_never_sampled() -> None:
