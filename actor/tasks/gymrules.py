@@ -109,9 +109,16 @@ def _uses_the_numbers(answer: str, entry: dict[str, Any]) -> bool:
     return sorted(map(int, re.findall(r"\d+", answer))) == sorted(map(int, entry["metadata"]["numbers"]))
 
 
+def _same_words(answer: str, entry: dict[str, Any]) -> bool:
+    """The verifier takes the answer with anything behind it, twice itself even."""
+    return answer.casefold().split() == str(entry["answer"]).casefold().split()
+
+
 _CHECKS: dict[str, Callable[[str, dict[str, Any]], bool]] = {
     "game_of_life_halting": _same_word,
     "coin_flip": _same_probability,
     "complex_arithmetic": _is_number,
     "puzzle24": _uses_the_numbers,
+    "spell_backward": _same_words,
+    "letter_jumble": _same_words,
 }

@@ -106,9 +106,10 @@ def test_what_a_verifier_lets_pass_though_it_is_wrong_is_checked_once_more() -> 
     found = {}
     for name, answer in (
         ("game_of_life_halting", "anything"), ("coin_flip", "0"), ("complex_arithmetic", "nan"),
-        ("puzzle24", "6*4*1*1"),
+        ("puzzle24", "6*4*1*1"), ("spell_backward", "{0}{0}"), ("letter_jumble", "{0} {0}"),
     ):  # fmt: skip
-        dataset, entry = entry_of(name)
+        dataset, entry = entry_of(name, **({"min_word_len": 10} if name == "spell_backward" else {}))
+        answer = answer.format(entry["answer"])
         assert float(dataset.score_answer(answer, entry)) >= 0.99, f"{name} is mended: take its check out"
         found[name] = (score(dataset, name, answer, entry), score(dataset, name, entry["answer"], entry))
     assert found == dict.fromkeys(found, (0.0, 1.0))
