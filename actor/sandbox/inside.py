@@ -26,6 +26,7 @@ SPACES = (WORK, "/tmp")  # where a program may write
 WATCH_S = 0.025  # between two looks at what is used, if the machine lets us look
 KILL_S = 5.0  # for killed processes to be gone
 OUTPUT_FACTOR = 64  # times what is kept of the output: a program that prints more is killed
+TIMES_S = (-(1 << 33), 1 << 33)  # since 1970, of files: what a program sets beyond them cannot be set again
 NICENESS = 5  # below the actor that decodes
 READ_AT_ONCE = 1 << 16  # bytes
 PAGE_SIZE = resource.getpagesize()
@@ -125,7 +126,8 @@ def collect(limits: Limits) -> Tree | None:
 
 def _collect_one(where: str, status: os.stat_result, left: int) -> Entry | None:
     """One entry, of which no more than ``left`` bytes and one are read; None for pipes, sockets and devices."""
-    mode, mtime_s = stat.S_IMODE(status.st_mode) & 0o777, int(status.st_mtime)
+    mode, mtime_s = stat.S_IMODE(status.st_mode) & 0o777, status.st_mtime_ns // 10**9
+    mtime_s = min(max(mtime_s, TIMES_S[0]), TIMES_S[1])
     if stat.S_ISDIR(status.st_mode):
         return Entry("dir", mode=mode, mtime_s=mtime_s)
     if stat.S_ISLNK(status.st_mode):

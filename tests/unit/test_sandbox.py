@@ -84,6 +84,12 @@ def python(backend: Backend, script: str, limits: Limits = SMALL, mark: str = ""
 # ---- what a program gets ----------------------------------------------------------------------------
 
 
+def test_files_may_be_of_any_time(backend: Backend) -> None:
+    result = shell(backend, "touch -d @9223372036854775807 late; touch -d @-9223372036854775807 early; touch -d @7 a")
+    assert result.files is not None and set(result.files) == {"late", "early", "a"}
+    assert shell(backend, "stat -c %Y a", result.files).output == b"7\n"
+
+
 def test_files_go_in_and_come_out(backend: Backend) -> None:
     files = {
         "in": directory(), "in/a.txt": Entry(data=b"one\ntwo\n"), "empty": directory(0o700),
