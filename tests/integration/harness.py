@@ -33,7 +33,7 @@ class Broker:
     def __init__(self, config):
         self.config, self.stop = config, StopFlag()
         self.service = BrokerService(config, self.stop)
-        self.failure = None  # what ended it
+        self.failure, self.may_fail = None, False  # what ended it, and whether that fails no test
         self.thread = threading.Thread(target=self._run)
         self.thread.start()
 
@@ -42,6 +42,8 @@ class Broker:
             self.service.run()
         except CroupierError as error:
             self.failure = error
+            if not self.may_fail:
+                raise
 
     def end(self):
         self.stop.set("test")

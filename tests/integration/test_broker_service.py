@@ -362,6 +362,7 @@ def test_whoever_waits_for_an_answer_waits_for_the_disk_and_not_for_a_turn(make)
 def test_groups_that_all_fail_are_granted_seldom_said_aloud_and_at_last_end_the_run(make, monkeypatch):
     monkeypatch.setattr(setbacks, "GIVE_UP_S", 2.0)
     broker = make()
+    broker.may_fail = True
     learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
     grants = 0
     while broker.thread.is_alive():
