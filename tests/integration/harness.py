@@ -77,7 +77,11 @@ class Peer:
             questions=list(questions),
         )  # fmt: skip
         self.link = connect(section or broker.config.broker, self.hello)
-        self.link.wait_welcome(5)
+        try:
+            self.link.wait_welcome(5)
+        except CroupierError:
+            self.link.close(None)  # or it says Hello for ever, to whoever listens at that port next
+            raise
         self.stash = []  # what came while another kind was expected
 
     def expect(self, kind, seconds=5.0):
