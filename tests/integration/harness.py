@@ -123,7 +123,7 @@ def make_broker(directory, broker=None, run_steps=STEPS, **sections):
     model = directory / "model"
     model.mkdir(exist_ok=True)
     (model / "config.json").write_text('{"vocab_size": 16}')
-    bounds = {"address": free_address(), "heartbeat_s": 0.1, "peer_timeout_s": 1.5, **(broker or {})}
+    bounds = {"address": free_address(), "heartbeat_s": 0.1, "peer_timeout_s": 5.0, **(broker or {})}
     base = {
         "run": RunSection(name="r", dir=str(directory), steps=run_steps),
         "model": ModelSection(path=str(model)),
@@ -132,7 +132,7 @@ def make_broker(directory, broker=None, run_steps=STEPS, **sections):
         "obrs": ObrsSection(mode="off"),
         "broker": BrokerSection(**bounds),
         "evaluation": EvaluationSection(prompts=0),
-        "weights": WeightsSection(deadline_s=1.0),
+        "weights": WeightsSection(deadline_s=5.0),
     }
     return Broker(RunConfig(**{**base, **sections}))
 
