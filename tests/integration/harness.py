@@ -27,6 +27,13 @@ from tests.integration.fleet import free_address
 G, B, STEPS = 2, 2, 4
 
 
+def until(condition, seconds=5.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 class Broker:
     """A broker in a thread."""
 

@@ -7,7 +7,6 @@ import select
 import socket
 import struct
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -18,14 +17,7 @@ from common import wire
 from common.config import EvaluationSection, StalenessSection
 from common.errors import JournalError, ProtocolError
 from common.process import StopFlag
-from tests.integration.harness import B, Broker, Peer, group
-
-
-def until(condition, seconds=5.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+from tests.integration.harness import B, Broker, Peer, group, until
 
 
 def served(broker):
@@ -91,10 +83,12 @@ def test_commits_and_checkpoints_of_what_was_not_trained_are_refused(make):
     refused(broker, learner, wire.Checkpointed(1), "not trained")
     pipeline = broker.service.pipeline  # its thread may be in the middle of an assembly
     until(lambda: pipeline.held() == pipeline.queued == 2 * 4)
+    metrics = broker.config.run.path / "metrics.jsonl"
+    until(metrics.read_text)  # a little after the step is committed
     for peer in (actor, learner):
         peer.link.close()
     killed(broker)
-    (line,) = (json.loads(x) for x in (broker.config.run.path / "metrics.jsonl").read_text().splitlines())
+    (line,) = (json.loads(x) for x in metrics.read_text().splitlines())
     assert (line["step"], line["loss"]) == (0, 1.5) and line["acceptance"] != 7.0, "figures of the broker are its own"
     Broker(broker.config).end()
 
@@ -319,9 +313,9 @@ def test_a_full_disk_ends_the_broker_with_the_remedy_and_nothing_left_open(make,
 def test_a_changed_budget_is_in_force_after_a_restart_and_written_down(make):
     broker = make(staleness=StalenessSection(2))
     learner, actor, _ = staffed(broker)
+    killed(broker)  # before they are gone: it would give up what they owe
     for peer in (learner, actor):
         peer.link.close(None)
-    killed(broker)
     changed = dataclasses.replace(broker.config, staleness=StalenessSection(0))
     service = BrokerService(changed, StopFlag())
     assert service.pipeline.ledger.budget == 0 and service.pipeline.ledger.promised == 6

@@ -24,7 +24,7 @@ from common.config import (
 )
 from common.errors import ModelError, ProtocolError
 from common.process import StopFlag
-from tests.integration.harness import STEPS, B, Broker, G, Peer, group
+from tests.integration.harness import STEPS, B, Broker, G, Peer, group, until
 from tests.routes import routes
 
 
@@ -115,7 +115,7 @@ def test_two_learners_on_one_broker_the_second_is_refused_until_the_first_is_gon
         Peer(broker, "learner", "learner", session="two")
     Peer(broker, "learner", "learner", session="one", rank=1, world=2).link.close()  # another rank of the same
     first.link.close(None)  # as if killed: no Bye
-    time.sleep(0.3)
+    until(lambda: not broker.service.door.roster.role("learner"))
     Peer(broker, "learner", "learner", session="two").link.close()
 
 
@@ -166,7 +166,7 @@ def test_bad_trajectories_are_nacked_by_name_and_the_run_goes_on(make):
     actor.link.send(group(actor.link.run_id, int(again.groups[0])))
     learner.link.send(wire.Fetch(0, 0, 1))
     assert learner.expect(wire.Shard).weights[0] == np.float32(1 / (2 * B * G))
-    time.sleep(0.6)
+    until(lambda: broker.status()["bad_messages"])  # it is written twice a second
     status = broker.status()
     assert status["bad_messages"] == {"ProtocolError": 1}
     assert sum(status["trajectories_refused"].values()) == G

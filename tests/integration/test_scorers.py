@@ -19,7 +19,7 @@ from common.trace import silent
 from learner.model.decoder import Decoder
 from learner.score import PolicyScorer, ReplicaService
 from tests.integration.fleet import Fleet
-from tests.integration.harness import G, Peer, group
+from tests.integration.harness import G, Peer, group, until
 from tests.unit.test_step import CONFIG
 from tools import replay
 
@@ -75,16 +75,11 @@ def test_all_scorers_are_asked_at_once_each_with_a_deadline_of_its_own(make):
     reply(policy, policy.expect(wire.ScoreRequest), -0.5)
     assert quick.expect(wire.ScoreRequest).request == asked.request  # the other process did not answer in time
     reply(policy, asked, -0.1)  # not its business
-    soon = time.monotonic() + 5
-    while not broker.service.figures.errors:
-        assert time.monotonic() < soon
-        time.sleep(0.01)
+    until(lambda: broker.service.figures.errors)
     reply(quick, asked, -0.25)
     waits_for(learner, "scores of step 0 from a reference model")
     reply(late, asked, -9.0)  # too late
-    while not broker.service.pipeline.counts["late_scores"]:
-        assert time.monotonic() < soon
-        time.sleep(0.01)
+    until(lambda: broker.service.pipeline.counts["late_scores"])
     reply(reference, of_reference, -0.75)
     shard = learner.expect(wire.Shard)
     on = shard.trainable == 1
@@ -109,10 +104,7 @@ def test_a_replica_that_cannot_score_says_why_and_the_next_one_is_asked_at_once(
     replica = ReplicaService(broker.config, "replica-0", stop, PolicyScorer(small, 8.0), silent("replica-0", "replica"))
     thread = threading.Thread(target=replica.run)
     thread.start()
-    soon = time.monotonic() + 5
-    while not broker.service.door.roster.scorers(POLICY):
-        assert time.monotonic() < soon
-        time.sleep(0.01)
+    until(lambda: broker.service.door.roster.scorers(POLICY))
     able = Peer(broker, "replica", "replica-1")
     for g in actor.expect(wire.Grant).groups.tolist():
         sent = group(actor.link.run_id, g)
@@ -145,15 +137,13 @@ def test_what_no_replica_can_score_is_asked_again_as_seldom_as_of_one_that_is_la
     again = replicas[0].expect(wire.ScoreRequest)
     assert again.request == asked.request
     actor.link.send(wire.ScoreFailed(asked.request, "not an actor's business"))
+    until(lambda: broker.service.figures.errors["ProtocolError"] == 1)
     reply(replicas[0], again, -0.5)
     learner.link.send(wire.Fetch(0, 0, 1))
     learner.expect(wire.Shard)
     replicas[1].link.send(wire.ScoreFailed(asked.request, "too late to count"))
     replicas[1].link.close("done")
-    soon = time.monotonic() + 5
-    while len(broker.service.door.roster.scorers(POLICY)) > 1:
-        assert time.monotonic() < soon
-        time.sleep(0.01)
+    until(lambda: len(broker.service.door.roster.scorers(POLICY)) == 1)
     assert broker.service.figures.errors == {"score_failed": 2, "ProtocolError": 1}
     for peer in (learner, actor, replicas[0]):
         peer.link.close()
