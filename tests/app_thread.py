@@ -1,6 +1,7 @@
 """An aiohttp application on a thread of its own."""
 
 import asyncio
+import socket
 import threading
 from collections.abc import Awaitable, Callable
 
@@ -10,10 +11,16 @@ LARGEST = 1 << 28  # bytes of a request
 
 
 class AppThread:
-    """Answers every path on loopback with ``answer``; ``port`` 0 takes a free one."""
+    """Answers every path on loopback with ``answer``; ``port`` 0 takes a free one, which is its own until it is closed.
+
+    Another one can listen at the port of one that was stopped.
+    """
 
     def __init__(self, answer: Callable[[web.Request], Awaitable[web.StreamResponse]], port: int = 0) -> None:
-        self.port = port
+        self._bound = socket.socket()  # never listens: nobody else is given the port while we do not either
+        self._bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._bound.bind(("127.0.0.1", port))
+        self.port: int = self._bound.getsockname()[1]
         self._answer = answer
         self._loop = asyncio.new_event_loop()
         self._up = threading.Event()
@@ -27,6 +34,11 @@ class AppThread:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(5)
 
+    def close(self) -> None:
+        """Stop, and let go of the port."""
+        self.stop()
+        self._bound.close()
+
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         app = web.Application(client_max_size=LARGEST)
@@ -35,7 +47,6 @@ class AppThread:
         self._loop.run_until_complete(runner.setup())
         site = web.TCPSite(runner, "127.0.0.1", self.port, reuse_address=True)
         self._loop.run_until_complete(site.start())
-        self.port = runner.addresses[0][1]
         self._up.set()
         self._loop.run_forever()
         self._loop.run_until_complete(self._end(runner, site))

@@ -29,8 +29,12 @@ class FakeServer:
     def url(self):
         return f"http://127.0.0.1:{self.port}"
 
-    def close(self):
+    def stop(self):
+        """Refuse connections; another one may listen at this port."""
         self._server.stop()
+
+    def close(self):
+        self._server.close()
 
     async def _answer(self, request):
         path = request.path

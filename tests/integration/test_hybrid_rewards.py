@@ -55,7 +55,7 @@ def test_a_rule_a_judge_and_people_together(tmp_path, model):
             "rollout.exemplars=1",
         )  # fmt: skip
     finally:
-        server.stop()
+        server.close()
     assert done.returncode == 0, explain(done, run)
     summary = assert_books_balance(run)
     assert summary["status"] == "finished" and summary["steps"] == 12

@@ -81,7 +81,7 @@ def engine_on(tmp_path):
         engine.close()
 
 
-def run(engine, until, seconds=8.0):
+def run(engine, until, seconds=30.0):
     ended, deadline = [], time.monotonic() + seconds
     while not until():
         assert time.monotonic() < deadline, [(s.name, s.state, s.why) for s in engine.servers]
@@ -93,8 +93,8 @@ def ask(number, samples=2, tokens=6, **more):
     return SampleRequest(number, np.array([3, 4, 5], np.int32), samples, tokens, 1.0, (0, 0), **more)
 
 
-def drain(engine, seconds=8.0):
-    return run(engine, lambda: not engine.in_flight, seconds)
+def drain(engine):
+    return run(engine, lambda: not engine.in_flight)
 
 
 def once(change):
@@ -311,7 +311,7 @@ def test_rollouts_of_a_server_that_vanishes_are_sampled_elsewhere_from_their_pro
     for number in range(16):
         engine.add(ask(number, samples=1))
     done = run(engine, lambda: engine.counters.get("requests", 0) >= 16)
-    goes.close()
+    goes.stop()
     done += drain(engine)
     assert len(done) == 16 and not any(isinstance(c, Failure) for c in done)
     assert engine.counters["retries"] > 0 and engine.counters["servers_serving"] == 1
@@ -324,7 +324,7 @@ def test_rollouts_of_a_server_that_vanishes_are_sampled_elsewhere_from_their_pro
 def test_a_server_that_comes_back_joins_again(fakes, engine_on):
     stays, goes = fakes(), fakes()
     engine = engine_on(stays, goes, restarts=20)
-    goes.close()
+    goes.stop()
     run(engine, lambda: engine.servers[1].state == State.LOST)
     fakes(port=goes.port)
     run(engine, lambda: engine.servers[1].state == State.SERVING)
@@ -351,7 +351,7 @@ def test_the_broker_is_told_of_a_server_that_came_back_without_its_weights(fakes
     heard.send = heard.said.append
     reporting(heard, engine)("applied")
     assert heard.said == [3, "applied"]
-    fake.close()
+    fake.stop()
     run(engine, lambda: server.state == State.LOST)
     assert engine.holds == 3 and not engine.lacking(3)  # nobody could be sent it
     fakes(port=fake.port)
@@ -372,14 +372,14 @@ def test_a_stuck_scheduler_is_found_although_the_server_accepts_connections(fake
         engine.add(ask(number, samples=1))
     done = drain(engine)
     assert len(done) == 12 and not any(isinstance(c, Failure) for c in done)
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - began < 20.0
     assert "no answer within 0.6 s" in engine.servers[1].why
 
 
 def test_too_few_servers_end_the_actor_with_their_reasons(fakes, engine_on):
     first, second = fakes(), fakes()
     engine = engine_on(first, second, least_servers=2, restarts=1, start_timeout_s=1.0)
-    second.close()
+    second.stop()
     with pytest.raises(EngineError, match=r"1 of 2 servers are left, engine\.least_servers=2 are needed: .*a/server-1"):
         run(engine, lambda: False)
 

@@ -44,4 +44,8 @@ class RewardServer:
         self._server.stop()
 
     def restart(self) -> None:
-        self._server = AppThread(self._answer, self._server.port)
+        stopped, self._server = self._server, AppThread(self._answer, self._server.port)
+        stopped.close()
+
+    def close(self) -> None:
+        self._server.close()

@@ -128,7 +128,7 @@ def test_a_judge_that_is_away_is_said_and_a_key_that_is_not_set_is_refused(
     assert check_rewards(load(file)) == [] and server.headers[-1]["Authorization"] == "Bearer k"
     server.handler = lambda request, body: web.Response(status=401)
     assert "refuses the key (HTTP 401)" in check_rewards(load(file))[0]
-    server.stop()
+    server.close()
     assert "does not answer" in check_rewards(load(file))[0]
     found = {f.what: f for f in check_run(str(file), [f"broker.address=ipc://{tmp_path}/broker"])}["rewards"]
     assert found.state == "note" and "does not answer" in found.detail

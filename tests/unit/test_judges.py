@@ -36,7 +36,7 @@ def serve() -> Iterator[Callable[[Handler], RewardServer]]:
 
     yield start
     for server in servers:
-        server.stop()
+        server.close()
 
 
 class Bench:

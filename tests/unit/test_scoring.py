@@ -228,7 +228,7 @@ def by_answer(request: web.Request, body: Any) -> web.Response:
 def server() -> Any:
     found = RewardServer(by_answer)
     yield found
-    found.stop()
+    found.close()
 
 
 def test_models_are_asked_about_text_and_add_a_channel(model_dir: str, server: RewardServer) -> None:
