@@ -50,8 +50,10 @@ def client_of(session, kind=openai.OpenAI, **more):
 
 
 def is_alive(pid):
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def end(table, verdict, count=1):
@@ -259,7 +261,8 @@ def test_late_agents_fail_as_the_environments_fault(chat_model, questions, tmp_p
         "function": {"agent": "tests.integration.agents:stubborn", "workers": 1},
         "command": {"command": ["sh", "-c", f"sleep 60 & echo $! > {note}; wait"]},
     }[way]
-    with Table(chat_model, questions, {**params, "deadline_s": 0.3}) as table:
+    deadline_s = 2.0 if way == "command" else 0.3  # its note is to be there by then
+    with Table(chat_model, questions, {**params, "deadline_s": deadline_s}) as table:
         table.start()
         table.wait(lambda t: t.messages)
         assert "deadline_s" in table.messages[0].reason and table.messages[0].sibling == 0
@@ -267,7 +270,8 @@ def test_late_agents_fail_as_the_environments_fault(chat_model, questions, tmp_p
             table.wait(lambda t: t.error is not None)
             assert "task.params.command" in str(table.error)
         elif way == "command":
-            table.wait(lambda t: not is_alive(note.read_text().strip()))
+            left = int(note.read_text())
+            table.wait(lambda t: not is_alive(left))
     assert table.counters["agent_failures"] == 1
 
 

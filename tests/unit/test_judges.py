@@ -56,11 +56,17 @@ class Bench:
 
     def ask(self, *judged: Judged) -> dict[Any, Verdict]:
         """Verdicts by what was asked for, however they come."""
+        self.submit(*judged)
+        return self.verdicts(len(judged))
+
+    def submit(self, *judged: Judged) -> None:
         for one in judged:
             self.judges.submit(one, self.names, one)
+
+    def verdicts(self, wanted: int) -> dict[Any, Verdict]:
         found: dict[Any, Verdict] = {}
         deadline = time.monotonic() + PATIENCE_S
-        while len(found) < len(judged):
+        while len(found) < wanted:
             assert time.monotonic() < deadline, "no verdict"
             found |= {v.owner: v for v in self.judges.poll()}
             time.sleep(0.001)
@@ -175,10 +181,10 @@ def test_a_server_that_hangs_is_given_up_at_the_timeout_and_the_rest_goes_on(ser
         return chat("Score: 10")
 
     server = serve(hang_for_one)
-    with Bench(style=judge(server, timeout_s=0.05, retries=1)) as bench:
+    with Bench(style=judge(server, timeout_s=1.0, retries=0)) as bench:
         found = bench.ask(*(Judged("q", text) for text in ("a", "hang", "b", "c")))
     failed = {one.answer: v.failures for one, v in found.items() if v.failures}
-    assert list(failed) == ["hang"] and "no answer within 0.05 s" in failed["hang"]["style"]
+    assert list(failed) == ["hang"] and "no answer within 1 s" in failed["hang"]["style"]
 
 
 def test_a_trickle_of_bytes_does_not_stretch_the_timeout(serve) -> None:
@@ -222,13 +228,19 @@ def test_a_server_that_is_down_is_left_alone_said_once_and_found_again(serve, ca
 
 def test_where_a_failure_would_cost_the_rollout_it_waits_for_a_server_that_comes_back(serve) -> None:
     server = serve(lambda request, body: chat("Score: 10"))
-    with Bench(style=judge(server, retries=0, down_after=1, probe_s=0.02)) as bench:
+    with Bench(style=judge(server, retries=0, down_after=1, probe_s=0.1)) as bench:
         server.stop()
+        began = time.monotonic()
         assert bench.one().failures  # the one that finds out
-        threading.Timer(0.2, server.restart).start()
-        found = bench.ask(*(Judged("q", str(n)) for n in range(20)))
+        bench.submit(*(Judged("q", str(n)) for n in range(40)))
+        while bench.count("failures") < 3:  # tries while it is away
+            assert time.monotonic() < began + PATIENCE_S
+            time.sleep(0.001)
+        server.restart()
+        most = (time.monotonic() - began) / 0.1  # one try every probe_s
+        found = bench.verdicts(40)
         assert all(v.scores == {"style": 1.0} for v in found.values() if not v.failures)
-        assert sum(bool(v.failures) for v in found.values()) <= 10  # tries while it was away
+        assert 2 <= sum(bool(v.failures) for v in found.values()) <= min(most, 39)
 
 
 def test_waiting_for_a_server_has_an_end(serve) -> None:

@@ -1,8 +1,8 @@
 """Ranks wait for rank 0 as long as it may be busy alone."""
 
-import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,10 +75,10 @@ def test_the_meshs_group_waits_as_long_as_it_is_told(monkeypatch):
 
 
 class Link:
-    """Says ``messages``, then nothing."""
+    """Says ``messages``, then nothing; what it waits passes on the clock ``now`` alone."""
 
     def __init__(self, *messages):
-        self._messages = list(messages)
+        self._messages, self.now = list(messages), 0.0
 
     def send(self, message):
         """Nobody listens."""
@@ -86,14 +86,20 @@ class Link:
     def receive(self, timeout):
         if self._messages:
             return self._messages.pop(0)
-        time.sleep(0.01)
+        self.now += timeout
         return None
 
+    def work(self, seconds):
+        self.now += seconds
 
-def test_what_is_done_for_late_joiners_does_not_count_as_waiting_for_a_shard():
+
+def test_what_is_done_for_late_joiners_does_not_count_as_waiting_for_a_shard(monkeypatch):
     shard = object.__new__(wire.Shard)
     shard.step = 3
-    feed = Feed(Link(wire.Resync("policy", "late"), shard), 0, 1, 0.05, lambda: False)
-    assert feed.fetch(3, lambda _: time.sleep(0.2)) is shard
-    with pytest.raises(DeadlineError, match=r"no shard for step 4 within 0 s \(learner\.wait_s\)"):
+    link = Link(wire.Resync("policy", "late"), shard)
+    monkeypatch.setattr("learner.feed.time", SimpleNamespace(monotonic=lambda: link.now))
+    feed = Feed(link, 0, 1, 1.0, lambda: False)
+    assert feed.fetch(3, lambda _: link.work(5.0)) is shard
+    with pytest.raises(DeadlineError, match=r"no shard for step 4 within 1 s \(learner\.wait_s\)"):
         feed.fetch(4, lambda _: None)
+    assert link.now == pytest.approx(6.0, abs=0.5)
