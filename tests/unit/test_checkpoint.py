@@ -134,8 +134,11 @@ def test_a_late_rank_is_waited_for(tmp_path):
     write(writer, model, Optimizer(model, OptimSection(), 10), 4)
 
     def second():
+        deadline = time.monotonic() + 10
+        while not (found := list(tmp_path.glob(".step-*.tmp"))) and time.monotonic() < deadline:
+            time.sleep(0.01)
         time.sleep(0.2)
-        (next(tmp_path.glob(".step-*.tmp")) / "rank-00001.safetensors").write_bytes(b"")
+        (found[0] / "rank-00001.safetensors").write_bytes(b"")
 
     threading.Thread(target=second).start()
     writer.wait()

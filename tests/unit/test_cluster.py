@@ -27,6 +27,7 @@ EXAMPLES = ROOT / "tools/cluster/examples"
 QWEN = "configs/qwen3-30b-a3b.yaml"
 OVERRIDES = ["learner.dp_shard=2", "replica.tp=2", "engine.tp=4"]
 VERSIONS = ("1.29", "1.37")  # the oldest that the manifests need, the newest that the validator knows
+ROLES = ("broker", "learner", "replica", "actor")
 SHELLCHECK = Path(sys.executable).with_name("shellcheck")
 
 
@@ -243,11 +244,11 @@ def job(tmp_path):
     for name, text in slurm("--shared", "/SHARED", "--python", "bin/python")[1].items():
         (tmp_path / name).write_text(text.replace("/SHARED", str(tmp_path)))
     fake(tmp_path, "scontrol", 'if [ "$1" = show ]; then echo "first-of-$3"; else echo "$*" >> did; fi')
-    fake(tmp_path, "srun", 'while [ "$1" != bash ]; do shift; done; exec "./$3.sh"')
+    fake(tmp_path, "srun", 'while [ "$1" != bash ]; do shift; done; touch "$3-began"; exec "./$3.sh"')
     fake(tmp_path, "scancel", 'echo "scancel $*" >> did; touch told')
     fake(tmp_path, "squeue", "echo RUNNING")
     fake(tmp_path, "sleep", "exec /bin/sleep 0.02")
-    for role in ("broker", "learner", "replica", "actor"):
+    for role in ROLES:
         script = tmp_path / f"{role}.sh"
         script.write_text("#!/bin/bash\nwhile [ ! -e told ]; do /bin/sleep 0.02; done\n")
         script.chmod(0o755)
@@ -305,17 +306,16 @@ def test_sigterm_puts_a_job_back_into_the_queue_unless_it_was_cancelled(job, sta
     fake(job, "squeue", f"echo {state}")
     running = start(job)
     deadline = time.monotonic() + 10
-    while not (job / "runs/qwen3-30b-a3b/logs").exists():
+    while not all((job / f"{role}-began").exists() for role in ROLES):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    time.sleep(0.2)  # steps are under way
     running.send_signal(signal.SIGTERM)
     said, _ = running.communicate(timeout=20)
     assert running.returncode == 0, said
     assert did(job) == ["scancel --signal=TERM 77", *(["requeue 77"] if state == "RUNNING" else [])]
 
 
-@pytest.mark.parametrize("role", ["broker", "learner", "replica", "actor"])
+@pytest.mark.parametrize("role", ROLES)
 def test_every_role_is_told_where_the_others_are(job, role):
     fake(job, "python", 'printf "%s\\n" "$@" > said')
     subprocess.run(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -246,7 +247,8 @@ def test_whoever_waits_for_the_disk_is_told_of_commits_and_of_the_failure(tmp_pa
     assert told.wait(5) and journal.durable == 0
     told.clear()
     journal._env.close()  # as good as a broken disk
-    journal.append("note", {})
+    with suppress(JournalError):  # the thread may have met it already, behind its last commit
+        journal.append("note", {})
     journal.flush()
     assert told.wait(5)
     with pytest.raises(JournalError, match="could not be written"):

@@ -330,7 +330,7 @@ def test_a_broker_that_fell_silent_is_told(tmp_path):
     run.advance(5)
     os.utime(run.directory / "status.json", (time.time() - 100, time.time() - 100))
     view = Follower(run.directory).look()
-    assert view.lost and "no word from the broker for 1:40" in frame(view, History(), 80)[0].plain
+    assert view.lost and re.search(r"no word from the broker for 1:4\d", frame(view, History(), 80)[0].plain)
 
 
 class Writing(Follower):
@@ -361,7 +361,7 @@ def test_a_run_that_was_killed_or_never_began_does_not_hold_a_pipe(tmp_path, cap
     MadeRun(tmp_path / "r").advance(3)
     os.utime(tmp_path / "r" / "status.json", (time.time() - 900, time.time() - 900))
     assert main([str(tmp_path / "r"), "--silence-s", "0.1"]) == 1
-    assert "no word from the broker for 15:00" in capsys.readouterr().out
+    assert re.search(r"no word from the broker for 15:0\d", capsys.readouterr().out)
     assert main([str(tmp_path / "none"), "--silence-s", "0.1"]) == 1
     assert "for 0.1 s (--silence-s)" in capsys.readouterr().out.replace("\n", " ")
 
