@@ -1,7 +1,6 @@
 """The rollout model's step against its loss written out densely, on one process and on two; its checkpoints."""
 
 import dataclasses
-import socket
 
 import numpy as np
 import pytest
@@ -138,9 +137,9 @@ def test_a_batch_without_a_sampled_token_moves_nothing_but_the_routers():
     assert values["joint_kl"] == values["joint_policy_loss"] == 0 and values["joint_grad_norm"] > 0
 
 
-def worker(rank, world, port, directory):
+def worker(rank, world, directory):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    torch.distributed.init_process_group("gloo", f"file://{directory}/store", rank=rank, world_size=world)
     mesh = Mesh({"dp_replicate": 2} if directory.name == "replicate" else {"dp_shard": 2}, rank, torch.device("cpu"))
     for how in ("uneven", "empty"):
         shares = split({"uneven": "last", "empty": "first"}[how], 2)
@@ -156,10 +155,7 @@ def worker(rank, world, port, directory):
 def test_two_data_ranks_train_as_one_does(tmp_path, axis):
     directory = tmp_path / axis
     directory.mkdir()
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(worker, (2, port, directory), nprocs=2)
+    mp.spawn(worker, (2, directory), nprocs=2)
     trainer, history = train(run_config(), single())
     for how in ("uneven", "empty"):
         tensors, theirs = torch.load(directory / how)

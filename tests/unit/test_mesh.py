@@ -2,7 +2,6 @@
 
 import json
 import math
-import socket
 from functools import cache
 from itertools import pairwise
 
@@ -165,9 +164,9 @@ def plan(part):
         yield "tied_shared_biased", sizes, "even"
 
 
-def rank_main(rank, part, world, port, out):
+def rank_main(rank, part, world, out):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=world)
     every = [*MESHES[part], *RESUMED[part]]
     meshes = {key: Mesh(dict(key), rank, torch.device("cpu")) for key in dict.fromkeys(tuple(s.items()) for s in every)}
 
@@ -211,10 +210,7 @@ def trained(tmp_path_factory):
     def run(part):
         out = tmp_path_factory.mktemp(part)
         world = math.prod(MESHES[part][0].values())
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        mp.start_processes(rank_main, (part, world, port, out), nprocs=world, start_method="forkserver")
+        mp.start_processes(rank_main, (part, world, out), nprocs=world, start_method="forkserver")
         return out
 
     return of
