@@ -1,6 +1,8 @@
 """A tiny random model, engines on it, and the numbers that transformers gives for what they sampled."""
 
+import json
 import time
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,6 +92,13 @@ def weights(directory: Path, bucket_bytes: int = 1 << 20) -> list:
     listing = [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in state.items()]
     plan = plan_buckets(listing, bucket_bytes)
     return [(bucket, flatten(bucket, state, torch.empty(bucket.nbytes, dtype=torch.uint8))) for bucket in plan]
+
+
+def running_tokens(engine: SglangEngine) -> int:
+    """Tokens that the server holds keys of at present."""
+    url = engine.servers[0].client.url
+    load = json.load(urllib.request.urlopen(f"{url}/v1/loads?include=core", timeout=5))["loads"][0]
+    return load["num_used_tokens"]
 
 
 def take_version(engine, version: int, directory: Path, bucket_bytes: int = 1 << 20) -> list:

@@ -24,6 +24,7 @@ from tests.sglang.servers import (
     prompt_of,
     reference,
     run_config,
+    running_tokens,
     sglang_engine,
     take_version,
     wait_for,
@@ -58,12 +59,6 @@ def run_across_an_update(engine, models, samples=3):
         assert len(c.token_ids) == TOKENS
         assert sorted(set(c.versions.tolist())) == [0, 1] and (np.diff(c.versions) >= 0).all()
     return done
-
-
-def running_tokens(engine):
-    url = engine.servers[0].client.url
-    load = json.load(urllib.request.urlopen(f"{url}/v1/loads?include=core", timeout=5))["loads"][0]
-    return load["num_used_tokens"]
 
 
 @pytest.mark.parametrize("mode", ["retract", "abort"])
