@@ -155,7 +155,7 @@ def assert_time_is_accounted_for(run):
 def test_synchronous_runs_of_one_actor_repeat_their_reward_curve(tmp_path, model):
     overrides = ("run.steps=6", "staleness.budget=0", "actor.count=1", "evaluation.every=3")
     parts = ("broker", "learner", "replica-0", "actor-0")
-    curves = []
+    curves, evaluations = [], []
     with contextlib.ExitStack() as stack:
         fleets = []
         for name in ("one", "two"):
@@ -167,9 +167,12 @@ def test_synchronous_runs_of_one_actor_repeat_their_reward_curve(tmp_path, model
             assert [fleet.wait(part) for part in parts] == [0] * 4, fleet.words()
             assert fleet.status()["lag_max"] == 0
             curves.append([(s["reward"], s["loss"], s["tokens_accepted"]) for s in fleet.steps()])
-            curves[-1] += [x["reward"] for x in fleet.metrics() if x["kind"] == "eval"]
             curves[-1] += [x["digest"] for x in fleet.metrics() if x["kind"] == "publish"]
+            lines = [x for x in fleet.metrics() if x["kind"] == "eval" and x["version"] == x["version_max"]]
+            evaluations.append({(x["version_asked"], x["version"]): x["reward"] for x in lines})
     assert curves[0] == curves[1]
+    both = evaluations[0].keys() & evaluations[1].keys()  # weights may change under any but the first, by the clock
+    assert (0, 0) in both and all(evaluations[0][key] == evaluations[1][key] for key in both)
     assert all(0 < reward < 0.5 for reward, _, _ in curves[0][:6])  # there was something to repeat
 
 
