@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tools.bench.__main__ import main
-from tools.bench.harness import REGISTRY, Row, interleave
+from tools.bench.harness import REGISTRY, Row, forget, interleave
 from tools.bench.launching import loop_figures
 from tools.bench.loop import harmonic, loop_config
 
@@ -62,6 +62,16 @@ def test_unknown_names_and_repeats_are_refused(capsys: pytest.CaptureFixture[str
         "simulate",
         "closed_loop",
     }
+
+
+def test_a_study_forgets_its_own_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("obrs-0", "obrs-12", "start-3", "tried", "obrs-notes", "obrs", "mine-0", "docs"):
+        (tmp_path / name / "in").mkdir(parents=True)
+    (tmp_path / "chosen.json").write_text("{}")
+    (tmp_path / "mine.json").write_text("{}")
+    forget(tmp_path, ["obrs", "start"], ["chosen.json", "tried"])
+    assert {path.name for path in tmp_path.iterdir()} == {"obrs-notes", "obrs", "mine-0", "docs", "mine.json"}
+    forget(tmp_path / "nowhere", ["obrs"])
 
 
 def test_the_loop_bench_asks_for_the_bar_s_shape(tmp_path: Path) -> None:

@@ -119,3 +119,11 @@ def test_a_study_that_is_done_is_only_written(tmp_path):
     assert "| equally fast | held-out reward | 0.500 | 16 | 0.640 | 0.893, 0.694 | **0.781** |" in text
     assert f"- equally fast, seed 1: 2×{STEPS}" in text and text == "\n".join(lines(found)) + "\n"
     assert (tmp_path / "docs" / "results" / "closed-loop.png").stat().st_size > 10_000
+
+
+def test_a_fresh_study_forgets_its_own_runs_alone(tmp_path):
+    cell = Cell("even", AUTO, 0)
+    for name in (cell.name, cell.model, "docs", "mine"):
+        (tmp_path / name).mkdir()
+    run_study(Options((), directory=tmp_path, docs=None, timed_only=True, fresh=True))
+    assert {path.name for path in tmp_path.iterdir()} == {"docs", "mine"}

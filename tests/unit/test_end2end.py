@@ -32,6 +32,7 @@ from tools.bench.end2end.running import (
 )
 from tools.bench.end2end.shapes import write_questions, write_words
 from tools.bench.end2end.study import Found, Options, rows
+from tools.bench.end2end.study import study as make_study
 from tools.bench.end2end.trl_env import PACKAGES, interpreter
 from tools.bench.end2end.trl_grpo import correct, decay
 from tools.bench.loop import loop_config
@@ -235,6 +236,15 @@ def test_the_rate_falls_alike() -> None:
     optim = load("configs/quickstart.yaml").optim
     for update in (0, 1, 300, 599, 700):
         assert optim.lr * decay(update, 600, optim.min_lr_ratio) == pytest.approx(learning_rate(optim, update, 600))
+
+
+def test_a_fresh_study_forgets_its_own_runs_alone(tmp_path: Path) -> None:
+    of_all = [arena.directory(key, 7) for arena in ARENAS.values() for key in arena.contestants]
+    for name in (*of_all, "start-7", "larger-start-7", "tried", "docs", "trl"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "chosen.json").write_text("{}")
+    make_study(Options((), directory=tmp_path, docs=None, among=(), fresh=True))
+    assert {path.name for path in tmp_path.iterdir()} == {"docs", "trl"}
 
 
 def test_an_environment_of_another_recipe_is_none(tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ A benchmark is a module with ``run(reps) -> list[Row]``. Contestants take turns 
 import importlib
 import json
 import mmap
+import shutil
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import cast
 
 from rich.console import Console
@@ -101,6 +103,18 @@ def interleave(contestants: Mapping[str, Callable[[], float]], reps: int) -> dic
         for name, measure in contestants.items():
             taken[name].append(measure())
     return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def forget(directory: Path, kinds: Collection[str], also: Collection[str] = ()) -> None:
+    """Delete from ``directory`` a study's own: what is named ``kind-seed``, and ``also``. Anything else stays."""
+    for path in list(directory.glob("*")):
+        kind, _, seed = path.name.rpartition("-")
+        if path.name not in also and not (kind in kinds and seed.isdecimal()):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def touch_memory(megabytes: int) -> tuple[float, float]:

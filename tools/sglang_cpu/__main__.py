@@ -1,17 +1,17 @@
 """``python -m tools.sglang_cpu install [DIRECTORY]``: an environment in which SGLang serves on a CPU.
 
 About two minutes and 2.8 GB. SGLang's own files stay as they are; two add-ons (``site/``) stand in
-for what PyPI lacks for CPUs. An environment that is whole is left as it is. On a GPU machine
-``pip install sglang`` is all, and ``engine.python`` names that interpreter.
+for what PyPI lacks for CPUs. An environment that is whole is left as it is, and so are other people's files. On a GPU
+machine ``pip install sglang`` is all, and ``engine.python`` names that interpreter.
 """
 
 import argparse
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from tools.venvs import make_venv, pip_install
+from common.errors import CroupierError
+from tools.venvs import is_whole, make_room, make_venv, pip_install
 
 HERE = Path(__file__).parent
 DEFAULT = ".sglang"
@@ -33,11 +33,14 @@ def _add_ons() -> dict[str, str]:
 
 
 def install(directory: Path) -> Path:
-    """Make ``directory`` a whole environment, unless it is one; returns its interpreter."""
-    python, stamp = directory / "bin" / "python", directory / STAMP
-    if stamp.is_file() and stamp.read_text() == recipe():
+    """Make ``directory`` a whole environment, unless it is one; returns its interpreter.
+
+    Raises :class:`ConfigError` where something else lies there.
+    """
+    python = directory / "bin" / "python"
+    if is_whole(directory, STAMP, recipe()):
         return python
-    shutil.rmtree(directory, ignore_errors=True)
+    make_room(directory, STAMP)
     print(f"installing SGLang {VERSION} for CPUs into {directory} (about two minutes, 2.8 GB)", flush=True)
     make_venv(directory)
     pip_install(python, TORCH)
@@ -48,7 +51,7 @@ def install(directory: Path) -> Path:
     for name, text in _add_ons().items():
         (site / name).parent.mkdir(parents=True, exist_ok=True)
         (site / name).write_text(text)
-    stamp.write_text(recipe())
+    (directory / STAMP).write_text(recipe())
     return python
 
 
@@ -58,7 +61,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("action", choices=["install"])
     parser.add_argument("directory", nargs="?", default=DEFAULT, type=Path)
     given = parser.parse_args(arguments)
-    print(install(given.directory))
+    try:
+        print(install(given.directory))
+    except CroupierError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -10,7 +10,6 @@ happens to all of them. Runs that are done are kept in ``runs/bench-closed-loop`
 on. ``--reps`` is the number of seeds; ``python -m tools.bench.closed_loop`` takes more options.
 """
 
-import shutil
 import statistics
 import time
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ from tools.bench.closed_loop.runs import (
     make,
     of_rollouts,
 )
-from tools.bench.harness import Row
+from tools.bench.harness import Row, forget
 from tools.warmstart import ensure
 
 START_EVERY_S = 1.0
@@ -86,7 +85,7 @@ def run_study(options: Options) -> Found:
     """Run what has not been run, judge it, and write the document."""
     root, console, found = options.directory, Console(stderr=True), Found(options)
     if options.fresh:
-        shutil.rmtree(root, ignore_errors=True)
+        forget(root, ["start", *(f"{ratio}-{budget}" for ratio in RATIOS for budget in BUDGETS)])
     for seed in options.seeds:
         for ratio in options.ratios:
             cells = [Cell(ratio, budget, seed) for budget in options.budgets]

@@ -75,9 +75,13 @@ class Arena:
     try_steps: int  # of the runs that settings are chosen by
     contestants: dict[str, Contestant]
 
+    def kind(self, key: str) -> str:
+        """Name of a contestant's runs, whatever their seed."""
+        return key if self.name == MAIN else f"{self.name}-{key}"
+
     def directory(self, key: str, seed: int) -> str:
         """Name of a contestant's run."""
-        return f"{key}-{seed}" if self.name == MAIN else f"{self.name}-{key}-{seed}"
+        return f"{self.kind(key)}-{seed}"
 
 
 def arenas(budget: str, steps: int, with_trl: bool) -> dict[str, Arena]:

@@ -11,7 +11,6 @@ on. ``--reps`` is the number of seeds; ``python -m tools.bench.end2end`` takes m
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ from tools.bench.end2end.analysis import Curve, Timed, paired, reaches
 from tools.bench.end2end.contestants import APART, LARGER, MAIN, SYNCHRONOUS, TRL, Arena, Contestant, Setting, arenas
 from tools.bench.end2end.running import finished, judge, judged, recipe_of, run_once
 from tools.bench.end2end.shapes import start_model
-from tools.bench.harness import Row
+from tools.bench.harness import Row, forget
 
 DIRECTORY = Path("runs/bench-end2end")
 STEPS = 600
@@ -106,7 +105,9 @@ def run(reps: int) -> list[Row]:
 def study(options: Options) -> Found:
     """Run what has not been run, judge it, and write the report."""
     if options.fresh:
-        shutil.rmtree(options.directory, ignore_errors=True)
+        every = arenas(options.budget, options.steps, with_trl=True).values()
+        runs = [arena.kind(key) for arena in every for key in arena.contestants]
+        forget(options.directory, ["start", f"{LARGER}-start", *runs], [CHOSEN, TRIED])
     options.directory.mkdir(parents=True, exist_ok=True)
     console, python = Console(stderr=True), trl_env.interpreter()
     if python is None:
@@ -169,7 +170,7 @@ class Host:
             before = json.loads(kept.read_text())
         except (FileNotFoundError, ValueError):
             before = {}
-        names = {key: key if arena.name == MAIN else f"{arena.name}-{key}" for key in arena.contestants}
+        names = {key: arena.kind(key) for key in arena.contestants}
         found = {key: _titled(one, before.get(names[key])) for key, one in arena.contestants.items()}
         jobs = [(key, s) for key, one in arena.contestants.items() if found[key] is None for s in one.settings]
         speeds: dict[str, dict[str, float]] = {}

@@ -4,11 +4,11 @@ About a minute and 1.5 GB in ``.trl``. The torch and transformers in it are thos
 environment (``constraints.txt``). An environment that is whole is left as it is.
 """
 
-import shutil
 import sys
 from pathlib import Path
 
-from tools.venvs import make_venv, pip_install
+from common.errors import CroupierError
+from tools.venvs import is_whole, make_room, make_venv, pip_install
 
 DIRECTORY = Path(".trl")
 CONSTRAINTS = Path("constraints.txt")
@@ -19,17 +19,18 @@ HOW = "python -m tools.bench.end2end.trl_env"
 
 def interpreter(directory: Path = DIRECTORY) -> Path | None:
     """That of a whole environment; None where there is none."""
-    stamp = directory / STAMP
-    whole = stamp.is_file() and stamp.read_text() == _recipe()
-    return directory / "bin" / "python" if whole else None
+    return directory / "bin" / "python" if is_whole(directory, STAMP, _recipe()) else None
 
 
 def install(directory: Path = DIRECTORY) -> Path:
-    """Make ``directory`` a whole environment, unless it is one; returns its interpreter."""
+    """Make ``directory`` a whole environment, unless it is one; returns its interpreter.
+
+    Raises :class:`ConfigError` where something else lies there.
+    """
     found = interpreter(directory)
     if found is not None:
         return found
-    shutil.rmtree(directory, ignore_errors=True)
+    make_room(directory, STAMP)
     print(f"installing {PACKAGES[2]} into {directory} (about a minute, 1.5 GB)", flush=True)
     python = make_venv(directory)
     pip_install(python, "-c", str(CONSTRAINTS), *PACKAGES)
@@ -42,5 +43,7 @@ def _recipe() -> str:
 
 
 if __name__ == "__main__":
-    print(install())
-    sys.exit(0)
+    try:
+        print(install())
+    except CroupierError as error:
+        sys.exit(f"error: {error}")
