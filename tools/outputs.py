@@ -1,10 +1,11 @@
-"""Whether a file can be written where it is wanted, known before the work is done."""
+"""Whether a file can be written where it is wanted, known before the work is done, and in words if it cannot."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from common.errors import ConfigError
+from common.errors import ConfigError, CroupierError
 
 PICTURES = (".png", ".svg")
 
@@ -30,3 +31,14 @@ def check_folder(path: Path) -> None:
             f"{path.parent}: cannot be made ({error.strerror or error}); name a file elsewhere"
         ) from error
     check_output(path)
+
+
+@contextmanager
+def writing(path: Path, remedy: str) -> Iterator[None]:
+    """What the operating system refuses within is a :class:`ConfigError`: ``path`` cannot be written, and ``remedy``."""
+    try:
+        yield
+    except CroupierError:  # a DeadlineError is an OSError too
+        raise
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror or error}); {remedy}") from error

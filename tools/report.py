@@ -27,6 +27,7 @@ from tools.document import Block, Bold, Document, Figure, Items, Link, Note, Par
 from tools.evaluations import evaluation_blocks
 from tools.faults import ALERTS, alert_blocks, fault_blocks, last_words
 from tools.markdown import to_markdown
+from tools.outputs import writing
 from tools.page import to_html
 from tools.plots import plot_all
 from tools.profile.chapter import verdict_blocks
@@ -38,14 +39,15 @@ TIMELINES_BYTES = 64 << 20  # read for the verdict, about a second for each 10 M
 
 
 def write_report(run_dir: Path, status: Outcome, wall_s: float) -> Record:
-    """Write summary, curves and both reports; returns the summary."""
+    """Write summary, curves and both reports; returns the summary. Raises :class:`ConfigError` if it cannot."""
     run = _read(run_dir)
     summary = summarize(run.config, run.status, run.records, status, wall_s)
-    (run_dir / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
-    pictures = plot_all(run_dir, run.records, summary["staleness_budget"] or 0)
-    report = compose(run, summary, pictures, verdict_blocks(run))
-    (run_dir / REPORT).write_text(to_markdown(report))
-    (run_dir / PAGE).write_text(to_html(report))
+    with writing(run_dir, "make it writable, or copy it and name the copy"):
+        (run_dir / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+        pictures = plot_all(run_dir, run.records, summary["staleness_budget"] or 0)
+        report = compose(run, summary, pictures, verdict_blocks(run))
+        (run_dir / REPORT).write_text(to_markdown(report))
+        (run_dir / PAGE).write_text(to_html(report))
     return summary
 
 
@@ -175,15 +177,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _earlier(run_dir: Path) -> tuple[Outcome, float]:
-    """Outcome and wall time: from an earlier summary, else from the broker's status."""
+    """Outcome and wall time: from a summary that the run has not gone on since, else from the broker's status."""
+    status = checked(read_run(run_dir, timelines=False)).status
+    phase, step = status.get("phase"), status.get("step")
+    outcome: Outcome = "finished" if phase == "finished" else "interrupted"
     try:
         summary = json.loads((run_dir / SUMMARY).read_text())
-        if summary["status"] in get_args(Outcome):
+        known = (outcome, "failed") if phase else get_args(Outcome)
+        if summary["status"] in known and step in (None, summary["steps"]):
             return summary["status"], float(summary["wall_s"])
     except (OSError, ValueError, TypeError, KeyError):
         pass  # none yet, or half of one: it is written anew
-    status = checked(read_run(run_dir, timelines=False)).status
-    outcome: Outcome = "finished" if status.get("phase") == "finished" else "interrupted"
     return outcome, float(status.get("time", 0.0) - status.get("started_at", status.get("time", 0.0)))
 
 

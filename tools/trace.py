@@ -18,11 +18,11 @@ import orjson
 from rich.console import Console
 from rich.table import Table
 
-from common.errors import ConfigError, CroupierError
+from common.errors import CroupierError
 from tools.clocks import DRIFT
 from tools.console import make_console, print_error
 from tools.flows import draw_flows
-from tools.outputs import check_folder
+from tools.outputs import check_folder, writing
 from tools.perfetto import Drawing, Window, draw
 from tools.run_files import check_run_dir
 from tools.timelines import Timelines, read_timelines
@@ -66,10 +66,8 @@ def _draw_and_tell(run_dir: Path, out: Path, timelines: Timelines, window: Windo
     drawing, drawn = draw(timelines, window)
     flows = draw_flows(drawing, drawn)
     operations, notes = draw_torch(run_dir, drawing, timelines, window)
-    try:
+    with writing(out, "--out FILE elsewhere"):
         write(out, drawing, timelines)
-    except OSError as error:
-        raise ConfigError(f"{out}: cannot be written ({error.strerror or error}); --out FILE elsewhere") from error
     _tell(console, timelines, [*timelines.notes, *notes])
     what = f"{len(drawing.events):,} events, {flows:,} trajectories followed"
     what += f", {operations:,} operations of torch.profiler" if operations else ""

@@ -32,6 +32,7 @@ from common.config import RunConfig, load
 from common.errors import ConfigError, CroupierError, DeadlineError, ModelError
 from common.locks import lock_within
 from common.process import die_with_parent
+from tools.outputs import writing
 from tools.stamp import ModelState, model_state, models_of, write_stamp
 
 CHECK_EVERY = 4  # steps between two looks at the held-out reward: it rises from .1 to .3 in about 20
@@ -62,22 +63,27 @@ def ensure(config: RunConfig) -> Path:
         )
     if state is ModelState.STALE:
         print(f"{path}: made with another seed, task or shape; making it again", flush=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with alone(path.parent):
-        if model_state(config) is ModelState.CURRENT:
-            print(f"{path}: made meanwhile by another process", flush=True)
-            return path
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        try:
-            make(config, part)
-            if path.exists():
-                shutil.rmtree(path)
-            part.rename(path)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+    with writing(path, "set model.path to another directory"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with alone(path.parent):
+            if model_state(config) is ModelState.CURRENT:
+                print(f"{path}: made meanwhile by another process", flush=True)
+            else:
+                _replace(config, path)
     return path
+
+
+def _replace(config: RunConfig, path: Path) -> None:
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    try:
+        make(config, part)
+        if path.exists():
+            shutil.rmtree(path)
+        part.rename(path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 @contextmanager

@@ -168,6 +168,14 @@ def test_nothing_to_follow_and_two_followers_are_refused_with_the_reason(tmp_pat
     assert "run.json: cannot be read" in capsys.readouterr().out
 
 
+def test_a_run_that_cannot_be_written_is_told_in_a_line(tmp_path: Path, capsys) -> None:
+    run_dir = begin(tmp_path / "x")
+    (run_dir / "tensorboard").touch()
+    assert main([str(run_dir), "--once"]) == 2
+    said = " ".join(capsys.readouterr().out.split())
+    assert "cannot be written (File exists); make it writable, or copy the run and follow the copy" in said
+
+
 def test_in_the_background_it_waits_for_the_broker_and_its_failure_is_only_said(tmp_path: Path) -> None:
     run_dir, said = tmp_path / "x", []
     follower = Background(run_dir, True, "", said.append)

@@ -136,6 +136,29 @@ def test_the_command_keeps_the_outcome_that_the_launcher_wrote(tmp_path: Path) -
     assert main([str(tmp_path / "nowhere")]) == 2
 
 
+def test_what_was_written_early_does_not_outlive_the_run_s_going_on(tmp_path: Path) -> None:
+    fill(tmp_path / "x", [])
+
+    def told(**status: object) -> tuple[str, float, int]:
+        (tmp_path / "x" / "status.json").write_text(json.dumps(STATUS | status))
+        assert main([str(tmp_path / "x")]) == 0
+        summary = json.loads((tmp_path / "x" / "summary.json").read_text())
+        return summary["status"], summary["wall_s"], summary["steps"]
+
+    assert told(phase="running", step=5, time=110.0) == ("interrupted", 10.0, 5)
+    assert told(phase="running", step=5, time=900.0) == ("interrupted", 10.0, 5)  # nothing was done since
+    assert told(phase="running", step=20, time=128.0) == ("interrupted", 28.0, 20)
+    assert told() == ("finished", 30.0, 20)
+
+
+def test_a_directory_that_cannot_be_written_is_told_in_a_line(tmp_path: Path, capsys) -> None:
+    fill(tmp_path / "x", [])
+    (tmp_path / "x" / "summary.json").mkdir()  # as good as a read-only one, also for root
+    assert main([str(tmp_path / "x")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path}/x: cannot be written (Is a directory); make it writable, or copy it")
+
+
 def test_earlier_runs_are_set_aside_in_order(tmp_path: Path) -> None:
     run_dir = tmp_path / "demo"
     assert set_aside(run_dir) is None

@@ -260,6 +260,13 @@ def test_the_report_says_it_all_and_needs_no_other_file(tmp_path, capsys):
     assert not re.search(r"""(src|href)="(?!#|data:)""", page)
 
 
+def test_a_sweep_that_cannot_be_written_is_told_in_a_line(tmp_path, capsys):
+    sweep_of(tmp_path / "s", {"0": [0.9]}, seeds=1)
+    (tmp_path / "s" / "report.md").mkdir()
+    assert main(["--report-only", str(tmp_path / "s")]) == 2
+    assert "cannot be written (Is a directory); make it writable" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_sweep_is_known_by_its_directories_where_its_state_is_damaged(tmp_path, capsys):
     directory = sweep_of(tmp_path / "s", {"0": [0.5, 0.52], "2": [0.8, 0.81]}, seeds=2)
     (directory / "sweep.json").write_text("{")

@@ -287,6 +287,14 @@ def test_two_sweeps_do_not_share_a_directory(tmp_path, monkeypatch):
     assert free_address().startswith("tcp://127.0.0.1:")
 
 
+def test_a_run_dir_that_cannot_be_written_is_told_in_a_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for run_dir in (tmp_path / "file", tmp_path / "file" / "in"):
+        assert main([SMOKE, "staleness.budget=1,2", f"run.dir={run_dir}"]) == 2
+        said = " ".join(capsys.readouterr().out.split())
+        assert "cannot be written (Not a directory); set run.dir to another directory" in said
+
+
 # ---- the starting model -------------------------------------------------------------------------
 
 

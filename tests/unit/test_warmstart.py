@@ -113,6 +113,17 @@ def test_a_model_of_someone_else_is_never_overwritten(tmp_path: Path, capsys: py
     assert "will not overwrite" in capsys.readouterr().err
 
 
+def test_a_place_that_cannot_be_written_is_told_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    arguments = [str(ROOT / "configs" / "quickstart.yaml"), f"model.path={tmp_path}/file/in/m"]
+    assert main(arguments) == 1
+    said = capsys.readouterr().err
+    assert (
+        said
+        == f"error: {tmp_path}/file/in/m: cannot be written (Not a directory); set model.path to another directory\n"
+    )
+
+
 def test_only_sort6_has_a_warm_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="knows sort6"):
         ensure(tiny(tmp_path / "m", "task.name=gym:chain_sum"))

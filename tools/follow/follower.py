@@ -19,6 +19,7 @@ from common.errors import ConfigError, DataError
 from common.locks import try_lock
 from tools.follow.points import points_of
 from tools.follow.sinks import TENSORBOARD, WANDB, Sink, TensorBoard, Wandb, find_wandb, read_place, write_place
+from tools.outputs import writing
 from tools.run_files import CONFIG, METRICS, Record, read_status, record_of
 from tools.runs import ENDED
 from tools.watch.tail import Tail
@@ -118,8 +119,9 @@ def read_identity(run_dir: Path) -> Record:
 
 def _hold(held: contextlib.ExitStack, directory: Path) -> None:
     """Two followers would write everything twice."""
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = held.enter_context((directory / "lock").open("w"))
+    with writing(directory, "make it writable, or copy the run and follow the copy"):
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = held.enter_context((directory / "lock").open("w"))
     if not try_lock(lock):
         raise ConfigError(
             f"{directory}: somebody else follows this run there already; tools.launch does by itself "

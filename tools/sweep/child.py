@@ -20,6 +20,7 @@ from typing import IO, Protocol
 from common.config import RunConfig, to_yaml
 from common.errors import ConfigError
 from common.locks import lock_within
+from tools.outputs import writing
 
 STOP_S = 15.0  # for a launcher to stop all its processes, which it does within 10 s
 LOCK_S = 20.0  # for what is left of a killed sweep to end
@@ -107,8 +108,9 @@ class Lock:
 
     def __init__(self, directory: Path, say: Callable[[str], None]) -> None:
         """Take it within ``LOCK_S``, and ``say`` so if that takes time. Raises :class:`ConfigError` if it cannot."""
-        directory.mkdir(parents=True, exist_ok=True)
-        self._file: IO[str] = (directory / "lock").open("a")
+        with writing(directory, "set run.dir to another directory"):
+            directory.mkdir(parents=True, exist_ok=True)
+            self._file: IO[str] = (directory / "lock").open("a")
         waiting = f"{directory}: waiting for what is left of an earlier sweep to end, {LOCK_S:.0f} s at most"
         if not lock_within(self._file, LOCK_S, lambda: say(waiting)):
             self._file.close()

@@ -19,6 +19,7 @@ from typing import Any
 from common.errors import ConfigError, DataError
 from tools.document import Block, Document, Heading, Items, Note, Paragraph, Table
 from tools.markdown import to_markdown
+from tools.outputs import writing
 from tools.page import to_html
 from tools.run_files import REPORT, SUMMARY
 from tools.sweep import advice, pictures
@@ -71,12 +72,13 @@ class Sweep:
 
 
 def write_report(directory: Path) -> "Verdict":
-    """Read the sweep, judge it, write everything. Raises :class:`ConfigError` if it is no sweep's directory."""
+    """Read the sweep, judge it, write everything. Raises :class:`ConfigError` if it is no sweep's directory, or is read-only."""
     sweep = read_sweep(directory)
     verdict = judge(sweep)
-    document = Document(f"Sweep {directory.name}", _blocks(sweep, verdict, pictures.draw_all(sweep, verdict)))
-    (directory / REPORT).write_text(to_markdown(document))
-    (directory / PAGE).write_text(to_html(document))
+    with writing(directory, "make it writable, or copy it and name the copy"):
+        document = Document(f"Sweep {directory.name}", _blocks(sweep, verdict, pictures.draw_all(sweep, verdict)))
+        (directory / REPORT).write_text(to_markdown(document))
+        (directory / PAGE).write_text(to_html(document))
     return verdict
 
 
