@@ -35,7 +35,7 @@ def check_folder(path: Path) -> None:
 
 @contextmanager
 def writing(path: Path, remedy: str) -> Iterator[None]:
-    """What the operating system refuses within is a :class:`ConfigError`: ``path`` cannot be written, and ``remedy``."""
+    """What the system refuses within is a :class:`ConfigError`: ``path`` cannot be written, and ``remedy``."""
     try:
         yield
     except CroupierError:  # a DeadlineError is an OSError too

@@ -135,6 +135,17 @@ def of_kind(records: list[Record], kind: str) -> list[Record]:
     return [record for record in records if record.get("kind") == kind]
 
 
+def outcome_of(run_dir: Path) -> str:
+    """What ``summary.json`` says of how the run ended, or why it says nothing."""
+    try:
+        summary = json.loads((run_dir / SUMMARY).read_text())
+    except FileNotFoundError:
+        return "cut short: no summary"
+    except (OSError, ValueError):
+        return "cut short: its summary is damaged"
+    return str(summary.get("status")) if isinstance(summary, dict) else "cut short: its summary is damaged"
+
+
 def last_lines(path: Path, count: int) -> list[str]:
     """The last ``count`` lines of a log, or none if it was never opened."""
     try:

@@ -14,6 +14,7 @@ from common.errors import ConfigError, DataError
 from common.trace import Tracer, trace_path
 from tests.unit.timeline import MS, life, step_lines, timelines
 from tools.bench.predictions import Compared, Figures, rows_of
+from tools.bench.simulate import CALIBRATION, CONFIGURATIONS, unfinished
 from tools.profile.spent import Window
 from tools.runs import Run
 from tools.simulate.__main__ import main
@@ -323,3 +324,10 @@ def test_errors_are_relative_and_lags_that_cannot_be_are_left_out():
     assert rows["median error of mean lag, 2 configurations"].value == pytest.approx(0.15)
     assert rows["largest error of throughput"].value == pytest.approx(0.3)
     assert "b: mean lag" not in rows and rows["a: steps/s"].ratio == pytest.approx(0.9)
+
+
+def test_the_comparison_runs_again_what_did_not_come_to_its_end(tmp_path):
+    for name, status in (("budget-0", "finished"), ("budget-1", "interrupted"), ("budget-4", "failed")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "summary.json").write_text(json.dumps({"status": status}))
+    assert unfinished(tmp_path).keys() == (CALIBRATION | CONFIGURATIONS).keys() - {"budget-0"}

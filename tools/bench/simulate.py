@@ -28,6 +28,7 @@ from tools.bench.harness import Row
 from tools.bench.launching import launch
 from tools.bench.loop import bar_shape, loop_config
 from tools.bench.predictions import Compared, Figures, figures_of, rows_of
+from tools.run_files import outcome_of
 from tools.runs import read_run
 from tools.simulate import Setup, simulate
 from tools.simulate.measured import measure
@@ -83,21 +84,28 @@ def scale() -> Row:
 
 
 def launch_all(folder: Path) -> None:
-    """Run what is not there yet below ``folder``/runs, one after the other."""
+    """Run what is not finished below ``folder``/runs, one after the other; tools.launch sets a stump aside."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "model").exists():
         torch.manual_seed(0)
         Qwen3MoeForCausalLM(bar_shape()).save_pretrained(folder / "model")
-    todo = {**CALIBRATION, **CONFIGURATIONS}
+    todo = unfinished(folder)
     began = time.monotonic()
     for number, (name, overrides) in enumerate(todo.items(), 1):
-        if (folder / "runs" / name / "summary.json").exists():
-            continue
         print(f"{number}/{len(todo)}  {name}: {' '.join(overrides) or 'base'}", file=sys.stderr, flush=True)
         launch(config_of(folder, name, overrides), folder)
     print(f"ran for {time.monotonic() - began:.0f} s", file=sys.stderr)
+
+
+def unfinished(folder: Path) -> dict[str, tuple[str, ...]]:
+    """Runs whose summary does not say that they came to their end, with their settings."""
+    return {
+        name: overrides
+        for name, overrides in {**CALIBRATION, **CONFIGURATIONS}.items()
+        if outcome_of(folder / "runs" / name) != "finished"
+    }
 
 
 def config_of(folder: Path, name: str, overrides: Sequence[str]) -> RunConfig:

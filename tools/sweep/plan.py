@@ -23,7 +23,7 @@ import yaml
 
 from common.config import RunConfig, load
 from common.errors import ConfigError
-from tools.run_files import CONFIG, SUMMARY
+from tools.run_files import CONFIG, outcome_of
 from tools.sweep.grid import Axis, Cell, cells
 from tools.sweep.start import shared_start
 
@@ -130,7 +130,7 @@ def look(job: Job) -> tuple[Found, str]:
     path = job.config.run.path
     if not path.exists():
         return Found.NOTHING, ""
-    status = _status(path)
+    status = outcome_of(path)
     if status != "finished":
         return Found.HALF, status
     try:
@@ -139,16 +139,6 @@ def look(job: Job) -> tuple[Found, str]:
         return Found.OTHER, f"its {CONFIG} cannot be read ({type(error).__name__})"
     changed = differences(there, job.config)
     return (Found.OTHER, "; ".join(changed)) if changed else (Found.FINISHED, "")
-
-
-def _status(path: Path) -> str:
-    try:
-        summary = json.loads((path / SUMMARY).read_text())
-    except FileNotFoundError:
-        return "cut short: no summary"
-    except (OSError, ValueError):
-        return "cut short: its summary is damaged"
-    return str(summary.get("status")) if isinstance(summary, dict) else "cut short: its summary is damaged"
 
 
 def differences(there: object, wanted: RunConfig) -> list[str]:

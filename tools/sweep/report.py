@@ -72,7 +72,10 @@ class Sweep:
 
 
 def write_report(directory: Path) -> "Verdict":
-    """Read the sweep, judge it, write everything. Raises :class:`ConfigError` if it is no sweep's directory, or is read-only."""
+    """Read the sweep, judge it, write everything.
+
+    Raises :class:`ConfigError` if it is no sweep's directory, or cannot be written.
+    """
     sweep = read_sweep(directory)
     verdict = judge(sweep)
     with writing(directory, "make it writable, or copy it and name the copy"):
