@@ -13,16 +13,19 @@ same noise, so differences between two of them are less uncertain than their int
 """
 
 import argparse
+import math
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.table import Table
 
 from actor.play import Play, open_task
@@ -30,12 +33,12 @@ from actor.service import make_engine
 from broker.heldout import evaluate
 from common import wire
 from common.config import RunConfig
-from common.errors import CheckpointError, CroupierError, DeadlineError, EngineError
+from common.errors import CheckpointError, ConfigError, CroupierError, DeadlineError, EngineError, ModelError
 from common.joint import JointSection
 from tools.console import make_console, print_error
 from tools.evaluations import interval
-from tools.export import export
-from tools.runs import load_config
+from tools.export import export, open_checkpoint
+from tools.runs import known_config, print_notes
 
 STEP_S = 0.05  # how long an engine that samples elsewhere may wait for something to end
 
@@ -51,8 +54,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_intermixed_args(arguments)
     console = make_console()
     try:
-        config = load_config(given.run_dir, given.overrides)
-        table = Table("model", "held-out reward", "prompts", "samples", "mean length", box=None, padding=(0, 2))
+        if not 0 < given.limit_s < math.inf:
+            raise ConfigError(f"--limit-s {given.limit_s:g}: must be a finite number of seconds above 0")
+        config, notes = known_config(given.run_dir, given.overrides)
+        print_notes(console, notes)
+        _evaluate_all(config, given, console)
+    except CroupierError as error:
+        print_error(console, error)
+        return 2
+    return 0
+
+
+def _evaluate_all(config: RunConfig, given: argparse.Namespace, console: Console) -> None:
+    """One after the other; the table of what was done is shown also where the rest could not be."""
+    table = Table("model", "held-out reward", "prompts", "samples", "mean length", box=None, padding=(0, 2))
+    try:
         with tempfile.TemporaryDirectory() as room:
             for words, path in models_of(config, given.run_dir, given.step, given.model, Path(room)):
                 found = held_out(config, path, given.limit_s)
@@ -61,37 +77,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 table.add_row(*row)
                 if console.is_terminal:
                     console.print(f"{words}: {reward}")
-    except CroupierError as error:
-        print_error(console, error)
-        return 2
-    console.print(table)
-    return 0
+    finally:
+        if table.row_count:
+            console.print(table)
 
 
 def models_of(
     config: RunConfig, run_dir: Path, steps: Sequence[int], directories: Sequence[Path], room: Path
 ) -> Iterator[tuple[str, Path]]:
-    """(words, directory) of what was asked for; checkpoints are exported into ``room`` when their turn comes.
+    """(words, directory) of what was asked for, each once; a checkpoint is exported into ``room`` in its turn.
 
-    Raises :class:`CheckpointError` if there is nothing.
+    Raises :class:`CheckpointError` or :class:`ModelError`, before the first, if one of them is not there.
     """
     named = [("policy", config.model.path, "model")]
     if config.joint.path:
         named.append(("rollout model", config.joint.path, "rollout_model"))
-    for step in steps:
-        for words, _, _ in named if config.joint.trains else named[:1]:
+    trained = [words for words, _, _ in named][: 1 + config.joint.trains]
+    checkpoints = [(step, words) for step in dict.fromkeys(steps) for words in trained]
+    for step, words in checkpoints:
+        open_checkpoint(run_dir, step, rollout=words != "policy")
+    there = [(str(directory), directory) for directory in dict.fromkeys(directories)]
+    if not steps and not directories:
+        if not (run_dir / "model").is_dir():
+            raise CheckpointError(f"{run_dir}: no model there yet; name a checkpoint with --step N")
+        for words, start, end in named:
+            there.append((f"{words}, at the start", Path(start)))
+            if (run_dir / end).is_dir():
+                there.append((f"{words}, at the end", run_dir / end))
+    for _, directory in there:
+        if not (directory / "config.json").is_file():
+            raise ModelError(f"{directory}: no model directory, without a config.json; name another with --model")
+
+    def exported() -> Iterator[tuple[str, Path]]:
+        for step, words in checkpoints:
             out = room / f"{step}-{words.split()[0]}"
             yield f"{words}, step {step}", export(run_dir, step, out, torch.float32, rollout=words != "policy")
-    for directory in directories:
-        yield str(directory), directory
-    if steps or directories:
-        return
-    for words, start, end in named:
-        yield f"{words}, at the start", Path(start)
-        if (run_dir / end).is_dir():
-            yield f"{words}, at the end", run_dir / end
-    if not (run_dir / "model").is_dir():
-        raise CheckpointError(f"{run_dir}: no model there yet; name a checkpoint with --step N")
+
+    return chain(exported(), there)
 
 
 def held_out(config: RunConfig, directory: Path, limit_s: float) -> dict[str, Any]:

@@ -24,10 +24,10 @@ from learner.checkpoint import BESIDE, CheckpointReader, latest
 from learner.hf import files_of, model_config, save_hf
 from learner.layout import places
 from learner.model.config import ModelConfig
-from learner.retention import CHECKPOINTS, PREFIX, path_of, read_best
+from learner.retention import CHECKPOINTS, complete, path_of, read_best, step_of
 from tools.console import make_console, print_error
 from tools.run_files import check_run_dir
-from tools.runs import load_config
+from tools.runs import known_config, print_notes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = make_console()
     try:
         check_run_dir(given.run_dir)
+        print_notes(console, known_config(given.run_dir)[1])
         step = best_step(given.run_dir) if given.best else given.step
         out = export(given.run_dir, step, given.out, getattr(torch, given.dtype), rollout=given.rollout)
     except CroupierError as error:
@@ -70,17 +71,8 @@ def export(run_dir: Path, step: int | None, out: Path | None, dtype: torch.dtype
     ``rollout``: not the policy but the rollout model that was trained beside it. Raises
     :class:`CheckpointError` if there is none, or if ``out`` exists.
     """
-    config = load_config(run_dir)
-    directory = run_dir / CHECKPOINTS
-    path = latest(directory) if step is None else path_of(directory, step)
-    if path is None or not path.is_dir():
-        have = ", ".join(str(int(p.name.removeprefix(PREFIX))) for p in sorted(directory.glob(f"{PREFIX}*"))) or "none"
-        raise CheckpointError(
-            f"{run_dir}: no checkpoint of {'any step' if step is None else f'step {step}'}; has: {have}"
-        )
-    reader = CheckpointReader(path, BESIDE if rollout else "")
-    if rollout and reader.state.rollout is None:
-        raise CheckpointError(f"{path}: holds the policy alone; no rollout model was trained beside it (joint.path)")
+    config, _ = known_config(run_dir)
+    reader = open_checkpoint(run_dir, step, rollout=rollout)
     out = out or run_dir / f"export-{'rollout-' if rollout else ''}{reader.state.step}"
     if out.exists():
         raise CheckpointError(f"{out}: exists already; name another directory with --out")
@@ -88,6 +80,21 @@ def export(run_dir: Path, step: int | None, out: Path | None, dtype: torch.dtype
     shape = ModelConfig.from_hf_dir(source) if rollout else model_config(config)
     save_hf(_tensors(reader, shape, Path(source), dtype), source, out, shape)
     return out
+
+
+def open_checkpoint(run_dir: Path, step: int | None, *, rollout: bool = False) -> CheckpointReader:
+    """That of ``step`` (None: the newest). Raises :class:`CheckpointError` if there is none, or not of this model."""
+    directory = run_dir / CHECKPOINTS
+    path = latest(directory) if step is None else path_of(directory, step)
+    if path is None or not path.is_dir():
+        have = ", ".join(str(step_of(p)) for p in complete(directory)) or "none"
+        raise CheckpointError(
+            f"{run_dir}: no checkpoint of {'any step' if step is None else f'step {step}'}; has: {have}"
+        )
+    reader = CheckpointReader(path, BESIDE if rollout else "")
+    if rollout and reader.state.rollout is None:
+        raise CheckpointError(f"{path}: holds the policy alone; no rollout model was trained beside it (joint.path)")
+    return reader
 
 
 def _tensors(

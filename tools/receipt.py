@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = make_console()
     try:
         run = checked(read_run(given.run_dir, timelines=False))
-        print_notes(console, run)
+        print_notes(console, run.notes)
         steps = run.steps
         if not steps:
             raise ConfigError(f"{given.run_dir}: no step was trained yet, or this is no run directory")

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from yaml import YAMLError
 
-from common.config import RunConfig, load
+from common.config import RunConfig, load, merge, read_overrides
 from common.errors import ConfigError, DataError
 from tools.run_files import (
     CONFIG,
@@ -95,9 +95,9 @@ def read_run(run_dir: Path, timelines: bool = True) -> Run:
     return run
 
 
-def print_notes(console: Console, run: Run) -> None:
+def print_notes(console: Console, notes: Sequence[str]) -> None:
     """A line each."""
-    for note in run.notes:
+    for note in notes:
         console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
 
 
@@ -114,6 +114,14 @@ def load_config(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
     if not (run_dir / CONFIG).is_file():
         raise ConfigError(f"{run_dir}: {CONFIG} is missing, so what was run is not known; put the run's YAML there")
     return load(run_dir / CONFIG, overrides)
+
+
+def known_config(run_dir: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, list[str]]:
+    """As :func:`load_config`, but without the keys that this croupier does not know; notes say which."""
+    config, notes = read_config(run_dir)
+    if config is None or not notes:
+        return load_config(run_dir, overrides), []
+    return merge(RunConfig, OmegaConf.create(), read_overrides(overrides), CONFIG, start=config), notes
 
 
 def read_config(run_dir: Path) -> tuple[RunConfig | None, list[str]]:

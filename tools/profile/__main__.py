@@ -54,8 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.json:
         sys.stdout.write(json.dumps(found.as_dict(), indent=2) + "\n")
         return done
-    run.notes = found.notes
-    print_notes(console, run)
+    print_notes(console, found.notes)
     print_verdict(console, found)
     return done
 
