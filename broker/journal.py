@@ -12,6 +12,7 @@ large value is written at nearly the speed of a bare append and fsync, many smal
 within its bound.
 """
 
+import fcntl
 import logging
 import os
 import struct
@@ -36,7 +37,10 @@ KEY = struct.Struct(">Q")
 UNWRITTEN_BYTES = 64 << 10  # at the file's end that may be missing while its writer is at work
 ALIGNMENT = 64  # frames start at multiples, so that arrays in them are aligned
 IDENTITY = b"\0"  # sorts before every event, so that events can be appended
+FLOCK = struct.Struct("@hhqqi")  # Linux's struct flock
 FORMAT = 3  # 3: what is not awaited is not in it, and it begins with the settings
+
+EMPTY = "empty: its broker was ended before it had written anything, so there is nothing to read"
 
 log = logging.getLogger("broker.journal")
 
@@ -82,6 +86,54 @@ def _unpack(first: int, chunk: memoryview, only: int | None = None) -> Iterator[
             yield Event(first + index, kind, head, frames)
 
 
+def _check_begun(directory: Path) -> None:
+    """Raise :class:`JournalError` unless there is something to read."""
+    try:
+        size = (directory / "data.mdb").stat().st_size
+    except FileNotFoundError:
+        raise JournalError(
+            f"{directory}: no journal there; it is written by the broker (broker.journal_mb > 0)"
+        ) from None
+    except OSError as error:
+        raise JournalError(
+            f"{directory}: cannot be opened ({error.strerror}); make it readable, or copy it here again"
+        ) from error
+    if size == 0:
+        raise JournalError(f"{directory}: {EMPTY}")
+
+
+def _open(directory: Path, map_size: int, read_only: bool) -> lmdb.Environment:
+    """A reader that may not write LMDB's lock file goes without, which is safe where nobody writes the journal.
+
+    Raises :class:`JournalError` where somebody does.
+    """
+    try:
+        return lmdb.open(str(directory), map_size=map_size, meminit=False, readonly=read_only, readahead=False)
+    except lmdb.ReadonlyError:
+        if not read_only:
+            raise
+    if _is_held(directory / "lock.mdb"):
+        raise JournalError(
+            f"{directory}: is being written, and may be read meanwhile by those only who may write lock.mdb there; "
+            "wait for the run's end, or make it writable"
+        )
+    return lmdb.open(str(directory), map_size=map_size, readonly=True, lock=False, readahead=False)
+
+
+def _is_held(lock_file: Path) -> bool:
+    """Whether another process has an LMDB environment open: it holds the first byte of its lock file."""
+    try:
+        with lock_file.open("rb") as file:
+            asked = FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0)
+            return bool(FLOCK.unpack(fcntl.fcntl(file, fcntl.F_GETLK, asked))[0] != fcntl.F_UNLCK)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise JournalError(
+            f"{lock_file}: cannot be read ({error.strerror}); make it readable, or copy it here again"
+        ) from error
+
+
 class Journal:
     """One writer (a thread of its own), any number of readers in other processes."""
 
@@ -99,19 +151,18 @@ class Journal:
         """
         self.directory = directory
         self.limit_bytes = int(limit_mb * MEGABYTE)
-        if read_only and not (directory / "data.mdb").is_file():
-            raise JournalError(f"{directory}: no journal there; it is written by the broker (broker.journal_mb > 0)")
-        directory.mkdir(parents=True, exist_ok=True)
+        if read_only:
+            _check_begun(directory)
+        else:
+            directory.mkdir(parents=True, exist_ok=True)
+        remedy = "make it readable, or copy it here again" if read_only else "move it away to begin anew"
         try:
-            self._env = lmdb.open(
-                str(directory), map_size=int(self.limit_bytes * SLACK) + MAP_RESERVE, meminit=False,
-                readonly=read_only, lock=True, readahead=False,
-            )  # fmt: skip
-            self._check_size()
+            self._env = _open(directory, int(self.limit_bytes * SLACK) + MAP_RESERVE, read_only)
+            self._check_size(read_only)
             self._check(run_id, read_only)
             self._env.reader_check()
         except lmdb.Error as error:
-            raise JournalError(f"{directory}: cannot be opened ({error}); move it away to begin anew") from error
+            raise JournalError(f"{directory}: cannot be opened ({error}); {remedy}") from error
         self._chunks: list[tuple[int, int]] = []  # (first seq, bytes), ascending
         self._list()
         self._kept_bytes = sum(size for _, size in self._chunks)
@@ -135,13 +186,13 @@ class Journal:
         said = (self._env.info()["last_pgno"] + 1) * page
         return said, max(0, said - (self.directory / "data.mdb").stat().st_size)
 
-    def _check_size(self) -> None:
+    def _check_size(self, read_only: bool) -> None:
         """Reading beyond the end of a file that was cut short would end the process without a word."""
         said, missing = self._missing()
         if missing > UNWRITTEN_BYTES:
             raise JournalError(
                 f"{self.directory / 'data.mdb'}: has {said - missing} of its {said} bytes: cut short, or copied in "
-                "part; copy it whole, or move it away to begin anew"
+                f"part; copy it whole{'' if read_only else ', or move it away to begin anew'}"
             )
 
     def _fill_up(self) -> None:
@@ -156,7 +207,9 @@ class Journal:
             if known is None and not read_only:
                 txn.put(IDENTITY, f"{FORMAT} {run_id}".encode())
                 return
-            written = (known or b"").decode(errors="replace").split(" ")
+            if known is None:
+                raise JournalError(f"{self.directory}: {EMPTY}")
+            written = known.decode(errors="replace").split(" ")
         if written[0] != str(FORMAT):
             raise JournalError(f"{self.directory}: format {written[0]!r}, this version reads {FORMAT}")
         if run_id and written[-1] != run_id:

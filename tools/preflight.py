@@ -114,7 +114,7 @@ def check_meshes(config: RunConfig) -> None:
 def check_resumed(config: RunConfig) -> None:
     """Raise :class:`JournalError` where the run that is to go on has settings that may not change within it."""
     directory = config.run.path / JOURNAL
-    if not (directory / "data.mdb").is_file():
+    if not (directory / "data.mdb").is_file() or not (directory / "data.mdb").stat().st_size:
         return
     journal = Journal(directory, "", config.broker.journal_mb, read_only=True)
     try:

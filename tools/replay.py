@@ -32,6 +32,7 @@ from common.errors import ConfigError, CroupierError, JournalError
 from common.frozen import POLICY
 from common.routing import read_routing
 from tools.console import make_console, print_error
+from tools.outputs import writing
 from tools.runs import load_config
 
 SHOWN_ROWS = 12
@@ -139,13 +140,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     console = make_console()
     try:
-        config = load_config(given.run_dir)
-        journal = Journal(given.run_dir / JOURNAL, "", config.broker.journal_mb or 1.0, read_only=True)
-        alternative = Alternative(_altered(given.run_dir, config, given.overrides)) if given.overrides else None
-        verdict = verify(config, journal, alternative)
+        return _replay(given.run_dir, given.overrides, console)
     except CroupierError as error:
         print_error(console, error)
         return 2
+
+
+def _replay(run_dir: Path, overrides: Sequence[str], console: Console) -> int:
+    config = load_config(run_dir)
+    journal = Journal(run_dir / JOURNAL, "", config.broker.journal_mb or 1.0, read_only=True)
+    alternative = Alternative(_altered(run_dir, config, overrides)) if overrides else None
+    verdict = verify(config, journal, alternative)
     since = "the beginning" if verdict.first == 0 else f"event {verdict.first} (older ones were pruned)"
     console.print(
         f"{verdict.events:,} events applied again since {since}: {verdict.decisions} decisions, "
@@ -156,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     console.print("every decision came out as it did then, bit for bit", style="green")
     if alternative is not None:
-        _compare(alternative, given.run_dir, console)
+        _compare(alternative, run_dir, console)
     return 0
 
 
@@ -204,7 +209,8 @@ def _compare(alternative: Alternative, run_dir: Path, console: Console) -> None:
     console.print(table)
     from tools.plots import plot_replay
 
-    console.print(f"picture: {plot_replay(run_dir, rows)}")
+    with writing(run_dir, "the table above is all that the picture would have shown"):
+        console.print(f"picture: {plot_replay(run_dir, rows)}")
 
 
 if __name__ == "__main__":

@@ -156,6 +156,52 @@ def test_another_runs_journal_is_refused(tmp_path: Path) -> None:
         Journal(tmp_path / "nowhere", "", 4, read_only=True)
 
 
+def test_who_only_reads_is_never_told_to_move_a_journal_away(tmp_path: Path) -> None:
+    (tmp_path / "data.mdb").touch()
+    with pytest.raises(JournalError, match="empty: its broker was ended before it had written anything"):
+        Journal(tmp_path, "", 4, read_only=True)
+    Journal(tmp_path, "r", 4).close()  # a broker begins it
+    (tmp_path / "data.mdb").write_bytes(b"not a database" * 1000)
+    with pytest.raises(JournalError, match=r"cannot be opened \(.*\); make it readable, or copy it here again$"):
+        Journal(tmp_path, "", 4, read_only=True)
+
+
+NOBODY = """
+import os, sys
+from pathlib import Path
+from broker.journal import Journal
+from common.errors import JournalError
+os.chdir(sys.argv[1])
+if os.geteuid() == 0:
+    os.setuid(65534)  # nobody, so that permissions count
+try:
+    print([e.seq for e in Journal(Path("j"), "", 4, read_only=True).events()])
+except JournalError as error:
+    print(error)
+"""
+
+
+def test_a_journal_that_may_not_be_written_is_read_when_nobody_writes_it(tmp_path: Path) -> None:
+    def read() -> str:
+        done = subprocess.run([sys.executable, "-c", NOBODY, str(tmp_path)], capture_output=True, text=True, timeout=30)
+        return done.stdout.strip() or done.stderr
+
+    tmp_path.chmod(0o755)
+    journal = Journal(tmp_path / "j", "r", 4)
+    fill(journal, 3)
+    for path, mode in (("data.mdb", 0o444), ("lock.mdb", 0o444), ("", 0o555)):
+        (tmp_path / "j" / path).chmod(mode)
+    assert read().startswith("j: is being written")
+    journal.close()
+    assert read() == "[0, 1, 2]"
+    (tmp_path / "j").chmod(0o755)
+    (tmp_path / "j" / "lock.mdb").unlink()  # as in a copy without it
+    (tmp_path / "j").chmod(0o555)
+    assert read() == "[0, 1, 2]"
+    (tmp_path / "j" / "data.mdb").chmod(0)
+    assert read() == "j: cannot be opened (j: Permission denied); make it readable, or copy it here again"
+
+
 @pytest.mark.parametrize("read_only", [False, True])
 def test_a_file_that_was_cut_short_is_refused(tmp_path: Path, read_only: bool) -> None:
     journal = Journal(tmp_path, "r", 16)
@@ -164,8 +210,9 @@ def test_a_file_that_was_cut_short_is_refused(tmp_path: Path, read_only: bool) -
     journal.close()
     file = tmp_path / "data.mdb"
     os.truncate(file, file.stat().st_size // 2)
-    with pytest.raises(JournalError, match=r"data\.mdb: has \d+ of its \d+ bytes: cut short.*copy it whole"):
+    with pytest.raises(JournalError, match=r"data\.mdb: has \d+ of its \d+ bytes: cut short.*copy it whole") as caught:
         Journal(tmp_path, "r", 16, read_only=read_only)
+    assert ("move it away" in str(caught.value)) != read_only
 
 
 def test_pages_that_were_taken_and_never_written_are_no_loss(tmp_path: Path) -> None:

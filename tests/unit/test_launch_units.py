@@ -273,9 +273,11 @@ def test_a_run_that_goes_on_by_another_rule_is_refused_before_anything_is_touche
     first, _ = launching(tmp_path)
     other, _ = launching(tmp_path, resume=True)
     other.config = replace(other.config, obrs=ObrsSection(threshold=2.0))
-    for run in (first, other):  # without a journal nothing would be decided anew
+    for run in (first, other):  # without a journal, or with an empty one, nothing would be decided anew
         with run.held:
             run.prepare()
+        (run.directory / "journal").mkdir(exist_ok=True)
+        (run.directory / "journal" / "data.mdb").touch()
     written = (first.directory / "config.yaml").read_text()
     journal = Journal(first.directory / "journal", "r", 64)
     Recorder(Pipeline(first.config, 16), journal, dict).begin(0)

@@ -11,6 +11,7 @@ from common.config import RunConfig, RunSection, to_yaml
 from common.errors import ConfigError
 from common.trace import Tracer, trace_path
 from tools import evaluate, export, receipt, replay, report, trace
+from tools.console import make_console
 from tools.profile import __main__ as profile
 from tools.runs import read_run
 from tools.timelines import read_timelines
@@ -55,6 +56,19 @@ def test_a_run_without_its_configuration_is_asked_for_it(tmp_path, capsys, tool)
     (tmp_path / "logs").mkdir()
     assert tool.main([str(tmp_path)]) == 2
     assert f"{tmp_path}: config.yaml is missing, so what was run is not known" in capsys.readouterr().out
+
+
+def test_an_empty_journal_is_called_empty_and_a_picture_without_a_place_is_told(tmp_path, capsys):
+    (written(tmp_path) / "journal").mkdir()
+    (tmp_path / "journal" / "data.mdb").touch()
+    assert replay.main([str(tmp_path)]) == 2
+    said = " ".join(capsys.readouterr().out.split())
+    assert "journal: empty: its broker was ended" in said and "move it away" not in said
+    keys = "lambda_then lambda acceptance_then acceptance kl_before kl_then kl ess_then ess".split()
+    other = replay.Alternative(RunConfig(), [{"step": 0, **dict.fromkeys(keys, 0.5)}])
+    (tmp_path / "replay.png").mkdir()
+    with pytest.raises(ConfigError, match="cannot be written .*; the table above is all"):
+        replay._compare(other, tmp_path, make_console())
 
 
 def test_a_whole_directory_leaves_nothing_to_say(tmp_path):
