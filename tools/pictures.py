@@ -41,6 +41,7 @@ SIZE = (5.4, 3.5)  # inches: half of a desktop's width, all of a phone's
 DPI = 180
 SVG_LIMIT = 160_000  # characters; beyond it the page holds the PNG
 SMOOTH = 9  # points in the running mean drawn over a noisy curve
+LARGEST = ("lag_max", "staleness_budget")  # of which the largest is drawn where steps are too many to be told apart
 MAX_POINTS = 1000  # of a curve; more cannot be told apart
 
 
@@ -143,7 +144,7 @@ def noisy(axes: Axes, steps: Sequence[Record], key: str, color: str, label: str)
 
 
 def thinned(steps: Sequence[Record]) -> list[Record]:
-    """At most MAX_POINTS records: of neighbours the means, of the largest lag the largest, of sums so far the last."""
+    """At most MAX_POINTS records: of neighbours the means, of lags and budgets the largest, of sums so far the last."""
     if len(steps) <= MAX_POINTS:
         return list(steps)
     size = -(-len(steps) // MAX_POINTS)
@@ -157,5 +158,5 @@ def _merged(steps: Sequence[Record]) -> Record:
             continue
         known = [step[key] for step in steps if isinstance(step.get(key), int | float)]
         if isinstance(value, int | float) and known:
-            last[key] = max(known) if key == "lag_max" else sum(known) / len(known)
+            last[key] = max(known) if key in LARGEST else sum(known) / len(known)
     return last

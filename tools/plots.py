@@ -41,19 +41,19 @@ def plot_all(run_dir: Path, records: list[Record], budget: int) -> dict[str, doc
 
 
 def pictures_of(records: list[Record], budget: int) -> list[Picture]:
-    """What there is to draw; ``budget``: the most that it may be."""
+    """What there is to draw; ``budget``: that of steps that do not say theirs."""
     every = of_kind(records, "step")
     if not every:
         return []
     steps, lags = thinned(every), lag_shares(every)
-    evaluations, moves, alerts = (of_kind(records, kind) for kind in ("eval", "budget", "alert"))
+    evaluations, alerts = of_kind(records, "eval"), of_kind(records, "alert")
 
     def any_has(key: str) -> bool:
         return any(step.get(key) is not None for step in steps)
 
     drawn: list[tuple[bool, str, str, Callable[[Axes], None]]] = [
         (True, "reward", "Reward", lambda axes: _reward(axes, steps, evaluations)),
-        (True, "lag", "Staleness", lambda axes: _lag(axes, steps, budget, moves)),
+        (True, "lag", "Staleness", lambda axes: _lag(axes, steps, budget)),
         (bool(lags), "lags", "Lag of the trained tokens", lambda axes: _lags(axes, lags)),
         (any_has("acceptance_expected"), "acceptance", "Acceptance", lambda axes: _acceptance(axes, steps)),
         (any_has("kl_before"), "kl", "Divergence from the learner", lambda axes: _kl(axes, steps)),
@@ -171,22 +171,21 @@ def _reliability(axes: Axes, line: Record) -> None:
     legend(axes)
 
 
-def _lag(axes: Axes, steps: Sequence[Record], budget: int, moves: Sequence[Record]) -> None:
-    """``moves``: of a budget that is ``auto``; else it is a straight line."""
+def _lag(axes: Axes, steps: Sequence[Record], budget: int) -> None:
+    """Steps say which budget was in force; ``budget`` is drawn where they do not."""
     known = [step for step in steps if step.get("lag_mean") is not None and step.get("lag_max") is not None]
     x, mean = series(known, "lag_mean")
     largest = series(known, "lag_max")[1]
     axes.fill_between(x, mean, largest, color=BLUE, alpha=0.12, linewidth=0, step="mid", label="up to the oldest token")
     axes.plot(x, mean, color=BLUE, linewidth=1.8, label="mean")
     dashed: dict[str, Any] = {"color": RED, "linewidth": 1.4, "linestyle": (0, (5, 3))}
-    if moves:
-        at = [steps[0]["step"], *(move["step"] for move in moves), steps[-1]["step"]]
-        budgets = [moves[0]["old"], *(move["value"] for move in moves)]
-        axes.step(at, [*budgets, budgets[-1]], where="post", label="budget", **dashed)
-        budget = max(budgets)
+    at, budgets = series(steps, "staleness_budget")
+    most = max(budgets, default=budget)
+    if min(budgets, default=budget) < most:
+        axes.step(at, budgets, where="post", label="budget", **dashed)
     else:
-        axes.axhline(budget, label=f"budget {budget}", **dashed)
-    axes.set_ylim(-0.05 * max(1, budget), max(budget, *largest, 1) * 1.1)
+        axes.axhline(most, label=f"budget {most:g}", **dashed)
+    axes.set_ylim(-0.05 * max(1, most), max(most, *largest, 1) * 1.1)
     axes.set_ylabel("versions", color=MUTED)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     legend(axes)

@@ -280,6 +280,21 @@ def test_faults_alerts_moves_of_the_budget_and_receipts_are_told(tmp_path: Path)
     assert "another croupier" in report  # a receipt with half of its figures is not told
 
 
+@pytest.mark.parametrize(
+    ("budgets", "label", "drawn"),
+    [([], "budget 16", [16, 16]), ([2, 2, 2], "budget 2", [2, 2]), ([2, 2, 3], "budget", [2, 2, 3])],
+)
+def test_the_budget_that_was_in_force_is_drawn(budgets: list[int], label: str, drawn: list[int]) -> None:
+    steps = [step_record(step) for step in range(3)]
+    for step, budget in zip(steps, budgets, strict=False):
+        step["staleness_budget"] = budget
+    axes = figure.Figure().add_subplot()
+    next(picture for picture in pictures_of(steps, 16) if picture.stem == "lag").draw(axes)
+    assert [list(line.get_ydata()) for line in axes.lines if line.get_label() == label] == [drawn]
+    many = [step_record(step, staleness_budget=2 + (step > 2000)) for step in range(2 * MAX_POINTS + 1)]
+    assert {step["staleness_budget"] for step in thinned_steps(many)} <= {2, 3}
+
+
 def test_a_run_without_faults_says_so_and_long_runs_are_thinned(tmp_path: Path) -> None:
     run_dir = tmp_path / "x"
     fill(run_dir, [step_record(1)])
