@@ -161,6 +161,10 @@ class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
     block_on_close = False
 
+    def __init__(self, host: str, port: int) -> None:
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), _Handler)
+
     def server_bind(self) -> None:
         """Without asking a name server who we are."""
         TCPServer.server_bind(self)
@@ -211,7 +215,7 @@ def _listen(config: RunConfig, exporter: Exporter) -> _Server | None:
     error: OSError | None = None
     for port in ports:
         try:
-            server = _Server((section.host, port), _Handler)
+            server = _Server(section.host, port)
         except OSError as failed:
             error = failed
             continue
@@ -225,7 +229,7 @@ def _announce(path: Path, config: RunConfig, tracer: Tracer, port: int) -> None:
     """Replace the target's file whole: Prometheus reads it at any moment."""
     host = socket.gethostname() if config.metrics.host in EVERYWHERE else config.metrics.host
     labels = {"run": config.run.name, "process": tracer.process, "role": tracer.role}
-    target = [{"targets": [f"{host}:{port}"], "labels": labels}]
+    target = [{"targets": [f"[{host}]:{port}" if ":" in host else f"{host}:{port}"], "labels": labels}]
     half = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import threading
 import urllib.error
 import urllib.request
@@ -27,6 +28,7 @@ from learner.train import Learner
 from tests.integration.fleet import free_address
 from tests.unit.test_report import step_record
 from tools.grafana.__main__ import WRITTEN
+from tools.grafana.__main__ import main as grafana
 from tools.grafana.dashboard import dashboard
 
 
@@ -220,6 +222,18 @@ def test_the_dashboard_is_what_the_code_makes_and_asks_only_for_what_is_exported
     assert {v["name"] for v in written["templating"]["list"]} == {"datasource", "run"}
 
 
+def test_the_dashboard_is_written_where_it_may_be(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="0"):
+        grafana(["--help"])
+    for path, said in (("x.txt", "must end in .json"), (".", "must end in"), ("d.json", "is a directory")):
+        (tmp_path / "d.json").mkdir(exist_ok=True)
+        assert grafana([path]) == 2 and said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["d.json"]
+    (tmp_path / "x.json").write_text("{}")
+    assert grafana(["x.json"]) == 0 and json.loads((tmp_path / "x.json").read_text()) == dashboard()
+
+
 def test_a_port_that_is_taken_is_passed_over_and_none_at_all_is_only_a_warning(tmp_path, caplog):
     port = free_port()
     first, second = config_in(tmp_path, port=port), config_in(tmp_path, port=port)
@@ -230,6 +244,14 @@ def test_a_port_that_is_taken_is_passed_over_and_none_at_all_is_only_a_warning(t
     with open_exporter(elsewhere, silent("c", "actor")):
         assert not (elsewhere.run.path / "prometheus" / "c.json").exists()
     assert "no metrics of this process" in caplog.text and "203.0.113.1" in caplog.text
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")
+def test_an_ipv6_address_is_answered_at_and_announced_in_brackets(tmp_path):
+    config, tracer = config_in(tmp_path, host="::1"), tracer_of("actor")
+    with open_exporter(config, tracer):
+        assert target_of(config, tracer.process)[0]["targets"][0].startswith("[::1]:")
+        assert samples(scrape(config, tracer.process))["croupier_work_times_total", (("work", "train"),)] == 2
 
 
 def test_switched_off_it_leaves_nothing(tmp_path):

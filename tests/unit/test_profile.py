@@ -603,6 +603,13 @@ def test_a_picture_that_cannot_be_written_is_refused_before_the_work(tmp_path, c
         assert words in shown and "tokens/s" not in shown
 
 
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-1"])
+def test_seconds_to_leave_out_are_a_number(tmp_path, capsys, seconds):
+    (tmp_path / "status.json").write_text("{}")
+    assert main([str(tmp_path), f"--skip-s={seconds}"]) == 2
+    assert f"--skip-s {seconds}: must be a finite number of seconds, 0 or more" in capsys.readouterr().out
+
+
 def test_the_picture_and_the_lines_tell_the_same(tmp_path):
     found = verdict(starved_learner())
     assert draw(found, tmp_path / "bars.png") and (tmp_path / "bars.png").stat().st_size > 5000

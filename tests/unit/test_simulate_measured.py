@@ -299,6 +299,14 @@ def test_what_cannot_be_simulated_is_said_in_a_line(given, words, capsys):
     assert words in capsys.readouterr().out
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full disk here")
+def test_the_table_is_shown_also_where_its_picture_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "x.png").symlink_to("/dev/full")
+    assert main([*SMALL, "--plot", str(tmp_path / "x.png")]) == 2
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.index("steps/s") < said.index("cannot be written (No space left on device); name a file elsewhere")
+
+
 def test_whole_numbers_are_checked_as_others_are():
     with pytest.raises(ConfigError, match=r"actor\.step_s=-1"):
         Setup(actor=ActorPart(step_s=-1))

@@ -368,7 +368,11 @@ def test_a_run_that_was_killed_or_never_began_does_not_hold_a_pipe(tmp_path, cap
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(["other"], "one run is watched at a time, not 2: give other a terminal"), (["--silence-s", "nan"], "nan: must")],
+    [
+        (["other"], "one run is watched at a time, not 2: give other a terminal"),
+        (["--silence-s", "nan"], "nan: must"),
+        (["--once", "--web"], "--once --web: a page is served until Ctrl-C"),
+    ],
 )
 def test_what_is_not_meant_is_refused_in_words(tmp_path, capsys, words, said):
     assert main([str(tmp_path), *words]) == 2

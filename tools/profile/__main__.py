@@ -13,14 +13,15 @@ Exit codes: 0 judged, 2 there was nothing to judge, or nowhere to write.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.errors import CroupierError
+from common.errors import ConfigError, CroupierError
 from tools.checked import checked
 from tools.console import make_console, print_error
-from tools.outputs import PICTURES, check_output
+from tools.outputs import PICTURES, check_output, writing
 from tools.profile.picture import draw
 from tools.profile.simulated import simulated
 from tools.profile.verdict import verdict
@@ -41,22 +42,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     console = make_console()
     try:
+        if given.skip_s is not None and not 0 <= given.skip_s < math.inf:
+            raise ConfigError(f"--skip-s {given.skip_s:g}: must be a finite number of seconds, 0 or more")
         if given.picture is not None:
             check_output(given.picture, PICTURES)
         run = checked(read_run(given.run_dir))
         found = verdict(run, given.skip_s, None if given.bounds else simulated)
+        if given.json:
+            sys.stdout.write(json.dumps(found.as_dict(), indent=2) + "\n")
+        else:
+            print_notes(console, found.notes)
+            print_verdict(console, found)
+        if given.picture is not None:
+            with writing(given.picture, "name a file elsewhere"):
+                draw(found, given.picture)
     except CroupierError as error:
         print_error(console, error)
         return NOTHING
-    done = 0 if found.seconds else NOTHING
-    if given.picture is not None:
-        draw(found, given.picture)
-    if given.json:
-        sys.stdout.write(json.dumps(found.as_dict(), indent=2) + "\n")
-        return done
-    print_notes(console, found.notes)
-    print_verdict(console, found)
-    return done
+    return 0 if found.seconds else NOTHING
 
 
 if __name__ == "__main__":

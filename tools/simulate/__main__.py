@@ -15,7 +15,7 @@ from rich.console import Console
 
 from common.errors import CroupierError
 from tools.console import make_console, print_error
-from tools.outputs import PICTURES, check_output
+from tools.outputs import PICTURES, check_output, writing
 from tools.profile.spent import NS
 from tools.simulate.measured import Measured, measure
 from tools.simulate.model import simulate
@@ -57,20 +57,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.write(to_yaml(setups[0][1]))
             return 0
         lines = _simulate_all(setups, console, quiet=given.json)
+        if given.json:
+            found = [{"set": line.values, **line.outcome.to_json()} for line in lines]
+            sys.stdout.write(json.dumps(found, indent=2) + "\n")
+        else:
+            if measured is not None:
+                _print_measured(console, measured)
+            print_lines(console, lines)
+        if given.plot is not None:
+            from tools.simulate.picture import draw
+
+            with writing(given.plot, "name a file elsewhere"):
+                draw(lines, varied(overrides), given.plot)
     except CroupierError as error:
         print_error(console, error)
         return 2
-    if given.plot is not None:
-        from tools.simulate.picture import draw
-
-        draw(lines, varied(overrides), given.plot)
-    if given.json:
-        found = [{"set": line.values, **line.outcome.to_json()} for line in lines]
-        sys.stdout.write(json.dumps(found, indent=2) + "\n")
-        return 0
-    if measured is not None:
-        _print_measured(console, measured)
-    print_lines(console, lines)
     return 0
 
 

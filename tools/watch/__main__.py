@@ -43,6 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
             )
         if not given.silence_s > 0:
             raise ConfigError(f"--silence-s {given.silence_s:g}: must be a number of seconds above 0, or inf")
+        if given.web and given.once:
+            raise ConfigError("--once --web: a page is served until Ctrl-C; give one of the two")
         if given.web:
             from tools.watch.web import serve  # a screen needs no server
 
