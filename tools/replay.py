@@ -209,7 +209,7 @@ def _compare(alternative: Alternative, run_dir: Path, console: Console) -> None:
     console.print(table)
     from tools.plots import plot_replay
 
-    with writing(run_dir, "the table above is all that the picture would have shown"):
+    with writing(run_dir, "make it writable, or copy it and name the copy"):
         console.print(f"picture: {plot_replay(run_dir, rows)}")
 
 

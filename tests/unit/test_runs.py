@@ -67,7 +67,7 @@ def test_an_empty_journal_is_called_empty_and_a_picture_without_a_place_is_told(
     keys = ("lambda_then", "lambda", "acceptance_then", "acceptance", "kl_before", "kl_then", "kl", "ess_then", "ess")
     other = replay.Alternative(RunConfig(), [{"step": 0, **dict.fromkeys(keys, 0.5)}])
     (tmp_path / "replay.png").mkdir()
-    with pytest.raises(ConfigError, match=r"cannot be written .*; the table above is all"):
+    with pytest.raises(ConfigError, match=r"cannot be written .*; make it writable, or copy it"):
         replay._compare(other, tmp_path, make_console())
 
 
