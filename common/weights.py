@@ -242,6 +242,7 @@ class WeightReceiver:
         self._collective: tuple[int, Collective] | None = None
         self._arenas: list[Any] = []  # free; fresh memory for every version would cost more than the wire
         self._adopted: Any = None  # the arena that the model runs on
+        self._plan: tuple[list[list[Any]], int, list[Bucket]] = ([], 0, [])  # the last version's
         self._thread = threading.Thread(target=self._run, name="weight-receiver", daemon=True)
         self._thread.start()
 
@@ -328,7 +329,7 @@ class WeightReceiver:
             self._drop_collective()
             self._collective = (job.epoch, answered(lambda: self._join(job), within_s, f"the weights group at {where}"))
         collective = self._collective[1]
-        buckets = plan_buckets(publish.tensors, publish.bucket_bytes)
+        buckets = self._planned(publish)
         starts, nbytes = lay_out(buckets)
         arena = self._arena(nbytes, collective)
         digest, received = WeightDigest(), []
@@ -347,6 +348,14 @@ class WeightReceiver:
         if digest.hex() != expected:
             raise WeightsError(f"version {publish.version}: digest {digest.hex()} of what arrived is not {expected}")
         return StagedWeights(job.epoch, publish.version, digest.hex(), received, arena)
+
+    def _planned(self, publish: Publish) -> list[Bucket]:
+        """The buckets of ``publish``: those of the version before, the same objects, while the tensors are the same."""
+        tensors, bucket_bytes, buckets = self._plan
+        if bucket_bytes != publish.bucket_bytes or tensors != publish.tensors:
+            buckets = plan_buckets(publish.tensors, publish.bucket_bytes)
+            self._plan = (publish.tensors, publish.bucket_bytes, buckets)
+        return buckets
 
     @staticmethod
     def _finish(tensor: Any, work: Work, digest: WeightDigest, collective: Collective) -> None:

@@ -167,10 +167,10 @@ def _sync(path: Path) -> None:
 
 def _shares(model: Decoder, flat: FlatParameters) -> Iterator[tuple[str, Tensor, int]]:
     """(name, this rank's view of it, where that starts in the flat buffer) of every tensor in ``flat``."""
-    storage = flat.weights.untyped_storage().data_ptr()
+    start = flat.weights.data_ptr()
     for name, view in views(model).items():
-        if view.untyped_storage().data_ptr() == storage:
-            yield name, view, int(view.storage_offset())
+        if start <= view.data_ptr() < start + flat.weights.nbytes:
+            yield name, view, (view.data_ptr() - start) // view.element_size()
 
 
 def _pieces(model: Decoder, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:

@@ -11,7 +11,7 @@ from common.config import OptimSection
 from common.trace import Phase, no_phase
 from learner.mesh import ALONE
 from learner.model.decoder import Decoder
-from learner.parallel.flat import FlatParameters, Sharing
+from learner.parallel.flat import FlatParameters, Sharing, room_for
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch's AdamW names them
 TP_WHOLE = ("norm", "router", "o_bias", "down_bias", "shared.")  # every tp rank holds these whole
@@ -148,5 +148,7 @@ def _flatten(model: Decoder, weight_decay: float) -> Iterator[FlatParameters]:
         sharing = sharing_of(name, model)
         sharings[sharing.name] = sharing
         groups.setdefault((sharing.name, parameter.ndim > 1), []).append(parameter)
-    for (kind, decays), parameters in groups.items():
-        yield FlatParameters(parameters, sharings[kind], weight_decay if decays else 0.0)
+    sizes = [room_for(parameters, sharings[kind]) for (kind, _), parameters in groups.items()]
+    arena = torch.zeros(sum(sizes), dtype=model.dtype, device=model.device)  # one, as buckets of a publish may span two
+    for ((kind, decays), parameters), weights in zip(groups.items(), arena.split(sizes), strict=True):
+        yield FlatParameters(parameters, sharings[kind], weight_decay if decays else 0.0, weights)

@@ -37,7 +37,7 @@ from common.identity import model_identity
 from common.link import connect
 from common.process import StopFlag
 from common.trace import Tracer, open_tracer, power_of_two
-from common.weights import StagedWeights, WeightReceiver, is_frozen
+from common.weights import Bucket, StagedWeights, WeightReceiver, is_frozen
 from learner.device import keep_freed_memory, pick_device
 from learner.feed import check_experts, check_ids, experts_tensor
 from learner.followers import IDLE, IDLE_S, SCORE, STOP, SWAP, Followers, Packed
@@ -47,7 +47,7 @@ from learner.logprobs import Head, score_tokens, target_positions
 from learner.mesh import COLLECTIVE_TIMEOUT_S, Mesh
 from learner.model.decoder import Decoder
 from learner.step import micro_batches
-from learner.weights.group import Adopter, join, unpack
+from learner.weights.group import Adopter, are_same, join, unpack
 
 MAX_REASON = 500  # characters of why a request cannot be scored
 IDLE_WAIT_S = 0.01  # how long an idle replica blocks for a message before it looks for new weights
@@ -74,6 +74,7 @@ class PolicyScorer:
         self._logprob_mb, self._limit, self._frozen = logprob_mb, micro_batch_tokens, tuple(frozen)
         self._head_float32, self._compiled = head_float32, compiled
         self._adopter = Adopter(model.parameters(), views(model))
+        self._checked: list[Bucket] = []  # the layout of a version whose tensors were found to be the model's
         self._adopted = False  # whether the parameters lie in memory that a receiver owns
         self._places = {place.name: place for place in places(model.config)}
 
@@ -149,7 +150,16 @@ class PolicyScorer:
 
         True if the model now runs on the memory the version arrived in, False if it was copied.
         """
-        received = {slot.name: slot.shape for bucket, _ in staged.buckets for slot in bucket.slots}
+        self._check(staged)
+        self.followers.order(SWAP)
+        return self.take(self.followers.share_weights(staged))
+
+    def _check(self, staged: StagedWeights) -> None:
+        """Raises :class:`DataError` unless its tensors are the model's."""
+        buckets = [bucket for bucket, _ in staged.buckets]
+        if are_same(buckets, self._checked):
+            return
+        received = {slot.name: slot.shape for bucket in buckets for slot in bucket.slots}
         odd = {name for name in set(self._places) ^ set(received) if not is_frozen(name, self._frozen)}
         if odd:
             raise DataError(
@@ -160,8 +170,7 @@ class PolicyScorer:
             if shape != self._places[name].shape:
                 wanted = list(self._places[name].shape)
                 raise DataError(f"version {staged.version}: {name} has shape {list(shape)}, the model has {wanted}")
-        self.followers.order(SWAP)
-        return self.take(self.followers.share_weights(staged))
+        self._checked = buckets
 
     @torch.no_grad()
     def take(self, staged: StagedWeights) -> bool:

@@ -32,17 +32,24 @@ class Sharing:
     counts: bool  # whether this rank's shard counts in norms and checkpoints (others hold the same)
 
 
+def room_for(parameters: Sequence[nn.Parameter], sharing: Sharing) -> int:
+    """Elements that the buffer of ``parameters`` has."""
+    unit = ALIGNMENT * sharing.shard.size
+    return -(-sum(p.numel() for p in parameters) // unit) * unit
+
+
 class FlatParameters:
     """The parameters of one sharing, flat, with this rank's shard of the optimizer's state."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], sharing: Sharing, decay: float) -> None:
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], sharing: Sharing, decay: float, weights: Tensor | None = None
+    ) -> None:
+        """``weights``: zeros, as many as :func:`room_for` says, to move the parameters into."""
         self.sharing, self.decay = sharing, decay
         self.parameters = list(parameters)
         like = self.parameters[0]
-        total = sum(p.numel() for p in self.parameters)
-        unit = ALIGNMENT * sharing.shard.size
-        padded = -(-total // unit) * unit
-        self.weights = torch.zeros(padded, dtype=like.dtype, device=like.device)
+        padded = room_for(self.parameters, sharing)
+        self.weights = torch.zeros(padded, dtype=like.dtype, device=like.device) if weights is None else weights
         self.grads = torch.zeros(padded, dtype=torch.float32, device=like.device)
         self._adopt(like.dtype == torch.float32)
         size = padded // sharing.shard.size

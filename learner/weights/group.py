@@ -6,6 +6,7 @@ membership epoch and finds its members through the learner's TCPStore.
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -116,37 +117,61 @@ class Adopter:
             self._homes.append((parameter, [(name, address - start) for address, name in inside]))
             for _, name in inside:
                 del self._others[name]
+        self._known: tuple[list[Bucket], list[tuple[int, torch.device]]] = ([], [])  # how the last version lay
+        self._plan: _Plan | None = None  # what that means
 
     @torch.no_grad()
     def adopt(self, staged: StagedWeights) -> bool:
         """False, and nothing was done, unless the tensors of every parameter that came arrived side by side, in
         its order and number format. Afterwards that memory must be left alone
         (:meth:`common.weights.WeightReceiver.applied`)."""
-        where: dict[str, tuple[int, TensorSlot, torch.Tensor]] = {}
-        for bucket, flat in staged.buckets:
-            start = flat.data_ptr()
-            where.update((slot.name, (start + slot.offset, slot, flat)) for slot in bucket.slots)
-        found: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+        buckets, flats = [bucket for bucket, _ in staged.buckets], [flat for _, flat in staged.buckets]
+        start = flats[0].data_ptr() if flats else 0
+        lie = [(flat.data_ptr() - start, flat.device) for flat in flats]
+        if lie != self._known[1] or not are_same(buckets, self._known[0]):
+            self._known, self._plan = (buckets, lie), self._planned(buckets, lie)
+        if self._plan is None:
+            return False
+        for parameter, (index, slot) in self._plan.homes:
+            first = flats[index][slot.offset : slot.offset + slot.nbytes].view(parameter.dtype)
+            parameter.data = first.as_strided(parameter.shape, parameter.stride())
+        for buffer, (index, slot) in self._plan.copies:
+            part = flats[index][slot.offset : slot.offset + slot.nbytes].view(getattr(torch, slot.dtype))
+            buffer.copy_(part.view(slot.shape))
+        return True
+
+    def _planned(self, buckets: list[Bucket], lie: list[tuple[int, torch.device]]) -> "_Plan | None":
+        """None if a parameter cannot lie where its tensors do."""
+        where: dict[str, tuple[int, int, TensorSlot]] = {}
+        for index, (bucket, (start, _)) in enumerate(zip(buckets, lie, strict=True)):
+            where.update((slot.name, (start + slot.offset, index, slot)) for slot in bucket.slots)
+        plan = _Plan()
         for parameter, parts in self._homes:
             if parts[0][0] not in where:
                 continue  # frozen
-            address, slot, flat = where[parts[0][0]]
+            address, index, slot = where[parts[0][0]]
             if any(name not in where or where[name][0] - address != offset for name, offset in parts):
-                return False
-            if sum(where[name][1].nbytes for name, _ in parts) != parameter.nbytes or flat.device != parameter.device:
-                return False
+                return None
+            if sum(where[name][2].nbytes for name, _ in parts) != parameter.nbytes or lie[index][1] != parameter.device:
+                return None
             if getattr(torch, slot.dtype) != parameter.dtype:
-                return False
-            first = flat[slot.offset : slot.offset + slot.nbytes].view(parameter.dtype)
-            found.append((parameter, first.as_strided(parameter.shape, parameter.stride())))
-        for parameter, home in found:
-            parameter.data = home
-        for name, buffer in self._others.items():
-            if name in where:
-                _, slot, flat = where[name]
-                part = flat[slot.offset : slot.offset + slot.nbytes].view(getattr(torch, slot.dtype))
-                buffer.copy_(part.view(slot.shape))
-        return True
+                return None
+            plan.homes.append((parameter, (index, slot)))
+        plan.copies = [(buffer, where[name][1:]) for name, buffer in self._others.items() if name in where]
+        return plan
+
+
+@dataclass
+class _Plan:
+    """Where in a version each parameter begins, by bucket and tensor, and where each buffer is."""
+
+    homes: list[tuple[torch.nn.Parameter, tuple[int, TensorSlot]]] = field(default_factory=list)
+    copies: list[tuple[torch.Tensor, tuple[int, TensorSlot]]] = field(default_factory=list)
+
+
+def are_same(buckets: list[Bucket], others: list[Bucket]) -> bool:
+    """Whether they are the same objects: a receiver plans anew only where the tensors are others."""
+    return len(buckets) == len(others) and all(a is b for a, b in zip(buckets, others, strict=True))
 
 
 def unpack(buckets: list[tuple[Bucket, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
