@@ -11,6 +11,7 @@ from broker.alerts import Alert
 from broker.door import Door
 from broker.evaluation import Evaluation, EvaluationSchedule
 from broker.heldout import evaluate
+from broker.overdue import Overdue
 from broker.peers import Peer
 from broker.recorder import Recorder
 from broker.runfiles import RunFiles
@@ -19,8 +20,10 @@ from common import wire
 from common.config import RunConfig
 from common.errors import DataError, ProtocolError
 
-NOBODYS_FAULT = ("unknown_group", "actor_lost", "refused_sibling", "no_signal", "environment", "sibling_failed")
-
+OVERDUE = "overdue"
+NOBODYS_FAULT = (
+    "unknown_group", "actor_lost", "refused_sibling", "no_signal", "environment", "sibling_failed", OVERDUE
+)  # fmt: skip
 REASON = 200  # characters of a failure that are said again
 MAX_SESSIONS = 10_000  # of actors that are remembered; who owes nothing and is gone is forgotten first
 
@@ -41,6 +44,7 @@ class Rollouts:
         self.sessions: dict[str, str] = {}  # of actors, also from before a restart
         self._awaited: dict[str, float] = {}  # actors that owe groups since before a restart, and until when
         self._told: tuple[int, ...] = ()  # the learner, of what is best
+        self._overdue = Overdue(config.broker.group_timeout_s)
         self._setbacks = Setbacks(config.rollout.groups_per_step)
         self.handlers: dict[type[Any], Callable[[Peer, Any], None]] = {
             wire.Trajectories: self._on_trajectories,
@@ -49,9 +53,10 @@ class Rollouts:
         }
 
     def recovered(self) -> None:
-        """Actors of before the restart may come back within ``broker.peer_timeout_s``."""
-        deadline = time.monotonic() + self.config.broker.peer_timeout_s
-        self._awaited = {e: deadline for e in self.pipeline.book.actors()}
+        """Actors of before the restart may come back within ``broker.peer_timeout_s``; their groups' time is anew."""
+        now, book = time.monotonic(), self.pipeline.book
+        self._awaited = {e: now + self.config.broker.peer_timeout_s for e in book.actors()}
+        self._overdue.granted((group for group in book.groups() if book.awaits(group, -1)), now)
 
     def objection(self, hello: wire.Hello) -> str:
         """Why an actor's tasks are not this run's; "" if they are, and for everybody else."""
@@ -103,6 +108,18 @@ class Rollouts:
             del self._awaited[name]
             given_up = self.recorder.actor_lost(name)
             log.warning("%s did not come back after the restart: %d groups given up", name, given_up)
+
+    def look_after_overdue(self, now: float) -> None:
+        """Wait no longer than ``broker.group_timeout_s`` for a group of an actor that is alive."""
+        book = self.pipeline.book
+        for group in self._overdue.take(now, lambda group: book.awaits(group, -1)):
+            actor, reason = (
+                book.actor(group),
+                f"no answer within {self._overdue.timeout_s:g} s (broker.group_timeout_s)",
+            )
+            log.warning("group %d of %s: %s; it is given up", group, actor, reason)
+            self._setbacks.note(actor, reason)
+            self.recorder.failed(group, -1, OVERDUE)
 
     def _on_trajectories(self, peer: Peer, message: wire.Trajectories) -> None:
         if message.run_id != self.files.run_id:
@@ -172,6 +189,7 @@ class Rollouts:
                 grant = None if held else self.recorder.grant(peer.name, wanted, version)
                 if grant is not None:
                     self._setbacks.granted(peer.name, now)
+                    self._overdue.granted(grant.groups.tolist(), now)
                 if peer.name in asked:
                     grant = self._with_evaluation(grant, asked[peer.name])
                 if grant is not None:

@@ -157,6 +157,7 @@ class BrokerService:
         now = time.monotonic()
         self.door.look_after(now)
         self.rollouts.look_after_awaited(now)
+        self.rollouts.look_after_overdue(now)
         self.distribution.tick(now)
         streams = self.distribution.streams
         does("collate")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from broker.alerts import Alert
-from broker.door import Door
+from broker.door import SHOWN, Door
 from broker.figures import Figures
 from broker.fleet import PACKING, PUBLISH, ROLLOUTS, SCORING
 from broker.governor import Governor, Totals
@@ -20,10 +20,11 @@ from broker.scoring import Asked
 from broker.steps import scores_of
 from common import wire
 from common.config import RunConfig
-from common.errors import ProtocolError
+from common.errors import DataError, ProtocolError
 from common.frozen import POLICY, words_of
 
 HEARTBEATS = 4  # at least in an interval of the governor: they bring the actors' seconds
+REFUSALS = 5  # of a request by each process that could score it, after which nobody ever will
 WAITING_EVERY_S = 1.0  # how often a parked learner is told what it waits for
 
 log = logging.getLogger("broker.training")
@@ -56,6 +57,7 @@ class Training:
         self._fetches: dict[bytes, tuple[wire.Fetch, float]] = {}
         self._sent: dict[int, tuple[bytes, float]] = {}  # of each request under way, to whom and when
         self._unable: dict[int, set[bytes]] = {}  # of each request, who said that it cannot score it
+        self._refusals: dict[int, tuple[int, str]] = {}  # how often that was said, and why the last time
         self._turns: Counter[str] = Counter()  # of each scorer's processes
         self.handlers: dict[type[Any], Callable[[Peer, Any], None]] = {
             wire.ScoreResult: self._on_scores,
@@ -141,18 +143,27 @@ class Training:
     def _ask(self, scorer: str, request: wire.ScoreRequest, now: float) -> None:
         """Send a request to one of the scorer's processes, or to the next one when that is late or unable.
 
-        Where all are unable they are asked again as often as one that is late.
+        Where all are unable they are asked again as often as one that is late. Raises :class:`DataError` once each
+        has been unable REFUSALS times.
         """
         timeout_s, sent = self.config.broker.score_timeout_s, self._sent.get(request.request)
         if sent is not None and now - sent[1] < timeout_s:
             return
-        scorers = self._able(scorer, request.request) or self.door.roster.scorers(scorer)
+        able, scorers = self._able(scorer, request.request), self.door.roster.scorers(scorer)
         if not scorers:
             return
+        refusals, reason = self._refusals.get(request.request, (0, ""))
+        if not able and refusals >= REFUSALS * len(scorers):
+            raise DataError(
+                f"step {self.pipeline.scoring_step} cannot be scored by {words_of(scorer)}, asked {refusals} times: "
+                f"{reason}; does it have the policy's vocabulary, and memory for a batch? mend it and start again, "
+                "what was sampled is kept"
+            )
+        scorers = able or scorers
         if sent is not None:
             late = self.door.roster.get(sent[0])
             log.warning(
-                "no scores from %s within %.0f s (broker.score_timeout_s): asking again",
+                "no scores from %s within %g s (broker.score_timeout_s): asking again",
                 late.name if late else words_of(scorer), timeout_s,
             )  # fmt: skip
         chosen = scorers[self._turns[scorer] % len(scorers)]
@@ -182,7 +193,10 @@ class Training:
         words = "%s cannot score request %d: %s"
         self.door.warn(peer, "score_failed", words, peer.name, message.request, message.reason)
         self._unable.setdefault(message.request, set()).add(peer.identity)
-        if sent is not None and sent[0] == peer.identity and self._able(asked.scorer, message.request):
+        if sent is None or sent[0] != peer.identity:
+            return
+        self._refusals[message.request] = (self._refusals.get(message.request, (0, ""))[0] + 1, message.reason[:SHOWN])
+        if self._able(asked.scorer, message.request):
             del self._sent[message.request]  # the next one is asked at once
 
     def _on_scores(self, peer: Peer, message: wire.ScoreResult) -> None:
@@ -192,6 +206,7 @@ class Training:
             self._sent.pop(message.request, None)  # what is refused is asked again, of the next one if there is one
         self.recorder.scored(message)
         self._unable.pop(message.request, None)
+        self._refusals.pop(message.request, None)
         seconds = time.perf_counter() - started
         if asked is None or scoring is None:
             return

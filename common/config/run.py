@@ -38,7 +38,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "optim.beta1": (0, 0.999999), "optim.beta2": (0, 0.999999), "optim.weight_decay": (0, 10),
     "optim.eps": (1e-20, 1),  # an update is m / (sqrt(v) + eps), and float32 squares below 1e-22 are 0
     "broker.journal_mb": (0, 1e9), "broker.retain_mb": (0, 1e9), "broker.queue_mb": (0, 1e9),
-    "broker.score_timeout_s": (0.1, 1e6), "broker.peer_timeout_s": (0.1, 1e6), "broker.verify_rate": (0, 1),
+    "broker.score_timeout_s": (0.1, 1e6), "broker.group_timeout_s": (0.1, 1e7),
+    "broker.peer_timeout_s": (0.1, 1e6), "broker.verify_rate": (0, 1),
     "actor.slowdown": (1, 1000), "learner.slowdown": (1, 1000), "actor.pace_s": (0, 3600), "learner.pace_s": (0, 3600),
     "actor.threads": (1, 4096), "actor.unacked_mb": (0.01, 1e9), "actor.wait_s": (0, 1e6),
     "rollout.oversample": (1, 4), "rollout.max_turns": (1, 1000), "rollout.max_reply_tokens": (0, 1e6),

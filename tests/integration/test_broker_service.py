@@ -426,6 +426,24 @@ def test_an_actor_where_nothing_works_takes_no_groups_from_one_where_everything_
         peer.link.close()
 
 
+def test_a_group_that_never_comes_back_is_given_up_in_time_and_granted_again(make):
+    broker = make(broker={"group_timeout_s": 0.5})
+    learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
+    first = actor.expect(wire.Grant)
+    actor.link.send(group(actor.link.run_id, int(first.groups[0])))
+    actor.expect(wire.Ack)
+    again = actor.expect(wire.Grant)  # the other one's prompt
+    assert (again.groups.tolist(), again.prompts.tolist()) == ([2], [first.prompts[1]])
+    actor.link.send(group(actor.link.run_id, int(first.groups[1])))
+    assert actor.expect(wire.Ack).reasons == ["overdue"] * G
+    actor.link.send(group(actor.link.run_id, 2))
+    learner.link.send(wire.Fetch(0, 0, 1))
+    assert set(learner.expect(wire.Shard).groups.tolist()) == {0, 2}
+    assert not broker.service.door.conduct.counts  # late is no offence
+    for peer in (learner, actor):
+        peer.link.close()
+
+
 def test_an_evaluation_whose_result_cannot_be_read_is_asked_again(make):
     broker = make(evaluation=EvaluationSection(prompts=2))
     learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")

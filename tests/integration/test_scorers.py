@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from broker.training import REFUSALS
 from common import wire
 from common.config import ObrsSection
 from common.errors import ProtocolError
@@ -19,7 +20,7 @@ from common.trace import silent
 from learner.model.decoder import Decoder
 from learner.score import PolicyScorer, ReplicaService
 from tests.integration.fleet import Fleet
-from tests.integration.harness import G, Peer, group, until
+from tests.integration.harness import B, G, Peer, group, until
 from tests.unit.test_step import CONFIG
 from tools import replay
 
@@ -147,6 +148,24 @@ def test_what_no_replica_can_score_is_asked_again_as_seldom_as_of_one_that_is_la
     assert broker.service.figures.errors == {"score_failed": 2, "ProtocolError": 1}
     for peer in (learner, actor, replicas[0]):
         peer.link.close()
+
+
+def test_what_nobody_can_score_ends_the_broker_with_the_reason_and_loses_nothing(make):
+    broker = make("r", obrs=ObrsSection(), broker={"score_timeout_s": 0.1})
+    broker.may_fail = True
+    learner, actor, replica = (Peer(broker, role, role) for role in ("learner", "actor", "replica"))
+    for g in actor.expect(wire.Grant).groups.tolist():
+        actor.link.send(group(actor.link.run_id, g))
+        actor.expect(wire.Ack)
+    for _ in range(REFUSALS):
+        replica.link.send(wire.ScoreFailed(replica.expect(wire.ScoreRequest).request, "out of memory"))
+    broker.thread.join(5)
+    told = "step 0 cannot be scored by a policy replica, asked 5 times: out of memory; does it have"
+    assert told in str(broker.failure)
+    again = make("r", obrs=ObrsSection())
+    assert again.service.pipeline.queued == B * G
+    for peer in (learner, actor, replica):
+        peer.link.close(None)
 
 
 def test_without_rejection_a_step_waits_for_the_frozen_models_alone(make, tmp_path):
