@@ -99,7 +99,8 @@ class Rollouts:
         """Returns what its going costs, in words."""
         given_up = self.recorder.actor_lost(peer.name)
         self.schedule.lost(peer.name)
-        self._setbacks.forget(peer.name)
+        if self._setbacks.forget(peer.name):
+            self._alert("cleared", 0, f"{peer.name}, whose groups all failed, is gone")
         return f"{given_up} groups given up" if given_up else ""
 
     def look_after_awaited(self, now: float) -> None:
@@ -113,11 +114,8 @@ class Rollouts:
         """Wait no longer than ``broker.group_timeout_s`` for a group of an actor that is alive."""
         book = self.pipeline.book
         for group in self._overdue.take(now, lambda group: book.awaits(group, -1)):
-            actor, reason = (
-                book.actor(group),
-                f"no answer within {self._overdue.timeout_s:g} s (broker.group_timeout_s)",
-            )
-            log.warning("group %d of %s: %s; it is given up", group, actor, reason)
+            actor, reason = book.actor(group), f"not back {self._overdue.timeout_s:g} s after its grant"
+            log.warning("group %d of %s: %s (broker.group_timeout_s); it is given up", group, actor, reason)
             self._setbacks.note(actor, reason)
             self.recorder.failed(group, -1, OVERDUE)
 
@@ -174,7 +172,8 @@ class Rollouts:
         busy = {p.name: self.pipeline.book.in_flight(p.name) for p in serving}
         asked: dict[str, Evaluation] = {}
         if self.schedule.due(version):
-            evaluator = min(serving, key=lambda p: busy[p.name]).name
+            failing = self._setbacks.lasting
+            evaluator = min(serving, key=lambda p: (p.name in failing, busy[p.name])).name
             asked[evaluator] = self.schedule.ask(evaluator, version)
         hold = not self.schedule.first_done  # the starting model is evaluated before it changes
         now = time.monotonic()
@@ -203,23 +202,26 @@ class Rollouts:
 
     def _look_at_setbacks(self, serving: list[Peer], now: float) -> None:
         """Say who does nothing but fail, and who does no longer. Raises TaskError if nobody ever did anything else."""
-        step, setbacks = self.pipeline.committed_step + 1, self._setbacks
+        setbacks, step = self._setbacks, self.pipeline.committed_step + 1
         for peer in serving:
             in_a_row = self.pipeline.setbacks[peer.name]
-            state = setbacks.look(peer.name, in_a_row, now)
-            if not state:
-                continue
-            cleared = state == "cleared"
-            text = f"groups of {peer.name} come to be whole again" if cleared else setbacks.words(peer.name)
-            self.files.metric("alert", Alert("rollouts", state, step, step, in_a_row, text).line())
-            log.log(logging.INFO if cleared else logging.WARNING, "alert, step %d: %s", step, text)
+            match setbacks.look(peer.name, in_a_row, step, now):
+                case "raised":
+                    self._alert("raised", in_a_row, setbacks.words(peer.name))
+                case "cleared":
+                    self._alert("cleared", in_a_row, f"groups of {peer.name} come to be whole again")
         if not self.pipeline.counts["groups_whole"]:
             setbacks.check([peer.name for peer in serving], now)
 
+    def _alert(self, state: str, in_a_row: int, text: str) -> None:
+        step = self.pipeline.committed_step + 1
+        self.files.metric("alert", Alert("rollouts", state, step, step, in_a_row, text).line())
+        log.log(logging.WARNING if state == "raised" else logging.INFO, "alert, step %d: %s", step, text)
+
     def alerts(self) -> list[dict[str, Any]]:
         """What is wrong now, for status.json."""
-        step, setbacks = self.pipeline.committed_step + 1, self._setbacks
-        return [{"sign": "rollouts", "since": step, "text": setbacks.words(actor)} for actor in setbacks.lasting]
+        lasting, words = self._setbacks.lasting, self._setbacks.words
+        return [{"sign": "rollouts", "since": step, "text": words(actor)} for actor, step in lasting.items()]
 
     def _with_evaluation(self, grant: wire.Grant | None, asked: Evaluation) -> wire.Grant:
         none, section = np.zeros(0, np.int64), self.config.evaluation

@@ -27,6 +27,7 @@ class _Streak:
     in_a_row: int = 0
     reason: str = "nobody said why"  # of the last failure
     since: float | None = None  # it has failed often enough
+    step: int = 0  # the training step then
     pause_s: float = 0.0
     next: float = 0.0  # when it may be granted something again
 
@@ -42,23 +43,25 @@ class Setbacks:
         """Why ``actor``'s last rollout came to nothing."""
         self._streaks.setdefault(actor, _Streak()).reason = reason
 
-    def forget(self, actor: str) -> None:
-        """``actor`` is gone."""
-        self._streaks.pop(actor, None)
+    def forget(self, actor: str) -> bool:
+        """``actor`` is gone; whether it did nothing but fail."""
+        streak = self._streaks.pop(actor, None)
+        return streak is not None and streak.since is not None
 
-    def look(self, actor: str, in_a_row: int, now: float) -> str:
+    def look(self, actor: str, in_a_row: int, step: int, now: float) -> str:
         """So many of ``actor``'s groups have failed since its last whole one: an alert "raised", "cleared" or ""."""
         streak = self._streaks.get(actor)
         if in_a_row < self._enough:
-            if streak is not None and streak.since is not None:
-                self.forget(actor)
-                return "cleared"
-            return ""
+            if streak is None or streak.since is None:
+                return ""
+            self.forget(actor)
+            return "cleared"
         streak = self._streaks.setdefault(actor, _Streak())
-        raised, streak.in_a_row = streak.since is None, in_a_row
-        if streak.since is None:
-            streak.since = now
-        return "raised" if raised else ""
+        streak.in_a_row = in_a_row
+        if streak.since is not None:
+            return ""
+        streak.since, streak.step = now, step
+        return "raised"
 
     def holds_back(self, actor: str, now: float) -> bool:
         """Whether ``actor``'s next grant has to wait."""
@@ -88,6 +91,6 @@ class Setbacks:
         return f"the last {streak.in_a_row} groups of {actor} all failed, the last one so: {streak.reason}"
 
     @property
-    def lasting(self) -> list[str]:
-        """The actors where nothing succeeds at present."""
-        return [actor for actor, streak in self._streaks.items() if streak.since is not None]
+    def lasting(self) -> dict[str, int]:
+        """The actors where nothing succeeds at present, and the training step since which that is so."""
+        return {actor: streak.step for actor, streak in self._streaks.items() if streak.since is not None}

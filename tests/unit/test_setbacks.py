@@ -11,11 +11,11 @@ ENOUGH = STEPS_IN_A_ROW * 4
 def test_pauses_grow_while_nothing_succeeds_and_end_with_the_first_success():
     setbacks, now, pauses = Setbacks(4), 0.0, []
     setbacks.note("a0", "no such program")
-    assert setbacks.look("a0", ENOUGH - 1, now) == ""
+    assert setbacks.look("a0", ENOUGH - 1, 5, now) == ""
     setbacks.granted("a0", now)
     assert not setbacks.lasting and not setbacks.holds_back("a0", now)
     for turn in range(8):
-        assert setbacks.look("a0", ENOUGH + turn, now) == ("" if turn else "raised")
+        assert setbacks.look("a0", ENOUGH + turn, 5 + turn, now) == ("" if turn else "raised")
         setbacks.granted("a0", now)
         setbacks.granted("a1", now)
         began = now
@@ -25,8 +25,9 @@ def test_pauses_grow_while_nothing_succeeds_and_end_with_the_first_success():
         pauses.append(now - began)
     assert pauses == [PAUSE_S, 2, 4, 8, 16, LONGEST_S, LONGEST_S, LONGEST_S]
     assert setbacks.words("a0") == f"the last {ENOUGH + 7} groups of a0 all failed, the last one so: no such program"
+    assert setbacks.lasting == {"a0": 5}
     setbacks.granted("a0", now)
-    assert setbacks.look("a0", 0, now) == "cleared"
+    assert setbacks.look("a0", 0, 9, now) == "cleared"
     assert not setbacks.lasting and not setbacks.holds_back("a0", now)
 
 
@@ -34,11 +35,11 @@ def test_a_run_ends_once_all_actors_have_failed_at_everything_for_long_enough():
     setbacks = Setbacks(4)
     setbacks.check([], 0.0)
     for actor, since in (("a0", 0.0), ("a1", 10.0)):
-        setbacks.look(actor, ENOUGH, since)
+        setbacks.look(actor, ENOUGH, 0, since)
     setbacks.check(["a0", "a1"], GIVE_UP_S + 1)
     setbacks.check(["a0", "a1", "a2"], GIVE_UP_S + 11)  # a2 may still succeed
     with pytest.raises(TaskError, match=r"not one group of this run .* the last 8 groups of a0 all failed"):
         setbacks.check(["a0", "a1"], GIVE_UP_S + 11)
-    setbacks.forget("a0")
-    setbacks.look("a0", ENOUGH, GIVE_UP_S)  # another process of that name
+    assert setbacks.forget("a0") and not setbacks.forget("a2")
+    setbacks.look("a0", ENOUGH, 0, GIVE_UP_S)  # another process of that name
     setbacks.check(["a0", "a1"], GIVE_UP_S + 11)
