@@ -30,7 +30,7 @@ def _progress(status: Mapping[str, Any]) -> Iterable[Family | Histogram]:
     last = evaluations[-1] if evaluations else {}
     yield gauge("croupier_evaluation_reward", "Mean held-out reward of the last evaluation.", last.get("reward"))
     yield gauge("croupier_evaluation_version", "The version that was evaluated.", last.get("version"))
-    raised = {alert["sign"] for alert in status["alerts"]}
+    raised = {alert["sign"].partition(":")[0] for alert in status["alerts"]}
     signs = {name: float(name in raised) for name in (*(sign.name for sign in SIGNS), "reward", "updates", "rollouts")}
     yield gauge("croupier_alert", "1 for a sign of a collapse that lasts (alerts).", sign=signs)
 

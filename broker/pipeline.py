@@ -70,9 +70,7 @@ class Pipeline:
         self._failures: Counter[int] = Counter()
         self.committed_step = -1
         self._silent = 0  # groups without signal in a row
-        self.setbacks: Counter[str] = (
-            Counter()
-        )  # groups given up since an actor's last whole one; a restart begins anew
+        self.setbacks: Counter[str] = Counter()  # groups given up since an actor's last whole one
 
     # ---- grants ---------------------------------------------------------------------------------
 
@@ -256,7 +254,6 @@ class Pipeline:
         for group in owed:
             self.book.fail(group, -1)
             self._settle(group, "actor_lost")
-        self.setbacks.pop(actor, None)
         return sum(group not in self.book for group in owed)
 
     # ---- assembly -------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ OVERDUE = "overdue"
 NOBODYS_FAULT = (
     "unknown_group", "actor_lost", "refused_sibling", "no_signal", "environment", "sibling_failed", OVERDUE
 )  # fmt: skip
+FAILING = "rollouts"  # the alert's sign, before an actor's name
 REASON = 200  # characters of a failure that are said again
 MAX_SESSIONS = 10_000  # of actors that are remembered; who owes nothing and is gone is forgotten first
 
@@ -56,6 +57,7 @@ class Rollouts:
         """Actors of before the restart may come back within ``broker.peer_timeout_s``; their groups' time is anew."""
         now, book = time.monotonic(), self.pipeline.book
         self._awaited = {e: now + self.config.broker.peer_timeout_s for e in book.actors()}
+        self.pipeline.setbacks.clear()
         self._overdue.granted((group for group in book.groups() if book.awaits(group, -1)), now)
 
     def objection(self, hello: wire.Hello) -> str:
@@ -68,7 +70,7 @@ class Rollouts:
         if peer.hello.questions and not self.pipeline.curriculum.sizes:
             self.recorder.questions(peer.hello.questions)
         if self.sessions.get(name, session) != session:
-            given_up = self.recorder.actor_lost(name)
+            given_up = self._lost(name)
             log.info("%s is a new process: %d groups of the one before given up", name, given_up)
         if self.sessions.get(name) != session:
             self._forget_sessions()
@@ -97,17 +99,24 @@ class Rollouts:
 
     def left(self, peer: Peer) -> str:
         """Returns what its going costs, in words."""
-        given_up = self.recorder.actor_lost(peer.name)
+        given_up = self._lost(peer.name)
         self.schedule.lost(peer.name)
-        if self._setbacks.forget(peer.name):
-            self._alert("cleared", 0, f"{peer.name}, whose groups all failed, is gone")
         return f"{given_up} groups given up" if given_up else ""
+
+    def _lost(self, actor: str) -> int:
+        """Another process of its name begins anew; returns how many of its groups were given up."""
+        if actor in self._setbacks.lasting:
+            self._alert(actor, "cleared", f"{actor}, whose groups all failed, is gone")
+        self._setbacks.forget(actor)
+        given_up = self.recorder.actor_lost(actor)
+        self.pipeline.setbacks.pop(actor, None)
+        return given_up
 
     def look_after_awaited(self, now: float) -> None:
         """Give up on actors that did not come back after a restart."""
         for name in [n for n, deadline in self._awaited.items() if now > deadline]:
             del self._awaited[name]
-            given_up = self.recorder.actor_lost(name)
+            given_up = self._lost(name)
             log.warning("%s did not come back after the restart: %d groups given up", name, given_up)
 
     def look_after_overdue(self, now: float) -> None:
@@ -115,7 +124,10 @@ class Rollouts:
         book = self.pipeline.book
         for group in self._overdue.take(now, lambda group: book.awaits(group, -1)):
             actor, reason = book.actor(group), f"not back {self._overdue.timeout_s:g} s after its grant"
-            log.warning("group %d of %s: %s (broker.group_timeout_s); it is given up", group, actor, reason)
+            log.warning(
+                "group %d of %s: %s (broker.group_timeout_s); what is missing is waited for no longer",
+                group, actor, reason,
+            )  # fmt: skip
             self._setbacks.note(actor, reason)
             self.recorder.failed(group, -1, OVERDUE)
 
@@ -202,26 +214,30 @@ class Rollouts:
 
     def _look_at_setbacks(self, serving: list[Peer], now: float) -> None:
         """Say who does nothing but fail, and who does no longer. Raises TaskError if nobody ever did anything else."""
-        setbacks, step = self._setbacks, self.pipeline.committed_step + 1
+        pipeline, setbacks = self.pipeline, self._setbacks
+        step, book = pipeline.committed_step + 1, pipeline.book
         for peer in serving:
-            in_a_row = self.pipeline.setbacks[peer.name]
-            match setbacks.look(peer.name, in_a_row, step, now):
+            match setbacks.look(peer.name, pipeline.setbacks[peer.name], step, now):
                 case "raised":
-                    self._alert("raised", in_a_row, setbacks.words(peer.name))
+                    self._alert(peer.name, "raised", setbacks.words(peer.name))
                 case "cleared":
-                    self._alert("cleared", in_a_row, f"groups of {peer.name} come to be whole again")
-        if not self.pipeline.counts["groups_whole"]:
-            setbacks.check([peer.name for peer in serving], now)
+                    self._alert(peer.name, "cleared", f"groups of {peer.name} come to be whole again")
+                    setbacks.forget(peer.name)
+        if setbacks.lasting and not pipeline.counts["groups_whole"] and pipeline.committed_step < 0:
+            actors = [peer.name for peer in self.door.roster.role("actor")]
+            if not any(book.in_flight(actor) for actor in actors):
+                setbacks.check(actors)
 
-    def _alert(self, state: str, in_a_row: int, text: str) -> None:
-        step = self.pipeline.committed_step + 1
-        self.files.metric("alert", Alert("rollouts", state, step, step, in_a_row, text).line())
+    def _alert(self, actor: str, state: str, text: str) -> None:
+        step, since = self.pipeline.committed_step + 1, self._setbacks.lasting[actor]
+        alert = Alert(f"{FAILING}:{actor}", state, step, since, self.pipeline.setbacks[actor], text)
+        self.files.metric("alert", alert.line())
         log.log(logging.WARNING if state == "raised" else logging.INFO, "alert, step %d: %s", step, text)
 
     def alerts(self) -> list[dict[str, Any]]:
         """What is wrong now, for status.json."""
         lasting, words = self._setbacks.lasting, self._setbacks.words
-        return [{"sign": "rollouts", "since": step, "text": words(actor)} for actor, step in lasting.items()]
+        return [{"sign": f"{FAILING}:{actor}", "since": step, "text": words(actor)} for actor, step in lasting.items()]
 
     def _with_evaluation(self, grant: wire.Grant | None, asked: Evaluation) -> wire.Grant:
         none, section = np.zeros(0, np.int64), self.config.evaluation

@@ -28,6 +28,7 @@ class _Streak:
     reason: str = "nobody said why"  # of the last failure
     since: float | None = None  # it has failed often enough
     step: int = 0  # the training step then
+    last: float = 0.0  # of its failures
     pause_s: float = 0.0
     next: float = 0.0  # when it may be granted something again
 
@@ -43,21 +44,18 @@ class Setbacks:
         """Why ``actor``'s last rollout came to nothing."""
         self._streaks.setdefault(actor, _Streak()).reason = reason
 
-    def forget(self, actor: str) -> bool:
-        """``actor`` is gone; whether it did nothing but fail."""
-        streak = self._streaks.pop(actor, None)
-        return streak is not None and streak.since is not None
+    def forget(self, actor: str) -> None:
+        """``actor`` is gone."""
+        self._streaks.pop(actor, None)
 
     def look(self, actor: str, in_a_row: int, step: int, now: float) -> str:
-        """So many of ``actor``'s groups have failed since its last whole one: an alert "raised", "cleared" or ""."""
+        """So many of ``actor``'s groups have failed since its last whole one: an alert "raised" or "cleared"; ""."""
         streak = self._streaks.get(actor)
         if in_a_row < self._enough:
-            if streak is None or streak.since is None:
-                return ""
-            self.forget(actor)
-            return "cleared"
+            return "" if streak is None or streak.since is None else "cleared"
         streak = self._streaks.setdefault(actor, _Streak())
-        streak.in_a_row = in_a_row
+        if in_a_row > streak.in_a_row:
+            streak.in_a_row, streak.last = in_a_row, now
         if streak.since is not None:
             return ""
         streak.since, streak.step = now, step
@@ -75,10 +73,13 @@ class Setbacks:
             streak.pause_s = min(LONGEST_S, 2 * streak.pause_s or PAUSE_S)
             streak.next = now + streak.pause_s
 
-    def check(self, actors: Sequence[str], now: float) -> None:
-        """None of the run's groups was ever whole. Raises TaskError if that has lasted too long at all ``actors``."""
+    def check(self, actors: Sequence[str]) -> None:
+        """None of the run's groups was ever whole, and none is under way at ``actors``.
+
+        Raises TaskError if all of them have gone on failing for too long.
+        """
         streaks = [self._streaks.get(actor) for actor in actors]
-        if not streaks or any(s is None or s.since is None or now - s.since <= GIVE_UP_S for s in streaks):
+        if not streaks or any(s is None or s.since is None or s.last - s.since <= GIVE_UP_S for s in streaks):
             return
         raise TaskError(
             f"not one group of this run has come to be whole in {GIVE_UP_S:.0f} s; {self.words(actors[0])}; "

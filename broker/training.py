@@ -154,10 +154,10 @@ class Training:
             return
         refusals, reason = self._refusals.get(request.request, (0, ""))
         if not able and refusals >= REFUSALS * len(scorers):
+            kept = "; what was sampled is kept" if self.recorder.journal is not None else ""
             raise DataError(
                 f"step {self.pipeline.scoring_step} cannot be scored by {words_of(scorer)}, asked {refusals} times: "
-                f"{reason}; does it have the policy's vocabulary, and memory for a batch? mend it and start again, "
-                "what was sampled is kept"
+                f"{reason}; does it have the policy's vocabulary, and memory for a batch? mend it and start again{kept}"
             )
         scorers = able or scorers
         if sent is not None:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actor.tasks.answers import enclosed, marked, normalised, read_number, said
+from actor.tasks.answers import last_boxed, marked, normalised, read_number
 from actor.tasks.base import PromptItem, Split, refuse_params
 from actor.tasks.chat import Chat
 from actor.tasks.finite import Questions
@@ -110,17 +110,29 @@ class JsonlTask:
         return " ".join(found.split()) or None if found else None
 
     def _by_math(self, text: str, line: Line) -> Verdict:
-        if (found := enclosed(text)) is not None:
-            answer = f"\\boxed{{{found}}}"
-        else:
-            found = said(text)
-            answer = text if found is None else f"The answer is {found}"
-        try:
-            verdict = self._graders.grade({"references": line.answers, "answer": answer})
-        except Overdue as error:
-            log.warning("%s: an answer %s and counts as wrong: %r", line.where, error, (found or text)[-SHOWN:])
-            return Verdict(overdue=True)
-        return Verdict(bool(verdict["correct"]), bool(verdict["read"]))
+        found, read = marked(text), False
+        for answer in _readings(text):
+            try:
+                verdict = self._graders.grade({"references": line.answers, "answer": answer})
+            except Overdue as error:
+                log.warning("%s: an answer %s and counts as wrong: %r", line.where, error, (found or text)[-SHOWN:])
+                return Verdict(overdue=True)
+            read = read or bool(verdict["read"])
+            if verdict["correct"]:
+                return Verdict(True, True)
+        return Verdict(False, read)
+
+
+def _readings(text: str) -> list[str]:
+    """What is graded: a box alone, or all there is; of other marks their words and their mathematics.
+
+    math-verify reads ``x^2 + 1`` in a box alone, and ``72 apples`` in a sentence alone.
+    """
+    if (boxed := last_boxed(text)) is not None:
+        return [f"\\boxed{{{boxed}}}"]
+    if (found := marked(text)) is not None:
+        return [f"\\boxed{{{found}}}", f"The answer is {found}"]
+    return [text]
 
 
 def _final(text: str) -> str:

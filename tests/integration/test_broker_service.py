@@ -360,7 +360,7 @@ def test_whoever_waits_for_an_answer_waits_for_the_disk_and_not_for_a_turn(make)
 
 
 def test_groups_that_all_fail_are_granted_seldom_said_aloud_and_at_last_end_the_run(make, monkeypatch):
-    monkeypatch.setattr(setbacks, "GIVE_UP_S", 2.0)
+    monkeypatch.setattr(setbacks, "GIVE_UP_S", 0.5)
     broker = make()
     broker.may_fail = True
     learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
@@ -374,10 +374,34 @@ def test_groups_that_all_fail_are_granted_seldom_said_aloud_and_at_last_end_the_
     assert grants <= 2 * STEPS_IN_A_ROW + 4  # after these at first, one a second, and fewer
     assert "groups of a0 all failed, the last one so: no such program; correct the task" in str(broker.failure)
     told, lines = broker.status(), (broker.config.run.path / "metrics.jsonl").read_text().splitlines()
-    assert told["alerts"][0]["sign"] == "rollouts" and "no such program" in told["alerts"][0]["text"]
+    assert told["alerts"][0]["sign"] == "rollouts:a0" and "no such program" in told["alerts"][0]["text"]
     assert "no such program" in told["waiting_for"]
     assert [json.loads(x)["state"] for x in lines] == ["raised"]
     for peer in (learner, actor):
+        peer.link.close(None)
+
+
+def test_slow_groups_behind_failures_are_waited_for_and_a_mended_actor_begins_anew(make, monkeypatch):
+    monkeypatch.setattr(setbacks, "GIVE_UP_S", 0.2)
+    broker = make()
+    learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
+    failed = 0
+    while failed < STEPS_IN_A_ROW * B:
+        for g in actor.expect(wire.Grant).groups.tolist():
+            actor.link.send(wire.GroupFailed(g, "not up yet"))
+            failed += 1
+    slow = actor.expect(wire.Grant).groups.tolist()
+    time.sleep(0.6)  # nothing has failed since
+    assert broker.thread.is_alive() and broker.service.rollouts.alerts()
+    actor.link.close("to be mended")
+    mended = Peer(broker, "actor", "a0", session="mended")
+    until(lambda: not broker.service.rollouts.alerts())
+    assert mended.expect(wire.Grant).groups.tolist() != slow
+    lines = [json.loads(x) for x in (broker.config.run.path / "metrics.jsonl").read_text().splitlines()]
+    assert [(x["state"], x["sign"], x["since"]) for x in lines] == [
+        (s, "rollouts:a0", 0) for s in ("raised", "cleared")
+    ]
+    for peer in (learner, actor, mended):
         peer.link.close(None)
 
 
@@ -426,14 +450,16 @@ def test_an_actor_where_nothing_works_takes_no_groups_from_one_where_everything_
         peer.link.close()
 
 
-def test_a_group_that_never_comes_back_is_given_up_in_time_and_granted_again(make):
-    broker = make(broker={"group_timeout_s": 0.5})
+def test_a_group_that_never_comes_back_is_given_up_in_time_and_granted_again(make, caplog):
+    broker = make(broker={"group_timeout_s": 1e4})
     learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
     first = actor.expect(wire.Grant)
     actor.link.send(group(actor.link.run_id, int(first.groups[0])))
     actor.expect(wire.Ack)
+    broker.service.rollouts._overdue._until[int(first.groups[1])] = 0.0  # hours later
     again = actor.expect(wire.Grant)  # the other one's prompt
     assert (again.groups.tolist(), again.prompts.tolist()) == ([2], [first.prompts[1]])
+    assert "group 1 of a0: not back 10000 s after its grant (broker.group_timeout_s)" in caplog.text
     actor.link.send(group(actor.link.run_id, int(first.groups[1])))
     assert actor.expect(wire.Ack).reasons == ["overdue"] * G
     actor.link.send(group(actor.link.run_id, 2))

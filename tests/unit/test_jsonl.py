@@ -230,6 +230,28 @@ def test_math_grades_what_is_marked_and_votes_count_the_same(model: str, tmp_pat
     assert task.answer(task.prompt(0, "heldout"), ids(model, text)) == answer
 
 
+@pytest.mark.parametrize(
+    ("wanted", "text"),
+    [
+        ("72", "#### 72 clips"),
+        ("72", "<answer>The result is $72$ apples</answer>"),
+        ("72", "#### $72 per week"),
+        (r"\frac{1}{2}", r"<answer>The probability is $\frac{1}{2}$.</answer>"),
+        ("5", "<answer>The answer is 5</answer>"),
+        ("5", "Answer: 5 apples"),
+        (r"\sqrt{2}", r"<answer>\sqrt{2}</answer>"),
+        (r"\sqrt{2}", r"Answer: \sqrt{2}"),
+        ("(1,2)", "<answer>(1,2)</answer>"),
+        ("x^2+1", "<answer>x^2+1</answer>"),
+    ],
+)
+def test_math_reads_words_and_formulas_behind_a_mark(model: str, tmp_path: Path, wanted, text) -> None:
+    task = exact(model, tmp_path, [{"question": "What?", "answer": wanted}], grader="math", workers=1)
+    assert grade(task, model, 0, text)["correct"] == 1.0
+    other = exact(model, tmp_path, [{"question": "What?", "answer": "1234567"}], grader="math", workers=1)
+    assert grade(other, model, 0, text)["correct"] == 0.0
+
+
 def test_answers_in_tags_are_graded_by_math_in_blocks_too(model: str, tmp_path: Path) -> None:
     file = write(tmp_path / "q.jsonl", [{"question": f"What is {n} * 7?", "answer": 42} for n in (6, 7)])
     params = {"inner": "jsonl", "params": {"file": file, "heldout": 1, "workers": 1}}
