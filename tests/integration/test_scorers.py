@@ -125,7 +125,7 @@ def test_a_replica_that_cannot_score_says_why_and_the_next_one_is_asked_at_once(
 
 
 def test_what_no_replica_can_score_is_asked_again_as_seldom_as_of_one_that_is_late(make):
-    broker = make(obrs=ObrsSection(), broker={"score_timeout_s": 2.0})
+    broker = make(obrs=ObrsSection(), broker={"score_timeout_s": 1.0})
     learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
     replicas = [Peer(broker, "replica", f"replica-{n}") for n in range(2)]
     for g in actor.expect(wire.Grant).groups.tolist():
