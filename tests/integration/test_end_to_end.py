@@ -152,6 +152,7 @@ def assert_time_is_accounted_for(run):
     assert judged.bottleneck is not None and judged.recommendation is not None
 
 
+@pytest.mark.slow
 def test_synchronous_runs_of_one_actor_repeat_their_reward_curve(tmp_path, model):
     overrides = ("run.steps=6", "staleness.budget=0", "actor.count=1", "evaluation.every=3")
     parts = ("broker", "learner", "replica-0", "actor-0")

@@ -348,6 +348,7 @@ def test_whatever_agents_do_each_place_is_filled_once_with_what_was_sampled(chat
     assert np.diff(message.cu_seqlens).max() <= table.config.rollout.max_length
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_what_agents_caused(chat_model, questions, tmp_path):
     overrides = [
         "run.steps=3", "task.name=agent", "task.params.agent=tests.integration.agents:openai_turns",
