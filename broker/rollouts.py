@@ -223,7 +223,7 @@ class Rollouts:
                 case "cleared":
                     self._alert(peer.name, "cleared", f"groups of {peer.name} come to be whole again")
                     setbacks.forget(peer.name)
-        if setbacks.lasting and not pipeline.counts["groups_whole"] and pipeline.committed_step < 0:
+        if not pipeline.counts["groups_whole"] and pipeline.committed_step < 0 and setbacks.lasting:
             actors = [peer.name for peer in self.door.roster.role("actor")]
             if not any(book.in_flight(actor) for actor in actors):
                 setbacks.check(actors)

@@ -47,7 +47,7 @@ from learner.logprobs import Head, score_tokens, target_positions
 from learner.mesh import COLLECTIVE_TIMEOUT_S, Mesh
 from learner.model.decoder import Decoder
 from learner.step import micro_batches
-from learner.weights.group import Adopter, are_same, join, unpack
+from learner.weights.group import Adopter, join, unpack
 
 MAX_REASON = 500  # characters of why a request cannot be scored
 IDLE_WAIT_S = 0.01  # how long an idle replica blocks for a message before it looks for new weights
@@ -157,7 +157,7 @@ class PolicyScorer:
     def _check(self, staged: StagedWeights) -> None:
         """Raises :class:`DataError` unless its tensors are the model's."""
         buckets = [bucket for bucket, _ in staged.buckets]
-        if are_same(buckets, self._checked):
+        if buckets == self._checked:
             return
         received = {slot.name: slot.shape for bucket in buckets for slot in bucket.slots}
         odd = {name for name in set(self._places) ^ set(received) if not is_frozen(name, self._frozen)}

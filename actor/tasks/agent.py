@@ -212,8 +212,8 @@ def _read_questions(path: str, in_environment: bool) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         questions.append(read_row(line, f"{path}:{number}"))
-        size = len(f"{QUESTION}={json.dumps(questions[-1])}") + 1
-        if in_environment and size > LONGEST:
+        size = len(f"{QUESTION}={json.dumps(questions[-1])}") + 1 if in_environment else 0
+        if size > LONGEST:
             raise TaskError(
                 f"{path}:{number}: takes {size} bytes of a command's environment, where {LONGEST} have room; "
                 "put a file's path in its place, or play it with task.params.agent"

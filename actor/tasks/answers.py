@@ -54,22 +54,12 @@ def last_tagged(text: str) -> str | None:
 
 def marked(text: str) -> str | None:
     """The answer that ``text`` marks as such; None if it marks none."""
-    found = enclosed(text)
-    return said(text) if found is None else found
-
-
-def enclosed(text: str) -> str | None:
-    """An answer that is marked by more than words: in a box, in tags, behind ``####``."""
     if (boxed := last_boxed(text)) is not None:
         return boxed
     if (tagged := last_tagged(text)) is not None:
         return _plain(tagged)
-    return _last(_HASHES, text)
-
-
-def said(text: str) -> str | None:
-    """What follows the last ``answer:`` or ``the answer is`` on its line, which may be a sentence."""
-    return _last(_SAID, text)
+    found = _last(_HASHES, text)
+    return _last(_SAID, text) if found is None else found
 
 
 def _last(pattern: re.Pattern[str], text: str) -> str | None:

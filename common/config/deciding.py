@@ -105,7 +105,7 @@ class BrokerSection:
     retain_mb: float = 256.0  # committed shards kept for a learner that resumes
     heartbeat_s: float = 1.0
     peer_timeout_s: float = 15.0  # a silent peer is dropped and its groups are granted again
-    group_timeout_s: float = 7200.0  # from a group's grant to its last sibling; then it is given up, and granted again
+    group_timeout_s: float = 7200.0  # from a group's grant to its last sibling; what is missing then has failed
     assemble_ahead: int = 1  # versions between scoring and training; 0 scores with the learner's own, at its pace
     score_timeout_s: float = 60.0
     verify_rate: float = 0.25  # share of the trajectories whose claimed probabilities are checked against the scores

@@ -128,7 +128,7 @@ class Adopter:
         buckets, flats = [bucket for bucket, _ in staged.buckets], [flat for _, flat in staged.buckets]
         start = flats[0].data_ptr() if flats else 0
         lie = [(flat.data_ptr() - start, flat.device) for flat in flats]
-        if lie != self._known[1] or not are_same(buckets, self._known[0]):
+        if (buckets, lie) != self._known:  # quick where a receiver hands out the same buckets again
             self._known, self._plan = (buckets, lie), self._planned(buckets, lie)
         if self._plan is None:
             return False
@@ -167,11 +167,6 @@ class _Plan:
 
     homes: list[tuple[torch.nn.Parameter, tuple[int, TensorSlot]]] = field(default_factory=list)
     copies: list[tuple[torch.Tensor, tuple[int, TensorSlot]]] = field(default_factory=list)
-
-
-def are_same(buckets: list[Bucket], others: list[Bucket]) -> bool:
-    """Whether they are the same objects: a receiver plans anew only where the tensors are others."""
-    return len(buckets) == len(others) and all(a is b for a, b in zip(buckets, others, strict=True))
 
 
 def unpack(buckets: list[tuple[Bucket, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
