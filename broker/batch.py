@@ -7,14 +7,15 @@ not of when they arrived.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
 
 from broker.advantages import group_advantages, overlong_penalty, without_signal
 from broker.blocks import block_advantages
-from broker.groups import Trajectory
 from broker.mixing import Mixed, Scales, mix
+from broker.trajectories import Piece, Trajectory, gather, pieces_of
 from common.config import RunConfig
 from common.objective import AdvantageSection
 from common.ragged import count
@@ -48,6 +49,7 @@ class Batch:
     whole: bool  # every sampled token is in the loss
     plain: bool  # so is every trajectory (:attr:`Trajectory.plain`), and whole
     members: list[Trajectory]  # [B]; what is not copied together stays in the frames that it arrived in
+    pieces: list[Piece]  # where their tokens lie
     actors: list[str]  # [B] who sampled each
     sources: list[tuple[int, int]]  # [B] where the journal holds each trajectory
 
@@ -70,24 +72,23 @@ class Batch:
     @cached_property
     def token_ids(self) -> NDArray[np.int32]:
         """``[N]``."""
-        return np.concatenate([t.token_ids for t in self.members])
+        return gather(self.pieces, "token_ids")
 
     @cached_property
     def log_q(self) -> NDArray[np.float32]:
         """``[N]``."""
-        return np.concatenate([t.log_q for t in self.members])
+        return gather(self.pieces, "log_q")
 
     @cached_property
     def versions(self) -> NDArray[np.int32]:
         """``[N]``."""
-        return np.concatenate([t.versions for t in self.members])
+        return gather(self.pieces, "versions")
 
-    def token_ids_of(self, members: NDArray[np.int64]) -> NDArray[np.int32]:
-        """Those of trajectories ``members`` end to end."""
+    def pieces_of(self, members: NDArray[np.int64]) -> list[Piece]:
+        """Where the tokens of trajectories ``members``, ascending, lie."""
         if len(members) == len(self.members):
-            return self.token_ids
-        found = [self.members[i].token_ids for i in members.tolist()]
-        return np.concatenate(found) if found else np.zeros(0, np.int32)
+            return self.pieces
+        return pieces_of(map(self.members.__getitem__, members.tolist()))
 
     @cached_property
     def on(self) -> NDArray[np.bool_]:
@@ -106,7 +107,7 @@ class Batch:
     @cached_property
     def counted_tokens(self) -> NDArray[np.int64]:
         """Tokens in the loss, of each trajectory ``[B]``: the sampled, and exemplars'."""
-        if self.trainable.max(initial=0) <= 1:
+        if self.plain or self.trainable.max(initial=0) <= 1:
             return self.sampled_tokens
         return count(self.trainable > 0, self.cu_seqlens)
 
@@ -157,6 +158,12 @@ class Batch:
         """Which trajectory each token belongs to ``[N]``."""
         return np.repeat(np.arange(len(self.groups)), np.diff(self.cu_seqlens))
 
+    def owners(self, cuts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Which trajectory each piece between ``cuts`` (as fine as ``cu_seqlens`` or finer) belongs to."""
+        if cuts is self.cu_seqlens:
+            return np.arange(len(self.members))
+        return np.searchsorted(self.cu_seqlens, cuts[:-1], side="right") - 1
+
     @cached_property
     def nbytes(self) -> int:
         """Bytes held; asked for at every grant."""
@@ -165,24 +172,22 @@ class Batch:
     @property
     def topk_ids(self) -> NDArray[np.int32]:
         """``[N, k]``, copied together at every call."""
-        return np.concatenate([t.topk_ids for t in self.members])
+        return gather(self.pieces, "topk_ids")
 
     @property
     def topk_log_q(self) -> NDArray[np.float32]:
         """``[N, k]``, copied together at every call."""
-        return np.concatenate([t.topk_log_q for t in self.members])
+        return gather(self.pieces, "topk_log_q")
 
     @property
     def alternatives(self) -> int:
         """k."""
-        return self.members[0].topk_ids.shape[1] if self.members else 0
+        return self.members[0].message.topk_ids.shape[1] if self.members else 0
 
-    def experts(self, members: NDArray[np.int64]) -> NDArray[np.uint16]:
-        """Records of trajectories ``members`` end to end, ``[their tokens, R]``, copied together at every call."""
-        routed = self.members[0].experts.shape[1] if self.members else 0
-        if routed and len(members):
-            return np.concatenate([self.members[i].experts for i in members])
-        return np.zeros((int(np.diff(self.cu_seqlens)[members].sum()), routed), np.uint16)
+    @property
+    def experts(self) -> NDArray[np.uint16]:
+        """``[N, R]``, copied together at every call."""
+        return gather(self.pieces, "experts")
 
 
 def _histogram(keys: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -199,7 +204,8 @@ def copies_of(sizes: NDArray[np.int64], group_size: int) -> NDArray[np.float64]:
 
 def collate(step: int, members: Sequence[Trajectory], config: RunConfig, scales: Scales | None = None) -> Batch:
     """Pack whole groups, their advantages computed before any rejection; ``scales``: see :mod:`broker.mixing`."""
-    ordered = sorted(members, key=lambda t: (t.group, t.sibling))
+    ordered = sorted(members, key=attrgetter("group", "sibling"))
+    pieces = pieces_of(ordered)
     section = config.advantage
     rewards = np.array([t.reward for t in ordered], np.float32)
     groups = np.array([t.group for t in ordered], np.int64)
@@ -212,10 +218,11 @@ def collate(step: int, members: Sequence[Trajectory], config: RunConfig, scales:
         lengths = np.array([t.sampled_tokens for t in ordered], np.int64)
         shaped = shaped + overlong_penalty(lengths, config.rollout.max_sampled, section.overlong_buffer)
     advantages = group_advantages(shaped, sizes, config.rollout.group_size, section)
-    sampled = np.concatenate([t.trainable for t in ordered])
+    sampled = gather(pieces, "trainable")
     trainable = _trainable(sampled, ordered, shaped, sizes, truncated, section)
-    cu_seqlens = np.concatenate(([0], np.cumsum([len(t.token_ids) for t in ordered], dtype=np.int64)))
-    starts = np.flatnonzero(trainable == STARTS)
+    cu_seqlens = np.concatenate(([0], np.cumsum([t.length for t in ordered], dtype=np.int64)))
+    plain = trainable is sampled and all(t.plain for t in ordered)
+    starts = np.zeros(0, np.int64) if plain else np.flatnonzero(trainable == STARTS)
     spans, span_advantages, span_scale = cu_seqlens, advantages, None
     if section.blocks != "off":
         spans, span_advantages, span_scale = _block_spans(ordered, cu_seqlens, groups, sizes, config)
@@ -241,8 +248,9 @@ def collate(step: int, members: Sequence[Trajectory], config: RunConfig, scales:
         segments=np.union1d(cu_seqlens, starts) if len(starts) else cu_seqlens,
         trainable=np.where(trainable == STARTS, np.uint8(0), trainable) if len(starts) else trainable,
         whole=trainable is sampled,
-        plain=trainable is sampled and all(t.plain for t in ordered),
+        plain=plain,
         members=ordered,
+        pieces=pieces,
         actors=[t.actor for t in ordered],
         sources=[t.source for t in ordered],
     )
@@ -269,7 +277,7 @@ def _trainable(
         unwanted |= truncated
     if not unwanted.any() or not any(t.sampled_tokens and not off for t, off in zip(ordered, unwanted, strict=True)):
         return trainable
-    off = np.repeat(unwanted, [len(t.token_ids) for t in ordered]) & (trainable != STARTS)
+    off = np.repeat(unwanted, [t.length for t in ordered]) & (trainable != STARTS)
     return np.where(off, np.uint8(0), trainable)
 
 

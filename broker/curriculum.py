@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from broker.groups import Trajectory
+from broker.trajectories import Trajectory
 from common.config import RunConfig
 from common.questions import question_of
 

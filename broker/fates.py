@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from broker.batch import Batch
-from broker.groups import Trajectory
+from broker.trajectories import Trajectory
 
 TRAINED, DROPPED = "trained", "dropped"
 STRATA = ("length", "reward", "lag", "task")

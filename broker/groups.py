@@ -1,94 +1,17 @@
 """Groups of sibling trajectories: completion in any order, and tombstones for those that never will."""
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.wire import Trajectories
+from broker.trajectories import LoadTrajectory, Trajectory
 
-NO_BLOCKS, NO_REWARDS = np.zeros((0, 4), np.int32), np.zeros(0, np.float32)
-TOKEN_BYTES = 4 + 1 + 4 + 4  # id, trainable, log_q, version
 NAMED = 4  # of those that are waited for
 TOMBSTONES_KEPT = 20_000  # late messages of older groups are refused as unknown, with the same effect
-
-
-@dataclass(slots=True, eq=False)  # not frozen: making it would take three times as long
-class Trajectory:
-    """One sibling; arrays are views of the frame it arrived in. ``T`` counts prompt and completion."""
-
-    group: int
-    sibling: int
-    reward: float
-    token_ids: NDArray[np.int32]  # [T]
-    trainable: NDArray[np.uint8]  # [T]
-    log_q: NDArray[np.float32]  # [T]
-    versions: NDArray[np.int32]  # [T]
-    topk_ids: NDArray[np.int32]  # [T, k]
-    topk_log_q: NDArray[np.float32]  # [T, k]
-    experts: NDArray[np.uint16]  # [T, R]
-    truncated: bool
-    oldest_version: int  # of its oldest sampled token
-    sampled_tokens: int
-    actor: str = ""
-    source: tuple[int, int] = (-1, 0)  # the journal's event that brought it, and its place in that message
-    channels: dict[str, float] = field(default_factory=dict)  # the reward's parts by name
-    prompt: int = 0  # that its group was granted for: which task's and which question, says task.mix
-    blocks: NDArray[np.int32] = field(default_factory=lambda: NO_BLOCKS)  # [k, 4] which, outcome before, first, end
-    block_rewards: NDArray[np.float32] = field(default_factory=lambda: NO_REWARDS)  # [k]
-    nbytes: int = 0  # held in the queue
-    plain: bool = False  # one version, no log_q where nothing was sampled, no role but 0 and 1; False: perhaps
-
-    @property
-    def place(self) -> list[int]:
-        """Where it is found again, for a :data:`LoadTrajectory`."""
-        return [*self.source, self.prompt]
-
-
-LoadTrajectory = Callable[[int, int, int], Trajectory]  # by its source in the journal, and its prompt
-
-
-def unpack_all(
-    message: Trajectories, actor: str = "", seq: int = -1, prompts: Sequence[int] | None = None
-) -> list[Trajectory]:
-    """The trajectories of a message, without a copy; ``prompts`` are those of their groups."""
-    oldest, sampled = message.summary
-    n, cuts, names, plain = len(oldest), message.cuts, message.channel_names, message.is_plain
-    of = prompts if prompts is not None else [0] * n
-    blocks, block_rewards = _blocks_of(message)
-    ids, trainable, log_q, versions = message.token_ids, message.trainable, message.log_q, message.versions
-    topk_ids, topk_log_q, experts = message.topk_ids, message.topk_log_q, message.experts
-    beside = sum(array.itemsize * array.shape[1] for array in (topk_ids, topk_log_q, experts))
-    heads = zip(
-        message.groups.tolist(), message.siblings.tolist(), message.rewards.tolist(), message.finish.tolist(),
-        message.channels.tolist(), blocks, block_rewards, strict=True,
-    )  # fmt: skip
-    found = []
-    for i, (group, sibling, reward, finish, channels, of_blocks, of_rewards) in enumerate(heads):
-        at = slice(cuts[i], cuts[i + 1])
-        found.append(
-            Trajectory(
-                group, sibling, reward, ids[at], trainable[at], log_q[at], versions[at],
-                topk_ids[at], topk_log_q[at], experts[at], finish == 1, oldest[i], sampled[i],
-                actor, (seq, i), dict(zip(names, channels, strict=True)), of[i], of_blocks, of_rewards,
-                (cuts[i + 1] - cuts[i]) * (TOKEN_BYTES + beside), plain,
-            )
-        )  # fmt: skip
-    return found
-
-
-def _blocks_of(message: Trajectories) -> tuple[list[NDArray[np.int32]], list[NDArray[np.float32]]]:
-    """The blocks of each trajectory and their rewards."""
-    n = len(message.groups)
-    if not len(message.blocks):
-        return [NO_BLOCKS] * n, [NO_REWARDS] * n
-    cuts = np.searchsorted(message.blocks[:, 0], np.arange(n + 1)).tolist()
-    pieces = [slice(a, b) for a, b in pairwise(cuts)]
-    return [message.blocks[of, 1:] for of in pieces], [message.block_rewards[of] for of in pieces]
 
 
 @dataclass
@@ -156,18 +79,32 @@ class GroupBook:
             return False
         return sibling not in entry.members and sibling not in entry.failed
 
+    def awaits_all(self, group: int, siblings: Collection[int], actor: str) -> bool:
+        """Whether ``siblings``, each named once, are all awaited of ``actor``: :meth:`answer` is None for each."""
+        entry = self._groups.get(group)
+        if entry is None or entry.actor != actor or not siblings or len(set(siblings)) < len(siblings):
+            return False
+        if min(siblings) < 0 or max(siblings) >= self.group_size:
+            return False
+        return entry.members.keys().isdisjoint(siblings) and entry.failed.isdisjoint(siblings)
+
+    def add_all(self, group: int, trajectories: Sequence[Trajectory]) -> bool:
+        """Take siblings of ``group`` that are all awaited; returns whether it is now settled."""
+        entry = self._groups[group]
+        for trajectory in trajectories:
+            entry.members[trajectory.sibling] = trajectory
+            self.nbytes += trajectory.nbytes
+        self.held += len(trajectories)
+        settled = entry.is_settled(self.group_size)
+        self._owed[entry.actor] -= settled
+        return settled
+
     def add(self, trajectory: Trajectory) -> tuple[bool, bool]:
         """Take a trajectory; returns (is new, its group is now settled)."""
         entry = self._groups[trajectory.group]
         if trajectory.sibling in entry.members or trajectory.sibling in entry.failed:
             return False, False
-        entry.members[trajectory.sibling] = trajectory
-        self.nbytes += trajectory.nbytes
-        self.held += 1
-        settled = entry.is_settled(self.group_size)
-        if settled:
-            self._owed[entry.actor] -= 1
-        return True, settled
+        return True, self.add_all(trajectory.group, [trajectory])
 
     def fail(self, group: int, sibling: int) -> bool:
         """``sibling`` (-1: all that are missing) will never come; returns whether the group is settled by that."""
@@ -189,7 +126,8 @@ class GroupBook:
 
     def members(self, group: int) -> list[Trajectory]:
         """Siblings in order."""
-        return [t for _, t in sorted(self._groups[group].members.items())]
+        found = self._groups[group].members
+        return [found[sibling] for sibling in sorted(found)]
 
     def groups(self) -> list[int]:
         """Every group granted and not assembled."""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from broker.groups import Trajectory
+from broker.trajectories import Trajectory
 from common.config import RunConfig
 
 EPSILON = 1e-6  # added to a deviation

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from broker.aggregation import block_weights, span_weights
 from broker.batch import Batch
 from broker.decision import Decision
+from broker.trajectories import gather
 from common.config import RunConfig
 from common.objective import Aggregate
 from common.ragged import count
@@ -22,23 +23,27 @@ def balance(lengths: NDArray[np.int64], ranks: int) -> list[NDArray[np.int64]]:
     maximum); ties go to the lower rank and the lower index, so the result is a function of the
     lengths alone. A rank may stay empty when there are fewer trajectories than ranks.
     """
-    order = np.argsort(-lengths, kind="stable")
+    order, sizes = np.argsort(-lengths, kind="stable").tolist(), lengths.tolist()
     heap = [(0, rank) for rank in range(ranks)]
     assigned: list[list[int]] = [[] for _ in range(ranks)]
-    for index in order.tolist():
-        load, rank = heapq.heappop(heap)
+    for index in order:
+        load, rank = heap[0]
         assigned[rank].append(index)
-        heapq.heappush(heap, (load + int(lengths[index]), rank))
+        heapq.heapreplace(heap, (load + sizes[index], rank))
     return [np.array(sorted(part), np.int64) for part in assigned]
 
 
 def runs(members: NDArray[np.int64]) -> list[tuple[int, int]]:
     """Ascending ``members`` as ranges of consecutive trajectories, so that they can be copied in one piece each."""
-    if not len(members):
-        return []
-    cuts = np.flatnonzero(np.diff(members) != 1) + 1
-    firsts, lasts = members[np.concatenate(([0], cuts))], members[np.concatenate((cuts - 1, [len(members) - 1]))]
-    return list(zip(firsts.tolist(), (lasts + 1).tolist(), strict=True))
+    found: list[tuple[int, int]] = []
+    first, end = 0, -1
+    for member in members.tolist():
+        if member != end:
+            if end >= 0:
+                found.append((first, end))
+            first = member
+        end = member + 1
+    return [*found, (first, end)] if end >= 0 else found
 
 
 def weights_of(batch: Batch, decision: Decision, aggregate: Aggregate, longest: int) -> NDArray[np.float32]:
@@ -49,7 +54,7 @@ def weights_of(batch: Batch, decision: Decision, aggregate: Aggregate, longest: 
         tokens = batch.counted_tokens
     else:
         tokens = count(batch.trainable > 0, batch.spans)
-    owner = np.searchsorted(batch.cu_seqlens, batch.spans[:-1], side="right") - 1
+    owner = batch.owners(batch.spans)
     if batch.span_scale is not None:
         weights = block_weights(tokens, owner, batch.copies, batch.span_scale)
     else:
@@ -74,10 +79,10 @@ def make_shards(
     if batch.counted_tokens is not batch.sampled_tokens:
         accept = np.where(batch.trainable == EXPERT, np.uint8(EXPERT), accept)
     weights = weights_of(batch, decision, config.loss.aggregate, config.rollout.max_sampled)
-    lengths = np.diff(batch.cu_seqlens)
+    cuts = batch.cu_seqlens.tolist()
     shards = []
-    for rank, members in enumerate(balance(lengths, world)):
-        ranges = [(int(batch.cu_seqlens[a]), int(batch.cu_seqlens[b])) for a, b in runs(members)]
+    for rank, members in enumerate(balance(np.diff(batch.cu_seqlens), world)):
+        ranges, pieces = [(cuts[a], cuts[b]) for a, b in runs(members)], batch.pieces_of(members)
 
         made: dict[int, NDArray[Any]] = {}  # by identity: with rejection off three arrays are one
 
@@ -88,8 +93,10 @@ def make_shards(
                 made[id(array)] = _pieces(array, ranges)
             return made[id(array)]
 
-        segments, rows = _cut(batch.segments, batch.cu_seqlens, members)
-        spans, inside = _cut(batch.spans, batch.cu_seqlens, members, which=True)
+        segments, rows, _ = _cut(batch, batch.segments, members)
+        spans, _, inside = (
+            (segments, rows, rows) if batch.spans is batch.segments else _cut(batch, batch.spans, members)
+        )
         shards.append(
             Shard(
                 step=batch.step,
@@ -103,13 +110,13 @@ def make_shards(
                 spans=spans,
                 advantages=batch.span_advantages[inside],
                 weights=weights[inside],
-                token_ids=batch.token_ids_of(members),
+                token_ids=gather(pieces, "token_ids") if pieces else batch.token_ids[:0],
                 trainable=part(batch.trainable),
                 accept=part(accept),
                 log_q=part(batch.own_log_q),
                 log_m=part(decision.log_m),
                 log_p=part(decision.log_p),
-                experts=batch.experts(members),
+                experts=gather(pieces, "experts") if pieces else batch.experts[:0],
                 log_reference=None if log_reference is None else part(log_reference),
                 log_teacher=None if log_teacher is None else part(log_teacher),
             )
@@ -125,13 +132,18 @@ def _pieces(array: NDArray[Any], ranges: list[tuple[int, int]]) -> NDArray[Any]:
 
 
 def _cut(
-    cuts: NDArray[np.int64], cu_seqlens: NDArray[np.int64], members: NDArray[np.int64], which: bool = False
-) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    batch: Batch, cuts: NDArray[np.int64], members: NDArray[np.int64]
+) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
     """Pieces ``cuts`` (as fine as ``cu_seqlens`` or finer) of trajectories ``members``, end to end.
 
-    Returns their offsets and the trajectory of each, or with ``which`` its own number.
+    Returns their offsets, the trajectory of each, and its own number.
     """
-    owner = np.searchsorted(cu_seqlens, cuts[:-1], side="right") - 1
-    inner = members if len(owner) == len(cu_seqlens) - 1 else np.flatnonzero(np.isin(owner, members))
-    offsets = np.concatenate(([0], np.cumsum(np.diff(cuts)[inner]))).astype(np.int32)
-    return offsets, inner if which else owner[inner]
+    if cuts is batch.cu_seqlens:
+        owner, inner = members, members
+    else:
+        of = batch.owners(cuts)
+        inner = np.flatnonzero(np.isin(of, members))
+        owner = of[inner]
+    offsets = np.zeros(len(inner) + 1, np.int32)
+    np.cumsum(np.diff(cuts)[inner], out=offsets[1:])
+    return offsets, owner, inner

@@ -17,11 +17,12 @@ import numpy as np
 
 from broker.curriculum import Curriculum
 from broker.fates import Fates
-from broker.groups import GroupBook, LoadTrajectory, Trajectory, unpack_all
+from broker.groups import GroupBook
 from broker.ledger import StalenessLedger
 from broker.mixing import mix
 from broker.scoring import Asked
 from broker.steps import DecidedStep, LoadScores, Steps
+from broker.trajectories import LoadTrajectory, Trajectory, unpack_all
 from common.config import MEGABYTE, RunConfig
 from common.errors import ProtocolError
 from common.frozen import words_of
@@ -149,6 +150,9 @@ class Pipeline:
 
     def take(self, arrived: Arrived, actor: str) -> Ack:
         """The changing part of :meth:`admit`."""
+        if self._is_sound(arrived, actor):
+            self._take_all(arrived.trajectories)
+            return Ack([""] * len(arrived.trajectories), arrived.message.groups, arrived.message.siblings)
         reasons = []
         for index, trajectory in enumerate(arrived.trajectories):
             group = trajectory.group
@@ -166,6 +170,16 @@ class Pipeline:
                 self.refused[reason] += 1
             reasons.append(reason)
         return Ack(reasons, arrived.message.groups, arrived.message.siblings)
+
+    def _is_sound(self, arrived: Arrived, actor: str) -> bool:
+        """Whether nothing is wrong with a message of one group's siblings, as is usual."""
+        message = arrived.message
+        group = message.sole_group
+        if group is None or arrived.faults or arrived.misfit:
+            return False
+        if not self.book.awaits_all(group, message.siblings.tolist(), actor):
+            return False
+        return min(message.summary[0]) >= self.book.min_version(group)
 
     def refuse(self, group: int, reason: str) -> None:
         """A trajectory of ``group`` came that was not even looked into (:mod:`broker.sifting`)."""
@@ -194,10 +208,17 @@ class Pipeline:
         if not is_new:
             self.counts["repeats"] += 1
             return
-        self.counts["trajectories_acked"] += 1
-        self.counts["tokens_generated"] += trajectory.sampled_tokens
+        self._taken([trajectory], complete)
+
+    def _take_all(self, trajectories: Sequence[Trajectory]) -> None:
+        """Siblings of one group with which nothing is wrong."""
+        self._taken(trajectories, self.book.add_all(trajectories[0].group, trajectories))
+
+    def _taken(self, trajectories: Sequence[Trajectory], complete: bool) -> None:
+        self.counts["trajectories_acked"] += len(trajectories)
+        self.counts["tokens_generated"] += sum(t.sampled_tokens for t in trajectories)
         if complete:
-            self._settle(trajectory.group, "sibling_failed")
+            self._settle(trajectories[0].group, "sibling_failed")
 
     def _settle(self, group: int, reason: str) -> None:
         """Nothing more will come of ``group``: train what there is of it, or give it up."""

@@ -224,13 +224,11 @@ class Recorder:
 
     def admit(self, message: wire.Trajectories, actor: str, newest_version: int) -> wire.Ack:
         """See :meth:`Pipeline.admit`; what is not awaited is answered and not written down."""
-        tracer = self.tracer
-        began, cpu = tracer.now(), tracer.cpu()
-        with tracer.within("admit"):
-            ack = self._admit(message, actor, newest_version)
         count = len(message.groups)
-        tracer.tally("admit", power_of_two(count), tracer.now() - began, tracer.cpu() - cpu, count)
-        self.trail.settled(message.groups.tolist())
+        with self.tracer.measured("admit", power_of_two(count), count):
+            ack = self._admit(message, actor, newest_version)
+        if self.tracer.on:
+            self.trail.settled(message.groups.tolist())
         return ack
 
     def _admit(self, message: wire.Trajectories, actor: str, newest_version: int) -> wire.Ack:

@@ -4,10 +4,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from broker.fixed import changed, fixed_settings
-from broker.groups import Trajectory, unpack_all
 from broker.journal import Event, Journal
 from broker.pipeline import Pipeline
 from broker.recorder import CHECKS, apply, difference
+from broker.trajectories import Trajectory, unpack_all
 from common import wire
 from common.codec import decode
 from common.config import RunConfig

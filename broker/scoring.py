@@ -82,17 +82,16 @@ def ask(batch: Batch, scorer: str, number: int, min_version: int, config: RunCon
     """
     temperature, wanted = config.rollout.temperature, batch.on.view(np.uint8)
     if scorer == POLICY:
-        experts = batch.experts(np.arange(len(batch.members)))
         offsets = batch.segments.astype(np.int32)
         request = ScoreRequest(
-            number, min_version, temperature, offsets, batch.token_ids, wanted, batch.topk_ids, experts
+            number, min_version, temperature, offsets, batch.token_ids, wanted, batch.topk_ids, batch.experts
         )
         return Asked(scorer, request, np.ones(len(wanted), np.bool_))
     mine = _trajectories(batch, config, scorer)
     tokens = np.repeat(mine, np.diff(batch.cu_seqlens))
     if not wanted[tokens].any():
         return None
-    owner = np.searchsorted(batch.cu_seqlens, batch.segments[:-1], side="right") - 1
+    owner = batch.owners(batch.segments)
     lengths = np.diff(batch.segments)[mine[owner]]
     offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
     none = np.zeros((int(offsets[-1]), 0), np.int32)

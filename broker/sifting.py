@@ -5,6 +5,7 @@ awaits costs neither disk nor memory, however often it is sent.
 """
 
 from dataclasses import dataclass, field
+from operator import sub
 
 from broker.pipeline import Pipeline
 from common.wire import Ack, Trajectories
@@ -27,10 +28,13 @@ class Sifted:
 
 def sift(message: Trajectories, actor: str, pipeline: Pipeline) -> Sifted:
     """Look at identities, lengths and widths alone; counts what it turns away in :attr:`Pipeline.turned_away`."""
+    misfit, cuts, siblings = pipeline.misfit(message), message.cuts, message.siblings.tolist()
+    book, longest, group = pipeline.book, pipeline.max_length, message.sole_group
+    fits = not misfit and max(map(sub, cuts[1:], cuts), default=0) <= longest
+    if fits and group is not None and book.awaits_all(group, siblings, actor):  # as is usual
+        return Sifted(list(range(len(siblings))), [""] * len(siblings))
     found, seen = Sifted(), set[tuple[int, int]]()
-    book, misfit, longest = pipeline.book, pipeline.misfit(message), pipeline.max_length
-    cuts = message.cuts
-    for index, identity in enumerate(zip(message.groups.tolist(), message.siblings.tolist(), strict=True)):
+    for index, identity in enumerate(zip(message.groups.tolist(), siblings, strict=True)):
         group, sibling = identity
         answer = book.answer(group, sibling, actor)
         if answer is None:

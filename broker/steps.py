@@ -18,11 +18,11 @@ import numpy as np
 
 from broker.batch import Batch, collate
 from broker.decision import Decision, Rule, Scores, accept_all, reject, thin_again, trainable_scores
-from broker.groups import LoadTrajectory, Trajectory
 from broker.mixing import Running, pack_scales, unpack_scales
 from broker.packing import make_shards
 from broker.receipts import receipt
 from broker.scoring import NOTHING, Asked, FrozenScores, Scoring, ask, gather
+from broker.trajectories import LoadTrajectory, Trajectory
 from common.budget import BudgetController, ThresholdController
 from common.config import MEGABYTE, ObrsSection, RunConfig
 from common.ess import EssController

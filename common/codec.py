@@ -90,8 +90,8 @@ def encode(message: Any) -> list[Any]:
     layout = _layout(kind)
     plain = {name: getattr(message, name) for name in layout.plain}
     arrays = {}
-    for name, (dtype, ndim) in layout.arrays.items():
-        value = np.ascontiguousarray(getattr(message, name), dtype=dtype)
+    for name, _, ndim, kind_of_items, _ in layout.rows:
+        value = np.ascontiguousarray(getattr(message, name), kind_of_items)
         if value.ndim != ndim:
             raise WireError(f"{message.TAG}.{name}: has shape {value.shape}, needs {ndim} axes")
         arrays[name] = value

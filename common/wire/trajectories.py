@@ -33,14 +33,19 @@ MAX_BLOCKS = 256  # blocks of one trajectory
 MAX_MEMBERS = 8192  # trajectories of one message: its Ack says something of each
 
 
+def _greatest(values: NDArray[Any]) -> Any:
+    """Of some values: :meth:`max` without its Python."""
+    return np.maximum.reduce(values, axis=None)
+
+
 def _are_log_probabilities(values: Float32) -> bool:
     """Finite and not above 0; NaN is not below anything."""
-    return bool(values.max() <= LOG_Q_TOLERANCE and values.min() > -math.inf)
+    return bool(_greatest(values) <= LOG_Q_TOLERANCE and np.minimum.reduce(values, axis=None) > -math.inf)
 
 
 def _are_below(ids: Int32, size: int) -> bool:
     """``0 <= ids < size``; read as unsigned, negative ones are the largest."""
-    return bool(ids.view(np.uint32).max() < size)
+    return bool(_greatest(ids.view(np.uint32)) < size)
 
 
 @dataclass
@@ -133,6 +138,20 @@ class Trajectories(Routed):
         )
 
     @cached_property
+    def sole_group(self) -> int | None:
+        """The group of all trajectories; None if they are of several, or none."""
+        groups = self.groups.tolist()
+        return groups[0] if groups and groups.count(groups[0]) == len(groups) else None
+
+    @cached_property
+    def block_cuts(self) -> list[int]:
+        """``[B+1]`` numbers: trajectory b owns blocks ``block_cuts[b]:block_cuts[b+1]``."""
+        if not len(self.blocks):
+            return [0] * (len(self.groups) + 1)
+        cuts: list[int] = np.searchsorted(self.blocks[:, 0], np.arange(len(self.groups) + 1)).tolist()
+        return cuts
+
+    @cached_property
     def cuts(self) -> list[int]:
         """``cu_seqlens`` as numbers."""
         cuts: list[int] = self.cu_seqlens.tolist()
@@ -144,6 +163,10 @@ class Trajectories(Routed):
         if len(self.trainable) and self.highest_role == 1:
             return self.trainable.view(np.bool_)
         return np.asarray(self.trainable == 1, np.bool_)
+
+    def forget_checks(self) -> None:
+        """Free what was made to check the contents and is as long as they are."""
+        self.__dict__.pop("sampled", None)
 
     @cached_property
     def single_version(self) -> int:

@@ -1,6 +1,5 @@
 """What the group book keeps count of equals what it holds, whatever happens to groups."""
 
-import dataclasses
 from collections import Counter
 
 import numpy as np
@@ -14,8 +13,8 @@ SIZE, GROUPS, ACTORS = 3, 4, ("a0", "a1")
 
 
 def one(group, sibling, tokens):
-    made = trajectory(group, sibling, 1.0, [0] + [1] * (tokens - 1), np.random.default_rng(0))
-    return dataclasses.replace(made, source=(group * SIZE + sibling, tokens))
+    roles = [0] + [1] * (tokens - 1)
+    return trajectory(group, sibling, 1.0, roles, np.random.default_rng(0), event=group * SIZE + sibling)
 
 
 @settings(deadline=None)

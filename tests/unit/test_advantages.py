@@ -14,11 +14,11 @@ from broker.aggregation import block_weights, span_weights
 from broker.batch import collate
 from broker.blocks import FIRST, block_advantages
 from broker.decision import accept_all
-from broker.groups import Trajectory
 from broker.packing import make_shards, weights_of
 from common.config import RolloutSection, RunConfig
 from common.errors import ConfigError
 from common.objective import GROUP_BASELINES, AdvantageSection, LossSection
+from tests.properties.made import sibling_of
 
 KINDS = ("grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "batch_mean", "scalerl", "none")
 PAGE = [1.0, 0, 0, 1, 0, 0, 0, 0]  # O1
@@ -279,11 +279,9 @@ def test_duplicating_a_blocks_tokens_changes_no_blocks_share():
 def member(group, sibling, reward, sampled, blocks=(), block_rewards=(), truncated=False):
     n = 2 + sampled
     on = (np.arange(n) >= 2).astype(np.uint8)
-    return Trajectory(
-        group, sibling, reward, np.arange(n, dtype=np.int32), on, np.where(on, np.float32(-1), np.float32(0)),
-        np.where(on, 0, -1).astype(np.int32), np.zeros((n, 0), np.int32), np.zeros((n, 0), np.float32),
-        np.zeros((n, 0), np.uint16), truncated, 0, sampled, "a", (sibling, 0), {"correct": reward},
-        blocks=np.array(blocks, np.int32).reshape(-1, 4), block_rewards=np.array(block_rewards, np.float32),
+    return sibling_of(
+        group, sibling, reward, np.arange(n), on, np.where(on, -1.0, 0.0), np.where(on, 0, -1), truncated=truncated,
+        event=sibling, blocks=blocks, block_rewards=block_rewards,
     )  # fmt: skip
 
 

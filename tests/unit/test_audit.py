@@ -5,10 +5,10 @@ import numpy as np
 from broker.audit import audit
 from broker.batch import Batch, collate
 from broker.decision import Rule, Scores, reject
-from broker.groups import Trajectory
 from broker.honesty import FEWEST, Honesty
 from broker.receipts import receipt
 from common.config import RolloutSection, RunConfig
+from tests.properties.made import sibling_of
 
 VOCAB = 12
 
@@ -37,24 +37,11 @@ def batch_of(
         claimed = claimed - np.log(np.exp(claimed).sum(-1, keepdims=True))
         rows = np.arange(length)
         members.append(
-            Trajectory(
-                index // 4,
-                index % 4,
-                float(rng.integers(0, 2)),
-                tokens.astype(np.int32),
-                np.ones(length, np.uint8),
-                claimed[rows, tokens].astype(np.float32),
-                np.zeros(length, np.int32),
-                np.zeros((length, 0), np.int32),
-                np.zeros((length, 0), np.float32),
-                np.zeros((length, 0), np.uint16),
-                False,
-                0,
-                length,
-                actor,
-                (index, 0),
+            sibling_of(
+                index // 4, index % 4, float(rng.integers(0, 2)), tokens, np.ones(length), claimed[rows, tokens],
+                np.zeros(length), actor=actor, event=index, channels={},
             )
-        )
+        )  # fmt: skip
         scores.append(log_p[rows, tokens])
     log_p = np.concatenate(scores).astype(np.float32)
     return collate(seed, members, CONFIG), Scores(0, log_p, np.zeros((len(log_p), 0), np.float32))

@@ -14,7 +14,7 @@ from actor.play import Play, open_task
 from actor.rollout import Turn
 from actor.tasks.base import Block, BlockTask, DemonstratedTask, make_task
 from actor.tasks.sort6 import encode
-from broker.groups import unpack_all
+from broker.trajectories import unpack_all
 from common.config import RolloutSection, RunConfig, TaskSection
 from common.errors import ConfigError, DataError, TaskError
 from common.objective import AdvantageSection

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broker.curriculum import MAX_QUESTIONS, RATES, Curriculum, History, pass_rate, passed
-from broker.groups import unpack_all
 from broker.journal import Journal
 from broker.pipeline import Pipeline
 from broker.recorder import Recorder, apply
 from broker.recovery import recover
+from broker.trajectories import unpack_all
 from common import wire
 from common.config import (
     AdvantageSection,

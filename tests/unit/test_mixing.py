@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker.groups import Trajectory, unpack_all
 from broker.journal import Journal
 from broker.mixing import EPSILON, Running, mix
 from broker.pipeline import Pipeline
 from broker.recorder import Recorder, decision_digests
 from broker.recovery import recover
+from broker.trajectories import Trajectory, unpack_all
 from common import wire
 from common.config import (
     AdvantageSection,

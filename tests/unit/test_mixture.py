@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from broker.batch import collate
 from broker.decision import reject
-from broker.groups import unpack_all
 from broker.pipeline import Pipeline
 from broker.receipts import receipt
+from broker.trajectories import unpack_all
 from common import wire
 from common.config import (
     ObrsSection,

@@ -13,9 +13,9 @@ from actor.outbox import Finished, pack
 from actor.rollout import Turn
 from broker.batch import collate
 from broker.decision import Rule, Scores, accept_all, reject
-from broker.groups import unpack_all
 from broker.packing import make_shards
 from broker.pipeline import Pipeline
+from broker.trajectories import unpack_all
 from common import wire
 from common.codec import decode, encode
 from common.config import RolloutSection, RunConfig, RunSection, StalenessSection

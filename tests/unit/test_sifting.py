@@ -9,6 +9,7 @@ from broker.journal import Journal
 from broker.pipeline import Pipeline
 from broker.recorder import Recorder
 from broker.recovery import recover
+from broker.trajectories import gather, pieces_of
 from common import wire
 from common.codec import decode, encode
 from tests.unit.test_pipeline import G, config, trajectories
@@ -87,10 +88,10 @@ def test_what_is_taken_of_a_message_keeps_nothing_else_of_it_in_memory(run: Run)
     alone = trajectories(run.first)
     for index, member in enumerate(run.pipeline.book.members(run.first)):
         at = slice(*alone.cu_seqlens[index : index + 2])
-        np.testing.assert_array_equal(member.token_ids, alone.token_ids[at])
-        np.testing.assert_array_equal(member.log_q, alone.log_q[at])
+        for name in ("token_ids", "log_q"):
+            np.testing.assert_array_equal(gather(pieces_of([member]), name), getattr(alone, name)[at])
         assert (member.sibling, member.reward) == (alone.siblings[index], alone.rewards[index])
-        owner = member.token_ids
+        owner = member.message.token_ids
         while owner.base is not None:
             owner = owner.base
         assert owner.nbytes == alone.token_ids.nbytes
