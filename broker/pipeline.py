@@ -33,7 +33,7 @@ RESAMPLE_STEPS = 8  # steps' worth of groups without signal in a row, after whic
 PROMPT_RETRIES = 3  # a prompt whose groups failed this often is left out
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Arrived:
     """A message's trajectories, and what is wrong with them."""
 

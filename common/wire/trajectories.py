@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Any, ClassVar
 
 import numpy as np
@@ -173,8 +173,13 @@ class Trajectories(Routed):
         """The version that sampled every sampled token and that no other token has; -1 if there is none such."""
         if not len(self.versions):
             return -1
-        newest = int(self.versions.max())
+        newest = self.newest_version
         return newest if newest >= 0 and not ((self.versions == newest) != self.sampled).any() else -1
+
+    @cached_property
+    def newest_version(self) -> int:
+        """Of any token, of which there is one."""
+        return int(_greatest(self.versions))
 
     @cached_property
     def is_plain(self) -> bool:
@@ -231,15 +236,15 @@ class Trajectories(Routed):
         oldest, _ = self.summary
         starts, role = self.cu_seqlens[:-1], self.highest_role
         return bool(
-            math.isfinite(sum(self.rewards.tolist()) + float(self.channels.sum()) + float(self.block_rewards.sum()))
+            math.isfinite(sum(chain(self.rewards.tolist(), *self.channels.tolist(), self.block_rewards.tolist())))
             and _are_log_probabilities(self.log_q)
             and _are_below(self.token_ids, vocab_size)
             and role <= EXPERT
             and (max(oldest) < NEVER or bool(self._exemplar_tokens()[np.array(oldest) == NEVER].all()))
             and min(oldest) >= 0
-            and self.versions.max() <= newest_version
+            and self.newest_version <= newest_version
             and self.cuts[-2] < len(self.token_ids)
-            and not self.trainable[starts].any()
+            and not any(self.trainable[starts].tolist())
             and (role < EXPERT or not self._is_dated(self.trainable == EXPERT).any())
             and (
                 self.topk_ids.size == 0
@@ -256,7 +261,7 @@ class Trajectories(Routed):
     @cached_property
     def highest_role(self) -> int:
         """The largest value of ``trainable``, of which there is one."""
-        return int(self.trainable.max())
+        return int(_greatest(self.trainable))
 
     def _exemplar_tokens(self) -> Int64:
         """Of each trajectory ``[B]``."""
