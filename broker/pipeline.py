@@ -70,6 +70,7 @@ class Pipeline:
         self._retry: deque[tuple[int, int]] = deque()  # (prompt, failures so far)
         self._failures: Counter[int] = Counter()
         self.committed_step = -1
+        self.checkpointed_step = -1  # the learner can go on behind it whatever happens
         self._silent = 0  # groups without signal in a row
         self.setbacks: Counter[str] = Counter()  # groups given up since an actor's last whole one
 
@@ -354,6 +355,7 @@ class Pipeline:
 
     def checkpointed(self, step: int) -> None:
         """Steps up to ``step`` will not be asked for again."""
+        self.checkpointed_step = max(self.checkpointed_step, step)
         self.steps.checkpointed(step)
 
     # ---- state ----------------------------------------------------------------------------------
@@ -377,6 +379,7 @@ class Pipeline:
             "retry": [list(r) for r in self._retry],
             "failures": list(self._failures.items()),
             "committed_step": self.committed_step,
+            "checkpointed_step": self.checkpointed_step,
             "silent": self._silent,
             "curriculum": self.curriculum.state(),
             **self.steps.state(),
@@ -394,6 +397,7 @@ class Pipeline:
         self._retry = deque((prompt, failures) for prompt, failures in state["retry"])
         self._failures = Counter(dict(state["failures"]))
         self.committed_step, self._silent = state["committed_step"], state["silent"]
+        self.checkpointed_step = state.get("checkpointed_step", -1)  # snapshots of before 2026-11-23 lack it
         self.curriculum.restore(state["curriculum"])
         self.steps.restore(state, load, scores)
 

@@ -45,6 +45,7 @@ JOURNAL = "journal"  # within the run directory
 HELD_S = 0.001  # between two looks at the disk, at the end
 FAREWELL_S = 3.0  # how long to wait for Byes at the end
 WORD_EVERY_S = 10.0  # a log line while nothing can be done
+RESUME = "python -m learner RUN.yaml learner.resume=true"
 
 SENDERS: dict[type[Any], tuple[str, ...]] = {  # what is left out, everybody may send
     **dict.fromkeys((wire.Trajectories, wire.GroupFailed, wire.EvaluationResult), ("actor",)),
@@ -107,7 +108,8 @@ class BrokerService:
         self.door.objection = lambda hello: self.rollouts.objection(hello) or self.training.objection(hello)
         self.phase = "waiting"
         self.told: dict[str, Any] = {}  # what status.json was last made of
-        self._next_word = time.monotonic() + WORD_EVERY_S
+        self._began = time.monotonic()
+        self._next_word = self._began + WORD_EVERY_S
         if journal is not None and journal.last >= 0:
             self._recover(journal)
         else:
@@ -124,7 +126,7 @@ class BrokerService:
     # ---- the loop -------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Serve until the last version is published and evaluated, or until asked to stop."""
+        """Serve until the last version is published, evaluated and in a checkpoint, or until asked to stop."""
         log.info("run %s on %s", self.files.run_id, self.config.broker.address)
         with ExitStack() as closing:
             closing.callback(self.router.close)
@@ -181,10 +183,12 @@ class BrokerService:
             self._write_status()
         if now > self._next_word:
             self._next_word = now + WORD_EVERY_S
-            if self.phase == "waiting":
+            if self.phase == "waiting" or self._all_but_safe:
                 log.info("waiting for %s", self.waiting_for())
 
-    def _finished(self) -> bool:
+    @property
+    def _all_but_safe(self) -> bool:
+        """Whether all is done but perhaps the learner's last checkpoint."""
         steps, weights = self.config.run.steps, self.distribution.streams
         return (
             self.pipeline.committed_step + 1 >= steps
@@ -192,6 +196,12 @@ class BrokerService:
             and not weights.busy
             and self.rollouts.schedule.finished(steps)
         )
+
+    def _finished(self) -> bool:
+        """Not before a learner was met: one that was killed at the end may come back to write the model."""
+        if not self._all_but_safe or self.pipeline.checkpointed_step + 1 < self.config.run.steps:
+            return False
+        return self.training.learner_met or time.monotonic() - self._began > self.config.learner.wait_s
 
     def _farewell(self) -> None:
         roster = self.door.roster
@@ -329,6 +339,9 @@ class BrokerService:
         roster, weights = self.door.roster, self.distribution.streams
         if not self.training.learner_seen:
             return "a learner (python -m learner RUN.yaml)"
+        if self._all_but_safe:
+            is_there = bool(roster.role("learner"))
+            return "the learner's last checkpoint" if is_there else f"a learner to write its last checkpoint ({RESUME})"
         actors = roster.role("actor")
         if not actors:
             return "an actor (python -m actor RUN.yaml)"
@@ -347,6 +360,10 @@ class BrokerService:
         failing = [alert["text"] for alert in self.rollouts.alerts()]
         more = [f"{len(failing) - 1} other actors fare alike"] if len(failing) > 1 else []
         return "; ".join([found, *failing[:1], *more])
+
+    @property
+    def _waits(self) -> bool:
+        return self.training.parked or self.phase == "waiting" or self._all_but_safe
 
     def _room_wanted(self) -> str:
         """What is full where nothing more can be granted for it."""
@@ -373,7 +390,7 @@ class BrokerService:
         return {
             "run_id": self.files.run_id,
             "phase": "evaluating" if self.phase == "running" and schedule.pending else self.phase,
-            "waiting_for": self.waiting_for() if self.training.parked or self.phase == "waiting" else "",
+            "waiting_for": self.waiting_for() if self._waits else "",
             "step": self.pipeline.committed_step + 1,
             "steps": self.config.run.steps,
             "staleness_budget": self.pipeline.ledger.budget,

@@ -50,7 +50,8 @@ class Training:
         self.governor = (
             Governor(config.staleness, self.pipeline.ledger.budget, least_s) if config.staleness.auto else None
         )
-        self.learner_seen = False
+        self.learner_seen = False  # in this life of the broker or an earlier one
+        self.learner_met = False  # in this one
         self._claimed = 0  # the version that the learner came with
         self.serving = False  # a shard has left
         self._ess = 1.0  # normalised, of the learner's weights at its last step
@@ -89,6 +90,7 @@ class Training:
 
     def learner_joined(self, version: int) -> None:
         """``version``: the newest that it has offered, so all steps before it are trained."""
+        self.learner_met = True
         if not self.learner_seen:
             self.learner_seen = True
             self.recorder.start_at(version)  # first: a broker killed between the two does it again

@@ -73,10 +73,6 @@ class Feed:
         """The step is trained."""
         self.link.send(wire.Commit(step, step + 1, metrics))
 
-    def checkpointed(self, step: int) -> None:
-        """Nothing up to ``step`` will be asked for again."""
-        self.link.send(wire.Checkpointed(step))
-
 
 def check_ids(tag: str, token_ids: NDArray[np.int32], vocab_size: int) -> None:
     """Raises :class:`DataError` if an id is outside the vocabulary."""

@@ -79,6 +79,7 @@ class Learner:
     publish_seconds: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)  # of the last step
     retention: Retention | None = None  # which checkpoints stay
+    safe: int = 0  # the newest version that a checkpoint holds
 
     def run(self) -> None:
         """Train every step, then stay until the broker says Stop."""
@@ -90,6 +91,7 @@ class Learner:
         writer = CheckpointWriter(directory, mesh, self.retention, config.learner.write_timeout_s)
         self.streams = self._streams()
         slowness = Slowness(config.learner.slowdown, config.learner.pace_s)
+        self._tell_safe()
         self._publish()
         while self.step < config.run.steps:
             began = time.perf_counter()
@@ -114,8 +116,8 @@ class Learner:
             if mesh.rank == 0:
                 feed.commit(self.step - 1, self.metrics)
             self._publish()
-            self._checkpoint(writer, feed)
-        self._finish(writer, feed)
+            self._checkpoint(writer)
+        self._finish(writer)
         self._farewell(feed)
 
     def _train(self, shard: wire.Shard) -> tuple[dict[str, float], StepBatch]:
@@ -174,6 +176,8 @@ class Learner:
                 for stream in self.streams:
                     if stream.name == message.stream:
                         stream.resync = message.reason
+            case wire.Welcome():  # a broker that came back may have heard of the last one only in passing
+                self._tell_safe()
             case wire.KeepBest() if self.retention is not None:
                 self.retention.told(message)
 
@@ -194,7 +198,7 @@ class Learner:
 
     # ---- checkpoints ----------------------------------------------------------------------------
 
-    def _checkpoint(self, writer: CheckpointWriter, feed: Feed) -> None:
+    def _checkpoint(self, writer: CheckpointWriter) -> None:
         """Begin one where it is due, and tell the broker of those that are complete."""
         self.tracer.state("checkpoint", self.step - 1)
         every, evaluated = self.config.learner.checkpoint_every, writer.retention.is_evaluated(self.step)
@@ -205,17 +209,22 @@ class Learner:
                 self.expert_fraction.tolist(), self.rollout.state() if self.rollout is not None else None,
             )  # fmt: skip
             writer.start(self.model, optimizer, state, None if self.rollout is None else self.rollout.trained)
-        self._report(writer, feed)
+        self._report(writer)
 
-    def _report(self, writer: CheckpointWriter, feed: Feed) -> None:
+    def _report(self, writer: CheckpointWriter) -> None:
         for step in writer.finished():
-            if self.mesh.rank == 0:
-                feed.checkpointed(step - 1)
+            self.safe = step
+            self._tell_safe()
 
-    def _finish(self, writer: CheckpointWriter, feed: Feed) -> None:
+    def _tell_safe(self) -> None:
+        """Nothing before the newest checkpoint will be asked for again."""
+        if self.safe and self.mesh.rank == 0:
+            self.link.send(wire.Checkpointed(self.safe - 1))
+
+    def _finish(self, writer: CheckpointWriter) -> None:
         self.tracer.state("checkpoint")
         writer.wait()
-        self._report(writer, feed)
+        self._report(writer)
         self.tracer.state("export")
         if self.step == self.config.run.steps:
             self._export(self.model, self.config.model.path, "model")
@@ -360,7 +369,19 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopFlag, tracer: Tracer, export
     try:
         if published >= 0:
             learner = Learner(
-                config, stop, mesh, model, optimizer, frozen, link, tracer, expert_fraction, step, published, rollout
+                config,
+                stop,
+                mesh,
+                model,
+                optimizer,
+                frozen,
+                link,
+                tracer,
+                expert_fraction,
+                step,
+                published,
+                rollout,
+                safe=step,
             )
             exporter.families = learner.families
             learner.run()

@@ -240,10 +240,20 @@ class Run:
         return None
 
     def close(self) -> Outcome:
-        """The broker is done: let the others go by themselves, then stop them."""
+        """The broker is done: let the learner write its model and the others go by themselves, then stop them."""
         wait_all(self.processes, LEAVE_S)
-        learner = self.processes[1]
-        if learner.poll() not in (None, 0):
+        learner, allowed_s = self.processes[1], self.config.learner.write_timeout_s
+        if learner.alive:
+            self.say(f"waiting for the learner to write {self.directory / 'model'}")
+        deadline = time.monotonic() + allowed_s
+        while learner.alive and not self.stop.is_set and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        if learner.alive:
+            if self.stop.is_set:
+                return "interrupted"
+            self.warn(f"the learner has not ended {allowed_s:g} s after the broker (learner.write_timeout_s)")
+            return "failed"
+        if learner.poll() != 0:
             self.tell_death(learner)
             return "failed"
         self.line_at = -LINE_S  # the last line is due now

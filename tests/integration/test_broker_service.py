@@ -57,6 +57,8 @@ def test_a_synchronous_run_from_the_first_grant_to_the_last_stop(make):
         actor.nothing(wire.Grant, 0.15)  # synchronous: nothing more before the next version
         learner.link.send(wire.Commit(step, step + 1, {"loss": 1.0}))
         learner.publish(step + 1, [actor])
+    until(lambda: broker.status()["waiting_for"] == "the learner's last checkpoint")
+    learner.link.send(wire.Checkpointed(STEPS - 1))
     actor.expect(wire.Stop)
     learner.expect(wire.Stop)
     for peer in (actor, learner):
@@ -482,3 +484,50 @@ def test_an_evaluation_whose_result_cannot_be_read_is_asked_again(make):
     assert len(actor.expect(wire.Grant).groups)  # rollouts begin
     for peer in (learner, actor):
         peer.link.close()
+
+
+def train(broker, learner, actor):
+    """Its only step."""
+    learner.link.send(wire.Fetch(0, 0, 1))
+    left = B
+    while left:
+        for number in actor.expect(wire.Grant).groups.tolist():
+            actor.link.send(group(actor.link.run_id, number, 0))
+            left -= 1
+    learner.expect(wire.Shard)
+    learner.link.send(wire.Commit(0, 1, {}))
+    learner.publish(1, [actor])
+
+
+def test_a_learner_that_was_killed_in_its_last_checkpoint_is_waited_for(make):
+    def once_more(wait_s=60.0):
+        return make("once", run_steps=1, broker={"peer_timeout_s": 1.0}, learner=LearnerSection(wait_s=wait_s))
+
+    broker = once_more()
+    learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
+    train(broker, learner, actor)
+    learner.link.close(None)
+    until(lambda: broker.status()["waiting_for"].startswith("a learner to write its last checkpoint"), 10)
+    actor.link.close()
+    broker.end()
+
+    broker = once_more()  # from the journal
+    learner = Peer(broker, "learner", "learner", "later")  # from no checkpoint
+    learner.link.send(wire.Fetch(0, 0, 1))
+    assert len(learner.expect(wire.Shard).groups) == B * G, "it can still train what was not safe"
+    learner.nothing(wire.Stop, 0.2)
+    learner.link.send(wire.Checkpointed(0))
+    learner.expect(wire.Stop)
+    learner.link.close()
+    broker.thread.join(10)
+    assert broker.status()["phase"] == "finished"
+
+    broker = once_more()  # it was killed again, while it wrote the model
+    learner = Peer(broker, "learner", "learner", "last", version=1)
+    learner.expect(wire.Stop)
+    learner.link.close()
+    broker.thread.join(10)
+    assert broker.status()["phase"] == "finished"
+    alone = once_more(wait_s=0.1)
+    alone.thread.join(10)
+    assert alone.status()["phase"] == "finished"

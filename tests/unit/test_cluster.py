@@ -289,6 +289,25 @@ def test_a_job_ends_well_with_its_broker_and_sets_an_earlier_run_aside(job):
     assert (job / "runs/qwen3-30b-a3b.before-77/old").exists() and not (job / "runs/qwen3-30b-a3b/old").exists()
 
 
+def test_a_job_waits_for_what_the_learner_writes_last_and_fails_with_it(job):
+    (job / "broker.sh").write_text("#!/bin/bash\ntouch broker-ended\n")
+    writes = "while [ ! -e broker-ended ]; do /bin/sleep 0.02; done; /bin/sleep 0.5; exit 7"
+    (job / "learner.sh").write_text(f"#!/bin/bash\n{writes}\n")
+    running = start(job)
+    said, _ = running.communicate(timeout=20)
+    assert running.returncode == 7 and "ended with exit code 7" in said, said
+    assert did(job) == ["scancel --signal=TERM 77"]
+
+
+def test_a_learner_that_writes_for_ever_fails_the_job(job):
+    script = job / "job.sbatch"
+    script.write_text(re.sub(r"WRITE_S=\d+", "WRITE_S=1", script.read_text()))
+    (job / "broker.sh").write_text("#!/bin/bash\nexit 0\n")
+    running = start(job)
+    said, _ = running.communicate(timeout=20)
+    assert running.returncode == 1 and "the learner has not ended 1 s after the broker" in said, said
+
+
 @pytest.mark.parametrize("more", [{"SLURM_RESTART_COUNT": "2"}, {"CONTINUE": "1"}])
 def test_a_job_that_goes_on_keeps_the_run_and_a_failed_learner_fails_it(job, more):
     (job / "runs/qwen3-30b-a3b").mkdir(parents=True)

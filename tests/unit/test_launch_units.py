@@ -217,6 +217,31 @@ def test_a_broker_that_is_done_finishes_the_run(tmp_path: Path) -> None:
     assert run.check() == "finished"
 
 
+def test_the_learner_may_write_its_model_after_the_broker_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tools.launch.LEAVE_S", 0.0)
+    text = f"import time; time.sleep(1); open({str(tmp_path / 'written')!r}, 'w')"
+    run, said = make_run(tmp_path, python("pass", tmp_path, "broker"), python(text, tmp_path, "learner"))
+    assert wait_all(run.processes[:1], 10)
+    assert run.check() == "finished"
+    assert (tmp_path / "written").exists() and "waiting for the learner to write" in said.getvalue()
+
+
+@pytest.mark.parametrize(("text", "word"), [("raise SystemExit(3)", "exit code 3"), ("time.sleep(60)", "0.5 s after")])
+def test_a_learner_that_does_not_come_to_the_end_of_writing_fails_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, word: str
+) -> None:
+    monkeypatch.setattr("tools.launch.LEAVE_S", 0.0)
+    learner = python(f"import time; time.sleep(0.2); {text}", tmp_path, "learner")
+    run, said = make_run(tmp_path, python("pass", tmp_path, "broker"), learner)
+    run.config = replace(run.config, learner=replace(run.config.learner, write_timeout_s=0.5))
+    assert wait_all(run.processes[:1], 10)
+    outcome = run.check()
+    stop_all([learner], 1.0)
+    assert outcome == "failed" and word in said.getvalue()
+
+
 def test_bad_configurations_are_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "none.yaml")]) == 2
     assert "no such file" in capsys.readouterr().out

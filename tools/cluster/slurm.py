@@ -79,6 +79,7 @@ def _job(plan: Plan, slurm: Slurm, command: str) -> str:
             "DIRECTIVES": "\n".join(_directives(plan, slurm)),
             "RUN_PATH": shlex.quote(str(plan.run_path)),
             "STEPS": "\n".join(steps),
+            "WRITE_S": f"{math.ceil(plan.config.learner.write_timeout_s)}",
         },
     )
 

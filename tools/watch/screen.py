@@ -123,4 +123,6 @@ def plain_line(view: View) -> str:
         f"acceptance {number(view.figures.get('acceptance'), '.3f')}", f"{number(view.tokens_per_s, ',.0f')} tok/s",
         f"queue {number(view.queue_groups, 'd')} groups", f"ETA {duration(view.eta_s)}",
     ]  # fmt: skip
+    if view.words and view.step == view.steps and not view.over:
+        parts.append(f"waits for {view.words}")
     return "  ".join([view.phase] * view.over + parts)
