@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import secrets
 import time
@@ -34,7 +35,23 @@ def _named(path: Path) -> Iterator[None]:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace ``path`` atomically: a reader sees the old or the new content. Raises :class:`JournalError`."""
-    _write(path, json.dumps(value, indent=1) + "\n")
+    _write(path, _to_json(value, indent=1) + "\n")
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    """Numbers that are not finite become null: JSON has no others."""
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), indent=indent)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write(path: Path, text: str) -> None:
@@ -112,7 +129,7 @@ class RunFiles:
     def metric(self, kind: str, values: dict[str, Any], *more: tuple[str, dict[str, Any]]) -> None:
         """Append one line; those of ``more`` (kind, values) with it, at once."""
         time_s = round(self.seconds(), 3)
-        lines = [json.dumps({"kind": kind, "time_s": time_s, **values}) for kind, values in ((kind, values), *more)]
+        lines = [_to_json({"kind": kind, "time_s": time_s, **values}) for kind, values in ((kind, values), *more)]
         with _named(self.directory / "metrics.jsonl"):
             self._metrics.write("".join(f"{line}\n" for line in lines))
             self._metrics.flush()

@@ -1,12 +1,15 @@
 """The run directory: time that does not jump, lines cut short, a damaged identity."""
 
 import json
+import math
 import time
 
+import orjson
 import pytest
 
 from broker.runfiles import RunFiles
 from common.errors import ConfigError, ProtocolError
+from tools.watch.history import History
 
 
 def test_a_clock_that_jumps_moves_no_time_stamp(tmp_path, monkeypatch):
@@ -31,6 +34,26 @@ def test_a_line_cut_short_is_no_step(tmp_path):
     files.metric("budget", {"move": 0, "step": 9})
     assert files.last("budget", "move") == 0
     files.close()
+
+
+def test_numbers_that_are_not_finite_are_null_and_a_skipped_update_is_a_step(tmp_path):
+    files = RunFiles(tmp_path)
+    files.metric(
+        "step",
+        {"step": 7, "reward": 0.5, "grad_norm": math.nan, "loss": -math.inf, "tasks": {"a": [(math.inf, 1.5)]}},
+        ("alert", {"step": 7, "value": math.nan}),
+    )
+    files.status({"grad_norm": math.nan, "peers": [{"rate": math.inf}]})
+    files.close()
+    lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines()
+    step, alert = map(orjson.loads, lines)  # which knows no NaN
+    assert (step["grad_norm"], step["loss"], step["tasks"], step["reward"]) == (None, None, {"a": [[None, 1.5]]}, 0.5)
+    assert alert["value"] is None
+    status = orjson.loads((tmp_path / "status.json").read_bytes())
+    assert (status["grad_norm"], status["peers"]) == (None, [{"rate": None}])
+    history = History()
+    history.take(lines)
+    assert (history.damaged, [row.step for row in history.receipts]) == (0, [7])
 
 
 def test_a_run_keeps_its_name_and_counts_its_brokers(tmp_path, monkeypatch):
