@@ -22,7 +22,7 @@ def freeze(model: Decoder, patterns: Sequence[str]) -> frozenset[str]:
     """Switch off the gradients of what ``patterns`` match; returns their names, those of other ranks included.
 
     Raises :class:`ConfigError` for a pattern that matches nothing, or a part of tensors that are
-    one parameter here (q, k and v; gate and up; the experts of a layer).
+    one parameter here (q, k and v; gate and up; the experts of a layer), and for patterns that match all.
     """
     names = [place.name for place in places(model.config) if not place.optional]
     for pattern in patterns:
@@ -34,7 +34,10 @@ def freeze(model: Decoder, patterns: Sequence[str]) -> frozenset[str]:
     for both in chosen.values():
         if len(both) == 2:
             raise ConfigError(f"optim.freeze: {both[True]} is frozen but {both[False]} is not; they are trained as one")
+    frozen = frozenset(name for name in names if is_frozen(name, patterns))
+    if len(frozen) == len(names):
+        raise ConfigError(f"optim.freeze={list(patterns)}: no tensor is left to train; leave a pattern out")
     owner = {view.untyped_storage().data_ptr(): name for name, view in views(model).items()}
     for parameter in model.parameters():
         parameter.requires_grad_(not is_frozen(owner[parameter.untyped_storage().data_ptr()], patterns))
-    return frozenset(name for name in names if is_frozen(name, patterns))
+    return frozen

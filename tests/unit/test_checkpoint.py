@@ -320,3 +320,6 @@ def test_a_pattern_that_cannot_be_frozen_is_refused():
         freeze(model_of(), ("layers.0",))
     with pytest.raises(ConfigError, match=r"layers\.0\.self_attn\.q_proj\.weight is frozen but .* is not"):
         freeze(model_of(), ("model.layers.0.self_attn.q_proj.weight",))
+    with pytest.raises(ConfigError, match=r"=\['model\.\*', 'lm_\*'\]: no tensor is left to train; leave"):
+        freeze(model_of(), ("model.*", "lm_*"))
+    assert freeze(model_of(), ("model.*",))  # all but the head
