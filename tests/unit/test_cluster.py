@@ -371,6 +371,7 @@ def test_what_fails_is_started_again_three_times(job):
         (Machine(learner_nodes=3), {}, ["learner ranks=16", "3 nodes (--learner-nodes)", "1, 2, 4, 8, 16 nodes"]),
         (Machine(learner_nodes=1), {}, ["16 on each of 1 nodes, which have 8 GPUs", "raise --learner-nodes"]),
         (Machine(learner_nodes=8), {"learner": {"tp": 4, "dp_shard": 1, "ep": 4}}, ["learner.tp=4", "8 nodes"]),
+        (Machine(), {"learner": {"tp": 16, "dp_shard": 1, "ep": 1}}, ["learner.tp=16", "2 nodes has 8 ranks"]),
         (Machine(), {"replica": {"ep": 8}}, ["replica.ep × replica.tp='8 × 2'", "8 GPUs"]),
         (Machine(), {"engine": {"tp": 8, "launch": 2}}, ["engine.launch × engine.tp='2 × 8'", "8 GPUs"]),
         (
@@ -392,6 +393,13 @@ def test_what_contradicts_itself_is_refused_with_key_value_and_remedy(machine, s
     with pytest.raises(ConfigError) as caught:
         plan(replace(config, **changed), machine)
     assert all(words in str(caught.value) for words in said), caught.value
+
+
+def test_a_learner_takes_as_few_nodes_as_keep_neighbours_together():
+    config = slurm()[0].config
+    mesh = replace(config.learner, pp=1, dp_replicate=1, dp_shard=3, ep=1, tp=4)  # 6 ranks would fit on each of two
+    learner = plan(replace(config, learner=mesh), Machine(gpus_per_node=8)).learner
+    assert (learner.count, learner.processes) == (3, 4)
 
 
 @pytest.mark.parametrize(

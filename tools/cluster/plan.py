@@ -162,7 +162,8 @@ def _learner(config: RunConfig, machine: Machine) -> Role:
     )
     _require(nodes >= 0, "--learner-nodes", nodes, "must be at least 1, or 0 for as few as hold the ranks")
     if not nodes:
-        nodes = next(n for n in range(1, ranks + 1) if ranks % n == 0 and (not gpus or ranks // n <= gpus))
+        fit = [n for n in range(1, ranks + 1) if ranks % n == 0 and (not gpus or ranks // n <= gpus)]
+        nodes = next((n for n in fit if ranks // n % learner.tp == 0), fit[0])
     if ranks % nodes:
         divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
         raise ConfigError(
