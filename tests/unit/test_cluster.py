@@ -425,3 +425,9 @@ def test_the_program_writes_the_files_and_says_what_comes_next(tmp_path, capsys)
     assert "sbatch job.sbatch" in said
     assert main([*words, "--time", "soon"]) == 2
     assert "--time='soon'" in capsys.readouterr().out
+
+
+def test_a_directory_that_cannot_be_written_is_told_in_a_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["slurm", QWEN, *OVERRIDES, "--out", str(tmp_path / "file" / "job")]) == 2
+    assert "file/job: cannot be written (Not a directory); --out DIR elsewhere\n" in capsys.readouterr().out

@@ -3,7 +3,7 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from common.config import load
@@ -12,6 +12,7 @@ from tools.cluster import kubernetes, slurm
 from tools.cluster.plan import Machine, Plan, plan
 from tools.cluster.pods import Kubernetes
 from tools.console import make_console, print_error
+from tools.outputs import writing
 
 SYSTEMS = ("slurm", "kubernetes")
 PROGRAM = "python -m tools.cluster"
@@ -24,12 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = make_console()
     try:
         planned, files = render(words)
+        _write(given.out, files)
     except CroupierError as error:
         print_error(console, error)
         return 2
-    given.out.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (given.out / name).write_text(text)
     next_steps = slurm.next_steps if given.system == "slurm" else kubernetes.next_steps
     for line in (f"{given.out}: {', '.join(files)}", *next_steps(planned, given.out)):
         console.print(line, markup=False, soft_wrap=True)
@@ -49,6 +48,13 @@ def render(words: Sequence[str]) -> tuple[Plan, dict[str, str]]:
         return planned, slurm.render(planned, steps, command)
     pods = Kubernetes(given.image, given.claim, kubernetes.read_mounts(given.mount))
     return planned, kubernetes.render(planned, pods, command)
+
+
+def _write(out: Path, files: Mapping[str, str]) -> None:
+    with writing(out, "--out DIR elsewhere"):
+        out.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (out / name).write_text(text)
 
 
 def _without_out(words: Sequence[str]) -> list[str]:
