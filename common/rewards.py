@@ -25,6 +25,7 @@ from common.objective import require
 
 Normalise = Literal["none", "group", "task_batch", "task_running"]
 MAX_MODELS = 16  # each has counters in an actor's heartbeat
+PORTS = {"http": 80, "https": 443}
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 
 
@@ -56,6 +57,15 @@ class RewardModelEntry:
     probe_s: float = 30.0  # that while
     on_failure: Literal["exclude", "neutral"] = "exclude"  # of a rollout without its score: no sibling, or no channel
 
+    @property
+    def port(self) -> int:
+        """Of ``url``; 0 if it names none that could be."""
+        parts = urlsplit(self.url)
+        try:
+            return PORTS.get(parts.scheme, 0) if parts.port is None else parts.port
+        except ValueError:
+            return 0
+
     def check(self, name: str) -> None:
         """Raise :class:`ConfigError` naming ``reward.models.<name>`` unless this can be run."""
         key = f"reward.models.{name}"
@@ -80,7 +90,7 @@ class RewardModelEntry:
         remote = self.kind == "grm" or bool(self.url)
         parts = urlsplit(self.url)
         require(
-            not remote or (parts.scheme in ("http", "https") and bool(parts.hostname)),
+            not remote or (parts.scheme in PORTS and bool(parts.hostname) and self.port > 0),
             f"{key}.url",
             self.url,
             "must read http://HOST:PORT/PATH",

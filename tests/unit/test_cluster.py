@@ -20,6 +20,7 @@ from common.config import load
 from common.errors import ConfigError
 from common.keys import is_local
 from tools.cluster.__main__ import main, render
+from tools.cluster.kubernetes import next_steps
 from tools.cluster.plan import Machine, plan
 
 ROOT = Path(__file__).parents[2]
@@ -168,6 +169,58 @@ def test_frozen_models_are_roles_of_their_own_with_keys_and_volumes():
     ):
         with pytest.raises(ConfigError, match=re.escape(told)):
             kubernetes(*words)
+
+
+JUDGED = (
+    "reward.models.style={kind: grm, url: 'http://judge:8000/v1', model: m, rubric: 'file:rubric.md', "
+    "api_key_env: JUDGE_KEY}",
+    "reward.models.taste={url: 'https://taste.example/classify', tokenizer: /models/taste, api_key_env: TASTE_KEY}",
+    "reward.models.own={path: /models/own, api_key_env: NEVER_READ}",
+    "task.reward_weights={correct: 1.0, style: 0.3, taste: 0.1, own: 0.0}",
+    "reward.exemplars=answers.jsonl",
+)
+
+
+def test_actors_reach_served_reward_models_and_have_their_keys_from_a_secret():
+    planned, files = kubernetes(*JUDGED)
+    found = documents(files)
+    for document in found.values():
+        kubernetes_validate.validate(document, VERSIONS[-1], strict=True)
+    given = {}
+    for (kind, name), document in found.items():
+        if kind == "Job":
+            env = {e["name"]: e.get("valueFrom", {}) for e in pod(document)["containers"][0]["env"]}
+            given[name] = {key: e["secretKeyRef"] for key, e in env.items() if "secretKeyRef" in e}
+    keys = {key: {"name": "qwen3-30b-a3b-rewards", "key": key} for key in ("JUDGE_KEY", "TASTE_KEY")}
+    assert given == {"broker": {}, "learner": {}, "replica": {}, "actor": keys}
+    made = 'kubectl create secret generic qwen3-30b-a3b-rewards --from-literal=JUDGE_KEY="$JUDGE_KEY" '
+    assert made + '--from-literal=TASTE_KEY="$TASTE_KEY"' in next_steps(planned, Path("x"))
+    policy = found["NetworkPolicy", "actor"]["spec"]
+    assert policy["podSelector"]["matchLabels"] == found["Job", "actor"]["spec"]["template"]["metadata"]["labels"]
+    assert policy["policyTypes"] == ["Egress"]
+    assert policy["egress"] == [{"ports": [{"protocol": "TCP", "port": port} for port in (443, 8000)]}]
+    planned, files = kubernetes(JUDGED[2], "task.reward_weights={correct: 1.0, own: 0.0}")
+    assert ("NetworkPolicy", "actor") not in documents(files)
+    assert not [step for step in next_steps(planned, Path("x")) if "rewards" in step]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ports", "configured"),
+    [
+        (["metrics.host=0.0.0.0"], (9400, 9463), 9400),
+        (["metrics.host='::'", "metrics.port=65500"], (65500, 65535), 65500),
+        ([], None, 0),  # on the pod's own loopback
+        (["metrics.host=0.0.0.0", "metrics.prometheus=false"], None, 0),
+    ],
+)
+def test_scrapes_are_let_in_where_pods_answer_them(overrides, ports, configured):
+    found = documents(kubernetes("metrics.prometheus=true", *overrides)[1])
+    scrapes = [{"ports": [{"protocol": "TCP", "port": ports[0], "endPort": ports[1]}]}] if ports else []
+    for name in ("broker", "peers"):
+        policy = found["NetworkPolicy", name]
+        kubernetes_validate.validate(policy, VERSIONS[-1], strict=True)
+        assert policy["spec"]["ingress"][1:] == scrapes
+    assert yaml.safe_load(found["ConfigMap", "config"]["data"]["run.yaml"])["metrics"]["port"] == configured
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
@@ -408,6 +461,10 @@ def test_a_learner_takes_as_few_nodes_as_keep_neighbours_together():
         (["run.name=Big_Run"], "run.name='Big_Run'"),
         (["model.path=/elsewhere/model"], "model.path='/elsewhere/model'"),
         (["run.dir=/tmp/runs"], "run.dir='/tmp/runs'"),
+        ([*JUDGED, "reward.models.own.path=/elsewhere/m"], r"reward\.models\.own\.path='/elsewhere/m': no pod"),
+        ([*JUDGED, "reward.models.taste.tokenizer=../m"], r"reward\.models\.taste\.tokenizer='\.\./m'"),
+        ([*JUDGED, "reward.models.style.rubric=file:/etc/r"], r"reward\.models\.style\.rubric='file:/etc/r'"),
+        (["reward.exemplars=/tmp/answers.jsonl"], r"reward\.exemplars='/tmp/answers\.jsonl'"),
         (["--mount", "models"], "--mount='models'"),
     ],
 )

@@ -24,11 +24,14 @@ import yaml
 
 from common.config import to_yaml
 from common.errors import ConfigError
+from common.exporter import PORTS_TRIED
+from common.keys import is_local
 from tools.cluster.plan import MAX_RESTARTS, Plan, Role, broker_volume_gb
-from tools.cluster.pods import BROKER_FILES, CONFIG, KEYS, Kubernetes, Manifest, job, labels_of, named
+from tools.cluster.pods import BROKER_FILES, CONFIG, KEYS, Kubernetes, Manifest, api_keys, job, labels_of, named
 
 NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # with "-learner-99" behind it still a host's name
 RENDEZVOUS = 29400
+METRICS = 9400  # in place of metrics.port=0: a policy must name what it admits
 DNS = 53
 
 
@@ -65,11 +68,13 @@ def next_steps(plan: Plan, out: Path) -> list[str]:
     """What to do with the files."""
     name, keys = plan.config.run.name, plan.config.broker.keys
     clients = " ".join(f"--client {peer}" for peer in plan.names)
+    literals = "".join(f' --from-literal={key}="${key}"' for key in api_keys(plan))
     return [
         f"python -m tools.keys make {keys} {clients}",
         f"kubectl create secret generic {name}-keys --from-file={keys}/server.key --from-file={keys}/server.pub "
         f"--from-file={keys}/clients",
         f"kubectl create secret generic {name}-allowed --from-file={keys}/allowed",
+        *([f"kubectl create secret generic {name}-rewards{literals}"] if literals else []),
         f"kubectl apply -k {out}",
         f"kubectl wait --for=condition=complete --timeout=-1s job/{name}-broker",
     ]
@@ -83,19 +88,25 @@ def _check(plan: Plan, options: Kubernetes) -> None:
         if NAME.fullmatch(role.name) is None:
             raise ConfigError(f"teachers.{role.serves}: names a Kubernetes object; use a-z 0-9 -, 30 at most")
     anywhere, claim = [shared, *(path for _, path in options.mounts)], ", or in a claim that --mount CLAIM=PATH names"
-    paths = [
-        ("run.dir", plan.config.run.dir, [shared], ""),
-        ("model.path", plan.config.model.path, anywhere, claim),
-    ]
-    if plan.config.joint.path:
-        paths.append(("joint.path", plan.config.joint.path, anywhere, claim))
-    paths += [(model.key, model.path, anywhere, claim) for model in plan.config.frozen.values()]
+    paths = [("run.dir", plan.config.run.dir, [shared], "")]
+    paths += [(key, value, anywhere, claim) for key, value in _paths(plan) if value]
     for key, value, roots, other in paths:
-        path = plan.path(value)
+        path = plan.path(value.removeprefix("file:"))
         if ".." in path.parts or not any(path.is_relative_to(root) for root in roots):
             raise ConfigError(
                 f"{key}={value!r}: no pod would find it; it must lie in the shared directory {shared} (--shared){other}"
             )
+
+
+def _paths(plan: Plan) -> list[tuple[str, str]]:
+    """Files and directories that pods read; "" for none."""
+    config = plan.config
+    found = [("model.path", config.model.path), ("joint.path", config.joint.path)]
+    found += [(model.key, model.path) for model in config.frozen.values()]
+    for name, entry in config.reward.models.items():
+        key, rubric = f"reward.models.{name}", entry.rubric if entry.rubric.startswith("file:") else ""
+        found += [(f"{key}.path", entry.path), (f"{key}.tokenizer", entry.tokenizer), (f"{key}.rubric", rubric)]
+    return [*found, ("reward.exemplars", config.reward.exemplars)]
 
 
 def _config(plan: Plan) -> Manifest:
@@ -109,6 +120,7 @@ def _config(plan: Plan) -> Manifest:
         joint=replace(config.joint, path=str(plan.path(config.joint.path)) if config.joint.path else ""),
         broker=replace(config.broker, address=f"tcp://{name}-broker:{plan.port}", keys=KEYS),
         learner=replace(config.learner, resume=True),
+        metrics=replace(config.metrics, port=_metrics_port(plan) or config.metrics.port),
     )
     text = "# The broker's pod is told to listen on all addresses, each learner pod that weights.host is its own.\n"
     return {
@@ -180,29 +192,49 @@ def _actor(plan: Plan, options: Kubernetes) -> Manifest:
     return job(plan, options, plan.actor, ["python", "-m", "actor", f"{CONFIG}/run.yaml", "--name", "actor-$(INDEX)"])
 
 
+def _metrics_port(plan: Plan) -> int:
+    """The first on which a pod answers scrapes from elsewhere, 0 for none."""
+    section = plan.config.metrics
+    if not section.prometheus or is_local(f"tcp://{section.host}:0"):
+        return 0
+    return section.port or METRICS
+
+
 def _network(plan: Plan) -> list[Manifest]:
-    """The broker's port for the run's pods; among the others every TCP port, since weights travel on free ones."""
+    """The broker's port for the run's pods; among the others every TCP port, since weights travel on free ones.
+
+    From elsewhere scrapes of metrics, to elsewhere actors' questions to served reward models.
+    """
     run = {"podSelector": {"matchLabels": labels_of(plan)}}
     not_broker = [{"key": "app.kubernetes.io/component", "operator": "NotIn", "values": ["broker"]}]
     others = {"podSelector": {"matchLabels": labels_of(plan), "matchExpressions": not_broker}}
     to_broker = [{"protocol": "TCP", "port": plan.port}]
     all_ports = [{"protocol": "TCP", "port": 1, "endPort": 65535}]
     names = {"ports": [{"protocol": protocol, "port": DNS} for protocol in ("UDP", "TCP")]}
+    first = _metrics_port(plan)
+    last = min(first + PORTS_TRIED, 1 << 16) - 1
+    scrapes = [{"ports": [{"protocol": "TCP", "port": first, "endPort": last}]}] if first else []
     both = {"policyTypes": ["Ingress", "Egress"]}
     policies = {
         "broker": {
             "podSelector": {"matchLabels": labels_of(plan, "broker")},
             **both,
-            "ingress": [{"from": [run], "ports": to_broker}],
+            "ingress": [{"from": [run], "ports": to_broker}, *scrapes],
             "egress": [names],
         },
         "peers": {
             **others,
             **both,
-            "ingress": [{"from": [others], "ports": all_ports}],
+            "ingress": [{"from": [others], "ports": all_ports}, *scrapes],
             "egress": [{"to": [others], "ports": all_ports}, {"to": [run], "ports": to_broker}, names],
         },
     }
+    if served := sorted({entry.port for entry in plan.config.reward.models.values() if entry.url}):
+        policies["actor"] = {
+            "podSelector": {"matchLabels": labels_of(plan, "actor")},
+            "policyTypes": ["Egress"],
+            "egress": [{"ports": [{"protocol": "TCP", "port": port} for port in served]}],
+        }
     return [
         {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": named(plan, name), "spec": spec}
         for name, spec in policies.items()

@@ -108,7 +108,7 @@ def job(plan: Plan, options: Kubernetes, role: Role, command: list[str], **conta
                             "command": command,
                             **container,
                             "workingDir": plan.machine.shared,
-                            "env": _environment(role),
+                            "env": _environment(plan, role),
                             "resources": _resources(role),
                             "securityContext": {"runAsUser": 0, "allowPrivilegeEscalation": False},  # keys are root's
                             "volumeMounts": [
@@ -132,7 +132,13 @@ def _patience(role: Role) -> Manifest:
     return {"backoffLimitPerIndex": MAX_FAILURES}
 
 
-def _environment(role: Role) -> list[Manifest]:
+def api_keys(plan: Plan) -> list[str]:
+    """Environment variables in which actors look for the keys of served reward models."""
+    entries = plan.config.reward.models.values()
+    return sorted({entry.api_key_env for entry in entries if entry.url and entry.api_key_env})
+
+
+def _environment(plan: Plan, role: Role) -> list[Manifest]:
     fixed = {
         "OMP_NUM_THREADS": str(role.threads),
         "PYTHONUNBUFFERED": "1",
@@ -140,9 +146,12 @@ def _environment(role: Role) -> list[Manifest]:
         "TOKENIZERS_PARALLELISM": "false",
     }
     fields = {"INDEX": INDEX, "POD_IP": "status.podIP"} if role.name != "broker" else {}
+    keys = api_keys(plan) if role.name == "actor" else []
+    secret = f"{plan.config.run.name}-rewards"
     return [
         *({"name": name, "value": value} for name, value in fixed.items()),
         *({"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in fields.items()),
+        *({"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": name}}} for name in keys),
     ]
 
 
