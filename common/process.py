@@ -7,11 +7,13 @@ import os
 import signal
 import socket
 import sys
+import time
 from types import FrameType
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
 COLLECT_AFTER = 10_000
+SAME_STOP_S = 1.0  # a second signal so soon is the first one passed on: torchrun hands its ranks what they got too
 KEPT_BYTES, GROWN_BYTES, MAPPED_BYTES = 256 << 20, 16 << 20, 32 << 20
 
 
@@ -34,12 +36,17 @@ class StopFlag:
         self.is_set, self.reason = True, reason
 
     def install(self) -> "StopFlag":
-        """Handle SIGTERM and SIGINT from now on; a second one ends the process at once."""
+        """Handle SIGTERM and SIGINT from now on; one more, SAME_STOP_S later, ends the process at once."""
+        first = 0.0
 
         def handle(number: int, _frame: FrameType | None) -> None:
-            if self.is_set:
+            nonlocal first
+            now = time.monotonic()
+            if not first:
+                first = now
+                self.set(signal.Signals(number).name)
+            elif now - first > SAME_STOP_S:
                 sys.exit(128 + number)
-            self.set(signal.Signals(number).name)
 
         signal.signal(signal.SIGTERM, handle)
         signal.signal(signal.SIGINT, handle)

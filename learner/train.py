@@ -80,6 +80,7 @@ class Learner:
     metrics: dict[str, float] = field(default_factory=dict)  # of the last step
     retention: Retention | None = None  # which checkpoints stay
     safe: int = 0  # the newest version that a checkpoint holds
+    begun: int = 0  # the newest version whose checkpoint was begun
 
     def run(self) -> None:
         """Train every step, then stay until the broker says Stop."""
@@ -203,13 +204,17 @@ class Learner:
         self.tracer.state("checkpoint", self.step - 1)
         every, evaluated = self.config.learner.checkpoint_every, writer.retention.is_evaluated(self.step)
         if self.step == self.config.run.steps or evaluated or (every > 0 and self.step % every == 0):
-            optimizer = self.optimizer
-            state = TrainingState(
-                self.step, self.step, self.link.run_id, optimizer.steps, optimizer.skipped,
-                self.expert_fraction.tolist(), self.rollout.state() if self.rollout is not None else None,
-            )  # fmt: skip
-            writer.start(self.model, optimizer, state, None if self.rollout is None else self.rollout.trained)
+            self._begin(writer)
         self._report(writer)
+
+    def _begin(self, writer: CheckpointWriter) -> None:
+        optimizer, rollout = self.optimizer, self.rollout
+        state = TrainingState(
+            self.step, self.step, self.link.run_id, optimizer.steps, optimizer.skipped, self.expert_fraction.tolist(),
+            None if rollout is None else rollout.state(),
+        )  # fmt: skip
+        writer.start(self.model, optimizer, state, None if rollout is None else rollout.trained)
+        self.begun = self.step
 
     def _report(self, writer: CheckpointWriter) -> None:
         for step in writer.finished():
@@ -222,7 +227,10 @@ class Learner:
             self.link.send(wire.Checkpointed(self.safe - 1))
 
     def _finish(self, writer: CheckpointWriter) -> None:
+        """Complete what is being written; one that is stopped keeps what it has trained since."""
         self.tracer.state("checkpoint")
+        if self.step > self.begun:
+            self._begin(writer)
         writer.wait()
         self._report(writer)
         self.tracer.state("export")
@@ -382,6 +390,7 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopFlag, tracer: Tracer, export
                 published,
                 rollout,
                 safe=step,
+                begun=step,
             )
             exporter.families = learner.families
             learner.run()

@@ -40,7 +40,7 @@ from tools.preflight import (
     check_rewards,
     check_sandbox,
 )
-from tools.processes import Process, processes_of, stop_all, wait_all
+from tools.processes import SAVE_S, Process, processes_of, stop_all, wait_all
 from tools.run_files import CONFIG, LOGS, PAGE, STATUS, claim, last_lines, read_status, set_aside
 from tools.stamp import wants_warmstart
 from tools.watch.follow import Follower
@@ -218,7 +218,8 @@ class Run:
                 ended = self.check()
                 if ended is not None:
                     return ended
-        self.say(f"{self.stop.reason}: stopping every process", "yellow")
+        saves = f"the learner has {SAVE_S:g} s for a checkpoint"
+        self.say(f"{self.stop.reason}: stopping every process; {saves}", "yellow")
         return "interrupted"
 
     def check(self) -> Outcome | None:

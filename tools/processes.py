@@ -8,6 +8,7 @@ Each child has its own session, so a terminal's Ctrl-C reaches the launcher alon
 """
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
 
@@ -22,7 +24,8 @@ from common.config import RunConfig
 from tools.devices import VISIBLE
 from tools.run_files import LOGS
 
-TERMINATE_S = 5.0  # between SIGTERM and SIGKILL; with the report after it, all ends within 10 s
+TERMINATE_S = 5.0  # between SIGTERM and SIGKILL
+SAVE_S = 60.0  # the same for who writes a checkpoint meanwhile
 POLL_S = 0.05
 NO_DEVICES: Mapping[str, str] = MappingProxyType({})
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -38,6 +41,7 @@ class Process:
     threads: int = 1
     may_restart: bool = False  # the run goes on without it for a moment
     devices: str | None = None  # its CUDA_VISIBLE_DEVICES; None: as here
+    leave_s: float = TERMINATE_S  # to end by itself after SIGTERM
     restarts: int = 0
     running: "subprocess.Popen[bytes] | None" = field(default=None, repr=False)
 
@@ -89,7 +93,7 @@ def processes_of(config: RunConfig, config_file: Path, devices: Mapping[str, str
     python, file = sys.executable, str(config_file)
     found = [Process("broker", [python, "-m", "broker", file], logs / "broker.log")]
     learner = [*_start(config.learner.ranks), "learner", file]
-    found.append(Process("learner", learner, logs / "learner.log", config.learner.threads))
+    found.append(Process("learner", learner, logs / "learner.log", config.learner.threads, leave_s=SAVE_S))
     for index in range(config.replica.count if config.obrs.mode != "off" else 0):
         name = f"replica-{index}"
         command = [*_start(config.replica.ranks), "learner.score", file, "--name", name]
@@ -151,13 +155,15 @@ def wait_all(processes: Iterable[Process], timeout_s: float) -> bool:
     return True
 
 
-def stop_all(processes: Iterable[Process], timeout_s: float = TERMINATE_S) -> list[str]:
-    """End them all; returns the names of those that had to be killed."""
+def stop_all(processes: Iterable[Process], timeout_s: float = math.inf) -> list[str]:
+    """End them all, each within its ``leave_s`` and all within ``timeout_s``; returns whom it had to kill."""
     alive = [process for process in processes if process.alive]
     families = {process.name: descendants(process.running.pid) for process in alive if process.running is not None}
     for process in alive:
         _send(process, signal.SIGTERM)
-    wait_all(alive, timeout_s)
+    began = time.monotonic()
+    for process in sorted(alive, key=attrgetter("leave_s")):
+        wait_all([process], began + min(process.leave_s, timeout_s) - time.monotonic())
     stubborn = [process for process in alive if process.alive]
     for process in alive:
         if process in stubborn:

@@ -178,7 +178,7 @@ def test_synchronous_runs_of_one_actor_repeat_their_reward_curve(tmp_path, model
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_everything_within_ten_seconds_and_leaves_the_report(tmp_path, model):
+def test_ctrl_c_ends_everything_within_ten_seconds_and_leaves_what_a_resume_goes_on_from(tmp_path, model):
     running = subprocess.Popen(
         command(tmp_path, model, "run.steps=100000"),
         cwd=ROOT,
@@ -203,6 +203,15 @@ def test_ctrl_c_ends_everything_within_ten_seconds_and_leaves_the_report(tmp_pat
     assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
     assert (run / "report.md").exists()
     assert not processes_of(run)
+    (saved,) = (run / "checkpoints").iterdir()
+    steps = int(saved.name.removeprefix("step-"))
+    assert steps - 1 in [line["step"] for line in lines_of(run, "step")]
+    more = command(tmp_path, model, f"run.steps={steps + 20}", "learner.resume=true")  # a few are assembled already
+    done = subprocess.run(more, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout
+    assert [line["step"] for line in lines_of(run, "step")] == list(range(steps + 20))
+    assert f"step-{steps + 20:08d}" in {path.name for path in (run / "checkpoints").iterdir()}
+    assert (run / "model").is_dir() and "resumed from" in (run / "logs" / "learner.log").read_text()
 
 
 @pytest.mark.slow  # with `make chaos`; what it proves is proved there under random kills too

@@ -160,6 +160,17 @@ def test_the_willing_end_and_the_deaf_are_killed_with_their_children(tmp_path: P
     assert not running(grandchild)
 
 
+def test_each_has_its_own_time_to_end(tmp_path: Path) -> None:
+    saves = "import signal,time; signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), exit(0)));"
+    learner, deaf = python(f"{saves} print('up'); time.sleep(60)", tmp_path), python(DEAF, tmp_path, "deaf")
+    learner.leave_s, deaf.leave_s = 30.0, 0.1
+    for process in (learner, deaf):
+        process.start()
+        wait_for("up", process)
+    assert stop_all([learner, deaf]) == ["deaf"]
+    assert learner.poll() == 0
+
+
 def running(pid: int) -> bool:
     deadline = time.monotonic() + 2
     while time.monotonic() < deadline:
