@@ -21,9 +21,10 @@ from common.config import RunConfig, to_yaml
 from common.errors import ConfigError
 from common.locks import lock_within
 from tools.outputs import writing
+from tools.processes import SAVE_S
 
-STOP_S = 15.0  # for a launcher to stop all its processes, which it does within 10 s
-LOCK_S = 20.0  # for what is left of a killed sweep to end
+STOP_S = SAVE_S + 15.0  # for a launcher to stop all its processes and to write its report
+LOCK_S = SAVE_S + 20.0  # for what is left of a killed sweep to end
 PORTS = (10_000, 32_000)  # below the ephemeral ones: a peer that waits must not be handed its broker's port
 FOLLOW = (  # SIGTERM with the parent, unless that is gone already; then the command
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15, 0, 0, 0); "
