@@ -32,6 +32,16 @@ def test_contestants_take_turns_and_medians_are_compared() -> None:
         interleave({}, 0)
 
 
+def test_help_lists_each_name_that_can_be_given_apart_from_its_words(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    listed = capsys.readouterr().out.split("benchmarks:\n")[1].split("\n\n")[0].splitlines()
+    words = {name: what for name, (_, what, _) in REGISTRY.items() if name != "learner_gpu"}
+    assert dict(line.strip().split(maxsplit=1) for line in listed) == words
+    assert len({line.index(what) for line, what in zip(listed, words.values(), strict=True)}) == 1
+
+
 @pytest.mark.parametrize("name", ["obrs", "codec", pytest.param("verifiers", marks=pytest.mark.slow)])
 def test_a_bench_prints_json_rows(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--json", "--reps", "1"]) == 0

@@ -16,6 +16,7 @@ from actor.scoring.rubric import Judged
 from common.errors import ConfigError
 from common.rewards import RewardModelEntry, RewardSection
 from tests.unit.reward_server import Handler, RewardServer, chat
+from tools.examples.judge import main as stand_in
 
 PATIENCE_S = 10.0
 TEXT = Judged("How are you?", "Fine.")
@@ -340,3 +341,12 @@ def test_a_model_that_cannot_be_used_is_refused_with_a_remedy(serve, monkeypatch
     with Bench(style=dataclasses.replace(judge(server), rubric=f"file:{tmp_path}/rubric.md")) as bench:
         bench.one()
     assert "Rhyme." in server.asked[-1]["messages"][0]["content"]
+
+
+@pytest.mark.parametrize(("word", "code"), [("--help", 0), ("many", 2), ("0", 2), ("70000", 2)])
+def test_the_stand_in_tells_what_it_takes(capsys: pytest.CaptureFixture[str], word: str, code: int) -> None:
+    with pytest.raises(SystemExit) as ended:
+        stand_in([word])
+    assert ended.value.code == code
+    said = capsys.readouterr()
+    assert (said.out or said.err).startswith("usage: python -m tools.examples.judge [-h] [PORT]")

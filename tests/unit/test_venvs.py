@@ -48,3 +48,22 @@ def test_the_command_says_so_in_a_line(tmp_path, capsys):
     (tmp_path / "whole").mkdir()
     (tmp_path / "whole" / sglang_cpu.STAMP).write_text(sglang_cpu.recipe())
     assert sglang_cpu.main(["install", str(tmp_path / "whole")]) == 0
+
+
+@pytest.mark.parametrize(("words", "code"), [("--help", 0), ("elsewhere", 2)])
+def test_who_asks_for_help_gets_it_and_no_environment(tmp_path, monkeypatch, capsys, words, code):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        trl_env.main([words])
+    assert ended.value.code == code
+    said = capsys.readouterr()
+    assert (said.out or said.err).startswith(f"usage: {trl_env.HOW}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_trl_cannot_be_installed_is_said_in_a_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    trl_env.DIRECTORY.mkdir()
+    (trl_env.DIRECTORY / "notes.txt").write_text("mine")
+    assert trl_env.main([]) == 2
+    assert capsys.readouterr().err.startswith("error: .trl: holds files")

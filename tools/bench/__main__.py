@@ -7,16 +7,18 @@ from common.errors import CroupierError
 from tools.bench.harness import REGISTRY, measure, show
 
 PIPE_COLUMNS = 160  # of a table that goes to a file or a pipe
+NAMES = [name for name in REGISTRY if name != "learner_gpu"]  # that is `learner --gpu`
 
 
 def main(arguments: list[str] | None = None) -> int:
-    listing = "\n".join(f"  {name:8}{what}" for name, (_, what, _) in REGISTRY.items())
+    width = max(map(len, NAMES)) + 2
+    listing = "\n".join(f"  {name:{width}}{REGISTRY[name][1]}" for name in NAMES)
     parser = argparse.ArgumentParser(
         prog="python -m tools.bench",
         description=f"benchmarks:\n{listing}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", choices=[name for name in REGISTRY if name != "learner_gpu"], metavar="NAME")
+    parser.add_argument("name", choices=NAMES, metavar="NAME")
     parser.add_argument("--json", action="store_true", help="one JSON object a row")
     parser.add_argument("--reps", type=int, help="repeats of each contestant")
     parser.add_argument("--gpu", action="store_true", help="learner: the figures of a GPU instead")

@@ -5,6 +5,7 @@ the answer's digits ascends. ``configs/judged.yaml`` is rewarded by it; a real j
 OpenAI-compatible API.
 """
 
+import argparse
 import re
 import sys
 from itertools import pairwise
@@ -35,12 +36,17 @@ async def _models(_: web.Request) -> web.Response:
     return web.json_response({"object": "list", "data": [{"id": "stand-in", "object": "model"}]})
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Serve until interrupted."""
+    parser = argparse.ArgumentParser(prog="python -m tools.examples.judge", description="A stand-in for a judge.")
+    parser.add_argument("port", nargs="?", default=PORT, type=int, metavar="PORT", help=f"on {HOST}; {PORT}")
+    port = parser.parse_args(arguments).port
+    if not 0 < port < 1 << 16:
+        parser.error(f"PORT {port}: must lie in [1, 65535]")
     app = web.Application()
     app.router.add_post("/v1/chat/completions", _complete)
     app.router.add_get("/v1/models", _models)
-    web.run_app(app, host=HOST, port=int(sys.argv[1]) if len(sys.argv) > 1 else PORT, access_log=None)
+    web.run_app(app, host=HOST, port=port, access_log=None)
     return 0
 
 

@@ -4,6 +4,7 @@ About a minute and 1.5 GB in ``.trl``. The torch and transformers in it are thos
 environment (``constraints.txt``). An environment that is whole is left as it is.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -42,8 +43,16 @@ def _recipe() -> str:
     return "\n".join(PACKAGES)
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point."""
+    argparse.ArgumentParser(prog=HOW, description=f"Install TRL into {DIRECTORY} (1.5 GB).").parse_args(arguments)
     try:
         print(install())
     except CroupierError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
