@@ -15,7 +15,7 @@ DEFAULT_PROMPT_TOKENS = 32
 
 
 class FixedLength:
-    """``params.prompt_tokens`` uniform ids a prompt; channel ``parity`` is that of the completion's sum."""
+    """``params.prompt_tokens`` uniform ids a prompt; channel ``correct`` is the parity of the completion's sum."""
 
     channels = ("correct",)
 

@@ -37,7 +37,7 @@ class TaskEntry:
 class TaskSection:
     """What the policy is trained on."""
 
-    name: str = "sort6"  # "sort6" or "gym:<reasoning-gym data set>"
+    name: str = "sort6"  # one of docs/environments.md, or "gym:<reasoning-gym data set>"
     params: dict[str, Any] = field(default_factory=dict)  # handed to the task
     reward_weights: dict[str, float] = field(default_factory=dict)  # of channels; none given: {correct: 1}
     mix: dict[str, TaskEntry] = field(default_factory=dict)  # label -> task: several at once, instead of the above
