@@ -56,7 +56,7 @@ chaos: $(STAMP)  ## processes killed and stopped at random, networks cut (ten mi
 gpu: $(STAMP)  ## the checks that need a CUDA device
 	@$(BIN)/python -m pytest -q -m gpu tests/gpu $(ARGS)
 
-.gpu: $(STAMP)  ## what a lent machine (Python 3.12, torch, transformers) lacks; carry this folder and run gpu.sh there
+.gpu: $(STAMP)  ## what a lent machine (Python 3.12, torch, transformers) lacks; carry this folder; CONTRIBUTING.md says what to run there
 	@$(BIN)/pip install -q --target .gpu --python-version 3.12 --only-binary=:all: --no-deps -c constraints.txt \
 	    omegaconf PyYAML pyzmq msgpack pytest pytest-timeout iniconfig pluggy packaging pygments rich markdown-it-py mdurl
 
