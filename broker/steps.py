@@ -277,7 +277,10 @@ class Steps:
         del self._steps[step]
 
     def _prune(self) -> None:
-        limit = self.config.broker.retain_mb * MEGABYTE
+        section = self.config.broker
+        limit = section.retain_mb * MEGABYTE
+        if section.journal_mb:  # which must not be full of what only a checkpoint would empty it of
+            limit = min(limit, section.journal_mb * MEGABYTE / 4)
         held = sum(s.batch.nbytes for s in self._steps.values() if s.committed)
         for step in sorted(s for s, entry in self._steps.items() if entry.committed):
             if held <= limit:

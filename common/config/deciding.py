@@ -102,7 +102,7 @@ class BrokerSection:
     address: str = "tcp://127.0.0.1:5700"
     queue_mb: float = 256.0  # trajectories waiting to be trained; a full queue stops the grants
     journal_mb: float = 2048.0  # on disk in the run directory, before anything is acknowledged; 0 keeps no journal
-    retain_mb: float = 256.0  # committed shards kept for a learner that resumes
+    retain_mb: float = 256.0  # committed steps kept for a learner that resumes; at most a quarter of the journal
     heartbeat_s: float = 1.0
     peer_timeout_s: float = 15.0  # a silent peer is dropped and its groups are granted again
     group_timeout_s: float = 7200.0  # from a group's grant to its last sibling; what is missing then has failed

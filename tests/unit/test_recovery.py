@@ -363,6 +363,41 @@ def test_a_journal_that_is_full_is_emptied_without_a_checkpoint(tmp_path: Path, 
     full.journal.close()
 
 
+def test_a_journal_much_smaller_than_what_may_be_retained_does_not_stop_a_run_without_checkpoints(tmp_path: Path):
+    steps, tokens, journal = 40, 2000, Journal(tmp_path / "j", "r", 1)
+    settings = dataclasses.replace(
+        CONFIGS["off"], run=RunSection(steps=steps), staleness=StalenessSection(0),
+        rollout=RolloutSection(groups_per_step=1, group_size=2, max_prompt_tokens=1, max_tokens=tokens),
+        broker=BrokerSection(journal_mb=1.0),
+    )  # fmt: skip
+    settings.check_room()
+    pipeline = Pipeline(settings, VOCAB)
+    recorder = Recorder(pipeline, journal, dict)
+    recorder.begin(0)
+    n = 2 * tokens
+    on = np.tile(np.arange(tokens) > 0, 2)
+    deadline = time.monotonic() + 30
+    while pipeline.committed_step + 1 < steps:
+        assert time.monotonic() < deadline, f"stands at step {pipeline.committed_step}: {journal.used_bytes} bytes"
+        step = pipeline.ledger.next_step
+        granted = recorder.grant("a", 1, step)
+        if granted is not None:
+            message = wire.Trajectories(
+                "r", ["correct"], np.repeat(granted.groups, 2), np.arange(2, dtype=np.int32), np.zeros(2, np.float32),
+                np.zeros((2, 1), np.float32), np.zeros(2, np.uint8), np.array([0, tokens, n], np.int32),
+                np.zeros(n, np.int32), on.astype(np.uint8), np.where(on, np.float32(-1), np.float32(0)),
+                np.where(on, np.int32(step), np.int32(-1)), np.zeros((n, 0), np.int32), np.zeros((n, 0), np.float32),
+            )  # fmt: skip
+            assert recorder.admit(message, "a", step).reasons == ["", ""]
+            recorder.assemble(step)
+            assert recorder.shard(step, 0, 1) is not None
+            recorder.commit(step, {})
+        recorder.make_room()
+        recorder.flush()
+        time.sleep(0.001)  # for the thread that writes
+    journal.close()
+
+
 @pytest.mark.parametrize("snapshot_bytes", [0, 200_000])
 def test_a_journal_that_cannot_be_emptied_is_looked_at_when_something_has_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, snapshot_bytes: int
