@@ -105,7 +105,7 @@ class DirectReceiver:
                     where = publish["host"], publish["port"], rank, prepare.world, publish["backend"]
                     await join(client, group, *where, allowed)
                     self._groups[server.name] = group
-                return await update(client, group, version, self._mode, allowed)
+                return await update(client, group, version, self._mode, allowed, server.torn)
             except EngineError:
                 self._groups.pop(server.name, None)
                 raise

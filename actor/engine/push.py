@@ -57,6 +57,11 @@ class Version:
 class TornError(ServerLostError):
     """Some buckets are in the server and some are not: it must not sample before it has a whole version."""
 
+    def __init__(self, message: str, lost: bool) -> None:
+        """``lost``: it does not answer either."""
+        super().__init__(message)
+        self.lost = lost
+
 
 class Pusher:
     """The actor's end of all groups with its servers."""
@@ -74,11 +79,11 @@ class Pusher:
         """What an update may take."""
         return self._deadline_s + version.nbytes / self._least
 
-    async def push(self, client: Client, ranks: int, version: Version, mode: str) -> float:
+    async def push(self, client: Client, ranks: int, version: Version, mode: str, torn: bool) -> float:
         """Bring ``version`` to a server of ``ranks``; returns the seconds for which it did not sample.
 
-        Raises EngineError. The server then samples on under its old version, unless the error is a
-        :class:`TornError`.
+        ``torn``: it has part of a version. Raises EngineError: the server then samples on as before,
+        unless the error is a :class:`TornError`.
         """
         allowed = self.allowed_s(version)
         name, group = await self._join(client, ranks, allowed)
@@ -90,7 +95,9 @@ class Pusher:
                 raise ServerLostError(f"{client.name} left a broadcast: {brief(error)}") from error
 
         try:
-            return await update(client, name, version, mode, allowed, lambda flat: in_thread(lambda: broadcast(flat)))
+            return await update(
+                client, name, version, mode, allowed, torn, lambda flat: in_thread(lambda: broadcast(flat))
+            )
         except BaseException:
             self.leave(client.name)
             raise
@@ -116,7 +123,7 @@ class Pusher:
         held = self._groups.get(client.name)
         if held is not None:
             with contextlib.suppress(EngineError):
-                await client.call("/destroy_weights_update_group", {"group_name": held[0]})
+                await quit_group(client, held[0])
             self.leave(client.name)
 
     def leave(self, server: str) -> None:
@@ -146,21 +153,29 @@ async def join(
     await client.must("/init_weights_update_group", fields, allowed)
 
 
+async def quit_group(client: Client, group: str) -> None:
+    """The server forgets ``group``; one that it does not know is no error."""
+    with contextlib.suppress(ServerRefusedError):
+        await client.call("/destroy_weights_update_group", {"group_name": group})
+
+
 async def update(
     client: Client,
     group: str,
     version: Version,
     mode: str,
     allowed: float,
+    torn: bool,
     broadcast: "Callable[[torch.Tensor], asyncio.Future[Any]] | None" = None,
 ) -> float:
     """The server takes ``version`` from rank 0 of ``group``; returns the seconds for which it did not sample.
 
-    ``broadcast`` sends one bucket if we are rank 0. Raises EngineError: :class:`TornError` if the
-    server has some buckets and not all (it then stays paused), else it samples on as before.
+    ``torn``: an earlier update left part of a version in it. ``broadcast`` sends one bucket if we are
+    rank 0. Raises EngineError: :class:`TornError` if the server has some buckets and not all (it then
+    stays paused), else it samples on as before.
     """
     began = time.monotonic()
-    inside = False  # whether something of the version may be in the server
+    inside = torn  # whether something of a version may be in the server
     await client.pause(mode, allowed)
     try:
         session = await client.begin_update(allowed)
@@ -208,14 +223,15 @@ async def _recover(client: Client, group: str, torn: bool, why: BaseException) -
     """Close the session and leave the group; sample on only if nothing is in."""
     try:
         await client.end_update(SHORT_S)
-        await client.call("/destroy_weights_update_group", {"group_name": group})
+        await quit_group(client, group)
         if not torn:
             await client.resume()
     except EngineError as error:
         torn = True
         log.warning("%s cannot leave a broken update: %s", client.name, error)
-    if torn and not isinstance(why, ServerLostError):
-        raise TornError(f"{client.name} may have parts of a version that broke off: {why}") from why
+    if torn:
+        lost = isinstance(why, ServerLostError)
+        raise TornError(f"{client.name} may have parts of a version that broke off: {why}", lost) from why
 
 
 def in_thread(work: Callable[[], Any]) -> "asyncio.Future[Any]":

@@ -77,6 +77,7 @@ class Server:
         self.config, self.name, self.address = config, name, address
         self.state = State.JOIN
         self.version = -1  # -1: not known to be any of ours
+        self.torn = False  # part of a version may be in it: it is paused until it has a whole one
         self.identity: Identity | None = None
         self.why = ""  # it was lost
         self.restarts = 0
@@ -156,14 +157,13 @@ class Server:
                 await self._taken(version, await take())
                 self._refusals = 0
             except TornError as error:
-                self.version = -1
-                self._set(State.STALE)
+                self._tear()
+                self._refuses(error, error.lost)
                 return str(error)
             except ServerRefusedError as error:
-                self._refusals += 1
-                log.warning("%s samples on from version %d: %s", self.name, self.version, error)
-                if self._refusals >= PUSHES:
-                    self.failure = error
+                what = "stays paused" if self.torn else f"samples on from version {self.version}"
+                log.warning("%s %s: %s", self.name, what, error)
+                self._refuses(error)
                 return str(error)
             except Exception as error:  # noqa: BLE001  # whatever it is, the broker must hear of it
                 self.failure = error
@@ -172,6 +172,17 @@ class Server:
                 self._receiving = False
                 self._changed.set()
         return ""
+
+    def _refuses(self, error: EngineError, lost: bool = False) -> None:
+        """It did not take what the learner brought; too often in a row end this life."""
+        self._refusals += 1
+        if lost or self._refusals >= PUSHES:
+            self.failure = error
+
+    def _tear(self) -> None:
+        """Whatever it samples belongs to no version: it is paused until it has one."""
+        self.torn, self.version = True, -1
+        self._set(State.STALE)
 
     async def end(self) -> None:
         """Stop it if it is ours; leave it alone if it is not."""
@@ -276,7 +287,8 @@ class Server:
                 await self.client.must("/update_weights_from_disk", fields, self.config.engine.start_timeout_s)
                 await self.client.resume()
             except ServerRefusedError as error:
-                await self.client.resume()
+                if not self.torn:
+                    await self.client.resume()
                 raise UnfitError(
                     f"{self.name} cannot load model {self.config.rollout_path}: {error}; it must serve a model of "
                     "that architecture and see the same path"
@@ -284,7 +296,7 @@ class Server:
         said = await self.client.version()
         if said != self._tag(0):
             raise UnfitError(f"{self.name} serves weight version {said!r} after it was told {self._tag(0)!r}")
-        self.version = 0
+        self.version, self.torn = 0, False
 
     async def _serve(self) -> None:
         """Bring it to the newest version, then keep it there and alive."""
@@ -330,11 +342,10 @@ class Server:
             self._set(State.STALE)
         for attempt in range(1, PUSHES + 1):
             try:
-                paused = await self._pusher.push(self.client, self.ranks, version, self.config.engine.update)
+                paused = await self._pusher.push(self.client, self.ranks, version, self.config.engine.update, self.torn)
                 break
             except TornError as error:
-                self._set(State.STALE)  # whatever it sampled since belongs to no version: it is paused until it has one
-                self.version = -1
+                self._tear()
                 reason: EngineError = error
             except EngineError as error:
                 reason = error
@@ -348,7 +359,7 @@ class Server:
         said = await self.client.version()
         if said != version.tag:
             raise ServerLostError(f"{self.name} serves {said!r} after it was sent {version.tag!r}")
-        self.version = version.number
+        self.version, self.torn = version.number, False
         self.paused_s += paused_s
         self.updates += 1
         self._notify()

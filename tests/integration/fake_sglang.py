@@ -2,13 +2,19 @@
 
 import asyncio
 import base64
+from datetime import timedelta
 
 import numpy as np
+import torch
+import torch.distributed as dist
 from aiohttp import web
 
+from common.weights import store_prefix
 from tests.app_thread import AppThread
 
 VOCAB = 32
+CUT = "cut"  # what a spoiled answer is where the connection breaks
+GROUP_S = 10.0  # that a group may take to meet, and a bucket to come
 
 
 class FakeServer:
@@ -18,6 +24,7 @@ class FakeServer:
         self.info = {"version": version, "tp_size": 1, "dp_size": 1, **info}
         self.weight_version, self.paused, self.architectures = "default", 0, None
         self.spoil, self.calls, self.seconds = {}, [], 0.0
+        self.groups, self.receives = {}, False  # name -> group of weights; whether it joins them and takes what comes
         self.random = np.random.default_rng(0)
         self._server = AppThread(self._answer, port)
 
@@ -45,6 +52,8 @@ class FakeServer:
         if path in self.spoil:
             answer = self.spoil[path](fields, answer)
             answer = await answer if asyncio.iscoroutine(answer) else answer
+        if answer == CUT:
+            request.transport.close()
         return answer if isinstance(answer, web.StreamResponse) else web.json_response(answer)
 
     def on_server_info(self, fields):
@@ -61,6 +70,29 @@ class FakeServer:
     def on_update_weights_from_disk(self, fields):
         self.weight_version = fields["weight_version"]
         return {"success": True}
+
+    async def on_init_weights_update_group(self, fields):
+        self.groups[fields["group_name"]] = await asyncio.to_thread(_join, fields) if self.receives else None
+        return {"success": True}
+
+    def on_destroy_weights_update_group(self, fields):
+        unknown = self._unless_unknown(fields)
+        self.groups.pop(fields["group_name"], None)
+        return unknown or {"success": True}
+
+    async def on_update_weights_from_distributed(self, fields):
+        if unknown := self._unless_unknown(fields):
+            return unknown
+        if self.receives:
+            await asyncio.to_thread(_receive, self.groups[fields["group_name"]], fields)
+        self.weight_version = fields["weight_version"] or self.weight_version
+        return {"success": True}
+
+    def _unless_unknown(self, fields):
+        """HTTP 400 for a group that it is not in, as SGLang answers."""
+        if fields["group_name"] in self.groups:
+            return None
+        return web.json_response({"success": False, "message": "The group does not exist."}, status=400)
 
     def on_weights_checker(self, fields):
         return {"per_engine_checksum": f"sum of {self.weight_version}"}
@@ -99,3 +131,17 @@ class FakeServer:
         elif k:
             meta["output_top_logprobs"] = [[[value, token, None] for token in range(k)] for _ in ids]
         return {"output_ids": ids, "meta_info": meta}
+
+
+def _join(fields):
+    """Rank ``rank_offset`` of a group, as torch's own helper finds it."""
+    store = dist.TCPStore(fields["master_address"], fields["master_port"], timeout=timedelta(seconds=GROUP_S))
+    prefixed = dist.PrefixStore(store_prefix(fields["group_name"], "cpu"), store)
+    return dist.ProcessGroupGloo(prefixed, fields["rank_offset"], fields["world_size"], timedelta(seconds=GROUP_S))
+
+
+def _receive(group, fields):
+    """One bucket of float32."""
+    assert set(fields["dtypes"]) == {"float32"}
+    nbytes = 4 * sum(int(np.prod(shape)) for shape in fields["shapes"])
+    group.broadcast([torch.empty(nbytes, dtype=torch.uint8)]).wait()

@@ -4,15 +4,17 @@ import asyncio
 import json
 import logging
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from aiohttp import web
 from safetensors.numpy import save_file
 
 from actor.engine.base import Failure, SampleRequest
+from actor.engine.direct import DirectReceiver
 from actor.engine.push import Version
 from actor.engine.server import State
 from actor.engine.sglang import MOST_EMPTY, SglangEngine
@@ -28,7 +30,8 @@ from common.config import (
 )
 from common.errors import EngineError
 from common.weights import plan_buckets
-from tests.integration.fake_sglang import VOCAB, FakeServer
+from common.wire import Applied, Go, Prepare, Publish, Ready, ReceiveFailed
+from tests.integration.fake_sglang import CUT, VOCAB, FakeServer
 
 FAST = {
     "device": "cpu",
@@ -38,6 +41,8 @@ FAST = {
     "backoff_s": 0.05,
     "restarts": 2,
 }
+TENSORS = [["w", "float32", [4]], ["v", "float32", [4]]]
+BUCKET_BYTES = 16  # one tensor
 
 
 @pytest.fixture
@@ -59,7 +64,7 @@ def engine_on(tmp_path):
     model.mkdir()
     config = {"vocab_size": VOCAB, "max_position_embeddings": 512, "architectures": ["X"], "eos_token_id": 1}
     (model / "config.json").write_text(json.dumps(config))
-    save_file({"w": np.zeros(4, np.float32)}, model / "model.safetensors")
+    save_file({name: np.zeros(shape, np.float32) for name, _, shape in TENSORS}, model / "model.safetensors")
     made = []
 
     def make(*servers, wait=True, rollout=None, weights=None, **engine):
@@ -534,3 +539,98 @@ def test_the_fixed_concurrency_is_never_exceeded(fakes, engine_on):
     engine.add(ask(1, samples=20))
     run(engine, lambda: most.append(sum(t.under_way for t in engine._targets)) or not engine.in_flight)
     assert max(most) == 3
+
+
+# ---- new weights --------------------------------------------------------------------------------
+
+UPDATE, BEGIN, RESUME = "/update_weights_from_distributed", "/begin_weight_update", "/continue_generation"
+DIRECT = WeightsSection(route="direct", backend="gloo")
+
+
+def nth(number, made):
+    """Spoil one answer, the ``number``-th."""
+    left = [number]
+
+    def spoil(fields, answer):
+        left[0] -= 1
+        return answer if left[0] else made()
+
+    return spoil
+
+
+def steps_of(fake, start):
+    """What it was told of its weights since call ``start``."""
+    return [path for path, _ in fake.calls[start:] if path in (UPDATE, BEGIN, RESUME)]
+
+
+def no():
+    return web.Response(status=500, text="no")
+
+
+class Learner:
+    """What reaches an actor of a learner whose servers are in its group: Prepare and Go, and what comes back."""
+
+    def __init__(self, engine):
+        self.engine, self.sent = engine, []
+        self.receiver = DirectReceiver(self.sent.append, engine, "retract")
+
+    def publish(self, version, epoch):
+        publish = Publish(version, "127.0.0.1", 1, "gloo", BUCKET_BYTES, TENSORS)
+        self.receiver.on_prepare(Prepare(epoch, 1, 1, 2, asdict(publish)))
+        ready = self.sent.pop()
+        assert ready == Ready(epoch, version, 1)
+        self.receiver.on_go(Go(epoch, version, ["a"], 2))
+        run(self.engine, lambda: self.sent)
+        return self.sent.pop()
+
+
+@pytest.mark.parametrize("broken", [no, lambda: CUT], ids=["refused", "cut"])
+def test_a_torn_server_stays_paused_through_a_push_that_fails_before_its_first_bucket(fakes, engine_on, broken):
+    fake = fakes()
+    engine = engine_on(fake)
+    fake.receives, start = True, len(fake.calls)
+    fake.spoil |= {UPDATE: nth(2, broken), BEGIN: nth(2, no)}
+    flat = torch.zeros(BUCKET_BYTES, dtype=torch.uint8)
+    engine.load(1, [(bucket, flat) for bucket in plan_buckets(TENSORS, BUCKET_BYTES)])
+    run(engine, lambda: engine.loaded() is not None)
+    assert steps_of(fake, start) == [BEGIN, UPDATE, UPDATE, BEGIN, BEGIN, UPDATE, UPDATE, RESUME]
+    (server,) = engine.servers
+    assert (server.version, server.torn, server.restarts, server.state) == (1, False, 0, State.SERVING)
+
+
+def test_a_push_that_fails_before_its_first_bucket_leaves_a_whole_server_sampling(fakes, engine_on):
+    fake = fakes()
+    engine = engine_on(fake, weights=DIRECT)
+    learner, start = Learner(engine), len(fake.calls)
+    fake.spoil[BEGIN] = nth(1, no)
+    assert isinstance(learner.publish(1, 1), ReceiveFailed)
+    assert steps_of(fake, start) == [BEGIN, RESUME]
+    (server,) = engine.servers
+    assert (server.version, server.torn, server.state) == (0, False, State.SERVING)
+
+
+def test_a_torn_server_stays_paused_until_the_learner_has_sent_it_a_whole_version(fakes, engine_on):
+    fake = fakes()
+    engine = engine_on(fake, weights=DIRECT)
+    learner, start = Learner(engine), len(fake.calls)
+    (server,) = engine.servers
+    fake.spoil |= {UPDATE: nth(2, no), BEGIN: nth(2, no)}
+    for epoch in (1, 2):
+        assert isinstance(learner.publish(1, epoch), ReceiveFailed)
+        assert (server.version, server.torn, server.state) == (-1, True, State.STALE)
+    assert learner.publish(1, 3) == Applied(3, 1, "")
+    assert steps_of(fake, start) == [BEGIN, UPDATE, UPDATE, BEGIN, BEGIN, UPDATE, UPDATE, RESUME]
+    run(engine, lambda: server.state == State.SERVING)
+    assert (server.version, server.torn, server.restarts) == (1, False, 0)
+
+
+def test_a_torn_server_that_takes_nothing_more_is_lost_and_starts_whole(fakes, engine_on):
+    fake = fakes()
+    engine = engine_on(fake, weights=DIRECT)
+    learner = Learner(engine)
+    (server,) = engine.servers
+    fake.spoil |= {UPDATE: nth(2, no), BEGIN: lambda fields, answer: answer if not server.torn else no()}
+    for epoch in (1, 2, 3):
+        assert isinstance(learner.publish(1, epoch), ReceiveFailed)
+    run(engine, lambda: server.restarts == 1 and server.state == State.SERVING)
+    assert (server.version, server.torn) == (0, False)
