@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from actor.engine.push import Version, join, update
+from actor.engine.push import Version, join, quit_group, update
 from actor.engine.server import Server
 from actor.engine.sglang import SglangEngine
 from common.errors import EngineError
@@ -33,7 +33,7 @@ class DirectReceiver:
         self._prepared: tuple[Prepare, Sequence[Server]] | None = None
         self._under_way: Any = None
         self._owed: Prepare | None = None  # it came while a collective was under way
-        self._groups: dict[str, str] = {}  # server -> the group that it is in
+        self._groups: dict[str, tuple[str, int]] = {}  # server -> the group that it is in, and in which of its lives
 
     def on_prepare(self, message: Prepare) -> None:
         """Say how many ranks can receive now."""
@@ -95,16 +95,15 @@ class DirectReceiver:
         allowed = self._engine.allowed_s(version) + publish["seconds"]
 
         async def take() -> float:
-            client = server.client
+            client, mine = server.client, (group, server.lives)
             try:
-                if self._groups.get(server.name) != group:
-                    if server.name in self._groups:
-                        await client.call(
-                            "/destroy_weights_update_group", {"group_name": self._groups.pop(server.name)}
-                        )
+                held = self._groups.get(server.name)
+                if held != mine:
+                    if held is not None:
+                        await quit_group(client, held[0])  # unknown to a new process
                     where = publish["host"], publish["port"], rank, prepare.world, publish["backend"]
                     await join(client, group, *where, allowed)
-                    self._groups[server.name] = group
+                    self._groups[server.name] = mine
                 return await update(client, group, version, self._mode, allowed, server.torn)
             except EngineError:
                 self._groups.pop(server.name, None)

@@ -634,3 +634,28 @@ def test_a_torn_server_that_takes_nothing_more_is_lost_and_starts_whole(fakes, e
         assert isinstance(learner.publish(1, epoch), ReceiveFailed)
     run(engine, lambda: server.restarts == 1 and server.state == State.SERVING)
     assert (server.version, server.torn) == (0, False)
+
+
+@pytest.mark.parametrize("epoch", [1, 2], ids=["same epoch", "next epoch"])
+def test_a_server_that_was_restarted_joins_the_learners_group_anew(fakes, engine_on, epoch):
+    fake = fakes()
+    engine = engine_on(fake, weights=DIRECT, restarts=20)
+    learner = Learner(engine)
+    (server,) = engine.servers
+    assert learner.publish(1, 1) == Applied(1, 1, "")
+    fake.stop()
+    run(engine, lambda: server.state == State.LOST)
+    again = fakes(port=fake.port)
+    run(engine, lambda: server.state == State.STALE)
+    assert learner.publish(2, epoch) == Applied(epoch, 2, "")
+    run(engine, lambda: server.state == State.SERVING)
+    assert server.version == 2 and list(again.groups) == [f"weights/1/{epoch}"]
+
+
+def test_a_server_leaves_the_group_of_an_earlier_epoch(fakes, engine_on):
+    fake = fakes()
+    learner = Learner(engine_on(fake, weights=DIRECT))
+    for version, epoch in ((1, 1), (2, 1), (3, 2)):
+        assert learner.publish(version, epoch) == Applied(epoch, version, "")
+    joined = [fields["group_name"] for path, fields in fake.calls if path == "/init_weights_update_group"]
+    assert joined == ["weights/1/1", "weights/1/2"] and list(fake.groups) == joined[1:]
