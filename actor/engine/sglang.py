@@ -438,16 +438,19 @@ class SglangEngine:
 
     def _completion(self, sample: Sample) -> Completion:
         request, pieces = sample.request, sample.pieces
+        token_ids = np.concatenate([piece.token_ids for piece in pieces])
+        # Older servers look at the length first: an end token that comes last of max_tokens is "length" to them.
+        stopped = pieces[-1].finish == "stop" or (not request.ignore_eos and int(token_ids[-1]) in self._stop_ids)
         return Completion(
             request_id=request.request_id,
             sibling=sample.sibling,
-            token_ids=np.concatenate([piece.token_ids for piece in pieces]),
+            token_ids=token_ids,
             logprobs=np.concatenate([piece.logprobs for piece in pieces]),
             versions=np.concatenate([self._versions_of(piece) for piece in pieces]),
             topk_ids=np.concatenate([piece.topk_ids for piece in pieces]),
             topk_logprobs=np.concatenate([piece.topk_logprobs for piece in pieces]),
             experts=_join_experts(pieces),
-            finish_reason="stop" if pieces[-1].finish == "stop" else "length",
+            finish_reason="stop" if stopped else "length",
             cached_tokens=pieces[0].cached_tokens,
         )
 

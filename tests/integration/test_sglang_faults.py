@@ -43,6 +43,7 @@ FAST = {
 }
 TENSORS = [["w", "float32", [4]], ["v", "float32", [4]]]
 BUCKET_BYTES = 16  # one tensor
+EOS = 1
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def fakes():
 def engine_on(tmp_path):
     model = tmp_path / "model"
     model.mkdir()
-    config = {"vocab_size": VOCAB, "max_position_embeddings": 512, "architectures": ["X"], "eos_token_id": 1}
+    config = {"vocab_size": VOCAB, "max_position_embeddings": 512, "architectures": ["X"], "eos_token_id": EOS}
     (model / "config.json").write_text(json.dumps(config))
     save_file({name: np.zeros(shape, np.float32) for name, _, shape in TENSORS}, model / "model.safetensors")
     made = []
@@ -133,6 +134,29 @@ def test_every_release_gives_the_same_arrays(fakes, engine_on, version, k):
         assert (c.topk_ids == np.arange(k)).all()
         np.testing.assert_allclose(c.logprobs, -np.log(VOCAB), rtol=1e-6)
         assert (c.versions == 0).all() and c.cached_tokens == 1
+
+
+def ending(*tokens):
+    """The answer's last tokens are these; what else it says stays."""
+
+    def change(answer):
+        ids, meta = [*answer["output_ids"][: -len(tokens)], *tokens], answer["meta_info"]
+        sampled = [[value, token, None] for (value, *_), token in zip(meta["output_token_logprobs"], ids, strict=True)]
+        return {**answer, "output_ids": ids, "meta_info": {**meta, "output_token_logprobs": sampled}}
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("last", "ignore_eos", "finish"), [(EOS, False, "stop"), (EOS, True, "length"), (EOS + 1, False, "length")]
+)
+def test_an_end_token_that_is_the_last_allowed_ends_an_answer(fakes, engine_on, last, ignore_eos, finish):
+    """Servers say "length" of all of these."""
+    fake = fakes()
+    engine = engine_on(fake)
+    fake.spoil["/generate"] = always(ending(last))
+    engine.add(ask(1, ignore_eos=ignore_eos))
+    assert [(c.token_ids[-1], c.finish_reason) for c in drain(engine)] == [(last, finish)] * 2
 
 
 HALF_TRUE = {
