@@ -8,6 +8,7 @@ Scores are what they are in whatever order they come: a rollout is told of once,
 """
 
 import asyncio
+import dataclasses
 import logging
 import queue
 import secrets
@@ -28,6 +29,8 @@ from common.rewards import RewardModelEntry, RewardSection
 START_S = 900.0  # until the models are loaded
 END_S = 5.0  # for requests under way to be broken off
 CHAT = "/chat/completions"
+REQUEST_SHARE = 0.9  # of reward.deadline_s for one request: a server that hangs fails, and is not just late
+JUDGE_SHARE = 0.95  # ... and for all of a judge's, so that those which were answered count
 
 log = logging.getLogger("actor.scoring")
 
@@ -84,9 +87,13 @@ class Judges:
                 model: RewardModel = Checkpoint(name, entry)
             else:
                 url = entry.url.rstrip("/") + (CHAT if entry.kind == "grm" else "")
-                endpoint = Endpoint(name, url, entry, entry.read_key(name), self._session)
-                judge = entry.kind == "grm"
-                model = Judge(name, entry, endpoint, secret) if judge else Classifier(entry, endpoint)
+                deadline_s = self._section.deadline_s
+                bounded = dataclasses.replace(entry, timeout_s=min(entry.timeout_s, REQUEST_SHARE * deadline_s))
+                endpoint = Endpoint(name, url, bounded, entry.read_key(name), self._session)
+                if entry.kind == "grm":
+                    model = Judge(name, entry, endpoint, secret, JUDGE_SHARE * deadline_s)
+                else:
+                    model = Classifier(entry, endpoint)
             self._seats[name] = _Seat(entry, model, endpoint)
 
     # ---- called by the actor's thread -----------------------------------------------------------

@@ -11,6 +11,7 @@ scores    ``{"question": q, "answer": a}``         ``{"scores": [r]}``
 ========  =======================================  ====================================================
 """
 
+import asyncio
 import math
 from typing import Any, Protocol
 
@@ -36,9 +37,9 @@ class RewardModel(Protocol):
 class Judge:
     """A generative reward model: a rubric, an answer, a score at the end of what it writes."""
 
-    def __init__(self, name: str, entry: RewardModelEntry, endpoint: Endpoint, secret: bytes) -> None:
-        """Raises ConfigError if the rubric cannot be read."""
-        self._entry, self._endpoint, self._secret = entry, endpoint, secret
+    def __init__(self, name: str, entry: RewardModelEntry, endpoint: Endpoint, secret: bytes, within_s: float) -> None:
+        """``within_s`` for all judgements of an answer. Raises ConfigError if the rubric cannot be read."""
+        self._entry, self._endpoint, self._secret, self._within_s = entry, endpoint, secret, within_s
         self._rubric = entry.read_rubric(name)
         self.unread = 0
 
@@ -47,16 +48,20 @@ class Judge:
         await self._endpoint.ready()
 
     async def score(self, judged: Judged) -> float:
-        """The mean of ``samples`` judgements; of those that could be had, if some could not."""
-        entry, scores, error = self._entry, list[float](), TaskError("")
+        """The mean of ``samples`` judgements; of those that could be had in time, if some could not."""
+        entry, scores, error = self._entry, list[float](), Exception()
         first = messages(judged, self._rubric, entry.scale, entry.references, self._secret)
-        for _ in range(entry.samples):
-            try:
-                scores.append(await self._judge(first))
-            except ModelDownError:
-                raise
-            except TaskError as failure:
-                error = failure
+        try:
+            async with asyncio.timeout(self._within_s):
+                for _ in range(entry.samples):
+                    try:
+                        scores.append(await self._judge(first))
+                    except ModelDownError:
+                        raise
+                    except TaskError as failure:
+                        error = failure
+        except (TimeoutError, ModelDownError) as failure:
+            error = failure
         if not scores:
             raise error
         return sum(scores) / len(scores)

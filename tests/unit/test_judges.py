@@ -208,6 +208,38 @@ def test_the_deadline_bounds_a_verdict_whatever_its_retries(serve) -> None:
         assert "no score within reward.deadline_s=0.1" in bench.one().failures["style"]
 
 
+async def hang(request: web.Request, body: Any) -> web.Response:
+    await asyncio.sleep(PATIENCE_S)
+    return chat("Score: 10")
+
+
+def test_a_server_that_hangs_is_found_down_whatever_its_timeout(serve) -> None:
+    server = serve(hang)
+    entry = judge(server, timeout_s=60.0, retries=0, down_after=2, on_failure="neutral")
+    with Bench(deadline_s=1.0, style=entry) as bench:
+        found = bench.ask(Judged("q", "a"), Judged("q", "b"))
+        assert all("no answer within 0.9 s" in verdict.failures["style"] for verdict in found.values())
+        assert bench.count("down") == 1
+        assert "is down" in bench.one().failures["style"] and len(server.asked) == 2
+
+
+def test_judgements_that_were_had_before_the_deadline_count(serve) -> None:
+    words = iter(["Score: 2", "Score: 6"])
+    server = serve(lambda request, body: chat(word) if (word := next(words, "")) else hang(request, body))
+    entry = judge(server, samples=3, temperature=1.0, retries=9, scale=(0.0, 8.0))
+    with Bench(deadline_s=1.0, style=entry) as bench:
+        assert bench.one().scores == {"style": pytest.approx(0.5)} and bench.count("failures") == 0
+
+
+def test_judgements_that_were_had_before_a_server_went_down_count(serve) -> None:
+    words = iter(["Score: 2"])
+    server = serve(lambda request, body: chat(word) if (word := next(words, "")) else web.Response(status=500))
+    entry = judge(server, samples=3, temperature=1.0, retries=0, down_after=1, on_failure="neutral", scale=(0.0, 8.0))
+    with Bench(style=entry) as bench:
+        assert bench.one().scores == {"style": pytest.approx(0.25)} and bench.count("down") == 1
+    assert len(server.asked) == 2
+
+
 def test_a_server_that_is_down_is_left_alone_said_once_and_found_again(serve, caplog) -> None:
     server = serve(lambda request, body: chat("Score: 10"))
     entry = judge(server, retries=0, down_after=3, probe_s=0.05, on_failure="neutral")
