@@ -151,9 +151,11 @@ class Play:
         began = self.tracer.now() if self.tracer.follows(group) else 0
         for one in started:
             one.question, one.began = question, began
-        self._begin(started[:siblings])
+        self._begin(started, siblings)
+        if self.rollouts.get(group, 0) is None:
+            return  # it cannot be sampled
         for one, (text, completion) in zip(started[siblings:], members, strict=True):
-            one.exemplar, one.given = text, item.prompt_ids
+            one.exemplar = text
             one.take(completion)
             self.counters["exemplars"] += 1
             self._scorer.turn(one, lambda one=one: self._reward(one))  # type: ignore[misc]
@@ -181,7 +183,7 @@ class Play:
                 return
             self._held_out.popleft()
             self._evaluating += samples
-            self._begin(self.rollouts.start(request_id, item, samples, samples))
+            self._begin(self.rollouts.start(request_id, item, samples, samples), samples)
 
     def _held_out_question(self, index: int) -> PromptItem:
         """Made once: hundreds at the beginning of an evaluation hold up everything else that this actor samples."""
@@ -196,7 +198,8 @@ class Play:
             raise TaskError(f"a prompt of {len(item.prompt_ids)} tokens; raise rollout.max_prompt_tokens={limit}")
         return item
 
-    def _begin(self, started: Sequence[Rollout]) -> None:
+    def _begin(self, started: Sequence[Rollout], sampled: int) -> None:
+        """Sample the first of ``started``, so many; all fail if their question cannot be sampled."""
         for rollout in started:
             rollout.date = self.date
         if self._driver is not None:
@@ -205,7 +208,11 @@ class Play:
         prompt_ids = started[0].item.prompt_ids
         for rollout in started:
             rollout.given = prompt_ids
-        self._ask(started[0], prompt_ids, 0, self.config.rollout.max_tokens, samples=len(started))
+        try:
+            self._ask(started[0], prompt_ids, 0, self.config.rollout.max_tokens, samples=sampled)
+        except EngineError as error:
+            for rollout in started:
+                self._fail(rollout, str(error))
 
     def _ask(self, rollout: Rollout, prompt_ids: Ids, first_token: int, max_tokens: int, samples: int = 1) -> None:
         """One turn of ``rollout`` and the siblings that follow it. Raises EngineError if it cannot be sampled."""

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from actor.engine.base import Completion, Failure, SampleRequest
+from actor.engine.base import Completion, Failure, SampleRequest, check_request
 from actor.outbox import Finished
 from actor.play import Play
 from actor.tasks.sort6 import encode
+
+ANY = 1 << 30  # what a request may ask for
 
 Script = Callable[[SampleRequest, int], str | None]  # None: the engine fails at it
 
@@ -22,12 +24,14 @@ class ScriptedEngine:
         self.asked: list[SampleRequest] = []
         self._waiting: list[SampleRequest] = []
         self.cancelled: list[tuple[int, int]] = []
+        self.vocab_size = ANY
 
     @property
     def busy(self) -> bool:
         return bool(self._waiting)
 
     def add(self, request: SampleRequest) -> None:
+        check_request(request, self.vocab_size, ANY, ANY)
         self.asked.append(request)
         self._waiting.append(request)
 

@@ -1,6 +1,7 @@
 """An actor's play with a scripted engine: mixed tasks, and evaluations of several samples."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -167,6 +168,27 @@ def test_what_fails_is_worth_nothing_and_is_not_correct() -> None:
     np.testing.assert_array_equal(result.channels[:, 1], np.array([1, np.nan, np.nan, np.nan, 1, np.nan], np.float32))
     assert [bool(a) for a in result.answers] == [True, False, False, False, True, False]
     assert table.counters["evaluation_failures"] == 3
+
+
+@pytest.mark.parametrize("ids", [[], [3, 99]], ids=["empty", "beyond the vocabulary"])
+def test_a_first_prompt_that_cannot_be_sampled_costs_its_question(ids: list[int]) -> None:
+    table = Table(config(TaskSection(), samples=2, max_turns=1), answer_of)
+    table.engine.vocab_size, inner = 16, table.play.task.prompt
+
+    def prompt(index: int, split: Any) -> Any:
+        item = inner(index, split)
+        return replace(item, prompt_ids=np.array(ids, np.int32)) if index == 1 else item
+
+    table.play.task.prompt = prompt  # type: ignore[method-assign]
+    for group in range(3):
+        table.play.start_group(group, group)
+    table.play.start_evaluation(0, 3, 2)
+    finished = table.play_on()
+    assert sorted((f.group, f.sibling) for f in finished) == [(0, 0), (0, 1), (2, 0), (2, 1)]
+    *failed, result = table.sent
+    assert [(message.group, message.sibling) for message in failed] == [(1, 0), (1, 1)]
+    assert all(message.reason.startswith("request 1: prompt") for message in failed)
+    assert result.rewards.tolist() == [1, 1, 0, 0, 1, 1] and len(table.play.rollouts) == 0
 
 
 def test_held_out_questions_are_made_once() -> None:

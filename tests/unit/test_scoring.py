@@ -383,6 +383,16 @@ def test_exemplars_beside_siblings_to_spare(model_dir: str, tmp_path: Path) -> N
     assert table.counters["cancelled"] == 2
 
 
+def test_exemplars_of_a_question_that_cannot_be_sampled_fail_with_it(model_dir: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", {"question": 0, "answer": "1"})
+    settings = config(model_dir, RewardSection(exemplars=file), group_size=3, exemplars=1)
+    with Table(settings, lambda r, s: "0$") as table:
+        table.engine.vocab_size = 1
+        table.play.start_group(0, 0)
+        assert table.until_idle() == [] and table.counters["exemplars"] == 0
+    assert [(message.group, message.sibling) for message in table.sent] == [(0, 0), (0, 1), (0, 2)]
+
+
 def test_an_exemplar_that_does_not_fit_is_left_out_and_named(
     model_dir: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
