@@ -83,4 +83,10 @@ def _read_call(text: str) -> Call | None:
     if not isinstance(given, dict) or not isinstance(given.get("name"), str):
         return None
     arguments = given.get("arguments", {})
-    return Call(given["name"], arguments) if isinstance(arguments, dict) else None
+    if not isinstance(arguments, dict):
+        return None
+    try:
+        orjson.dumps(arguments)
+    except orjson.JSONEncodeError:  # nested deeper than can be told again
+        return None
+    return Call(given["name"], arguments)

@@ -174,6 +174,20 @@ def test_what_is_no_call_stays_text(text: str, content: str, calls: tuple[Call, 
     assert split_calls(text) == (content, calls)
 
 
+def nested(depth: int) -> str:
+    return '<tool_call>{"name":"f","arguments":' + '{"a":' * depth + "1" + "}" * depth + "}</tool_call>"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_nested_too_deep_to_be_told_stays_text(template: ChatTemplate, stream: bool) -> None:
+    tokens = completion([*template.encode(nested(300)), END])
+    talk = Conversations(template, LIMITS)
+    placed = talk.read(body([user("x")], tools=TOOLS, stream=stream))
+    reply = talk.answer(placed, tokens, "1", "m")
+    assert (reply.message.content, reply.message.calls) == (nested(300), ())
+    assert len(split_calls(nested(100))[1]) == 1
+
+
 def test_calls_stay_text_where_no_tools_were_offered(template: ChatTemplate) -> None:
     raw = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
     _, answer = say(Conversations(template, LIMITS), [user("x")], completion([*template.encode(raw), END]))
