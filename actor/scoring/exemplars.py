@@ -9,7 +9,6 @@ A JSONL file, a line an answer::
 Token ids are made once and are never decoded; an answer ends as the chat template ends it.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from actor.tasks.rows import read_row
 from actor.tasks.tokenizer import load_tokenizer
-from common.errors import ConfigError
+from common.errors import ConfigError, TaskError
 
 FIELDS = {"question", "answer", "task"}
 MARK = "\x02answer\x02"  # a place in a rendered template
@@ -109,10 +109,10 @@ def _read(path: str) -> list[tuple[int, str]]:
 
 def _parse(line: str, where: str) -> _Line:
     try:
-        found = json.loads(line)
-    except ValueError as error:
-        raise ConfigError(f"{where}: not JSON: {error}") from error
-    if not isinstance(found, dict) or not set(found) <= FIELDS:
+        found = read_row(line, where)
+    except TaskError as error:
+        raise ConfigError(str(error)) from error
+    if not set(found) <= FIELDS:
         raise ConfigError(f"{where}: must be an object of {', '.join(sorted(FIELDS))}")
     question, answer, task = found.get("question"), found.get("answer"), found.get("task")
     if not isinstance(answer, str) or not answer.strip():

@@ -433,9 +433,11 @@ def test_evaluations_hold_no_exemplars_and_judges_see_them_as_references(
     [
         ((), "holds no line"), (({"anwser": "x"},), "line 1: must be an object of answer, question, task"),
         (({"answer": ""},), "line 1: needs an answer"), (({"answer": "x"}, {"answer": 3}), "line 2: needs an answer"),
-        (({"answer": "x", "question": True},), "its text or its number"), ((["x"],), "must be an object"),
+        (({"answer": "x", "question": True},), "its text or its number"), ((["x"],), "must be a JSON object"),
         (({"answer": "x", "task": "sort7"},), "no task 'sort7'; sort6"), (({"answer": "x", "task": 1},), "a label"),
         (({"answer": "x"},), "no line of reward.exemplars=.* names its question"),
+        (({"answer": "x"}, {"answer": "\ud83d"}), "line 2: holds half a character, '.ud83d'"),
+        (({"question": "\udc4d", "answer": "x"},), "line 1: holds half a character"),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_used_is_refused_by_line(model_dir: str, tmp_path: Path, lines: Any, words: str) -> None:
