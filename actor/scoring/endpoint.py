@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from typing import Any
 
@@ -14,6 +15,7 @@ from common.rewards import RewardModelEntry
 
 LONGEST_ANSWER = 4 << 20  # bytes of a reply
 CONNECT_S = 10.0
+EXACTLY = math.inf  # aiohttp rounds longer timeouts up to whole seconds, beyond the deadline that they lie within
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 15.0  # between two tries of one request
 BUSY = (408, 425, 429)  # refusals that a later try may not meet
 NOT_HERE = (401, 403, 404)  # ... and those that every request will
@@ -42,7 +44,8 @@ class Endpoint:
         self.name, self.url, self._entry, self._session = name, url, entry, session
         self._key = key
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        self._timeout = aiohttp.ClientTimeout(total=entry.timeout_s, sock_connect=min(CONNECT_S, entry.timeout_s))
+        total, connect = entry.timeout_s, min(CONNECT_S, entry.timeout_s)
+        self._timeout = aiohttp.ClientTimeout(total, sock_connect=connect, ceil_threshold=EXACTLY)
         self._breaker = Breaker(entry.down_after, entry.probe_s)
         self._came_up = asyncio.Event()
         self.requests = self.retries = 0

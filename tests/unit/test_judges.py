@@ -216,19 +216,27 @@ async def hang(request: web.Request, body: Any) -> web.Response:
 def test_a_server_that_hangs_is_found_down_whatever_its_timeout(serve) -> None:
     server = serve(hang)
     entry = judge(server, timeout_s=60.0, retries=0, down_after=2, on_failure="neutral")
-    with Bench(deadline_s=1.0, style=entry) as bench:
-        found = bench.ask(Judged("q", "a"), Judged("q", "b"))
-        assert all("no answer within 0.9 s" in verdict.failures["style"] for verdict in found.values())
-        assert bench.count("down") == 1
-        assert "is down" in bench.one().failures["style"] and len(server.asked) == 2
+    deadline = time.monotonic() + PATIENCE_S
+    with Bench(deadline_s=0.5, style=entry) as bench:
+        while not bench.count("down"):
+            assert time.monotonic() < deadline, "never found down"
+            bench.one(Judged("q", str(time.monotonic())))
+        asked = len(server.asked)
+        assert "is down" in bench.one().failures["style"] and len(server.asked) == asked >= 2
 
 
 def test_judgements_that_were_had_before_the_deadline_count(serve) -> None:
-    words = iter(["Score: 2", "Score: 6"])
-    server = serve(lambda request, body: chat(word) if (word := next(words, "")) else hang(request, body))
+    words: list[str] = []
+    server = serve(lambda request, body: chat(words.pop()) if words else hang(request, body))
     entry = judge(server, samples=3, temperature=1.0, retries=9, scale=(0.0, 8.0))
-    with Bench(deadline_s=1.0, style=entry) as bench:
-        assert bench.one().scores == {"style": pytest.approx(0.5)} and bench.count("failures") == 0
+    scores: dict[str, float] = {}
+    deadline = time.monotonic() + PATIENCE_S
+    with Bench(deadline_s=0.5, style=entry) as bench:
+        while not scores:  # a machine that stands still may be late for the deadline before the deadline
+            assert time.monotonic() < deadline, "never scored"
+            words[:] = ["Score: 2", "Score: 6"]
+            scores = bench.one(Judged("q", str(time.monotonic()))).scores
+    assert scores == {"style": pytest.approx(0.5)}
 
 
 def test_judgements_that_were_had_before_a_server_went_down_count(serve) -> None:
