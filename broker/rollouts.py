@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from broker.acks import Acks
 from broker.alerts import Alert
 from broker.door import Door
 from broker.evaluation import Evaluation, EvaluationSchedule
@@ -47,6 +48,7 @@ class Rollouts:
         self._told: tuple[int, ...] = ()  # the learner, of what is best
         self._overdue = Overdue(config.broker.group_timeout_s)
         self._setbacks = Setbacks(config.rollout.groups_per_step)
+        self.acks = Acks(self._acknowledge)  # to be flushed after every look at the socket
         self.handlers: dict[type[Any], Callable[[Peer, Any], None]] = {
             wire.Trajectories: self._on_trajectories,
             wire.GroupFailed: self._on_group_failed,
@@ -135,7 +137,7 @@ class Rollouts:
         if message.run_id != self.files.run_id:
             raise ProtocolError(f"trajectories of run {message.run_id}, this broker serves {self.files.run_id}")
         ack = self.recorder.admit(message, peer.name, self._newest_version())
-        self.door.send(peer, ack)
+        self.acks.add(peer.identity, ack)
         faulty = 0
         for reason, group, sibling in zip(ack.reasons, ack.groups, ack.siblings, strict=True):
             if reason and reason not in NOBODYS_FAULT:
@@ -144,6 +146,11 @@ class Rollouts:
                 self.door.warn(peer, "refused", "refused trajectory %d.%d of %s: %s", group, sibling, peer.name, reason)
         if faulty:
             self.door.offence(peer.identity, "refused_trajectory", faulty)
+
+    def _acknowledge(self, identity: bytes, ack: wire.Ack) -> None:
+        peer = self.door.roster.get(identity)
+        if peer is not None:
+            self.door.send(peer, ack)
 
     def _on_group_failed(self, peer: Peer, message: wire.GroupFailed) -> None:
         what = f"group {message.group}" if message.sibling < 0 else f"trajectory {message.group}.{message.sibling}"

@@ -154,6 +154,7 @@ class BrokerService:
         for identity, message in self.door.receive(0.0) if arrived else ():
             self._receive(identity, message)
         does("send")
+        self.rollouts.acks.flush()
         self.outlet.release()
         does("receive")
         now = time.monotonic()
@@ -218,6 +219,7 @@ class BrokerService:
                     roster.remove(identity)
                 elif known and isinstance(message, wire.Trajectories):
                     self._receive(identity, message)
+            self.rollouts.acks.flush()
             self.outlet.release()
 
     # ---- after a restart ------------------------------------------------------------------------

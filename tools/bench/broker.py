@@ -28,6 +28,7 @@ import msgpack
 import numpy as np
 import zmq
 
+from broker.acks import Acks
 from broker.journal import Journal
 from broker.outlet import Outlet
 from broker.pipeline import Pipeline
@@ -149,13 +150,17 @@ def _actor(address: str, groups: list[int], topk: int, name: str) -> None:
         socket.send_multipart(to_frames(m), copy=False)
         waiting += 1
         while waiting >= WINDOW or (waiting and socket.poll(0)):
-            socket.recv_multipart()
-            waiting -= 1
+            waiting -= _acknowledged(socket)
     while waiting:
-        socket.recv_multipart()
-        waiting -= 1
+        waiting -= _acknowledged(socket)
     socket.close(linger=0)
     context.term()
+
+
+def _acknowledged(socket: "zmq.Socket[bytes]") -> int:
+    """How many messages the next acknowledgement is of."""
+    ack = decode(socket.recv_multipart(), wire.FROM_BROKER)
+    return len(ack.reasons) // GROUP_SIZE
 
 
 # ---- contestants --------------------------------------------------------------------------------
@@ -218,6 +223,7 @@ def broker_passage(topk: int, journal_dir: Path | None, name: str = OURS) -> Pas
     recorder = Recorder(pipeline, journal, dict)
     recorder.begin(0)
     outlet = Outlet(recorder)
+    acks = Acks(lambda identity, ack: outlet.do(partial(_answer, router, identity, ack)))
     groups = [g for _ in range(steps) for g in _grant_all(recorder)]
     child = mp.get_context("spawn").Process(target=_actor, args=(address, groups, topk, name))
     child.start()
@@ -230,8 +236,8 @@ def broker_passage(topk: int, journal_dir: Path | None, name: str = OURS) -> Pas
             for identity, found in router.receive(0.05):
                 began = began or time.perf_counter()
                 arrived |= dict.fromkeys(found.groups.tolist(), time.perf_counter())
-                ack = recorder.admit(found, "a", 0)
-                outlet.do(partial(_answer, router, identity, ack))
+                acks.add(identity, recorder.admit(found, "a", 0))
+            acks.flush()
             outlet.release()
             _assemble(recorder, arrived, result)
             outlet.release()
