@@ -94,9 +94,7 @@ def make_shards(
             return made[id(array)]
 
         segments, rows, _ = _cut(batch, batch.segments, members)
-        spans, _, inside = (
-            (segments, rows, rows) if batch.spans is batch.segments else _cut(batch, batch.spans, members)
-        )
+        spans, _, inside = _cut(batch, batch.spans, members)
         shards.append(
             Shard(
                 step=batch.step,

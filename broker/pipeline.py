@@ -397,7 +397,7 @@ class Pipeline:
         self._retry = deque((prompt, failures) for prompt, failures in state["retry"])
         self._failures = Counter(dict(state["failures"]))
         self.committed_step, self._silent = state["committed_step"], state["silent"]
-        self.checkpointed_step = state.get("checkpointed_step", -1)  # snapshots of before 2026-11-23 lack it
+        self.checkpointed_step = state.get("checkpointed_step", -1)  # which older snapshots lack
         self.curriculum.restore(state["curriculum"])
         self.steps.restore(state, load, scores)
 

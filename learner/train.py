@@ -377,21 +377,9 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopFlag, tracer: Tracer, export
     try:
         if published >= 0:
             learner = Learner(
-                config,
-                stop,
-                mesh,
-                model,
-                optimizer,
-                frozen,
-                link,
-                tracer,
-                expert_fraction,
-                step,
-                published,
-                rollout,
-                safe=step,
-                begun=step,
-            )
+                config, stop, mesh, model, optimizer, frozen, link, tracer, expert_fraction, step, published, rollout,
+                safe=step, begun=step,
+            )  # fmt: skip
             exporter.families = learner.families
             learner.run()
     finally:
