@@ -17,6 +17,7 @@ from typing import Any
 from broker import exports
 from broker.distribution import Distribution
 from broker.door import Door
+from broker.farewell import Farewell
 from broker.figures import Figures
 from broker.identities import Identities
 from broker.journal import Journal
@@ -42,8 +43,6 @@ from common.trace import Tracer, open_tracer, silent
 
 TURN_S = 0.05
 JOURNAL = "journal"  # within the run directory
-HELD_S = 0.001  # between two looks at the disk, at the end
-FAREWELL_S = 3.0  # how long to wait for Byes at the end
 WORD_EVERY_S = 10.0  # a log line while nothing can be done
 RESUME = "python -m learner RUN.yaml learner.resume=true"
 
@@ -138,6 +137,7 @@ class BrokerService:
                     self.turn()
                 self.phase = "stopped" if self.stop.is_set else "finished"
                 self.tracer.state("end")
+                self._write_status()
                 self._farewell()
             except BaseException:
                 with suppress(CroupierError):  # what ended the run is what is to be heard of
@@ -154,8 +154,7 @@ class BrokerService:
         for identity, message in self.door.receive(0.0) if arrived else ():
             self._receive(identity, message)
         does("send")
-        self.rollouts.acks.flush()
-        self.outlet.release()
+        self._answer()
         does("receive")
         now = time.monotonic()
         self.door.look_after(now)
@@ -184,7 +183,7 @@ class BrokerService:
             self._write_status()
         if now > self._next_word:
             self._next_word = now + WORD_EVERY_S
-            if self.phase == "waiting" or self._all_but_safe:
+            if self.phase == "waiting" or self._lacks_learner or self._all_but_safe:
                 log.info("waiting for %s", self.waiting_for())
 
     @property
@@ -205,22 +204,12 @@ class BrokerService:
         return self.training.learner_met or time.monotonic() - self._began > self.config.learner.wait_s
 
     def _farewell(self) -> None:
-        roster = self.door.roster
-        for peer in roster.all():
-            self.door.send(peer, wire.Stop(self.phase))
-        deadline = time.monotonic() + FAREWELL_S
-        while self.outlet.holding and time.monotonic() < deadline:
-            self.outlet.release()
-            time.sleep(HELD_S)
-        while roster.all() and time.monotonic() < deadline:
-            for identity, message in self.door.receive(TURN_S):
-                known = roster.get(identity) is not None
-                if known and isinstance(message, wire.Bye):
-                    roster.remove(identity)
-                elif known and isinstance(message, wire.Trajectories):
-                    self._receive(identity, message)
-            self.rollouts.acks.flush()
-            self.outlet.release()
+        Farewell(self.door, self._receive, self._answer).say(self.phase)
+
+    def _answer(self) -> None:
+        """Acknowledge what one look at the socket brought."""
+        self.rollouts.acks.flush()
+        self.outlet.release()
 
     # ---- after a restart ------------------------------------------------------------------------
 
@@ -339,11 +328,11 @@ class BrokerService:
     def waiting_for(self) -> str:
         """What the run waits for, in words that name who is late."""
         roster, weights = self.door.roster, self.distribution.streams
-        if not self.training.learner_seen:
-            return "a learner (python -m learner RUN.yaml)"
+        if self._lacks_learner:
+            return f"a learner (python -m learner RUN.yaml{' learner.resume=true' * self.training.learner_seen})"
         if self._all_but_safe:
             is_there = bool(roster.role("learner"))
-            return "the learner's last checkpoint" if is_there else f"a learner to write its last checkpoint ({RESUME})"
+            return "the learner's last checkpoint" if is_there else f"a learner, should the model be missing ({RESUME})"
         actors = roster.role("actor")
         if not actors:
             return "an actor (python -m actor RUN.yaml)"
@@ -364,8 +353,14 @@ class BrokerService:
         return "; ".join([found, *failing[:1], *more])
 
     @property
+    def _lacks_learner(self) -> bool:
+        """Whether one is missed: what is trained and in a checkpoint needs it no more."""
+        is_safe = self.pipeline.checkpointed_step + 1 >= self.config.run.steps
+        return not is_safe and not self.door.roster.role("learner")
+
+    @property
     def _waits(self) -> bool:
-        return self.training.parked or self.phase == "waiting" or self._all_but_safe
+        return self.training.parked or self.phase == "waiting" or self._lacks_learner or self._all_but_safe
 
     def _room_wanted(self) -> str:
         """What is full where nothing more can be granted for it."""

@@ -95,6 +95,7 @@ class Run:
     started: float = field(default_factory=time.monotonic)
     follower: Follower = field(init=False)
     live: Live | None = None
+    left: dict[tuple[str, int], float] = field(default_factory=dict)  # who ended well, and when that was seen
     line_at: float = -LINE_S  # when the last plain line was printed
     charts: Background | None = None  # of metrics.jsonl, into TensorBoard and the like
     log: Path | None = None  # where what is said is kept, once there is a run directory
@@ -229,7 +230,7 @@ class Run:
             return self.close()
         for process in self.processes:
             code = process.poll()
-            if code in (None, 0):
+            if code is None or (code == 0 and self._may_leave(process)):
                 continue
             if process.may_restart and process.restarts < MAX_RESTARTS:
                 process.restarts += 1
@@ -239,6 +240,15 @@ class Run:
             self.tell_death(process)
             return "failed"
         return None
+
+    def _may_leave(self, process: Process) -> bool:
+        """Whether one that ended well did so in its time: told by the broker, or a learner that has done its part."""
+        since = self.left.setdefault((process.name, process.restarts), time.monotonic())
+        if time.monotonic() - since < LEAVE_S:
+            return True
+        status = read_status(self.directory)
+        done = status.get("step") == status.get("steps") if process is self.processes[1] else False
+        return done or status.get("phase") in ("finished", "stopped")
 
     def close(self) -> Outcome:
         """The broker is done: let the learner write its model and the others go by themselves, then stop them."""
@@ -318,7 +328,7 @@ class Run:
 def _ended(code: int | None) -> str:
     if code is not None and code < 0:
         return f"was killed by {signal.Signals(-code).name}"
-    return f"ended with exit code {code}"
+    return f"ended with exit code {code}" if code else "left before the run's end"
 
 
 if __name__ == "__main__":

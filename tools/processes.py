@@ -25,7 +25,7 @@ from tools.devices import VISIBLE
 from tools.run_files import LOGS
 
 TERMINATE_S = 5.0  # between SIGTERM and SIGKILL
-SAVE_S = 60.0  # the same for who writes a checkpoint meanwhile
+SAVE_S = 60.0  # the same for a learner that writes a checkpoint, and the broker that hears of it
 POLL_S = 0.05
 NO_DEVICES: Mapping[str, str] = MappingProxyType({})
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -91,7 +91,7 @@ def processes_of(config: RunConfig, config_file: Path, devices: Mapping[str, str
     """
     logs = config.run.path / LOGS
     python, file = sys.executable, str(config_file)
-    found = [Process("broker", [python, "-m", "broker", file], logs / "broker.log")]
+    found = [Process("broker", [python, "-m", "broker", file], logs / "broker.log", leave_s=SAVE_S)]
     learner = [*_start(config.learner.ranks), "learner", file]
     found.append(Process("learner", learner, logs / "learner.log", config.learner.threads, leave_s=SAVE_S))
     for index in range(config.replica.count if config.obrs.mode != "off" else 0):

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from broker import setbacks
+from broker import farewell, setbacks
 from broker.service import BrokerService
 from broker.setbacks import STEPS_IN_A_ROW
 from common import wire
@@ -507,7 +507,10 @@ def test_a_learner_that_was_killed_in_its_last_checkpoint_is_waited_for(make):
     learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
     train(broker, learner, actor)
     learner.link.close(None)
-    until(lambda: broker.status()["waiting_for"].startswith("a learner to write its last checkpoint"), 10)
+    until(
+        lambda: broker.status()["waiting_for"].startswith("a learner (python -m learner RUN.yaml learner.resume=true"),
+        10,
+    )
     actor.link.close()
     broker.end()
 
@@ -531,3 +534,38 @@ def test_a_learner_that_was_killed_in_its_last_checkpoint_is_waited_for(make):
     alone = once_more(wait_s=0.1)
     alone.thread.join(10)
     assert alone.status()["phase"] == "finished"
+
+
+def test_a_broker_that_is_stopped_hears_the_commit_of_the_step_under_way(make):
+    broker = make(run_steps=2)
+    learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
+    learner.link.send(wire.Fetch(0, 0, 1))
+    sent = 0
+    while sent < B:
+        for number in actor.expect(wire.Grant).groups.tolist():
+            actor.link.send(group(actor.link.run_id, number, 0))
+            sent += 1
+    learner.expect(wire.Shard)
+    broker.stop.set("test")
+    learner.expect(wire.Stop)
+    actor.link.close()
+    time.sleep(farewell.FAREWELL_S + 0.3)  # a long step
+    assert broker.thread.is_alive()
+    learner.link.send(wire.Commit(0, 1, {"loss": 2.5}))
+    learner.link.send(wire.Checkpointed(0))
+    learner.link.close()
+    broker.thread.join(3)
+    assert not broker.thread.is_alive()
+    lines = [json.loads(x) for x in (broker.config.run.path / "metrics.jsonl").read_text().splitlines()]
+    assert [(x["step"], x["loss"]) for x in lines if x["kind"] == "step"] == [(0, 2.5)]
+    assert broker.service.pipeline.checkpointed_step == 0
+
+
+def test_a_learner_that_is_gone_is_named(make):
+    broker = make()
+    assert broker.service.waiting_for() == "a learner (python -m learner RUN.yaml)"
+    learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
+    actor.expect(wire.Grant)
+    learner.link.close()
+    until(lambda: broker.status()["waiting_for"] == "a learner (python -m learner RUN.yaml learner.resume=true)")
+    actor.link.close()

@@ -205,7 +205,9 @@ def test_ctrl_c_ends_everything_within_ten_seconds_and_leaves_what_a_resume_goes
     assert not processes_of(run)
     (saved,) = (run / "checkpoints").iterdir()
     steps = int(saved.name.removeprefix("step-"))
-    assert steps - 1 in [line["step"] for line in lines_of(run, "step")]
+    last = lines_of(run, "step")[-1]
+    assert last["step"] == steps - 1 and last["loss"] is not None, "the step under way was heard of"
+    assert json.loads((run / "summary.json").read_text())["steps"] == steps
     more = command(tmp_path, model, f"run.steps={steps + 20}", "learner.resume=true")  # a few are assembled already
     done = subprocess.run(more, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout

@@ -211,6 +211,26 @@ def test_an_actor_is_restarted_three_times_and_then_ends_the_run(tmp_path: Path)
     assert "last words" in said.getvalue()
 
 
+def test_who_leaves_early_is_started_again_and_a_learner_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker = python("import time; time.sleep(60)", tmp_path, "broker")
+    learner, actor = python("pass", tmp_path, "learner"), python("pass", tmp_path, "actor-0")
+    actor.may_restart = True
+    run, said = make_run(tmp_path, broker, learner, actor)
+    assert wait_all([learner, actor], 10)
+    assert run.check() is None and actor.restarts == 0, "the broker may just be ending"
+    monkeypatch.setattr("tools.launch.LEAVE_S", 0.0)
+    (run.directory / "status.json").write_text(json.dumps({"phase": "running", "step": 5, "steps": 5}))
+    assert run.check() is None, "all is trained: the broker evaluates the last version"
+    assert actor.restarts == 1
+    (run.directory / "status.json").write_text(json.dumps({"phase": "running", "step": 4, "steps": 5}))
+    assert run.check() == "failed" and "learner left before the run's end" in said.getvalue()
+    (run.directory / "status.json").write_text(json.dumps({"phase": "stopped", "step": 4, "steps": 5}))
+    assert run.check() is None
+    stop_all([broker, actor], 1.0)
+
+
 def test_a_dead_broker_ends_the_run_with_its_last_words(tmp_path: Path) -> None:
     broker = python(
         "import os,signal; print('oops', flush=True); os.kill(os.getpid(), signal.SIGKILL)", tmp_path, "broker"

@@ -1,0 +1,60 @@
+"""The end of a broker: everybody is told to stop, and what was on its way is still heard and written down."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from broker.door import Door
+from common import wire
+
+LOOK_S = 0.05  # at the socket
+HELD_S = 0.001  # between two looks at the disk
+FAREWELL_S = 3.0  # how long to wait for Byes
+LAST_STEP_S = 50.0  # ... for that of a learner that is stopped within a step; tools.launch gives both a minute
+HEARD = wire.Trajectories | wire.Commit | wire.Checkpointed
+
+
+class Farewell:
+    """Told once; ``hear`` takes what peers still say, ``answer`` follows every look at the socket."""
+
+    def __init__(self, door: Door, hear: Callable[[bytes, Any], None], answer: Callable[[], None]) -> None:
+        self._door, self._hear, self._answer = door, hear, answer
+
+    def say(self, reason: str) -> None:
+        """Tell everybody ``reason`` ("finished": nothing more is to come) and wait until they have left."""
+        for peer in self._door.roster.all():
+            self._door.send(peer, wire.Stop(reason))
+        began = time.monotonic()
+        self._drain()
+        while self._awaits_byes(began, reason):
+            for identity, message in self._door.receive(LOOK_S):
+                self._hear_out(identity, message)
+            self._answer()
+        self._drain()
+
+    def _drain(self) -> None:
+        """Let go what waits for the disk."""
+        deadline, outlet = time.monotonic() + FAREWELL_S, self._door.outlet
+        while outlet.holding and time.monotonic() < deadline:
+            outlet.release()
+            time.sleep(HELD_S)
+
+    def _awaits_byes(self, began: float, reason: str) -> bool:
+        """Everybody's for a moment; a living learner's until it has committed its step and written a checkpoint."""
+        now, roster = time.monotonic(), self._door.roster
+        if now - began < FAREWELL_S:
+            return bool(roster.all())
+        if reason == "finished" or now - began > LAST_STEP_S:
+            return False
+        silent_s = max(FAREWELL_S, 3 * self._door.section.heartbeat_s)
+        return any(peer.leads and now - peer.heard < silent_s for peer in roster.role("learner"))
+
+    def _hear_out(self, identity: bytes, message: Any) -> None:
+        peer = self._door.roster.get(identity)
+        if peer is None:
+            return
+        peer.heard = time.monotonic()
+        if isinstance(message, wire.Bye):
+            self._door.roster.remove(identity)
+        elif isinstance(message, HEARD):
+            self._hear(identity, message)
