@@ -1,6 +1,6 @@
 """When the fleet is asked to evaluate on held-out prompts, what came of it, and which version was best. Pure."""
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from common.config import EvaluationSection
@@ -26,6 +26,7 @@ class Evaluated:
     low: float | None = None  # of its 95 % interval
     high: float | None = None
     asked: int = NOBODY  # the version that was to be evaluated
+    kept: bool | None = None  # whether a checkpoint of that is written; None: by a broker that did not say
 
 
 class EvaluationSchedule:
@@ -68,7 +69,8 @@ class EvaluationSchedule:
         if asked is None or asked.id != evaluation:
             return False
         del self._asked[actor]
-        self.results.append(Evaluated(version, reward, low, high, asked.version))
+        kept = self.has_checkpoint(asked.version)
+        self.results.append(Evaluated(version, reward, low, high, asked.version, kept))
         return True
 
     def lost(self, actor: str) -> None:
@@ -83,7 +85,8 @@ class EvaluationSchedule:
 
     def restore(self, results: list[list[Any]]) -> None:
         """Take up where a broker that ended left off; what it had asked for is asked again."""
-        self.results = [Evaluated(*result) for result in results]
+        found = [Evaluated(*result) for result in results]
+        self.results = [replace(r, kept=self.has_checkpoint(r.asked)) if r.kept is None else r for r in found]
         self._covered = max((max(result.version, result.asked) for result in self.results), default=NOBODY)
 
     @property
@@ -103,14 +106,15 @@ class EvaluationSchedule:
     # ---- the best -------------------------------------------------------------------------------
 
     def has_checkpoint(self, version: int) -> bool:
-        """Whether a learner that keeps the best writes a checkpoint of ``version``; of 0 there is the model."""
+        """Whether the learner, as it is set now, writes one of ``version`` to be kept; of 0 there is the model."""
+        if version == 0 or not self.section.keep_best:
+            return version == 0
         return version == self.last_version or version % self.section.every == 0
 
     @property
     def best(self) -> Evaluated | None:
         """The evaluation with the greatest reward, the earliest of equals, among versions that can be kept."""
-        kept = [result for result in self.results if self.has_checkpoint(result.asked)]
-        return max(kept, key=lambda result: result.reward, default=None)
+        return max((result for result in self.results if result.kept), key=lambda result: result.reward, default=None)
 
     def verdict(self, version: int) -> KeepBest:
         """What a learner may forget while ``version`` is the newest published."""

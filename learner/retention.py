@@ -7,7 +7,8 @@
 The broker's word (KeepBest) arrives when the learner has moved on by some versions, so with
 ``evaluation.keep_best`` a checkpoint is written at every version that may be evaluated, and stays
 until the broker has said that it is not wanted. best.json changes only once the new best's checkpoint
-is complete, and what loses is deleted after that; so a kill at any moment leaves a best one.
+is complete, and what loses is deleted after that; so a kill at any moment leaves a best one. A broker
+that came back without a journal has forgotten the best: it stays until a greater reward is told.
 """
 
 import json
@@ -52,6 +53,10 @@ class Best:
     version: int
     reward: float  # mean held-out
 
+    def beats(self, other: "Best") -> bool:
+        """As the broker has it: the greater reward, the earlier of equals."""
+        return (self.reward, -self.version) > (other.reward, -other.version)
+
 
 def read_best(directory: Path) -> Best | None:
     """What best.json says; None without one. Raises :class:`CheckpointError` if it is damaged."""
@@ -93,8 +98,9 @@ class Retention:
         here = {step_of(path): path for path in complete(self.directory)}
         said = self._said
         if said is not None and said.version in here:
-            best = Best(said.version, said.reward)
-            if best != self._best and _replace(self.directory / BEST, json.dumps(vars(best)) + "\n"):
+            best, held = Best(said.version, said.reward), self._best
+            beaten = held is None or held.version not in here or best.beats(held)
+            if beaten and best != held and _replace(self.directory / BEST, json.dumps(vars(best)) + "\n"):
                 self._best = best
         for step in sorted(here)[: -self.keep]:
             if not self._wanted(step):

@@ -14,7 +14,7 @@ from common.codec import decode, encode
 from common.config import EvaluationSection
 from common.errors import CheckpointError
 from common.wire import FROM_BROKER, KeepBest
-from learner.retention import BEST, Retention, complete, read_best, step_of
+from learner.retention import BEST, Best, Retention, complete, read_best, step_of
 from tools.export import best_step
 
 EVERY, LAST = 3, 14
@@ -67,6 +67,35 @@ def test_a_version_without_a_checkpoint_is_no_candidate() -> None:
     assert again.best == of.best and not again.due(LAST)
 
 
+@pytest.mark.parametrize(("every", "last"), [(EVERY, LAST + 6), (4, LAST), (EVERY, 11)])
+def test_what_had_a_checkpoint_has_one_under_other_settings(every: int, last: int) -> None:
+    of = schedule()
+    evaluate(of, 0, 0.1)
+    evaluate(of, 4, 0.95)  # asked late: 4 is a multiple of another `every`, and nothing was kept of it
+    evaluate(of, 9, 0.8)
+    evaluate(of, LAST, 0.9)
+    again = EvaluationSchedule(EvaluationSection(prompts=4, every=every, keep_best=True), last)
+    again.restore(json.loads(json.dumps(of.state())))
+    assert again.best == of.best and again.verdict(LAST).version == LAST
+
+
+def test_what_was_evaluated_while_no_best_was_kept_is_no_candidate() -> None:
+    of = EvaluationSchedule(EvaluationSection(prompts=4, every=EVERY), LAST)
+    evaluate(of, 0, 0.1)
+    evaluate(of, 3, 0.9)
+    again = schedule()
+    again.restore(of.state())
+    evaluate(again, 6, 0.5)
+    assert again.verdict(6).version == 6
+
+
+def test_an_older_journal_is_judged_by_the_settings_of_now() -> None:
+    of = schedule()
+    of.restore([[0, 0.1, None, None, 0], [3, 0.5, 0.4, 0.6, 3], [4, 0.9, 0.8, 1.0, 4]])
+    assert of.verdict(4).version == 3
+    assert [result[-1] for result in of.state()] == [True, True, False]
+
+
 def test_what_is_decided_and_what_is_awaited() -> None:
     of = schedule()
     evaluate(of, 0, 0.1)
@@ -113,6 +142,28 @@ def test_a_new_best_replaces_the_old_one_only_when_it_is_whole(tmp_path: Path) -
     make(tmp_path, 6)
     again.told(KeepBest(6, 0.8, -1, 9))
     assert steps(tmp_path) == [6, 9] and best_of(tmp_path) == 6
+
+
+def test_a_lesser_reward_replaces_no_best_that_is_here(tmp_path: Path) -> None:
+    kept = Retention(tmp_path, 1, EVERY)
+    for step in (3, 6):
+        make(tmp_path, step)
+    kept.told(KeepBest(3, 0.9, 6, 6))
+    again = Retention(tmp_path, 1, EVERY)  # resumed, by a broker that remembers nothing
+    for version, reward in ((-1, 0.0), (6, 0.5), (9, 0.9)):
+        make(tmp_path, max(version, 6))
+        again.told(KeepBest(version, reward, -1, max(version, 6)))
+        assert 3 in steps(tmp_path) and read_best(tmp_path) == Best(3, 0.9)
+    make(tmp_path, 12)
+    again.told(KeepBest(12, 0.95, -1, 12))
+    assert steps(tmp_path) == [12] and best_of(tmp_path) == 12
+
+
+def test_a_best_that_is_gone_is_replaced_by_a_lesser_one(tmp_path: Path) -> None:
+    (tmp_path / BEST).write_text('{"version": 3, "reward": 0.9}')
+    make(tmp_path, 6)
+    Retention(tmp_path, 1, EVERY).told(KeepBest(6, 0.5, -1, 6))
+    assert best_of(tmp_path) == 6
 
 
 def best_of(directory: Path) -> int:
