@@ -325,13 +325,16 @@ class CheckpointReader:
         self._index.setdefault((kind, name), []).append((parts, index, int(start), number, key))
 
     def _damaged(self, error: Exception | str) -> CheckpointError:
-        older, start = [p for p in complete(self.path.parent) if p.name < self.path.name], "another run.name"
+        older = [path for path in complete(self.path.parent) if step_of(path) < step_of(self.path)]
+        before, start = "the beginning", "another run.name"
         if older:
+            before = older[-1].name
             export = f"python -m tools.export {self.path.parents[1]} --step {step_of(older[-1])} --out DIR"
             start = f"`{export}`, then model.path=DIR and another run.name"
         return CheckpointError(
-            f"{self.path}: damaged ({error}); copy it here again. The broker holds no step before it, so without it "
-            f"only a new run can be started: {start}"
+            f"{self.path}: damaged ({error}); copy it here again. If the broker was not told of it yet, move it out of "
+            f"{self.path.parent}, and learner.resume=true goes on from {before}; else the broker holds no step before "
+            f"it, and only a new run can be started: {start}"
         )
 
     def check(self, known: dict[str, Place], trained: set[str]) -> None:

@@ -224,12 +224,13 @@ def test_a_damaged_checkpoint_says_so(tmp_path, harm):
         torch.save({"a": 1}, file)
     else:
         (path / "state.json").write_text(json.dumps({"ranks": 1, "step": 1, "surprise": 2}))
-    with pytest.raises(CheckpointError, match=r"step-00000001: damaged.*only a new run .*: another run\.name"):
+    said = r"step-00000001: damaged.*goes on from the beginning; .*only a new run .*: another run\.name"
+    with pytest.raises(CheckpointError, match=said):
         checkpoint.load(path, model, optimizer)
 
 
 def test_beside_a_damaged_checkpoint_the_advice_is_to_export_the_one_before(tmp_path):
-    """The broker holds no step between the two, so nothing can be resumed from it."""
+    """A broker that was told of the newest holds no step between the two; one that was not resumes from it."""
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     write_hf(tmp_path / "model", model_of())
@@ -241,9 +242,13 @@ def test_beside_a_damaged_checkpoint_the_advice_is_to_export_the_one_before(tmp_
     with pytest.raises(CheckpointError, match="damaged") as caught:
         checkpoint.load(newest, model, optimizer)
     advice = re.search(r"`python -m tools\.export (.*) --out DIR`, then model\.path=DIR", str(caught.value))
+    assert "If the broker was not told of it yet, move it out of" in str(caught.value)
+    assert "learner.resume=true goes on from step-00000010; else" in str(caught.value)
     assert export([*advice[1].split(), "--out", str(tmp_path / "out")]) == 0
     load_hf(tmp_path / "out", again := Decoder(ModelConfig.from_hf_dir(tmp_path / "out")))
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+    newest.rename(tmp_path / "moved")
+    assert checkpoint.find(run / "checkpoints", True, single()).name == "step-00000010"
 
 
 def test_frozen_parameters_stay_and_are_neither_kept_nor_gathered(tmp_path):
