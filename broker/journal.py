@@ -373,6 +373,14 @@ class Journal:
                 return found
         raise JournalError(f"{self.directory}: event {seq} is not there any more")
 
+    def count(self, kind: str, first: int = 0) -> int:
+        """How many events of ``kind`` are kept from number ``first`` on; reads no frames."""
+        starts = [start for start, _ in self._chunks]
+        found = 0
+        for start in starts[max(0, bisect_right(starts, first) - 1) :]:
+            found += self._kinds_of(start)[max(0, first - start) :].count(kind)
+        return found
+
     def latest(self, kind: str) -> int | None:
         """The number of the newest event of ``kind``; None if there is none."""
         for first, _ in reversed(self._chunks):

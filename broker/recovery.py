@@ -34,6 +34,17 @@ def check_settings(config: RunConfig, journal: Journal) -> None:
         raise JournalError(f"{journal.directory}: {odd}")
 
 
+def steps_assembled(journal: Journal) -> int:
+    """The step that ``journal`` would have assembled next; recovers nothing."""
+    start, began = journal.latest("snapshot"), journal.latest("start_at")
+    step, first = 0, 0
+    if start is not None:
+        step, first = int(journal.event(start).head["pipeline"]["ledger"]["next_step"]), start
+    if began is not None and began >= first:
+        step = step or int(journal.event(began).head["step"])
+    return step + journal.count("assemble", first)
+
+
 def load_snapshot(pipeline: Pipeline, journal: Journal, event: Event) -> None:
     """Bring ``pipeline`` to the state of a ``snapshot`` event."""
     trajectories: dict[int, list[Trajectory]] = {}

@@ -41,7 +41,7 @@ from tools.preflight import (
     check_sandbox,
 )
 from tools.processes import SAVE_S, Process, processes_of, stop_all, wait_all
-from tools.run_files import CONFIG, LOGS, PAGE, STATUS, claim, last_lines, read_status, set_aside
+from tools.run_files import CONFIG, LOGS, PAGE, Before, claim, last_lines, read_status, set_aside
 from tools.stamp import wants_warmstart
 from tools.watch.follow import Follower
 from tools.watch.screen import Screen, plain_line
@@ -98,6 +98,7 @@ class Run:
     left: dict[tuple[str, int], float] = field(default_factory=dict)  # who ended well, and when that was seen
     line_at: float = -LINE_S  # when the last plain line was printed
     charts: Background | None = None  # of metrics.jsonl, into TensorBoard and the like
+    before: Before | None = None  # what a run that goes on had written
     log: Path | None = None  # where what is said is kept, once there is a run directory
 
     def __post_init__(self) -> None:
@@ -144,7 +145,8 @@ class Run:
         claimed = self.held.enter_context(claim(self.directory))
         if self.config.learner.resume:
             check_resumed(self.config)
-            (self.directory / STATUS).unlink(missing_ok=True)  # of the earlier launch
+            self.before = Before(self.directory)
+            self.follower.disregard()
         elif (moved := set_aside(self.directory)) is not None:
             self.held.enter_context(claim(self.directory))
             claimed.close()  # it went with the earlier run, which may be resumed beside this one
@@ -303,7 +305,10 @@ class Run:
             yield
 
     def report(self, outcome: Outcome) -> None:
-        """Write summary, reports and curves, and say how it went."""
+        """Write summary, reports and curves, and say how it went; a run that did not go on keeps those it has."""
+        if outcome == "failed" and self.before is not None and self.before.put_back():
+            self.say("failed before anything was done; the run is as it was", "bold red")
+            return
         from tools.report import write_report  # matplotlib takes a second that a start need not wait for
 
         summary = write_report(self.directory, outcome, time.monotonic() - self.started)

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from broker.journal import Journal
-from broker.recovery import check_settings
+from broker.recovery import check_settings, steps_assembled
 from broker.service import JOURNAL
 from common.config import RunConfig
-from common.errors import ConfigError, ModelError
+from common.errors import ConfigError, JournalError, ModelError
 from common.frozen import FrozenModel
 from common.identity import TOKENS, check_same_tokens, differing_identity, model_identity, other_tokens
 from common.process import free_port
@@ -116,11 +116,23 @@ def check_resumed(config: RunConfig) -> None:
     directory = config.run.path / JOURNAL
     if not (directory / "data.mdb").is_file() or not (directory / "data.mdb").stat().st_size:
         return
+    if not config.broker.journal_mb:
+        raise JournalError(
+            "broker.journal_mb=0: this run has a journal, without which its steps would be counted anew; leave "
+            f"broker.journal_mb as it was, move {directory} away to go on without what it holds, or choose another "
+            "run.name to begin a new run"
+        )
     journal = Journal(directory, "", config.broker.journal_mb, read_only=True)
     try:
         check_settings(config, journal)
+        assembled = steps_assembled(journal)
     finally:
         journal.close()
+    if config.run.steps < assembled:
+        raise JournalError(
+            f"run.steps={config.run.steps}: this run has assembled {assembled} already; set run.steps={assembled} or "
+            "more, or choose another run.name to begin a new run"
+        )
 
 
 def check_engine(config: RunConfig) -> list[str]:

@@ -180,6 +180,36 @@ def _is_written(run_dir: Path) -> bool:
         return not try_lock(metrics)
 
 
+class Before:
+    """``config.yaml`` and ``status.json`` as an earlier launch left them, until something is written behind it."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self._files = {name: found for name in (CONFIG, STATUS) if (found := _bytes_of(run_dir / name)) is not None}
+        metrics = _bytes_of(run_dir / METRICS) or b""
+        self._sizes = (len(metrics), metrics.rfind(b"\n") + 1)  # a broker cuts a torn line
+
+    def put_back(self) -> bool:
+        """Put them back if metrics.jsonl has no line more; returns whether there was an earlier launch's run."""
+        metrics = self.run_dir / METRICS
+        size = metrics.stat().st_size if metrics.exists() else 0
+        if CONFIG not in self._files or size not in self._sizes:
+            return False
+        for name, content in self._files.items():
+            if _bytes_of(self.run_dir / name) != content:
+                temporary = self.run_dir / f"{name}.tmp{os.getpid()}"
+                temporary.write_bytes(content)
+                os.replace(temporary, self.run_dir / name)
+        return True
+
+
+def _bytes_of(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
 def set_aside(run_dir: Path) -> Path | None:
     """Move an earlier run to ``<name>.1``, ``.2``, …: the first free; returns where, or None if there was none."""
     if not run_dir.exists() or all(path.name == LOCK for path in run_dir.iterdir()):

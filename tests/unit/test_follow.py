@@ -176,10 +176,11 @@ def test_a_run_that_cannot_be_written_is_told_in_a_line(tmp_path: Path, capsys) 
     assert "cannot be written (File exists); make it writable, or copy the run and follow the copy" in said
 
 
-def test_in_the_background_it_waits_for_the_broker_and_its_failure_is_only_said(tmp_path: Path) -> None:
+@pytest.mark.parametrize("phase", ["running", "finished"])  # finished: by an earlier launch, whose run goes on
+def test_in_the_background_it_waits_for_the_broker_and_its_failure_is_only_said(tmp_path: Path, phase: str) -> None:
     run_dir, said = tmp_path / "x", []
     follower = Background(run_dir, True, "", said.append)
-    begin(run_dir, [step_record(0)], phase="running")
+    begin(run_dir, [step_record(0)], phase=phase)
     deadline = threading.Event()
     for _ in range(600):
         if steps_in(run_dir, "reward/reward") if (run_dir / "tensorboard").exists() else []:

@@ -346,6 +346,87 @@ def test_a_run_that_goes_on_by_another_rule_is_refused_before_anything_is_touche
         again.prepare()
 
 
+def ran(tmp_path: Path, steps: int = 20) -> Run:
+    """A run of 20 steps by its files, about to go on, perhaps to another number of ``steps``."""
+    first, _ = launching(tmp_path)
+    with first.held:
+        first.prepare()
+    (first.directory / "status.json").write_text(json.dumps({**STATUS, "phase": "finished"}))
+    (first.directory / "metrics.jsonl").write_text('{"kind": "step", "step": 19}\n{"kind": "st')
+    run, _ = launching(tmp_path, resume=True)
+    run.config = replace(run.config, run=replace(run.config.run, steps=steps))
+    return run
+
+
+def files_of(run: Run) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in run.directory.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("snapshot", [False, True])
+def test_fewer_steps_than_were_assembled_are_refused_before_anything_is_touched(tmp_path: Path, snapshot: bool) -> None:
+    run = ran(tmp_path, steps=5)
+    journal = Journal(run.directory / "journal", "r", 64)
+    recorder = Recorder(Pipeline(run.config, 16), journal, dict)
+    recorder.begin(0)
+    recorder.start_at(3)
+    if snapshot:
+        recorder.snapshot()
+    for _ in range(3):
+        journal.append("assemble", {"version": 3})
+    journal.close()
+    before = files_of(run)
+    words = r"run\.steps=5: this run has assembled 6 already; set run\.steps=6 or more, or choose another run\.name"
+    with run.held, pytest.raises(JournalError, match=words):
+        run.prepare()
+    assert files_of(run) == before
+    run.config = replace(run.config, run=replace(run.config.run, steps=6))
+    with run.held:
+        run.prepare()
+
+
+def test_a_journal_is_not_left_out_of_a_run_that_goes_on(tmp_path: Path) -> None:
+    run = ran(tmp_path)
+    journal = Journal(run.directory / "journal", "r", 64)
+    Recorder(Pipeline(run.config, 16), journal, dict).begin(0)
+    journal.close()
+    before = files_of(run)
+    run.config = replace(run.config, broker=replace(run.config.broker, journal_mb=0))
+    with run.held, pytest.raises(JournalError, match=r"broker\.journal_mb=0: this run has a journal.*as it was, move"):
+        run.prepare()
+    assert files_of(run) == before
+
+
+def test_a_run_that_does_not_go_on_is_as_it_was(tmp_path: Path) -> None:
+    run = ran(tmp_path, steps=40)
+    before = files_of(run)
+    with run.held:
+        run.prepare()
+        assert run.follower.look(1.0).phase == "nothing"  # what an earlier launch left is not told
+        assert (run.directory / "status.json").read_bytes() == before["status.json"]
+        files = RunFiles(run.directory)  # a broker begins, and ends without a learner
+        files.status({"phase": "stopped"})
+        assert run.follower.look(1.0).phase == "stopped"
+        files.close()
+        run.report("failed")
+    after = files_of(run)
+    assert {name: after[name] for name in ("config.yaml", "status.json")} == {
+        name: before[name] for name in ("config.yaml", "status.json")
+    }
+    assert "summary.json" not in after and "the run is as it was" in run.console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_run_that_went_on_keeps_what_it_went_on_with(tmp_path: Path) -> None:
+    run = ran(tmp_path, steps=40)
+    with run.held:
+        run.prepare()
+        files = RunFiles(run.directory)
+        files.metric("publish", {"version": 20})
+        files.close()
+        run.report("failed")
+    assert "steps: 40" in (run.directory / "config.yaml").read_text()
+    assert json.loads((run.directory / "summary.json").read_text())["status"] == "failed"
+
+
 def test_a_broker_that_was_started_by_hand_keeps_its_directory(tmp_path: Path) -> None:
     files = RunFiles(tmp_path / "runs" / "r")
     with pytest.raises(ConfigError, match="a run of this name is under way"):

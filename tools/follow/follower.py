@@ -50,10 +50,10 @@ class Follower:
         for sink in sinks:
             sink.config(text, values if isinstance(values, dict) else {})
 
-    def run(self, stop: threading.Event) -> None:
-        """Follow until the broker has said that the run is over, and everything is read."""
+    def run(self, stop: threading.Event, to_the_end: bool = True) -> None:
+        """Follow until ``stop``, or ``to_the_end``: the broker has said that the run is over; and all is read."""
         while True:
-            last = stop.is_set() or self._is_over()
+            last = stop.is_set() or (to_the_end and self._is_over())
             while self.look():
                 pass
             if last:
@@ -144,7 +144,7 @@ class Background:
                 if self._stop.wait(LOOK_S):
                     return
             with following(self._run_dir, self._tensorboard, self._wandb) as follower:
-                follower.run(self._stop)
+                follower.run(self._stop, to_the_end=False)  # the end may be an earlier launch's
         except Exception as error:  # noqa: BLE001  # nobody's run ends because a chart cannot be drawn
             where = " and ".join(self._tensorboard * [TENSORBOARD] + bool(self._wandb) * [WANDB])
             self._say(f"nothing more goes to {where}: {type(error).__name__}: {error}")

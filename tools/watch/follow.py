@@ -29,6 +29,11 @@ class Follower:
         self.status: Record = {}  # status.json as it was last read
         self._given: Record = {}  # config.yaml
         self._notes: list[str] = []
+        self._disregarded = -1  # when status.json was replaced (ns) that is not told
+
+    def disregard(self) -> None:
+        """What status.json says now is an earlier launch's: nothing is known until it is replaced."""
+        self._disregarded = self.sign[0]
 
     def look(self, seconds: float = LOOK_S) -> View:
         """Read what is new, for about ``seconds`` at most, and say how the run stands."""
@@ -63,6 +68,8 @@ class Follower:
         return written, self.tail.offset
 
     def _read_status(self) -> None:
+        if self.sign[0] == self._disregarded:
+            return
         try:
             found = read_status(self.run_dir)
         except (DataError, OSError, UnicodeDecodeError) as error:
@@ -101,6 +108,8 @@ class Follower:
         try:
             written = (self.run_dir / STATUS).stat().st_mtime
         except OSError:
+            return None
+        if self.sign[0] == self._disregarded:
             return None
         return max(0.0, time.time() - written)  # noqa: TID251  beside a file's time, by the same clock
 
