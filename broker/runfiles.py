@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from common.errors import ConfigError, JournalError, ProtocolError
-from common.locks import lock_within
+from common.locks import lock_within, try_lock
 
 STATUS_EVERY_S = 0.5
 LOCK_S = 120.0  # for a lock that network file systems keep for a dead machine, 90 s as a rule
@@ -68,6 +68,19 @@ def _cut_torn_line(path: Path) -> None:
         os.truncate(path, content.rfind(b"\n") + 1)
 
 
+AGAIN = {"step": "step", "alert": "step", "budget": "step", "eval": "version_asked", "publish": "version"}  # by kind
+
+
+def _is_done_again(line: str, version: int) -> bool:
+    """Whether a run that goes on at ``version`` without a journal writes such a line anew; its weights are out."""
+    try:
+        found = json.loads(line)
+        value = found.get(AGAIN[found["kind"]], -1)
+        return bool(value > version if found["kind"] == "publish" else value >= version)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
 class RunFiles:
     """``run.json`` (who this run is), ``config.yaml``, ``status.json`` (now), ``metrics.jsonl`` (one line an event).
 
@@ -80,6 +93,7 @@ class RunFiles:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._metrics = (directory / "metrics.jsonl").open("a")
+            self._replaced: list[IO[str]] = []  # stay locked: another broker may wait for one
         except OSError as error:
             raise ConfigError(f"run.dir: {directory} cannot be written ({error}); name another directory") from error
         try:
@@ -134,6 +148,25 @@ class RunFiles:
             self._metrics.write("".join(f"{line}\n" for line in lines))
             self._metrics.flush()
 
+    def forget_from(self, version: int) -> None:
+        """Cut the lines of what is done again by a run that goes on at ``version`` without a journal, all at once."""
+        path = self.directory / "metrics.jsonl"
+        with _named(path):
+            lines = path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if not _is_done_again(line, version)]
+            if len(kept) == len(lines):
+                return
+            temporary = path.with_suffix(f".tmp{os.getpid()}")
+            temporary.unlink(missing_ok=True)
+            replacement = temporary.open("a")
+            replacement.writelines(kept)
+            replacement.flush()
+            try_lock(replacement)  # nobody else knows it
+            os.replace(temporary, path)
+        self._replaced.append(self._metrics)
+        self._metrics = replacement
+        log.info("%s: the run goes on at version %d; %d lines cut", path, version, len(lines) - len(kept))
+
     def last(self, kind: str, key: str) -> int:
         """The greatest ``key`` in metrics.jsonl's lines of ``kind``, -1 for none; a line cut short is ignored."""
         last, head = -1, json.dumps({"kind": kind})[:-1]
@@ -157,5 +190,6 @@ class RunFiles:
 
     def close(self) -> None:
         """Close the metrics file; what a full disk did not take of it is gone."""
-        with suppress(OSError):
-            self._metrics.close()
+        for file in (self._metrics, *self._replaced):
+            with suppress(OSError):
+                file.close()

@@ -62,15 +62,17 @@ def _read(run_dir: Path) -> Run:
 
 def summarize(config: RunConfig | None, last: Record, records: list[Record], status: Outcome, wall_s: float) -> Record:
     """The keys that other tools read. Rewards and lags are None where no step, no evaluation was recorded."""
-    steps = of_kind(records, "step")
-    evaluations = last.get("evaluations") or of_kind(records, "eval")
+    steps = _last_of_each(of_kind(records, "step"), "step")
+    evaluations = _last_of_each(of_kind(records, "eval"), "version_asked")
+    if len(last.get("evaluations") or ()) > len(evaluations):
+        evaluations = last["evaluations"]
     rewards = [step["reward"] for step in steps if step.get("reward") is not None]
     proposed = _count(last, steps, "tokens_proposed")
     accepted = _count(last, steps, "tokens_accepted")
     return {
         "status": status,
         "wall_s": round(wall_s, 2),
-        "steps": len(steps) if not last.get("step") else int(last["step"]),
+        "steps": _steps_done(last, steps),
         "final_version": int(last.get("version") or 0),
         "reward_first": mean(rewards[:END_STEPS]),
         "reward_last": mean(rewards[-END_STEPS:]),
@@ -90,6 +92,17 @@ def summarize(config: RunConfig | None, last: Record, records: list[Record], sta
         "trajectories_dropped": dict(sorted((last.get("trajectories_dropped") or {}).items())),
         "seed": config.run.seed if config else None,
     }
+
+
+def _last_of_each(records: list[Record], key: str) -> list[Record]:
+    """In order of what they tell of, ``key`` or its version; of what was done again the last line."""
+    found: dict[float, Record] = {record.get(key, record.get("version", -1)): record for record in records}
+    return [found[number] for number in sorted(found)]
+
+
+def _steps_done(last: Record, steps: list[Record]) -> int:
+    """By whichever was written later: a broker that was killed may have told fewer in its status."""
+    return max(int(last.get("step") or 0), int(steps[-1]["step"]) + 1 if steps else 0)
 
 
 def _count(last: Record, steps: list[Record], key: str) -> int:

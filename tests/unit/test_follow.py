@@ -151,6 +151,7 @@ def test_a_file_that_is_replaced_under_a_follower_ends_it(tmp_path: Path) -> Non
     run_dir = begin(tmp_path / "x", [step_record(0), step_record(1)])
     with following(run_dir, True, "") as follower:
         assert follower.look() == 2
+        (run_dir / "run.json").write_text(json.dumps({**RUN, "run_id": "other"}))
         (run_dir / "metrics.jsonl").write_text(json.dumps(step_record(9)) + "\n")
         with pytest.raises(DataError, match="another run has begun"):
             follower.look()
@@ -174,6 +175,18 @@ def test_a_run_that_cannot_be_written_is_told_in_a_line(tmp_path: Path, capsys) 
     assert main([str(run_dir), "--once"]) == 2
     said = " ".join(capsys.readouterr().out.split())
     assert "cannot be written (File exists); make it writable, or copy the run and follow the copy" in said
+
+
+def test_lines_that_are_cut_and_written_again_are_told_once(tmp_path: Path) -> None:
+    run_dir = begin(tmp_path / "x", [step_record(step) for step in range(4)])
+    with following(run_dir, True, "") as follower:
+        follower.look()
+        (run_dir / "cut").write_text("".join(json.dumps(step_record(step)) + "\n" for step in range(2)))
+        (run_dir / "cut").replace(run_dir / "metrics.jsonl")
+        follower.look()
+        append(run_dir, [step_record(step) for step in range(2, 6)])
+        follower.look()
+    assert steps_in(run_dir, "reward/reward") == [0, 1, 2, 3, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("phase", ["running", "finished"])  # finished: by an earlier launch, whose run goes on

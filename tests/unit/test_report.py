@@ -122,6 +122,21 @@ def test_an_empty_directory_gives_a_report_that_says_so(tmp_path: Path) -> None:
     assert "No optimizer step was completed" in report
 
 
+def test_what_was_done_again_counts_once_and_the_later_file_says_how_far_it_went() -> None:
+    evaluations = [
+        {"kind": "eval", "version": asked, "version_asked": asked, "reward": reward}
+        for asked, reward in ((0, 0.2), (5, 0.7), (5, 0.5), (9, 0.6))
+    ]
+    steps = [step_record(step, reward=1.0) for step in (0, 1, 2, 3)]
+    again = [step_record(step, reward=0.5) for step in (1, 2, 3, 4)]
+    status = {**STATUS, "step": 3, "evaluations": [{"version": 5, "reward": 0.5}]}
+    summary = summarize(None, status, [*steps, *evaluations, *again], "failed", 1.0)
+    assert (summary["steps"], summary["eval_first"], summary["eval_last"]) == (5, 0.2, 0.6)
+    assert summary["reward_last"] == pytest.approx((1.0 + 4 * 0.5) / 5)
+    assert summarize(None, {**status, "step": 9}, again, "failed", 1.0)["steps"] == 9
+    assert summarize(None, {}, again, "failed", 1.0)["steps"] == 5
+
+
 def test_without_a_status_the_counts_come_from_the_steps() -> None:
     summary = summarize(None, {}, [step_record(1), step_record(2)], "failed", 1.0)
     assert (summary["tokens_proposed"], summary["tokens_accepted"], summary["tokens_generated"]) == (200, 190, 400)

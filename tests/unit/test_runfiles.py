@@ -9,6 +9,7 @@ import pytest
 
 from broker.runfiles import RunFiles
 from common.errors import ConfigError, ProtocolError
+from common.locks import try_lock
 from tools.watch.history import History
 
 
@@ -76,3 +77,32 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"run\.dir: .*file/run cannot be written .*name another directory"):
         RunFiles(tmp_path / "file" / "run")
+
+
+def test_a_run_that_goes_on_without_a_journal_has_no_line_twice(tmp_path):
+    files = RunFiles(tmp_path)
+    for step in range(4):
+        files.metric("publish", {"version": step})
+        files.metric("eval", {"version": step, "version_asked": step, "reward": 0.5})
+        files.metric("step", {"step": step}, ("alert", {"step": step}))
+        files.metric("budget", {"move": step, "step": step})
+    with (tmp_path / "metrics.jsonl").open("a") as torn:
+        torn.write('{"kind": "st\n')
+    files.close()
+    again = RunFiles(tmp_path)
+    again.forget_from(2)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        assert not try_lock(file)  # the file that is there now is held
+    again.metric("step", {"step": 2})
+    again.forget_from(9)  # nothing to cut
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    told = {kind: [] for kind in ("publish", "eval", "step", "alert", "budget")}
+    for line in lines:
+        if line != '{"kind": "st':
+            found = json.loads(line)
+            told[found["kind"]].append(found["version" if found["kind"] in ("publish", "eval") else "step"])
+    assert told == {"publish": [0, 1, 2], "eval": [0, 1], "step": [0, 1, 2], "alert": [0, 1], "budget": [0, 1]}
+    assert '{"kind": "st' in lines and sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "run.json"]
+    again.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        assert try_lock(file)

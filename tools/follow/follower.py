@@ -34,7 +34,7 @@ class Follower:
     def __init__(self, run_dir: Path, run_id: str, sinks: Sequence[Sink]) -> None:
         self.run_dir, self._run_id = run_dir, run_id
         self._tail = Tail(run_dir / METRICS)
-        self._lines = 0  # read so far
+        self._lines = self._restarts = 0  # read so far; of the tail
         self._sinks = [(sink, int(read_place(sink.directory, run_id).get("lines", 0))) for sink in sinks]
         self._tell_config([sink for sink, lines in self._sinks if lines == 0])
 
@@ -63,8 +63,8 @@ class Follower:
     def look(self) -> int:
         """Take what is new; returns how many lines that was."""
         lines = self._tail.read()
-        if self._tail.restarts:
-            raise DataError(f"{self._tail.path} is another file now: another run has begun, follow that one")
+        if self._tail.restarts != self._restarts:
+            self._begin_again()
         for line in lines:
             self._lines += 1
             record = record_of(line.decode(errors="replace"))
@@ -77,6 +77,14 @@ class Follower:
                 place = {"run_id": self._run_id, "lines": max(had, self._lines), **sink.flush()}
                 write_place(sink.directory, place)
         return len(lines)
+
+    def _begin_again(self) -> None:
+        """A broker without a journal has cut what is done again: what was told before that is not told again."""
+        if read_identity(self.run_dir)["run_id"] != self._run_id:
+            raise DataError(f"{self._tail.path} is another file now: another run has begun, follow that one")
+        there = self._tail.path.read_bytes().count(b"\n")
+        self._sinks = [(sink, min(max(had, self._lines), there)) for sink, had in self._sinks]
+        self._lines, self._restarts = 0, self._tail.restarts
 
     def _is_over(self) -> bool:
         try:
