@@ -245,6 +245,10 @@ class Steps:
         """What is held of a decided step."""
         return self._steps.get(step)
 
+    def first_from(self, step: int, end: int) -> int:
+        """The first step from ``step`` on that is not forgotten; ``end`` is the next to be assembled."""
+        return next((one for one in range(step, end) if one in self), end)
+
     def __contains__(self, step: int) -> bool:
         return step in self._steps or self.being_scored(step)
 

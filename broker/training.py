@@ -93,6 +93,8 @@ class Training:
         self.learner_met = True
         if not self.learner_seen:
             self.learner_seen = True
+            if self.recorder.journal is None:  # nobody knows what came behind
+                self.files.forget_from(version)
             self.recorder.start_at(version)  # first: a broker killed between the two does it again
             self.recorder.note("learner", {})
         self._claimed = version
@@ -115,6 +117,13 @@ class Training:
             return (
                 f"it holds version {hello.version}, and no step after {next_step - 1} was made here: it belongs "
                 "to another life of this run; start it from an older checkpoint, or the broker from the right directory"
+            )
+        first = self.pipeline.steps.first_from(hello.version, next_step)
+        if hello.rank == 0 and hello.version < min(first, self.pipeline.committed_step):  # it says so behind a commit
+            return (
+                f"it holds version {hello.version}, and this run has forgotten all steps before {first}: its "
+                f"checkpoints are missing from {self.config.run.path / 'checkpoints'}; bring them back, or begin a "
+                "new run"
             )
         return ""
 
