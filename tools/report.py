@@ -96,7 +96,10 @@ def summarize(config: RunConfig | None, last: Record, records: list[Record], sta
 
 def _last_of_each(records: list[Record], key: str) -> list[Record]:
     """In order of what they tell of, ``key`` or its version; of what was done again the last line."""
-    found: dict[float, Record] = {record.get(key, record.get("version", -1)): record for record in records}
+    found: dict[float, Record] = {}
+    for record in records:
+        number = record.get(key)
+        found[float(record["version"] if number is None else number)] = record
     return [found[number] for number in sorted(found)]
 
 
