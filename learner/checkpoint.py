@@ -38,6 +38,7 @@ from learner.retention import PREFIX, STATE, Retention, complete, path_of, step_
 
 POLL_S = 0.05
 SEEN_S = 30.0  # until every rank sees what rank 0 sees: shared file systems show a new name late
+RUN = "run.json"  # the broker's, beside the checkpoints
 NOTHING, REFUSED = -1, -2  # where a step is said
 BESIDE = "rollout."  # begins the kinds of a second model's pieces
 Trained = tuple[Decoder, Optimizer]
@@ -135,6 +136,7 @@ class CheckpointWriter:
             )
 
     def _complete(self, temporary: Path, final: Path, state: TrainingState) -> None:
+        self._check_run(state.run_id)
         deadline = time.monotonic() + self.timeout_s
         while missing := [r for r in range(self.mesh.world) if not (temporary / _file_of(r)).is_file()]:
             if time.monotonic() > deadline:
@@ -151,6 +153,15 @@ class CheckpointWriter:
         os.replace(temporary, final)
         _sync(self.directory)
         self.retention.prune()
+
+    def _check_run(self, run_id: str) -> None:
+        """The directory may be another run's by now: one whose launcher was killed is set aside at the next start."""
+        try:
+            found = str(json.loads((self.directory.parent / RUN).read_text())["run_id"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return  # the broker's files lie elsewhere
+        if run_id and found != run_id:
+            raise CheckpointError(f"the directory is run {found}'s by now, this learner's is {run_id}")
 
 
 def _file_of(rank: int) -> str:

@@ -39,6 +39,7 @@ from learner.exports import step_families
 from learner.feed import Feed, check_experts, check_ids, experts_tensor
 from learner.freeze import freeze
 from learner.hf import load_model, save_hf
+from learner.hold import held
 from learner.joint.trainer import RolloutTrainer
 from learner.mesh import Mesh
 from learner.model.config import ModelConfig
@@ -352,7 +353,11 @@ def run_learner(config: RunConfig, _name: str, stop: StopFlag) -> None:
     mesh = Mesh.from_environment(config.learner, patience_s(config, published_sizes(config)))
     try:
         process = f"learner.{mesh.rank}" if mesh.rank else "learner"
-        with open_tracer(config, process, "learner", mesh.rank) as tracer, open_exporter(config, tracer) as exporter:
+        with (
+            open_tracer(config, process, "learner", mesh.rank) as tracer,
+            open_exporter(config, tracer) as exporter,
+            held(config.run.path, mesh.rank, lambda: stop.is_set),
+        ):
             _train(config, mesh, stop, tracer, exporter)
     finally:
         mesh.close()

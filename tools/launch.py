@@ -41,7 +41,7 @@ from tools.preflight import (
     check_sandbox,
 )
 from tools.processes import SAVE_S, Process, processes_of, stop_all, wait_all
-from tools.run_files import CONFIG, LOGS, PAGE, Before, claim, last_lines, read_status, set_aside
+from tools.run_files import CONFIG, LEARNER_S, LOGS, PAGE, Before, claim, last_lines, read_status, set_aside
 from tools.stamp import wants_warmstart
 from tools.watch.follow import Follower
 from tools.watch.screen import Screen, plain_line
@@ -142,7 +142,7 @@ class Run:
 
         Raises :class:`ConfigError` where a run of this name is under way.
         """
-        claimed = self.held.enter_context(claim(self.directory))
+        claimed = self.held.enter_context(claim(self.directory, self._tell_wait, lambda: self.stop.is_set))
         if self.config.learner.resume:
             check_resumed(self.config)
             self.before = Before(self.directory)
@@ -154,6 +154,9 @@ class Run:
         (self.directory / CONFIG).write_text(to_yaml(self.config))
         (self.directory / LOGS).mkdir(exist_ok=True)
         self.log = self.directory / LOGS / "launch.log"
+
+    def _tell_wait(self) -> None:
+        self.say(f"waiting {LEARNER_S:g} s at most for the learner of an earlier launch, which has not ended yet")
 
     def needs_warmstart(self) -> bool:
         """Whether ``tools.warmstart`` has to make the model first."""

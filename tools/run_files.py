@@ -14,13 +14,15 @@
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 from broker.runfiles import CONFIG as CONFIG  # who keeps it names it
 from common.errors import ConfigError, DataError
-from common.locks import try_lock
+from common.locks import lock_within, try_lock
 from common.trace import TRACE
+from learner.hold import LOCK as LEARNER_LOCK
 
 STATUS, METRICS, LOGS, SUMMARY, REPORT, PAGE = (
     "status.json",
@@ -31,6 +33,7 @@ STATUS, METRICS, LOGS, SUMMARY, REPORT, PAGE = (
     "report.html",
 )
 LOCK = "launch.lock"
+LEARNER_S = 60.0  # for the learner of a launcher that was killed to write its checkpoint
 SIGNS = (CONFIG, STATUS, METRICS, LOGS, TRACE)  # any of them makes a directory a run's
 Record = dict[str, Any]  # one JSON object
 LINE_BEGINS = '{"kind":'  # every line of metrics.jsonl
@@ -154,17 +157,31 @@ def last_lines(path: Path, count: int) -> list[str]:
         return []
 
 
-def claim(run_dir: Path) -> IO[str]:
+def claim(
+    run_dir: Path, waits: Callable[[], None] = lambda: None, is_stopped: Callable[[], bool] = lambda: False
+) -> IO[str]:
     """Make ``run_dir``; nobody else can claim it until what is returned is closed, or the process ends.
 
-    Raises :class:`ConfigError` where a launcher or a broker is at work in it.
+    A learner that is still at work there, of a launcher that was killed, has LEARNER_S to write its checkpoint;
+    ``waits`` is called if there is one. Raises :class:`ConfigError` where a launcher, a broker or a learner is.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     held = (run_dir / LOCK).open("a")
+    words = "a run of this name is under way; choose another run.name, or stop that run first"
     if try_lock(held) and _is_there(held, run_dir / LOCK) and not _is_written(run_dir):
-        return held
+        if _is_left(run_dir, waits, is_stopped):
+            return held
+        words = f"the learner of an earlier launch still holds {LEARNER_LOCK}; end it, or choose another run.name"
     held.close()
-    raise ConfigError(f"{run_dir}: a run of this name is under way; choose another run.name, or stop that run first")
+    raise ConfigError(f"{run_dir}: {words}")
+
+
+def _is_left(run_dir: Path, waits: Callable[[], None], is_stopped: Callable[[], bool]) -> bool:
+    """Whether no learner writes there, or none any more within LEARNER_S."""
+    if not (run_dir / LEARNER_LOCK).exists():
+        return True
+    with (run_dir / LEARNER_LOCK).open("a") as file:
+        return lock_within(file, LEARNER_S, waits, is_stopped)
 
 
 def _is_there(file: IO[str], path: Path) -> bool:

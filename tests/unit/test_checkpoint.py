@@ -12,7 +12,7 @@ import torch
 
 from common.config import OptimSection
 from common.errors import CheckpointError, ConfigError, DeadlineError
-from learner import checkpoint
+from learner import checkpoint, hold
 from learner.checkpoint import CheckpointWriter, TrainingState
 from learner.freeze import freeze
 from learner.hf import load_hf
@@ -105,6 +105,33 @@ def test_what_cannot_be_written_for_any_reason_does_not_count(tmp_path, monkeypa
     with pytest.raises(CheckpointError, match="surprise"):
         writer.wait()
     assert writer.finished() == []
+
+
+def test_a_directory_that_became_another_runs_gets_no_checkpoint(tmp_path):
+    model, directory = model_of(), tmp_path / "checkpoints"
+    optimizer = Optimizer(model, OPTIM, STEPS)
+    writer = writer_of(directory)
+    (tmp_path / "run.json").write_text('{"run_id": "r"}')
+    write(writer, model, optimizer, 1)
+    writer.wait()
+    (tmp_path / "run.json").write_text('{"run_id": "other"}')
+    write(writer, model, optimizer, 2)
+    with pytest.raises(CheckpointError, match="run other's by now"):
+        writer.wait()
+    assert [path.name for path in checkpoint.complete(directory)] == ["step-00000001"]
+
+
+def test_one_learner_at_a_time_holds_a_run_directory(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(hold, "WAIT_S", 0.2)
+    with hold.held(tmp_path / "r", 0, lambda: False):
+        with hold.held(tmp_path / "r", 1, lambda: False):  # another rank of the same
+            pass
+        wanted = pytest.raises(ConfigError, match=r"another learner is at work.*learner\.lock.*run\.name")
+        with wanted, hold.held(tmp_path / "r", 0, lambda: False):
+            raise AssertionError
+        assert "waiting 0.2 s" in caplog.text
+    with hold.held(tmp_path / "r", 0, lambda: False):
+        pass
 
 
 def test_the_last_finished_checkpoints_are_kept_and_leftovers_removed(tmp_path):

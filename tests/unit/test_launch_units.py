@@ -29,6 +29,7 @@ from common.config import (
     TaskSection,
 )
 from common.errors import ConfigError, JournalError, ModelError
+from common.locks import try_lock
 from common.process import StopFlag, free_port
 from tools.launch import LINE_S, Run, main
 from tools.preflight import check_address, check_engine, check_meshes, check_model
@@ -323,6 +324,28 @@ def test_a_run_under_way_is_neither_set_aside_nor_resumed(tmp_path: Path) -> Non
     resumed, _ = launching(tmp_path, resume=True)
     with resumed.held:
         resumed.prepare()
+
+
+def test_a_learner_that_outlived_its_launcher_keeps_its_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = launching(tmp_path)
+    with first.held:
+        first.prepare()
+    lock = first.directory / "learner.lock"
+    with lock.open("a") as learner:
+        assert try_lock(learner)
+        monkeypatch.setattr("tools.run_files.LEARNER_S", 0.1)
+        for resume in (False, True):
+            with pytest.raises(ConfigError, match=r"learner of an earlier launch still holds learner\.lock"):
+                launching(tmp_path, resume)[0].prepare()
+        monkeypatch.setattr("tools.run_files.LEARNER_S", 60.0)
+        second, said = launching(tmp_path)
+        monkeypatch.setattr(second, "_tell_wait", lambda: (Run._tell_wait(second), learner.close()))  # it has written
+        with second.held:
+            second.prepare()
+    assert "waiting 60 s at most for the learner" in said.getvalue()
+    assert (tmp_path / "runs" / "r.1" / "learner.lock").exists()
 
 
 def test_a_run_that_goes_on_by_another_rule_is_refused_before_anything_is_touched(tmp_path: Path) -> None:
