@@ -353,11 +353,7 @@ def run_learner(config: RunConfig, _name: str, stop: StopFlag) -> None:
     mesh = Mesh.from_environment(config.learner, patience_s(config, published_sizes(config)))
     try:
         process = f"learner.{mesh.rank}" if mesh.rank else "learner"
-        with (
-            open_tracer(config, process, "learner", mesh.rank) as tracer,
-            open_exporter(config, tracer) as exporter,
-            held(config.run.path, mesh.rank, lambda: stop.is_set),
-        ):
+        with open_tracer(config, process, "learner", mesh.rank) as tracer, open_exporter(config, tracer) as exporter:
             _train(config, mesh, stop, tracer, exporter)
     finally:
         mesh.close()
@@ -386,7 +382,8 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopFlag, tracer: Tracer, export
                 safe=step, begun=step,
             )  # fmt: skip
             exporter.families = learner.families
-            learner.run()
+            with held(config.run.path, mesh.rank, lambda: stop.is_set):  # the broker turns a second one away
+                learner.run()
     finally:
         tracer.state("end")
         link.close("finished" if not stop.is_set else "stopped")

@@ -536,7 +536,8 @@ def test_a_learner_that_was_killed_in_its_last_checkpoint_is_waited_for(make):
     assert alone.status()["phase"] == "finished"
 
 
-def test_a_broker_that_is_stopped_hears_the_commit_of_the_step_under_way(make):
+def test_a_broker_that_is_stopped_hears_the_commit_of_the_step_under_way(make, monkeypatch):
+    monkeypatch.setattr(farewell, "FAREWELL_S", 0.5)  # heartbeats come every .1 s
     broker = make(run_steps=2)
     learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
     learner.link.send(wire.Fetch(0, 0, 1))

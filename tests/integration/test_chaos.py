@@ -90,6 +90,7 @@ def test_a_killed_learner_and_a_killed_broker_are_started_again_and_nothing_is_l
         assert sum("rethinned_by_version" in s for s in fleet.steps()) > 5
 
 
+@pytest.mark.slow
 def test_a_full_disk_and_peers_that_say_nothing_or_nonsense_lose_nothing(tmp_path, model):
     """A file-size limit stands in for the disk: write returns an error at the same place."""
     with Fleet(tmp_path, model, "run.steps=24", *QUICK) as fleet:
