@@ -135,6 +135,7 @@ def held_mb():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
+@pytest.mark.slow  # with all of CI; a live broker is fuzzed by default
 def test_the_decoder_refuses_by_name_and_nothing_grows():
     rng, whole = random.Random(0), specimens()
     refused, taken = 0, 0
