@@ -64,6 +64,12 @@ def read_overrides(overrides: Sequence[str]) -> DictConfig:
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"override {override!r}: must read section.key=value")
+        try:
+            OmegaConf.from_dotlist([override])
+        except Exception as error:  # as of a file
+            raise ConfigError(
+                f"override {override!r}: its value is not YAML; quote what begins with * & ! % @"
+            ) from error
     return OmegaConf.from_dotlist(list(overrides))
 
 

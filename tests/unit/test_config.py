@@ -96,6 +96,7 @@ def test_a_bare_off_is_a_word_and_not_false(path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("optim.freeze=[*embed*]", "its value is not YAML"),
         ("staleness.bugdet=3", r"override: unknown key staleness\.bugdet; did you mean 'budget'\?"),
         ("stalenes.budget=3", r"override: unknown section stalenes; did you mean 'staleness'\?"),
         ("run.steps=many", r"run\.steps: .*many"),
