@@ -39,6 +39,13 @@ def make_model(path, *overrides):
     return path
 
 
+def lines_of(run, kind=None):
+    """The lines of ``metrics.jsonl``, of one kind or all; one that its broker is still writing is none yet."""
+    file = run / "metrics.jsonl"
+    whole = file.read_text().rpartition("\n")[0] if file.exists() else ""
+    return [x for x in map(json.loads, whole.splitlines()) if kind in (None, x["kind"])]
+
+
 class Fleet:
     """Processes of one configuration, by name."""
 
@@ -83,11 +90,10 @@ class Fleet:
         return self.running[name].wait(timeout)
 
     def steps(self):
-        return [x for x in self.metrics() if x["kind"] == "step"]
+        return lines_of(self.run, "step")
 
     def metrics(self):
-        file = self.run / "metrics.jsonl"
-        return [json.loads(x) for x in file.read_text().splitlines()] if file.exists() else []
+        return lines_of(self.run)
 
     def status(self):
         return json.loads((self.run / "status.json").read_text())

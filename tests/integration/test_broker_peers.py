@@ -1,7 +1,6 @@
 """What peers may claim, lose and repeat: a real broker over real sockets, driven by hand-written peers."""
 
 import dataclasses
-import json
 import os
 import select
 import socket
@@ -17,6 +16,7 @@ from common import wire
 from common.config import EvaluationSection, StalenessSection
 from common.errors import JournalError, ProtocolError
 from common.process import StopFlag
+from tests.integration.fleet import lines_of
 from tests.integration.harness import B, Broker, Peer, group, until
 
 
@@ -83,12 +83,11 @@ def test_commits_and_checkpoints_of_what_was_not_trained_are_refused(make):
     refused(broker, learner, wire.Checkpointed(1), "not trained")
     pipeline = broker.service.pipeline  # its thread may be in the middle of an assembly
     until(lambda: pipeline.held() == pipeline.queued == 2 * 4)
-    metrics = broker.config.run.path / "metrics.jsonl"
-    until(metrics.read_text)  # a little after the step is committed
+    until(lambda: lines_of(broker.config.run.path))  # a little after the step is committed
     for peer in (actor, learner):
         peer.link.close()
     killed(broker)
-    (line,) = (json.loads(x) for x in metrics.read_text().splitlines())
+    (line,) = lines_of(broker.config.run.path)
     assert (line["step"], line["loss"]) == (0, 1.5) and line["acceptance"] != 7.0, "figures of the broker are its own"
     Broker(broker.config).end()
 
@@ -227,8 +226,8 @@ def test_a_step_that_a_learner_came_back_with_is_committed_with_its_metrics_or_w
     else:
         again.link.close()
     until(lambda: broker.service.pipeline.committed_step == 0)
-    until(lambda: (broker.config.run.path / "metrics.jsonl").read_text())
-    (line,) = (json.loads(x) for x in (broker.config.run.path / "metrics.jsonl").read_text().splitlines())
+    until(lambda: lines_of(broker.config.run.path))
+    (line,) = lines_of(broker.config.run.path)
     assert line.get("loss") == (2.5 if sends == "commit" else None)
     for peer in (actor, again):
         peer.link.close()
@@ -288,7 +287,7 @@ def test_a_kill_before_a_line_of_the_metrics_is_written_loses_no_line(make, monk
     monkeypatch.undo()
     for _ in range(2):
         Broker(broker.config).end()
-    lines = [json.loads(x) for x in (broker.config.run.path / "metrics.jsonl").read_text().splitlines()]
+    lines = lines_of(broker.config.run.path)
     assert sorted(line["kind"] for line in lines) == (["eval"] if at == "eval" else ["eval", "step"])
 
 
@@ -326,5 +325,5 @@ def test_a_changed_budget_is_in_force_after_a_restart_and_written_down(make):
     assert again.pipeline.ledger.budget == 0 and again.figures.budget_move["reason"] == "the configuration was changed"
     again.stop.set("test")
     again.run()
-    lines = [json.loads(x) for x in (broker.config.run.path / "metrics.jsonl").read_text().splitlines()]
+    lines = lines_of(broker.config.run.path)
     assert [(line["old"], line["value"]) for line in lines if line["kind"] == "budget"] == [(2, 0)]

@@ -24,6 +24,7 @@ from common.config import (
 )
 from common.errors import ModelError, ProtocolError
 from common.process import StopFlag
+from tests.integration.fleet import lines_of
 from tests.integration.harness import STEPS, B, Broker, G, Peer, group, until
 from tests.routes import routes
 
@@ -70,7 +71,7 @@ def test_a_synchronous_run_from_the_first_grant_to_the_last_stop(make):
     assert status["trajectories_acked"] == status["trajectories_trained"] == STEPS * B * G
     assert status["lag_max"] == 0
     assert evaluated == [0, 2, 4]
-    lines = [json.loads(x) for x in (broker.config.run.path / "metrics.jsonl").read_text().splitlines()]
+    lines = lines_of(broker.config.run.path)
     assert [x["step"] for x in lines if x["kind"] == "step"] == [0, 1, 2, 3]
     assert [x["version"] for x in lines if x["kind"] == "eval"] == [0, 2, 4]
 
@@ -267,7 +268,7 @@ def test_a_move_of_the_budget_is_told_and_outlives_a_restart(make):
     broker.service._farewell = lambda: None
     broker.end()
     metrics = broker.config.run.path / "metrics.jsonl"
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines = lines_of(broker.config.run.path)
     (move,) = (line for line in lines if line["kind"] == "budget")
     assert (move["step"], move["old"], move["value"], move["ess"]) == (6, 1, 0, 0.3)
     assert move["reason"] == "ESS is 0.3, below staleness.ess_target=0.8"
@@ -278,8 +279,7 @@ def test_a_move_of_the_budget_is_told_and_outlives_a_restart(make):
     assert second.service.pipeline.ledger.budget == second.service.training.governor.budget == 0
     status = second.status()
     assert status["staleness_budget"] == 0 and status["staleness_move"]["reason"] == move["reason"]
-    again = [json.loads(line) for line in metrics.read_text().splitlines()]
-    assert [line["value"] for line in again if line["kind"] == "budget"] == [0], "written down once, if late"
+    assert [line["value"] for line in lines_of(broker.config.run.path, "budget")] == [0], "written down once, if late"
 
 
 def test_a_missing_model_directory_names_the_remedy(tmp_path):
@@ -375,10 +375,10 @@ def test_groups_that_all_fail_are_granted_seldom_said_aloud_and_at_last_end_the_
                 actor.link.send(wire.GroupFailed(g, "no such program"))
     assert grants <= 2 * STEPS_IN_A_ROW + 4  # after these at first, one a second, and fewer
     assert "groups of a0 all failed, the last one so: no such program; correct the task" in str(broker.failure)
-    told, lines = broker.status(), (broker.config.run.path / "metrics.jsonl").read_text().splitlines()
+    told, lines = broker.status(), lines_of(broker.config.run.path)
     assert told["alerts"][0]["sign"] == "rollouts:a0" and "no such program" in told["alerts"][0]["text"]
     assert "no such program" in told["waiting_for"]
-    assert [json.loads(x)["state"] for x in lines] == ["raised"]
+    assert [x["state"] for x in lines] == ["raised"]
     for peer in (learner, actor):
         peer.link.close(None)
 
@@ -399,7 +399,7 @@ def test_slow_groups_behind_failures_are_waited_for_and_a_mended_actor_begins_an
     mended = Peer(broker, "actor", "a0", session="mended")
     until(lambda: not broker.service.rollouts.alerts())
     assert mended.expect(wire.Grant).groups.tolist() != slow
-    lines = [json.loads(x) for x in (broker.config.run.path / "metrics.jsonl").read_text().splitlines()]
+    lines = lines_of(broker.config.run.path)
     assert [(x["state"], x["sign"], x["since"]) for x in lines] == [
         (s, "rollouts:a0", 0) for s in ("raised", "cleared")
     ]
@@ -421,7 +421,7 @@ def test_an_environment_that_comes_back_costs_no_more_than_time(make):
                 taken += 1
     learner.link.send(wire.Fetch(0, 0, 1))
     learner.expect(wire.Shard)
-    lines = [json.loads(x) for x in (broker.config.run.path / "metrics.jsonl").read_text().splitlines()]
+    lines = lines_of(broker.config.run.path)
     assert [x["state"] for x in lines if x["kind"] == "alert"] == ["raised", "cleared"]
     assert not broker.service.rollouts.alerts()
     for peer in (learner, actor):
@@ -557,7 +557,7 @@ def test_a_broker_that_is_stopped_hears_the_commit_of_the_step_under_way(make, m
     learner.link.close()
     broker.thread.join(3)
     assert not broker.thread.is_alive()
-    lines = [json.loads(x) for x in (broker.config.run.path / "metrics.jsonl").read_text().splitlines()]
+    lines = lines_of(broker.config.run.path)
     assert [(x["step"], x["loss"]) for x in lines if x["kind"] == "step"] == [(0, 2.5)]
     assert broker.service.pipeline.checkpointed_step == 0
 

@@ -1,12 +1,11 @@
 """Evaluations beside training: a real broker, hand-written peers. Training must not notice them."""
 
-import json
-
 import numpy as np
 import pytest
 
 from common import wire
 from common.config import EvaluationSection, LearnerSection, RolloutSection, TaskEntry, TaskSection
+from tests.integration.fleet import lines_of
 from tests.integration.harness import STEPS, B, Peer, group
 
 
@@ -116,7 +115,7 @@ def test_the_learner_is_told_what_to_keep_and_a_new_one_again(make):
     second = Peer(broker, "learner", "learner", session="two", version=3)
     message = second.expect(wire.KeepBest)
     assert (message.version, message.reward) == (1, 0.75)
-    lines = [json.loads(x) for x in (broker.config.run.path / "metrics.jsonl").read_text().splitlines()]
+    lines = lines_of(broker.config.run.path)
     line = next(x for x in lines if x["kind"] == "eval" and x["version"] == 1)
     assert (line["version_asked"], line["reward"], line["prompts"], line["samples"]) == (1, 0.75, 4, 2)
     assert line["pass_at"]["1"][0] == 0.75 and line["reward_low"] < 0.75 < line["reward_high"]

@@ -1,6 +1,5 @@
 """Two models in one run: whose weights go to whom, over real sockets and with real processes that are killed."""
 
-import json
 import threading
 
 import numpy as np
@@ -19,7 +18,7 @@ from common.joint import JointSection
 from common.link import connect
 from common.process import StopFlag
 from common.weights import WeightReceiver
-from tests.integration.fleet import Fleet, make_model
+from tests.integration.fleet import Fleet, lines_of, make_model
 from tests.integration.harness import Peer, group, until
 from tests.integration.test_chaos import QUICK
 from tools.evaluate import held_out, models_of
@@ -107,8 +106,8 @@ def test_each_stream_goes_to_its_own_receivers_and_who_comes_late_is_served_from
         peer.link.close()
     broker.end()
     assert broker.status()["bad_messages"] == {"ProtocolError": 2}
-    lines = [json.loads(x) for x in (broker.config.run.path / "metrics.jsonl").read_text().splitlines()]
-    assert [x["stream"] for x in lines if x["kind"] == "publish"] == ["rollout", "policy", "policy", "rollout"]
+    published = lines_of(broker.config.run.path, "publish")
+    assert [x["stream"] for x in published] == ["rollout", "policy", "policy", "rollout"]
 
 
 def test_a_rollout_model_that_stays_gets_nothing_and_is_granted_every_version(make):
