@@ -28,6 +28,7 @@ TERMINATE_S = 5.0  # between SIGTERM and SIGKILL
 SAVE_S = 60.0  # the same for a learner that writes a checkpoint, and the broker that hears of it
 POLL_S = 0.05
 NO_DEVICES: Mapping[str, str] = MappingProxyType({})
+TORCHRUN = "torch.distributed.run"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -42,6 +43,7 @@ class Process:
     may_restart: bool = False  # the run goes on without it for a moment
     devices: str | None = None  # its CUDA_VISIBLE_DEVICES; None: as here
     leave_s: float = TERMINATE_S  # to end by itself after SIGTERM
+    by_torchrun: bool = False  # it starts ranks and would kill them 30 s after a SIGTERM of its own
     restarts: int = 0
     running: "subprocess.Popen[bytes] | None" = field(default=None, repr=False)
 
@@ -108,6 +110,7 @@ def processes_of(config: RunConfig, config_file: Path, devices: Mapping[str, str
         command = [python, "-m", "actor", file, "--name", name]
         found.append(Process(name, command, logs / f"{name}.log", config.actor.threads, may_restart=True))
     for process in found:
+        process.by_torchrun = TORCHRUN in process.command
         process.devices = devices.get(process.name)
     return found
 
@@ -116,7 +119,7 @@ def _start(ranks: int) -> list[str]:
     """How a module is started on ``ranks`` processes of this machine."""
     if ranks == 1:
         return [sys.executable, "-m"]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
+    return [sys.executable, "-m", TORCHRUN, "--standalone", "--nproc-per-node", str(ranks), "-m"]
 
 
 def descendants(root: int) -> dict[int, int]:
@@ -160,7 +163,7 @@ def stop_all(processes: Iterable[Process], timeout_s: float = math.inf) -> list[
     alive = [process for process in processes if process.alive]
     families = {process.name: descendants(process.running.pid) for process in alive if process.running is not None}
     for process in alive:
-        _send(process, signal.SIGTERM)
+        _ask_to_end(process, families[process.name])
     began = time.monotonic()
     for process in sorted(alive, key=attrgetter("leave_s")):
         wait_all([process], began + min(process.leave_s, timeout_s) - time.monotonic())
@@ -175,6 +178,21 @@ def stop_all(processes: Iterable[Process], timeout_s: float = math.inf) -> list[
                     os.kill(pid, signal.SIGKILL)
     wait_all(stubborn, 1.0)
     return [process.name for process in stubborn]
+
+
+def _ask_to_end(process: Process, family: Mapping[int, int]) -> None:
+    """SIGTERM; where torchrun started ranks only they get it: torchrun ends behind them, and sets no limit."""
+    ranks = [pid for pid in family if process.by_torchrun and _is_child(pid, process)]
+    for pid in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    if not ranks:
+        _send(process, signal.SIGTERM)
+
+
+def _is_child(pid: int, process: Process) -> bool:
+    stat = _stat(pid)
+    return stat is not None and process.running is not None and stat[0] == process.running.pid
 
 
 def _send(process: Process, number: signal.Signals) -> None:

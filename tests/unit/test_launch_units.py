@@ -118,6 +118,7 @@ def test_commands_of_one_and_two_ranks() -> None:
     ]  # fmt: skip
     assert one[-1].command[1:] == ["-m", "actor", "c.yaml", "--name", "actor-0"]
     assert [process.may_restart for process in one] == [False, False, True, True]
+    assert [process.by_torchrun for process in two] == [False, True, False, False]
 
 
 def test_children_compute_on_their_threads_and_die_with_us() -> None:
@@ -170,6 +171,20 @@ def test_each_has_its_own_time_to_end(tmp_path: Path) -> None:
         wait_for("up", process)
     assert stop_all([learner, deaf]) == ["deaf"]
     assert learner.poll() == 0
+
+
+def test_ranks_are_told_themselves_so_that_torchrun_sets_them_no_limit(tmp_path: Path) -> None:
+    ends = "import signal,time; signal.signal(signal.SIGTERM, lambda *_: exit({}));"
+    rank = f"{ends.format(0)} print('up', flush=True); time.sleep(60)"
+    learner = python(
+        f"{ends.format(1)} import subprocess,sys;"
+        f"sys.exit(subprocess.Popen([sys.executable,'-c',{rank!r}],start_new_session=True).wait(60))",
+        tmp_path,
+    )
+    learner.by_torchrun = True
+    learner.start()
+    wait_for("up", learner)
+    assert stop_all([learner]) == [] and learner.poll() == 0
 
 
 def running(pid: int) -> bool:
