@@ -23,16 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import numpy as np
 import orjson
 import torch
 
 from actor.engine.base import Completion, Failure, Loaded, SampleRequest, check_request
 from actor.engine.client import ServerLostError, ServerRefusedError
 from actor.engine.loading import differing, read_model_facts
-from actor.engine.probe import sampling
+from actor.engine.pieces import completion_of, fields_of, versions_of
 from actor.engine.push import Pusher, Version
-from actor.engine.reply import FLAT_FIELDS, Asked, Piece, read_piece
+from actor.engine.reply import Asked, Piece, read_piece
 from actor.engine.server import Server, State
 from actor.engine.targets import Sample, Target, Targets
 from common.config import RunConfig
@@ -47,7 +46,6 @@ COUNTED = (
 )  # fmt: skip
 MARGIN = 2  # tokens by which SGLang cuts requests short of its context, without a word
 MOST_EMPTY = 50  # aborts without a token before a rollout is tried elsewhere
-MOST_DIGITS = 9  # of a version's number
 
 log = logging.getLogger("actor.engine")
 
@@ -296,7 +294,9 @@ class SglangEngine:
         sample.serial, serial = self._serial, self._serial
         target.under_way += 1
         sample.sent_to, sample.updates = target, target.server.updates
-        body = orjson.dumps(self._fields(target, sample), option=orjson.OPT_SERIALIZE_NUMPY)
+        rid = f"{self.name}.{serial}"
+        fields = fields_of(sample, target, rid, self._stop_ids, routed=bool(self._routed[0]))
+        body = orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY)
         client, timeout = target.server.client, self.config.engine.request_timeout_s
 
         async def ask() -> None:
@@ -308,28 +308,6 @@ class SglangEngine:
 
         sample.task = asyncio.run_coroutine_threadsafe(ask(), self._loop)  # type: ignore[assignment]
         self._counters["requests"] += 1
-
-    def _fields(self, target: Target, sample: Sample) -> dict[str, Any]:
-        request = sample.request
-        prompt = request.prompt_ids
-        if sample.pieces:
-            prompt = np.concatenate([prompt, *(piece.token_ids for piece in sample.pieces)])
-        fields: dict[str, Any] = {
-            "input_ids": np.ascontiguousarray(prompt, np.int32),
-            "sampling_params": sampling(request.temperature, sample.left, self._stop_ids, request.ignore_eos),
-            "return_logprob": True,
-            "logprob_start_len": -1,
-            "top_logprobs_num": request.top_logprobs,
-            "rid": f"{self.name}.{sample.serial}",
-        }
-        identity = target.server.identity
-        if request.top_logprobs and identity is not None and identity.flat_top:
-            fields |= FLAT_FIELDS
-        if self._routed[0]:
-            fields["return_routed_experts"] = True
-        if target.rank is not None:
-            fields["data_parallel_rank"] = target.rank  # routed_dp_rank since 0.5.23, which knows both
-        return fields
 
     def _cancel(self, sample: Sample) -> None:
         if sample.task is None:
@@ -372,7 +350,7 @@ class SglangEngine:
         )
         try:
             piece = read_piece(answer, asked)
-            self._versions_of(piece)
+            versions_of(piece, self._tag_prefix)
         except DataError as error:
             self._counters["replies_refused"] += 1
             if "weight version" in str(error):
@@ -410,7 +388,7 @@ class SglangEngine:
             return
         key = (sample.request.request_id, sample.sibling)
         del self._samples[key]
-        self._ended.append(self._completion(sample))
+        self._ended.append(completion_of(sample, self._stop_ids, self._tag_prefix))
 
     def _retry(self, sample: Sample, why: str) -> None:
         """Sample it again from its prompt, elsewhere: what a lost server sampled is nobody's rollout."""
@@ -425,43 +403,6 @@ class SglangEngine:
         self._counters["retries"] += 1
         log.warning("rollout %d.%d is sampled again: %s", sample.request.request_id, sample.sibling, why)
         self._targets.place(sample)
-
-    def _versions_of(self, piece: Piece) -> np.ndarray[Any, np.dtype[np.int32]]:
-        """``[T]`` numbers of the versions that sampled each token."""
-        versions = np.empty(len(piece.token_ids), np.int32)
-        for tag, start, end in piece.spans:
-            number = tag.removeprefix(self._tag_prefix)
-            if number == tag or not number.isdecimal() or len(number) > MOST_DIGITS:
-                raise DataError(f"weight version {tag!r} is not of this run ({self._tag_prefix}N)")
-            versions[start:end] = int(number)
-        return versions
-
-    def _completion(self, sample: Sample) -> Completion:
-        request, pieces = sample.request, sample.pieces
-        token_ids = np.concatenate([piece.token_ids for piece in pieces])
-        # Older servers look at the length first: an end token that comes last of max_tokens is "length" to them.
-        stopped = pieces[-1].finish == "stop" or (not request.ignore_eos and int(token_ids[-1]) in self._stop_ids)
-        return Completion(
-            request_id=request.request_id,
-            sibling=sample.sibling,
-            token_ids=token_ids,
-            logprobs=np.concatenate([piece.logprobs for piece in pieces]),
-            versions=np.concatenate([self._versions_of(piece) for piece in pieces]),
-            topk_ids=np.concatenate([piece.topk_ids for piece in pieces]),
-            topk_logprobs=np.concatenate([piece.topk_logprobs for piece in pieces]),
-            experts=_join_experts(pieces),
-            finish_reason="stop" if stopped else "length",
-            cached_tokens=pieces[0].cached_tokens,
-        )
-
-
-def _join_experts(pieces: Sequence[Piece]) -> np.ndarray[Any, np.dtype[np.uint16]]:
-    """A token's experts are those of the piece that read it first, which is what sampled its successor."""
-    whole = pieces[-1].experts.copy()
-    for piece in reversed(pieces[:-1]):
-        read = max(0, len(piece.experts) - 1)
-        whole[:read] = piece.experts[:read]
-    return whole
 
 
 async def _quietly(work: Coroutine[Any, Any, Any]) -> None:

@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
+from actor.engine.pieces import join_experts
 from actor.engine.reply import Asked, Piece, read_piece
-from actor.engine.sglang import _join_experts
 from common.errors import DataError
 from common.wire import UNROUTED
 
@@ -56,7 +56,7 @@ def test_experts_of_two_pieces_are_those_of_the_first_reading():
     one = read_piece(body(first), asked())
     rest = Asked(PROMPT + TOKENS, 2, 0, 16, SPARSE, PER_TOKEN)
     two = read_piece(body(second, 2, prompt_tokens=PROMPT + TOKENS), rest)
-    joined = _join_experts([one, two])
+    joined = join_experts([one, two])
     assert joined.shape == (PROMPT + TOKENS + 2, 6)
     read = PROMPT + TOKENS - 1
     assert (joined[:read] == one.experts[:read]).all() and (joined[read:] == two.experts[read:]).all()
