@@ -25,10 +25,19 @@ log = logging.getLogger("learner.feed")
 class Feed:
     """Fetches this rank's shards. Other messages (Resync, PublishDone) go to ``other``."""
 
-    def __init__(self, link: BrokerLink, rank: int, world: int, wait_s: float, should_stop: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        link: BrokerLink,
+        rank: int,
+        world: int,
+        wait_s: float,
+        should_stop: Callable[[], bool],
+        limit: str = "learner.wait_s",
+    ) -> None:
+        """``limit``: what ``wait_s`` is made of, for the error."""
         self.link = link
         self._rank, self._world = rank, world
-        self._wait_s = wait_s
+        self._wait_s, self._limit = wait_s, limit
         self._should_stop = should_stop
         self.stopped = False  # the broker said Stop
 
@@ -66,7 +75,7 @@ class Feed:
                 log.info("step %d: waiting since %.0f s; %s", step, now - began, detail)
                 next_word = now + WORD_EVERY_S
             if now - began > self._wait_s:
-                raise DeadlineError(f"no shard for step {step} within {self._wait_s:.0f} s (learner.wait_s): {detail}")
+                raise DeadlineError(f"no shard for step {step} within {self._wait_s:.0f} s ({self._limit}): {detail}")
         return None
 
     def commit(self, step: int, metrics: dict[str, float]) -> None:
@@ -105,8 +114,11 @@ def check_experts(experts: NDArray[np.uint16], model: ModelConfig) -> None:
 
 
 def experts_tensor(experts: NDArray[np.uint16], model: ModelConfig, device: torch.device) -> Tensor | None:
-    """A checked record ``[N, R]`` as i64 ``[N, L, k]``, -1 where nothing was recorded; None for ``R`` = 0."""
+    """A checked record ``[N, R]`` as i16 ``[N, L, k]``, -1 where nothing was recorded; None for ``R`` = 0.
+
+    Two bytes each, as on the wire, for a whole step is a quarter of what it would be as indices.
+    """
     if experts.shape[1] == 0:
         return None
-    found = np.where(experts != wire.UNROUTED, experts.astype(np.int64), -1)
-    return torch.from_numpy(found).to(device).view(len(experts), -1, model.num_experts_per_tok)
+    found = torch.from_numpy(np.array(experts).view(np.int16))  # UNROUTED, 65535, is -1
+    return found.to(device).view(len(experts), -1, model.num_experts_per_tok)

@@ -31,7 +31,7 @@ class Packed:
     cu_seqlens: Tensor  # i64 [B+1], on the host
     at: Tensor  # i64 [n] packed positions of the tokens to score
     ids: Tensor  # i64 [n, k] alternatives of each
-    experts: Tensor | None  # i64 [N, L, k']
+    experts: Tensor | None  # i16 [N, L, k']
     temperature: float
 
 
@@ -55,13 +55,16 @@ class Followers:
         if not self.any:
             assert packed is not None, "the leader brings the sequences"
             return packed
-        mine: list[Tensor | None] = [None] * 6
+        longs: list[Tensor | None] = [None] * 5
+        records = None
         if packed is not None:
             temperature = torch.tensor([packed.temperature], dtype=torch.float64).view(torch.int64)
-            experts = torch.zeros((0, 0, 0), dtype=torch.int64) if packed.experts is None else packed.experts
-            mine = [packed.token_ids, packed.cu_seqlens, packed.at, packed.ids, experts, temperature]
-        found = [self._array(tensor, axes) for tensor, axes in zip(mine, (1, 1, 1, 2, 3, 1), strict=True)]
-        token_ids, offsets, at, ids, experts, temperature = found
+            longs = [packed.token_ids, packed.cu_seqlens, packed.at, packed.ids, temperature]
+            experts = torch.zeros((0, 0, 1), dtype=torch.int16) if packed.experts is None else packed.experts
+            records = experts.view(torch.uint8)  # no backend sends int16
+        found = [self._array(tensor, axes) for tensor, axes in zip(longs, (1, 1, 1, 2, 1), strict=True)]
+        token_ids, offsets, at, ids, temperature = found
+        experts = self._array(records, 3, torch.uint8).view(torch.int16)
         degrees = float(temperature.cpu().view(torch.float64).item())
         return Packed(token_ids, offsets.cpu(), at, ids, experts if experts.numel() else None, degrees)
 
@@ -84,13 +87,13 @@ class Followers:
             buckets.append((bucket, flat))
         return StagedWeights(0, version, "", buckets) if staged is None else staged
 
-    def _array(self, tensor: Tensor | None, axes: int) -> Tensor:
+    def _array(self, tensor: Tensor | None, axes: int, dtype: torch.dtype = torch.int64) -> Tensor:
         shape = torch.zeros(axes, dtype=torch.int64, device=self.mesh.device)
         if tensor is not None:
             shape.copy_(torch.tensor(tensor.shape))
         dist.broadcast(shape, 0)
         if tensor is None:
-            tensor = torch.empty(shape.tolist(), dtype=torch.int64, device=self.mesh.device)
+            tensor = torch.empty(shape.tolist(), dtype=dtype, device=self.mesh.device)
         tensor = tensor.to(self.mesh.device).contiguous()
         dist.broadcast(tensor, 0)
         return tensor

@@ -43,7 +43,7 @@ class StepBatch:
     log_m: Tensor  # f32
     log_p_v: Tensor  # f32
     tokens_global: int  # tokens of the whole batch, over all ranks
-    experts: Tensor | None = None  # i64 [N, L, k] of the rollout, -1 where not recorded
+    experts: Tensor | None = None  # i16 [N, L, k] of the rollout, -1 where not recorded
     trajectories: NDArray[np.int64] | None = None  # [B] which each sequence belongs to, rising; None: its own
     log_reference: Tensor | None = None  # f32 [N] under the reference model
     log_teacher: Tensor | None = None  # f32 [N] under the teacher, NaN where there is none

@@ -86,7 +86,7 @@ class Learner:
     def run(self) -> None:
         """Train every step, then stay until the broker says Stop."""
         config, mesh, tracer = self.config, self.mesh, self.tracer
-        feed = Feed(self.link, mesh.data_rank, mesh.data_ranks, config.learner.wait_s, self._stopping)
+        feed = self._feed()
         directory = config.run.path / CHECKPOINTS
         evaluated_every = config.evaluation.every if config.evaluation.keep_best else 0
         self.retention = Retention(directory, config.learner.checkpoint_keep, evaluated_every)
@@ -142,6 +142,13 @@ class Learner:
         yield gauge("croupier_learner_step", "The step that is trained next.", self.step)
 
     # ---- weights --------------------------------------------------------------------------------
+
+    def _feed(self) -> Feed:
+        """Rank 0 waits ``learner.wait_s`` for a shard; the others, which cannot know what holds it up, longer."""
+        mesh, wait_s, limit = self.mesh, self.config.learner.wait_s, "learner.wait_s"
+        if mesh.rank != 0:
+            wait_s, limit = mesh.timeout_s, "learner.wait_s, and all that rank 0 may do alone"
+        return Feed(self.link, mesh.data_rank, mesh.data_ranks, wait_s, self._stopping, limit)
 
     def _streams(self) -> list[WeightStream]:
         """Whose weights go where; the actors', who may be waiting for them, first."""

@@ -51,7 +51,8 @@ def differing(own: Mapping[str, tuple[int, ...]], tensors: Mapping[str, tuple[in
 def read_model_facts(directory: Path, max_length: int, margin: int = 0) -> ModelFacts:
     """From config.json, generation_config.json and the headers of the weights; ``margin`` tokens are never used.
 
-    Raises ModelError for a directory that cannot be read or sequences that are too long for the model.
+    Raises ModelError for a directory that cannot be read, sequences that are too long for the model, and one that
+    no server knows.
     """
     path = directory / "config.json"
     try:
@@ -67,6 +68,11 @@ def read_model_facts(directory: Path, max_length: int, margin: int = 0) -> Model
     if max_length + margin > longest:
         spare = f" (and {margin} that the engine keeps free)" if margin else ""
         raise ModelError(f"{directory}: max_length={max_length}{spare} exceeds max_position_embeddings={longest}")
+    if config.get("expert_bias"):
+        raise ModelError(
+            f"{path}: expert_bias: its routers have a bias (loss.expert_bias_rate) that servers do not know; sample it "
+            "with actor.engine=local"
+        )
     shapes = tensor_shapes(directory)
     if config.get("tie_word_embeddings"):
         shapes.pop(HEAD, None)

@@ -120,8 +120,9 @@ class Decoder(nn.Module):
     def pack(self, token_ids: Tensor, cu_seqlens: ArrayLike, experts: Tensor | None = None) -> Pack:
         """``token_ids[N]`` of sequences ``cu_seqlens[i]:cu_seqlens[i+1]``; N may be 0.
 
-        ``experts[N, L, k]`` (i64) replays the rollout's routing; -1 where there is no record.
+        ``experts[N, L, k]`` (integers) replays the rollout's routing; -1 where there is no record.
         """
+        experts = None if experts is None else experts.long()
         plan = PackPlan.of(cu_seqlens, token_ids.device)
         cos, sin = rotary(plan.positions, self.config.rope, self.config.head_dim)
         return Pack(token_ids, plan, cos.to(self.dtype), sin.to(self.dtype), self.mesh.tp, experts)

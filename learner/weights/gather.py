@@ -20,6 +20,8 @@ from learner.model.decoder import Decoder
 from learner.weights.group import unpack
 from learner.weights.pack import flatten
 
+MOST_AT_ONCE = 128  # sends and receives in one NCCL group; of several hundred it is known to hang
+
 
 class WeightGather:
     """The tensors of ``model`` but for the frozen ones, whole on rank 0, in the same order on all ranks."""
@@ -30,10 +32,10 @@ class WeightGather:
         self.owners = {name: place.owners(model.config, self.mesh) for name, place in self.places.items()}
         self.is_local = all(owners == [0] for owners in self.owners.values())  # rank 0 has it all anyway
         self._views = views(model)
-        if self.is_local:  # so that a bucket is a slice of the flat parameters
-            self.places = {name: self.places[name] for name in in_memory_order(self._views, self.places)}
-        else:
+        if not self.is_local:
             self.places = dict(sorted(self.places.items(), key=_stacked))
+        elif self.mesh.rank == 0:  # so that a bucket is a slice of the flat parameters; other stages need not have them
+            self.places = {name: self.places[name] for name in in_memory_order(self._views, self.places)}
         dtype = str(model.dtype).removeprefix("torch.")
         self.listing = [
             [name, "float32" if place.optional else dtype, list(place.shape)] for name, place in self.places.items()
@@ -73,7 +75,9 @@ class WeightGather:
                     parts.setdefault(name, []).append(part)
                 elif owner == self.mesh.rank:
                     ops.append(dist.P2POp(dist.isend, self._views[name].contiguous(), 0))
-        works = dist.batch_isend_irecv(ops) if ops else []
+        works: list[dist.Work] = []
+        for start in range(0, len(ops), MOST_AT_ONCE):
+            works += dist.batch_isend_irecv(ops[start : start + MOST_AT_ONCE])
         return _Transfer(works, parts, {name: self.places[name] for name in names})
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 
 from actor.engine.base import Completion, SampleRequest
 from actor.engine.experts import sparse_forward, use_lean_experts
+from actor.engine.loading import read_model_facts
 from actor.engine.local import LocalEngine
 from actor.engine.sampling import sample
 from common.config.sampling import LEAST_TEMPERATURE
@@ -365,3 +366,10 @@ def test_zero_probabilities_at_either_end_are_never_sampled() -> None:
     noise = torch.tensor([2.0**-53, 0.5, 1.0 - 2.0**-53, 1.0], dtype=torch.float64)
     ids = sample(logits, torch.ones(4), noise).ids
     assert set(ids.tolist()) <= {1, 3} and ids[0] == 1 and ids[3] == 3
+
+
+def test_a_model_with_a_bias_that_no_server_knows_is_refused(tmp_path):
+    facts = {"max_position_embeddings": 64, "vocab_size": 8, "expert_bias": True}
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    with pytest.raises(ModelError, match=r"config\.json: expert_bias: .* actor\.engine=local"):
+        read_model_facts(tmp_path, 32)

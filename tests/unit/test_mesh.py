@@ -52,8 +52,10 @@ CASES = {
     "idle_experts": ("round", 0.7, (0, 1)),
 }
 HALF = ("model.embed_tokens.*", "model.layers.0.*", "model.layers.1.*")  # all of the first stage of two
+ABOVE = ("model.layers.2.*", "model.layers.3.*", "model.norm.weight", "lm_head.weight")  # all of the second
 OTHERWISE = {  # name -> (model, case, more)
     "frozen": ("moe", "uneven", {"frozen": HALF}),
+    "frozen_above": ("moe", "even", {"frozen": ABOVE}),
     "frozen_tied": ("tied_shared_biased", "even", {"frozen": HALF}),
     "recompute": ("moe", "empty_rank", {"recompute": True}),
     "dense": ("dense", "empty_rank", {}),
@@ -119,7 +121,7 @@ def train(config, mesh, case, *, save=None, resume=None, frozen=(), recompute=Fa
     how, accepted, recorded = CASES[case]
     model = model_of(config, mesh)
     model.recompute = recompute
-    freeze(model, frozen)
+    kept = freeze(model, frozen)
     optimizer = Optimizer(model, OPTIM, STEPS)
     fraction, first = model.uniform_expert_fraction(), 0
     if resume is not None:
@@ -145,7 +147,10 @@ def train(config, mesh, case, *, save=None, resume=None, frozen=(), recompute=Fa
             writer.wait()
             mesh.barrier()
             return {}, history
-    return dict(WeightGather(model, 2000).tensors()), history
+    sent = {name for name, _ in WeightGather(model, 2000, kept).tensors()}
+    weights = dict(WeightGather(model, 2000).tensors())
+    assert sent == weights.keys() - kept
+    return weights, history
 
 
 def name_of(model, sizes, case):

@@ -16,6 +16,7 @@ from learner.layout import nbytes_of, views
 from learner.mesh import COLLECTIVE_TIMEOUT_S, Mesh
 from learner.model.decoder import Decoder
 from learner.patience import patience_s, published_sizes
+from learner.train import Learner
 from tests.unit.test_mesh import MODELS
 
 EXAMPLE = Path(__file__).parents[2] / "configs" / "qwen3-30b-a3b.yaml"
@@ -103,3 +104,14 @@ def test_what_is_done_for_late_joiners_does_not_count_as_waiting_for_a_shard(mon
     with pytest.raises(DeadlineError, match=r"no shard for step 4 within 1 s \(learner\.wait_s\)"):
         feed.fetch(4, lambda _: None)
     assert link.now == pytest.approx(6.0, abs=0.5)
+
+
+@pytest.mark.parametrize(("rank", "waits", "why"), [(0, 300, "learner.wait_s"), (1, 1708, "all that rank 0 may do")])
+def test_ranks_that_rank_0_holds_up_wait_for_their_shards_as_they_do_for_each_other(monkeypatch, rank, waits, why):
+    learner = object.__new__(Learner)
+    learner.config, learner.link, learner._stopping = RunConfig(), Link(), lambda: False
+    learner.mesh = SimpleNamespace(rank=rank, data_rank=rank, data_ranks=2, timeout_s=1708.0)
+    monkeypatch.setattr("learner.feed.time", SimpleNamespace(monotonic=lambda: learner.link.now))
+    with pytest.raises(DeadlineError, match=rf"no shard for step 4 within {waits} s \(.*{why}"):
+        learner._feed().fetch(4, lambda _: None)
+    assert learner.link.now == pytest.approx(waits, abs=0.5)

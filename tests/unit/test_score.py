@@ -1,14 +1,17 @@
 """The policy replica's scorer: what it says is the model's own log-probability, under the version it names."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from common import wire
 from common.errors import DataError
 from common.weights import StagedWeights, plan_buckets
+from learner.followers import Followers
 from learner.layout import BIAS, views
 from learner.model.decoder import Decoder
 from learner.score import PolicyScorer
@@ -89,6 +92,25 @@ def test_recorded_experts_are_replayed_in_scoring():
         asked.experts = experts
         with pytest.raises(DataError, match=words):
             scorer_of(model, 64).check(asked)
+
+
+@pytest.mark.parametrize("routed", [True, False])
+def test_followers_have_what_the_leader_has(monkeypatch, routed):
+    asked = request()
+    if routed:
+        asked.experts = np.tile(np.array([0, 1, 2, 3], np.uint16), (sum(LENGTHS), 1))
+        asked.experts[-1] = wire.UNROUTED
+    packed, sent = scorer_of(model_of(), 64)._pack([asked]), []
+    mesh = SimpleNamespace(world=2, device=torch.device("cpu"))
+    monkeypatch.setattr(dist, "broadcast", lambda tensor, _: sent.append(tensor.clone()))
+    Followers(mesh).share(packed)
+    monkeypatch.setattr(dist, "broadcast", lambda tensor, _: tensor.copy_(sent.pop(0)))
+    for name, found in vars(Followers(mesh).share(None)).items():
+        mine = getattr(packed, name)
+        same = found.dtype == mine.dtype and torch.equal(found, mine) if torch.is_tensor(mine) else found == mine
+        assert same, name
+    assert not sent and (packed.experts is not None) == routed
+    assert not routed or (packed.experts[-1] == -1).all()
 
 
 def half_known(experts):
