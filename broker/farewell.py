@@ -27,8 +27,9 @@ class Farewell:
         began = time.monotonic()
         self._drain()
         while self._awaits_byes(began, reason):
+            self._door.pong(time.monotonic())  # who hears nothing for long no longer says what it has to say
             for identity, message in self._door.receive(LOOK_S):
-                self._hear_out(identity, message)
+                self._hear_out(identity, message, reason)
             self._answer()
         self._drain()
 
@@ -49,12 +50,15 @@ class Farewell:
         silent_s = max(FAREWELL_S, 3 * self._door.section.heartbeat_s)
         return any(peer.leads and now - peer.heard < silent_s for peer in roster.role("learner"))
 
-    def _hear_out(self, identity: bytes, message: Any) -> None:
+    def _hear_out(self, identity: bytes, message: Any, reason: str) -> None:
         peer = self._door.roster.get(identity)
         if peer is None:
             return
         peer.heard = time.monotonic()
         if isinstance(message, wire.Bye):
             self._door.roster.remove(identity)
+        elif isinstance(message, wire.Hello):  # its connection broke, and what it was told may be lost
+            self._door.welcome(peer)
+            self._door.send(peer, wire.Stop(reason))
         elif isinstance(message, HEARD):
             self._hear(identity, message)

@@ -26,7 +26,7 @@ from broker.sifting import sift
 from broker.trail import Trail
 from common import wire
 from common.codec import decode, encode, frames_of
-from common.errors import JournalError
+from common.errors import JournalError, ProtocolError
 from common.trace import Tracer, power_of_two, silent
 
 SNAPSHOT_BYTES = 64 << 20  # of journal between two snapshots
@@ -124,7 +124,10 @@ def difference(pipeline: Pipeline, event: Event) -> str:
         return f"step {event.head['step']}: {', '.join(parts)}" if parts else ""
     if event.kind == "served":
         step, world = event.head["step"], event.head["world"]
-        shards = [s for r in range(world) if (s := pipeline.shard(step, r, world)) is not None]
+        try:
+            shards = [s for r in range(world) if (s := pipeline.shard(step, r, world)) is not None]
+        except ProtocolError as error:  # less is kept than was: broker.retain_mb or .journal_mb is another
+            return f"step {step}: its shards cannot be made again ({error})"
         odd = [r for r, (a, b) in enumerate(zip_longest(shard_digests(shards), event.head["shards"])) if a != b]
         return f"step {step}: shards of ranks {odd}" if odd else ""
     return ""

@@ -106,8 +106,14 @@ class RunFiles:
     def _lock(self, is_stopped: Callable[[], bool]) -> None:
         held = f"{self.directory}: another broker is at work there (it holds metrics.jsonl)"
         waiting = "%s, or its machine died and the file system does not know; waiting %g s"
-        if not lock_within(self._metrics, LOCK_S, lambda: log.warning(waiting, held, LOCK_S), is_stopped):
-            raise ConfigError(f"{held}; stop it, or choose another run.name")
+        path = self.directory / "metrics.jsonl"
+        while True:
+            if not lock_within(self._metrics, LOCK_S, lambda: log.warning(waiting, held, LOCK_S), is_stopped):
+                raise ConfigError(f"{held}; stop it, or choose another run.name")
+            if path.exists() and os.path.samestat(os.fstat(self._metrics.fileno()), path.stat()):
+                return
+            self._metrics.close()  # who held it has put another in its place meanwhile
+            self._metrics = path.open("a")
 
     def _begin(self) -> None:
         self.started_at = now = time.time()  # noqa: TID251  the wall clock is asked once: it may jump

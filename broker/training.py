@@ -120,10 +120,12 @@ class Training:
             )
         first = self.pipeline.steps.first_from(hello.version, next_step)
         if hello.rank == 0 and hello.version < min(first, self.pipeline.committed_step):  # it says so behind a commit
-            return (
-                f"it holds version {hello.version}, and this run has forgotten all steps before {first}: its "
-                f"checkpoints are missing from {self.config.run.path / 'checkpoints'}; bring them back, or begin a "
-                "new run"
+            return f"it holds version {hello.version}, and this run has forgotten all steps before {first}: " + (
+                f"its checkpoints are missing from {self.config.run.path / 'checkpoints'}; bring them back, or begin "
+                "a new run"
+                if self.pipeline.checkpointed_step >= hello.version
+                else "no later checkpoint was completed; begin a new run, with more checkpoints "
+                "(learner.checkpoint_every) or more steps that are kept (broker.retain_mb, broker.journal_mb)"
             )
         return ""
 

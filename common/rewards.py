@@ -60,9 +60,10 @@ class RewardModelEntry:
     @property
     def port(self) -> int:
         """Of ``url``; 0 if it names none that could be."""
-        parts = urlsplit(self.url)
         try:
-            return PORTS.get(parts.scheme, 0) if parts.port is None else parts.port
+            parts = urlsplit(self.url)
+            known = PORTS.get(parts.scheme, 0) if parts.hostname else 0
+            return known and (known if parts.port is None else parts.port)
         except ValueError:
             return 0
 
@@ -88,13 +89,8 @@ class RewardModelEntry:
                 "an outcome reward model is either a directory (path) or an endpoint (url)",
             )
         remote = self.kind == "grm" or bool(self.url)
+        require(not remote or self.port > 0, f"{key}.url", self.url, "must read http://HOST:PORT/PATH")
         parts = urlsplit(self.url)
-        require(
-            not remote or (parts.scheme in PORTS and bool(parts.hostname) and self.port > 0),
-            f"{key}.url",
-            self.url,
-            "must read http://HOST:PORT/PATH",
-        )
         require(
             parts.password is None,
             f"{key}.url",

@@ -59,6 +59,7 @@ class Feed:
                 case wire.Welcome():  # a broker that came back knows of no fetch
                     self.link.send(request)
                     asked = time.monotonic()
+                    other(message)
                 case wire.Stop():
                     self.stopped = True
                 case None:

@@ -172,8 +172,7 @@ class Learner:
 
     def _publish(self) -> None:
         """Gather the present weights, on every rank, and send them to who has not had them."""
-        if self.step > self.published:
-            self.link.set_version(self.step)
+        self.link.set_version(self.step)  # also where the fleet had later ones: what was trained again is trained
         seconds = [stream.publish(self.step, self._note, self._stopping) for stream in self.streams]
         self.publish_seconds = sum(seconds)
 

@@ -172,6 +172,7 @@ class Run:
         finally:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a further Ctrl-C cuts neither the stop nor the report short
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that is closed kills no learner that saves
             if self.stop.is_set and outcome == "failed":
                 outcome = "interrupted"
             killed = stop_all(self.processes)

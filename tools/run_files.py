@@ -14,13 +14,14 @@
 import json
 import math
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 from broker.runfiles import CONFIG as CONFIG  # who keeps it names it
 from common.errors import ConfigError, DataError
-from common.locks import lock_within, try_lock
+from common.locks import try_lock
 from common.trace import TRACE
 from learner.hold import LOCK as LEARNER_LOCK
 
@@ -33,7 +34,12 @@ STATUS, METRICS, LOGS, SUMMARY, REPORT, PAGE = (
     "report.html",
 )
 LOCK = "launch.lock"
-LEARNER_S = 60.0  # for the learner of a launcher that was killed to write its checkpoint
+LEARNER_S = 60.0  # for learner and broker of a launcher that was killed to end behind the last checkpoint
+SETTLE_S = 2.0  # for that broker to have said that it ends
+LOOK_S = 0.05  # between two looks
+ENDS = ("stopped", "finished")  # phases of a broker that ends
+UNDER_WAY = "a run of this name is under way; choose another run.name, or stop that run first"
+LEARNER_STAYS = f"the learner of an earlier launch still holds {LEARNER_LOCK}; end it, or choose another run.name"
 SIGNS = (CONFIG, STATUS, METRICS, LOGS, TRACE)  # any of them makes a directory a run's
 Record = dict[str, Any]  # one JSON object
 LINE_BEGINS = '{"kind":'  # every line of metrics.jsonl
@@ -162,39 +168,58 @@ def claim(
 ) -> IO[str]:
     """Make ``run_dir``; nobody else can claim it until what is returned is closed, or the process ends.
 
-    A learner that is still at work there, of a launcher that was killed, has LEARNER_S to write its checkpoint;
-    ``waits`` is called if there is one. Raises :class:`ConfigError` where a launcher, a broker or a learner is.
+    A learner that is still at work there, of a launcher that was killed, has LEARNER_S to write its checkpoint, and
+    its broker to hear of that; ``waits`` is called if there is one. Raises :class:`ConfigError` where a launcher, a
+    broker or a learner is.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     held = (run_dir / LOCK).open("a")
-    words = "a run of this name is under way; choose another run.name, or stop that run first"
-    if try_lock(held) and _is_there(held, run_dir / LOCK) and not _is_written(run_dir):
-        if _is_left(run_dir, waits, is_stopped):
+    words = UNDER_WAY
+    if try_lock(held) and _is_there(held, run_dir / LOCK):
+        words = _who_stays(run_dir, waits, is_stopped)
+        if not words:
             return held
-        words = f"the learner of an earlier launch still holds {LEARNER_LOCK}; end it, or choose another run.name"
     held.close()
     raise ConfigError(f"{run_dir}: {words}")
 
 
-def _is_left(run_dir: Path, waits: Callable[[], None], is_stopped: Callable[[], bool]) -> bool:
-    """Whether no learner writes there, or none any more within LEARNER_S."""
-    if not (run_dir / LEARNER_LOCK).exists():
-        return True
-    with (run_dir / LEARNER_LOCK).open("a") as file:
-        return lock_within(file, LEARNER_S, waits, is_stopped)
+def _who_stays(run_dir: Path, waits: Callable[[], None], is_stopped: Callable[[], bool]) -> str:
+    """Who is at work there and does not end, or not within LEARNER_S; "" for nobody."""
+    began, told = time.monotonic(), False
+    while True:
+        passed = time.monotonic() - began
+        if _is_held(run_dir / METRICS):  # by a broker, perhaps one that was started by hand
+            words, settling = UNDER_WAY, passed < SETTLE_S
+            ends = settling or _phase(run_dir) in ENDS
+        elif _is_held(run_dir / LEARNER_LOCK):
+            words, settling, ends = LEARNER_STAYS, False, True
+        else:
+            return ""
+        if not ends or passed > LEARNER_S or is_stopped():
+            return words
+        if not told and not settling:
+            told = True
+            waits()
+        time.sleep(LOOK_S)
+
+
+def _is_held(path: Path) -> bool:
+    if not path.exists():
+        return False
+    with path.open("a") as file:
+        return not try_lock(file)
+
+
+def _phase(run_dir: Path) -> Any:
+    try:
+        return read_status(run_dir).get("phase")
+    except DataError:
+        return None
 
 
 def _is_there(file: IO[str], path: Path) -> bool:
     """Whether ``path`` still leads to it: somebody may have set the directory aside meanwhile."""
     return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
-
-
-def _is_written(run_dir: Path) -> bool:
-    """Whether a broker, perhaps one that was started by hand, holds its ``metrics.jsonl``."""
-    if not (run_dir / METRICS).exists():
-        return False
-    with (run_dir / METRICS).open("a") as metrics:
-        return not try_lock(metrics)
 
 
 class Before:

@@ -116,6 +116,7 @@ class WeightPublisher:
                     return
             elif isinstance(message, Welcome):  # a broker that came back knows of no offer
                 self._send(offer)
+                other(message)
             elif isinstance(message, PublishDone):
                 if (message.version, message.stream) == (version, self._stream):  # nobody to send to, or nobody left
                     return

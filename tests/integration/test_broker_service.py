@@ -9,7 +9,7 @@ import pytest
 from broker import farewell, setbacks
 from broker.service import BrokerService
 from broker.setbacks import STEPS_IN_A_ROW
-from common import wire
+from common import link, wire
 from common.codec import encode
 from common.config import (
     AdvantageSection,
@@ -538,6 +538,7 @@ def test_a_learner_that_was_killed_in_its_last_checkpoint_is_waited_for(make):
 
 def test_a_broker_that_is_stopped_hears_the_commit_of_the_step_under_way(make, monkeypatch):
     monkeypatch.setattr(farewell, "FAREWELL_S", 0.5)  # heartbeats come every .1 s
+    monkeypatch.setattr(link, "SILENT_BROKER_S", 0.4)
     broker = make(run_steps=2)
     learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
     learner.link.send(wire.Fetch(0, 0, 1))
@@ -550,9 +551,12 @@ def test_a_broker_that_is_stopped_hears_the_commit_of_the_step_under_way(make, m
     broker.stop.set("test")
     learner.expect(wire.Stop)
     actor.link.close()
-    time.sleep(farewell.FAREWELL_S + 0.3)  # a long step
-    assert broker.thread.is_alive()
+    learner.link._welcomed.clear()  # as if its connection broke
+    learner.expect(wire.Stop)
+    time.sleep(farewell.FAREWELL_S + 0.5)  # a long step
+    assert broker.thread.is_alive() and learner.link.welcomed
     learner.link.send(wire.Commit(0, 1, {"loss": 2.5}))
+    until(lambda: lines_of(broker.config.run.path, "step"))
     learner.link.send(wire.Checkpointed(0))
     learner.link.close()
     broker.thread.join(3)

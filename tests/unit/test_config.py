@@ -61,6 +61,8 @@ def test_a_section_with_named_entries_loads_as_what_it_was(path: Path, tmp_path:
         ("reward.models.style=x", r"reward\.models\.style is a section and needs keys, not 'x'"),
         ("reward.models.style.url=x", r"reward\.models\.style\.url='x': must read http"),
         ("reward.models.style.url=http://h:80000/v1", r"url='http://h:80000/v1': must read http://HOST:PORT"),
+        ("reward.models.style.url='http://[::1/v1'", r"url='http://\[::1/v1': must read http://HOST:PORT"),
+        ("reward.models.style.url=ftp://h:21/v1", r"url='ftp://h:21/v1': must read http://HOST:PORT"),
         ("reward.models.style.url=http://u:p@h/v1", r"url='http://…@h': holds a password; set api_key_env"),
         ("reward.models.style.api_key_env=sk-12345678", r"api_key_env='sk-1…': is the name of an environment variable"),
         ("reward.models.style.scale=[5,5]", r"style\.scale=.*worst and the best"),

@@ -363,6 +363,28 @@ def test_a_learner_that_outlived_its_launcher_keeps_its_directory(
     assert (tmp_path / "runs" / "r.1" / "learner.lock").exists()
 
 
+def test_a_broker_that_ends_behind_a_killed_launcher_is_waited_for_and_one_at_work_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tools.run_files.SETTLE_S", 0.2)
+    status, told = tmp_path / "status.json", []
+    with (tmp_path / "metrics.jsonl").open("a") as broker, (tmp_path / "learner.lock").open("a") as learner:
+        assert try_lock(broker) and try_lock(learner)
+        status.write_text('{"phase": "running"}')
+        with pytest.raises(ConfigError, match="a run of this name is under way"):
+            claim(tmp_path, lambda: told.append("waits"))
+        assert not told
+        status.write_text('{"phase": "stopped"}')
+
+        def end() -> None:
+            told.append("waits")
+            learner.close()
+            broker.close()
+
+        claim(tmp_path, end).close()
+    assert told == ["waits"]
+
+
 def test_a_run_that_goes_on_by_another_rule_is_refused_before_anything_is_touched(tmp_path: Path) -> None:
     first, _ = launching(tmp_path)
     other, _ = launching(tmp_path, resume=True)

@@ -106,6 +106,23 @@ def test_what_is_done_for_late_joiners_does_not_count_as_waiting_for_a_shard(mon
     assert link.now == pytest.approx(6.0, abs=0.5)
 
 
+def test_a_broker_that_comes_back_while_a_shard_is_waited_for_is_told_what_others_are(monkeypatch):
+    shard = object.__new__(wire.Shard)
+    shard.step, told = 3, []
+    link = Link(welcome := wire.Welcome("run", 3, 1.0), shard)
+    monkeypatch.setattr("learner.feed.time", SimpleNamespace(monotonic=lambda: link.now))
+    assert Feed(link, 0, 1, 1.0, lambda: False).fetch(3, told.append) is shard
+    assert told == [welcome]
+
+
+def test_a_learner_says_how_far_it_is_also_where_the_fleet_had_later_versions():
+    said, learner = [], object.__new__(Learner)
+    learner.step, learner.published, learner.streams, learner._stopping = 7, 11, [], lambda: False
+    learner.link = SimpleNamespace(set_version=said.append)
+    learner._publish()
+    assert said == [7]
+
+
 @pytest.mark.parametrize(("rank", "waits", "why"), [(0, 300, "learner.wait_s"), (1, 1708, "all that rank 0 may do")])
 def test_ranks_that_rank_0_holds_up_wait_for_their_shards_as_they_do_for_each_other(monkeypatch, rank, waits, why):
     learner = object.__new__(Learner)

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from broker.journal import Journal
+from broker.journal import Event, Journal
 from broker.pipeline import Pipeline
-from broker.recorder import Recorder
+from broker.recorder import Recorder, difference
 from broker.runfiles import RunFiles
 from broker.training import Training
 from common import wire
@@ -53,11 +53,32 @@ def test_a_learner_that_needs_a_step_that_is_forgotten_is_told_that_checkpoints_
     assert objection(training, STEPS) == ""
 
 
+def test_a_learner_that_was_killed_before_its_first_checkpoint_is_told_what_would_have_helped() -> None:
+    training = joining()
+    training.learner_seen = True
+    train(training, 4)
+    training.pipeline.steps.checkpointed(1)  # as broker.retain_mb would
+    assert objection(training, 1).endswith(
+        "before 2: no later checkpoint was completed; begin a new run, with more checkpoints "
+        "(learner.checkpoint_every) or more steps that are kept (broker.retain_mb, broker.journal_mb)"
+    )
+
+
+def test_what_was_served_and_is_no_longer_kept_is_a_difference_and_no_crash() -> None:
+    training = joining()
+    train(training, 4)
+    training.recorder.checkpointed(1)
+    told = difference(training.pipeline, Event(9, "served", {"step": 0, "world": 1, "shards": []}, []))
+    assert told.startswith("step 0: its shards cannot be made again (")
+
+
 def test_without_a_journal_the_run_goes_on_where_the_learner_is() -> None:
     training = joining()
     training.recorder.start_at(3)
     training.learner_seen = True
     assert objection(training, 3) == "" and objection(training, 4) == ""
+    assert "before 3: no later checkpoint was completed; begin a new run, with more" in objection(training, 0)
+    training.recorder.checkpointed(2)  # so it says
     assert "before 3: its checkpoints are missing" in objection(training, 0)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 import time
 
 import orjson
@@ -106,3 +107,18 @@ def test_a_run_that_goes_on_without_a_journal_has_no_line_twice(tmp_path):
     again.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         assert try_lock(file)
+
+
+def test_a_broker_that_waited_for_a_file_that_was_replaced_takes_the_new_one(tmp_path):
+    first = RunFiles(tmp_path)
+    first.metric("step", {"step": 4})
+    waits, found = threading.Event(), []
+    second = threading.Thread(target=lambda: found.append(RunFiles(tmp_path, lambda: waits.set() or False)))
+    second.start()
+    assert waits.wait(10)
+    first.forget_from(2)
+    first.close()
+    second.join(10)
+    found[0].metric("step", {"step": 2})
+    found[0].close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [2]
