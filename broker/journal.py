@@ -373,6 +373,15 @@ class Journal:
                 return found
         raise JournalError(f"{self.directory}: event {seq} is not there any more")
 
+    def whole_from(self) -> int:
+        """The number from which on no event on disk is missing; reads no frames."""
+        following = self.durable + 1
+        for first, _ in reversed(self._chunks):
+            if first + len(self._kinds_of(first)) != following:
+                return following
+            following = first
+        return following
+
     def count(self, kind: str, first: int = 0) -> int:
         """How many events of ``kind`` are kept from number ``first`` on; reads no frames."""
         starts = [start for start, _ in self._chunks]

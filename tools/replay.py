@@ -53,9 +53,10 @@ class Verdict:
 def start(config: RunConfig, journal: Journal) -> tuple[Pipeline, int]:
     """A pipeline at the oldest state that the journal can still build, and the next event's number."""
     vocab_size, routing = read_vocab_size(config.model.path), read_routing(config)
-    for event in journal.events():
-        if event.seq == 0:
-            return Pipeline(config, vocab_size, routing), 0
+    whole = journal.whole_from()
+    if whole == 0:
+        return Pipeline(config, vocab_size, routing), 0
+    for event in journal.events(whole):
         if event.kind == "snapshot":
             pipeline = Pipeline(config, vocab_size, routing)
             try:
@@ -67,11 +68,16 @@ def start(config: RunConfig, journal: Journal) -> tuple[Pipeline, int]:
 
 
 def verify(config: RunConfig, journal: Journal, seen: Callable[[Pipeline, Event, Any], None] | None = None) -> Verdict:
-    """Apply every event; stop at the first check that comes out differently."""
+    """Apply every event; stop at the first check that comes out differently.
+
+    Raises :class:`JournalError` where a run that goes on has pruned what was still to be read.
+    """
     check_settings(config, journal)
     pipeline, first = start(config, journal)
     verdict = Verdict(first=first)
     for event in journal.events(first):
+        if event.seq != first + verdict.events:
+            break
         verdict.events += 1
         result = apply(pipeline, event)
         if event.kind in CHECKS:
@@ -84,6 +90,10 @@ def verify(config: RunConfig, journal: Journal, seen: Callable[[Pipeline, Event,
             break
         if seen is not None:
             seen(pipeline, event, result)
+    if not verdict.difference and first + verdict.events <= journal.durable:
+        raise JournalError(
+            f"{journal.directory}: event {first + verdict.events} is gone: the run has pruned it meanwhile; once more"
+        )
     return verdict
 
 

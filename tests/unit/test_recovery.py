@@ -259,6 +259,44 @@ def test_pruning_keeps_all_that_a_restart_needs(tmp_path: Path):
     journal.close()
 
 
+def test_a_replay_begins_behind_what_was_pruned_and_says_so_where_more_is_pruned_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("tools.replay.read_vocab_size", lambda path: VOCAB)
+    monkeypatch.setattr("tools.replay.read_routing", lambda config: None)
+    gaps = 0
+    for seed in range(12):
+        where, settings = tmp_path / f"{seed}", config(staleness=StalenessSection(0))
+        journal = Journal(where, "r", 64)
+        pipeline = Pipeline(settings, VOCAB)
+        recorder = Recorder(pipeline, journal, dict)
+        recorder.begin(0)
+        rng, published, flights = np.random.default_rng(seed), [0], []
+        for turn in range(8):
+            seq = recorder.snapshot()  # in one commit with what follows
+            drive(recorder, rng, published, 25, flights)
+            settle(journal)
+            if turn:
+                journal.prune(pipeline.sources(), seq)
+        drive(recorder, rng, published, 5, flights)
+        settle(journal)
+        journal.close()
+        journal = Journal(where, "r", 64, read_only=True)
+        held = [event.seq for event in journal.events()]
+        gaps += held != list(range(held[0], journal.last + 1))
+        found = verify(settings, journal)
+        assert not found.difference and found.first + found.events == journal.last + 1, seed
+        assert list(range(found.first, journal.last + 1)) == [seq for seq in held if seq >= found.first]
+        kept, hole = journal.events, found.first + found.events // 2
+        monkeypatch.setattr(
+            journal, "events", lambda of=0, kept=kept, hole=hole: (e for e in kept(of) if e.seq != hole)
+        )
+        with pytest.raises(JournalError, match=r"event \d+ is gone: the run has pruned it meanwhile; once more"):
+            verify(settings, journal)
+        journal.close()
+    assert gaps > 3
+
+
 @pytest.mark.parametrize("snapshot", [False, True])
 def test_other_bounds_at_a_restart_lose_nothing_that_was_granted_under_the_old_ones(tmp_path: Path, snapshot: bool):
     journal = Journal(tmp_path / "j", "r", 64)
