@@ -119,6 +119,8 @@ class Door:
     def _objection(self, identity: bytes, hello: wire.Hello) -> str:
         if hello.role not in ("actor", "replica", "learner"):
             return f"unknown role {hello.role!r}"
+        if hello.role == "learner" and hello.name != "learner":  # a key stands for a name: no actor's is the learner's
+            return f"a learner is named 'learner', not {hello.name!r}"
         if hello.run_id and hello.run_id != self.run_id:
             return (
                 f"it belongs to run {hello.run_id}, this broker serves run {self.run_id}; "

@@ -14,6 +14,7 @@ same noise, so differences between two of them are less uncertain than their int
 
 import argparse
 import math
+import shutil
 import sys
 import tempfile
 import time
@@ -38,6 +39,7 @@ from common.joint import JointSection
 from tools.console import make_console, print_error
 from tools.evaluations import interval
 from tools.export import export, open_checkpoint
+from tools.run_files import is_under_way
 from tools.runs import known_config, print_notes
 
 STEP_S = 0.05  # how long an engine that samples elsewhere may wait for something to end
@@ -67,6 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _evaluate_all(config: RunConfig, given: argparse.Namespace, console: Console) -> None:
     """One after the other; the table of what was done is shown also where the rest could not be."""
+    if config.actor.engine == "sglang" and config.engine.addresses and is_under_way(given.run_dir):
+        raise ConfigError(
+            f"engine.addresses: these servers sample for the run in {given.run_dir}, which is under way, and would be "
+            "given other weights; add engine.launch=1 engine.addresses=[], or wait for its end"
+        )
     table = Table("model", "held-out reward", "prompts", "samples", "mean length", box=None, padding=(0, 2))
     try:
         with tempfile.TemporaryDirectory() as room:
@@ -112,6 +119,7 @@ def models_of(
         for step, words in checkpoints:
             out = room / f"{step}-{words.split()[0]}"
             yield f"{words}, step {step}", export(run_dir, step, out, torch.float32, rollout=words != "policy")
+            shutil.rmtree(out, ignore_errors=True)  # room for one is enough
 
     return chain(exported(), there)
 

@@ -203,6 +203,14 @@ def _who_stays(run_dir: Path, waits: Callable[[], None], is_stopped: Callable[[]
         time.sleep(LOOK_S)
 
 
+def is_under_way(run_dir: Path) -> bool:
+    """Whether a broker is at work there."""
+    try:
+        return _is_held(run_dir / METRICS)
+    except OSError:  # somebody else's directory
+        return _phase(run_dir) not in (None, *ENDS)
+
+
 def _is_held(path: Path) -> bool:
     if not path.exists():
         return False

@@ -1,7 +1,8 @@
 """How a file and ``key=value`` overrides become a configuration, and a configuration a file again."""
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -14,6 +15,7 @@ from common.near import suggest
 from common.objective import ALGORITHMS
 
 T = TypeVar("T")
+INTERPOLATION = re.compile(r"(\\*)\$\{")  # with the backslashes before it
 
 
 def _check_keys(given: Mapping[Any, Any], schema: Any, prefix: str, source: str) -> None:
@@ -126,5 +128,18 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The complete configuration as YAML, so that a run directory says what was run."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """The complete configuration as YAML, so that a run directory says what was run; :func:`load` reads the same."""
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(asdict(config))))
+
+
+def _escaped(value: Any) -> Any:
+    """Texts in which ``${`` is no interpolation: where one was written, it is resolved by now."""
+    match value:
+        case str():
+            return INTERPOLATION.sub(r"\1\1\\${", value)
+        case dict():
+            return {name: _escaped(one) for name, one in value.items()}
+        case list() | tuple():
+            return [_escaped(one) for one in value]
+        case _:
+            return value

@@ -114,6 +114,8 @@ def test_a_broker_whose_model_has_no_experts_does_not_start_with_routing_replay(
 def test_two_learners_on_one_broker_the_second_is_refused_until_the_first_is_gone(make):
     broker = make()
     first = Peer(broker, "learner", "learner", session="one")
+    with pytest.raises(ProtocolError, match="a learner is named 'learner', not 'actor-0'"):  # whatever its key
+        Peer(broker, "learner", "actor-0", session="two")
     with pytest.raises(ProtocolError, match="another learner is connected"):
         Peer(broker, "learner", "learner", session="two")
     Peer(broker, "learner", "learner", session="one", rank=1, world=2).link.close()  # another rank of the same

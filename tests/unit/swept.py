@@ -76,6 +76,9 @@ class FakeRun:
         (self.path / name).write_text(text)
         return None
 
+    def ask(self):
+        self.asked = True
+
     def stop(self):
         self.stopped = True
 

@@ -5,10 +5,11 @@ from operator import attrgetter
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
-from common.config import RANGES, RunConfig, load, to_yaml
+from common.config import RANGES, RunConfig, TaskSection, load, to_yaml
 from common.errors import ConfigError
 
 
@@ -203,3 +204,18 @@ def test_every_range_names_a_key() -> None:
     for key, (low, high) in RANGES.items():
         value = attrgetter(key)(RunConfig())
         assert low <= value <= high
+
+
+@given(text=st.text(st.sampled_from("\\${}a: '\"."), max_size=8))
+@example(text="a ${HOME} b")
+@example(text="\\\\${x}")
+@settings(max_examples=60, deadline=None)
+def test_texts_with_dollars_and_braces_come_back_from_a_file_as_they_are(tmp_path_factory, text):
+    config = RunConfig(task=TaskSection("jsonl", params={"text": text, "list": [text]}))
+    file = tmp_path_factory.getbasetemp() / "dollars.yaml"
+    file.write_text(to_yaml(config))
+    assert load(file).task.params == {"text": text, "list": [text]}
+
+
+def test_a_whole_configuration_is_written_as_ever():
+    assert to_yaml(RunConfig()) == OmegaConf.to_yaml(OmegaConf.structured(RunConfig()))

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from common.errors import DeadlineError
+from common.locks import try_lock
 from tests.unit.named import write_hf
 from tests.unit.test_checkpoint import saved
 from tests.unit.test_step import model_of
@@ -63,6 +64,27 @@ def test_nothing_is_evaluated_before_all_is_known_to_be_there(run, judged, capsy
     assert evaluate.main([str(run), *words]) == 2
     assert said in " ".join(capsys.readouterr().out.split())
     assert judged == []
+
+
+def test_servers_of_a_run_under_way_are_left_to_it(run, judged, capsys):
+    words = [str(run), "--step", "10", "actor.engine=sglang", "actor.count=1"]
+    shared = [*words, "engine.launch=0", "engine.addresses=[http://h:1]"]
+    with (run / "metrics.jsonl").open("a") as broker:
+        assert try_lock(broker)
+        assert evaluate.main(shared) == 2
+        assert "add engine.launch=1 engine.addresses=[]" in " ".join(capsys.readouterr().out.split())
+        assert judged == []
+        assert evaluate.main([*words, "engine.launch=1"]) == 0
+    assert evaluate.main(shared) == 0
+
+
+def test_a_checkpoint_s_export_goes_before_the_next_is_made(run, judged, monkeypatch):
+    found = []
+    monkeypatch.setattr(
+        evaluate, "held_out", lambda config, path, limit_s: found.append(len(list(path.parent.iterdir()))) or FOUND
+    )
+    assert evaluate.main([str(run), "--step", "10", "--step", "20"]) == 0
+    assert found == [1, 1]
 
 
 def test_what_was_done_is_shown_before_the_failure_of_the_next(run, judged, tmp_path, capsys):

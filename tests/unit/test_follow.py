@@ -60,7 +60,7 @@ def test_events_are_read_by_tensorboards_own_messages(tmp_path: Path) -> None:
     file = EventFile(tmp_path / "events", 5.0)
     histogram = Histogram("h", (-0.5, 0.5, 1.5, 2.5), (10.0, 0.0, 30.0))
     file.write(7.25, 300, [Scalar("a/b", 0.5), histogram, Words("w", "*é*")])
-    file.write(8.0, -1, [Scalar("a", -3e38)])
+    file.write(8.0, -1, [Scalar("a", -1e39)])
     size = file.flush()
     file.close()
     assert size == (tmp_path / "events").stat().st_size
@@ -68,6 +68,7 @@ def test_events_are_read_by_tensorboards_own_messages(tmp_path: Path) -> None:
     assert (head.file_version, head.wall_time, event.wall_time, event.step, last.step) == (
         "brain.Event:2", 5.0, 7.25, 300, -1,
     )  # fmt: skip
+    assert last.summary.value[0].simple_value < -3.4e38
     scalar, histo, words = event.summary.value
     assert (scalar.tag, scalar.simple_value) == ("a/b", 0.5)
     assert list(histo.histo.bucket_limit) == [-0.5, 0.5, 1.5, 2.5] and list(histo.histo.bucket) == [0, 10, 0, 30]

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from common.config import RunConfig, load, to_yaml
 from common.errors import ConfigError, ModelError
+from common.locks import try_lock
 from tests.unit.swept import Clock, FakeLauncher, FakeRun, KilledError, Listener, moved, texts_of
 from tools.stamp import STAMP, fingerprint
 from tools.sweep.__main__ import main
@@ -129,6 +130,38 @@ def test_a_stop_ends_what_runs_and_leaves_the_rest(plan, texts, tmp_path):
     assert launcher.children[1].stopped and launcher.started[2:] == []
     runs = read_state(here.directory)["runs"]
     assert [run["state"] for run in runs.values()] == ["finished", "waiting", "waiting", "waiting"]
+
+
+def test_all_that_run_are_told_to_stop_before_one_is_waited_for(plan, texts, tmp_path):
+    here = moved(plan, tmp_path / "s")
+    launcher = FakeLauncher(Clock(), written(texts, tmp_path / "s"))
+    going = replace(runner(here, launcher, jobs=3), stopped=lambda: len(launcher.started) == 3)
+    going.prepare()
+    first = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FakeRun, "stop", lambda child: first.append([other.asked for other in launcher.children]))
+        assert not going.run()
+    assert first == [[True] * 3] * 3
+
+
+def test_a_directory_that_is_held_costs_its_run_alone(plan, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr("tools.run_files.SETTLE_S", 0.1)
+    here = moved(plan, tmp_path / "s")
+    held = here.jobs[1]
+    held.config.run.path.mkdir(parents=True)
+    with (held.config.run.path / "metrics.jsonl").open("a") as broker:
+        assert try_lock(broker)
+        whole, launcher, _ = carry_out(here, written(texts, tmp_path / "s"))
+    assert not whole and len(launcher.started) == 3
+    runs = read_state(here.directory)["runs"]
+    assert [run["state"] for run in runs.values()].count("finished") == 3
+    assert "a run of this name is under way" in runs[held.key]["reason"]
+
+
+def test_runs_at_a_time_do_not_share_servers(tmp_path, capsys):
+    servers = ["actor.engine=sglang", "actor.count=1", "engine.launch=0", "engine.addresses=[http://127.0.0.1:1]"]
+    assert main([SMOKE, "staleness.budget=0,4", f"run.dir={tmp_path}", *servers, "--jobs", "2"]) == 2
+    assert "would sample on the same servers (engine.addresses)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_run_that_makes_no_step_is_given_up(plan, texts, tmp_path):

@@ -1,5 +1,6 @@
 """The page's server: what it answers, what it refuses, and that what it sends stays small."""
 
+import errno
 import http.client
 import io
 import json
@@ -83,6 +84,23 @@ def test_the_state_is_the_view(server, run):
     while json.loads(ask(server, "/api/state")[2])["step"] != 35:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_disk_that_fails_for_a_moment_is_told_and_the_run_followed_on(server, run, monkeypatch):
+    def fails(*_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    def wait_for(holds):
+        deadline = time.monotonic() + 10
+        while not holds(json.loads(ask(server, "/api/state")[2])):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tools.watch.follow.make_view", fails)
+        wait_for(lambda state: any("Stale file handle" in note for note in state["notes"]))
+        run.advance(5)
+    wait_for(lambda state: state["step"] == 35)
 
 
 def test_metrics_are_sent_once_and_then_only_what_is_new(server):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 MASK = 0xA282EAD8  # tensorflow/core/lib/hash/crc32c.h
 POLYNOMIAL = 0x82F63B78  # CRC-32C, Castagnoli, reflected
+FLOAT32_MOST = 3.4028234663852886e38
 DT_STRING = 7  # tensorflow/core/framework/types.proto
 
 
@@ -91,7 +92,7 @@ def _value(value: Value) -> bytes:
     tag = _bytes(1, value.tag.encode())
     match value:
         case Scalar():
-            return tag + _key(2, 5) + struct.pack("<f", value.value)
+            return tag + _key(2, 5) + struct.pack("<f", max(-FLOAT32_MOST, min(FLOAT32_MOST, value.value)))
         case Histogram():
             return tag + _bytes(5, _histogram(value))
         case Words():

@@ -110,7 +110,9 @@ def _of_evaluation(record: Record) -> Iterator[Value]:
         figures["calibration"] = {name: calibration.get(name) for name in ("brier", "ece", "auroc")}
     tasks = figures.pop("tasks", None)
     if isinstance(tasks, Mapping):
-        figures["tasks"] = {label: {"reward": found.get("reward")} for label, found in tasks.items()}
+        figures["tasks"] = {
+            label: {"reward": found.get("reward")} for label, found in tasks.items() if isinstance(found, Mapping)
+        }
     yield from _scalars("eval", figures)
 
 

@@ -40,6 +40,12 @@ def main(arguments: list[str] | None = None) -> int:
         if not given.stall_s > 0:
             raise ConfigError(f"--stall-s {given.stall_s:g}: must be a number of seconds above 0, or inf")
         plan = make_plan(given.config, parse(given.words), given.seeds, given.name)
+        shared = [job for job in plan.jobs if job.config.actor.engine == "sglang" and job.config.engine.addresses]
+        if given.jobs > 1 and shared:
+            raise ConfigError(
+                f"--jobs {given.jobs}: {shared[0].key} and the others would sample on the same servers "
+                "(engine.addresses); take --jobs 1, or servers of each run's own (engine.launch)"
+            )
         return _run(plan, given.jobs, given.redo, given.stall_s, console)
     except CroupierError as error:
         print_error(console, error)

@@ -39,6 +39,10 @@ class Child(Protocol):
         """Its exit code, or None while it runs."""
         ...
 
+    def ask(self) -> None:
+        """Tell it to end."""
+        ...
+
     def stop(self) -> None:
         """End it and wait until it has ended."""
         ...
@@ -57,15 +61,22 @@ class Launched:
     """A ``tools.launch`` process."""
 
     process: "subprocess.Popen[bytes]"
+    asked: bool = False  # to end
 
     def poll(self) -> int | None:
         """Its exit code, or None while it runs."""
         return self.process.poll()
 
+    def ask(self) -> None:
+        """SIGTERM, once."""
+        if self.process.poll() is None and not self.asked:
+            self.asked = True
+            self.process.terminate()
+
     def stop(self) -> None:
         """SIGTERM, and SIGKILL for the whole session if that is not enough."""
         if self.process.poll() is None:
-            self.process.terminate()
+            self.ask()
             try:
                 self.process.wait(STOP_S)
             except subprocess.TimeoutExpired:

@@ -106,6 +106,8 @@ class Runner:
                 self.view.show(self)
         finally:
             for active in self.active:
+                active.child.ask()  # all at once: each may take a minute for its last checkpoint
+            for active in self.active:
                 active.child.stop()
                 self._set(active.job, state="waiting", reason="interrupted")
             self.active.clear()
@@ -124,8 +126,15 @@ class Runner:
         self.states[job.key] = self.states[job.key] | values
 
     def _start(self, job: Job) -> None:
-        with claim(job.config.run.path):  # nobody may be at work there
-            moved = set_aside(job.config.run.path)
+        waits = f"{job.key}: waiting for the processes of an earlier attempt to end"
+        try:
+            with claim(job.config.run.path, lambda: self.view.say(waits, "dim"), self.stopped):  # nobody works there
+                moved = set_aside(job.config.run.path)
+        except ConfigError as error:  # the others can go on
+            self._set(job, state="waiting" if self.stopped() else "failed", reason=str(error))
+            self.view.say(f"not started: {job.key}: {error}", "bold red")
+            self.save()
+            return
         if moved is not None:
             self.view.say(f"{job.key}: an earlier attempt was set aside as {moved.name}", "dim")
         self._set(job, state="running", attempts=int(self.states[job.key].get("attempts", 0)) + 1, reason="")

@@ -41,7 +41,7 @@ class Follower:
         self._read_status()
         self._read_metrics(seconds)
         view = make_view(self.run_dir.resolve().name, self.status, self.history, self.window)
-        view.status_age_s = self._age()
+        view.status_age_s = self.age()
         self._from_config(view)
         if not self.status or not self.run_dir.is_dir():
             self._say_what_is_missing(view)
@@ -103,7 +103,7 @@ class Follower:
             self._rewound = self.history.steps.rewound
             self.epoch += 1
 
-    def _age(self) -> float | None:
+    def age(self) -> float | None:
         """Seconds since the broker last replaced status.json."""
         try:
             written = (self.run_dir / STATUS).stat().st_mtime

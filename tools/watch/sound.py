@@ -22,9 +22,9 @@ def number(value: object) -> float | None:
 
 
 def whole(value: object) -> int | None:
-    """A whole number, or None."""
+    """A whole number that a float can tell from its neighbours, or None."""
     found = number(value)
-    return None if found is None else int(found)
+    return None if found is None or abs(found) > 2**53 else int(found)
 
 
 def text(value: object, limit: int = NAME_CELLS) -> str:

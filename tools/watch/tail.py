@@ -31,21 +31,27 @@ class Tail:
     def read(self, limit: int = CHUNK) -> list[bytes]:
         """The next whole lines, without their ends, from at most ``limit`` bytes; empty where there are none."""
         try:
-            file = self.path.open("rb")
+            with self.path.open("rb") as file:
+                data = self._take(file, limit)
         except OSError:
             self.missing, self.behind = True, 0
             return []
-        with file:
-            self.missing = False
-            self._recognise(file)
-            file.seek(self._offset)
-            data = file.read(limit)
-            self._offset += len(data)
-            if len(self._head) < HEAD:
-                file.seek(0)
-                self._head = file.read(min(HEAD, self._offset))
-            self.behind = max(0, os.fstat(file.fileno()).st_size - self._offset)
+        self.missing = False
         return self._split(data)
+
+    def _take(self, file: BinaryIO, limit: int) -> bytes:
+        self._recognise(file)
+        head = self._head
+        if len(head) < HEAD:
+            file.seek(0)
+            head = file.read(HEAD)
+        file.seek(self._offset)
+        data = file.read(limit)
+        size = os.fstat(file.fileno()).st_size
+        self._offset += len(data)  # nothing fails any more
+        self._head = head[: self._offset]
+        self.behind = max(0, size - self._offset)
+        return data
 
     @property
     def offset(self) -> int:

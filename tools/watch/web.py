@@ -33,6 +33,7 @@ from common.errors import ConfigError
 from common.process import StopFlag
 from tools.watch import feed
 from tools.watch.follow import Follower
+from tools.watch.sound import text
 from tools.watch.view import View
 
 PAGE = Path(__file__).parent / "page"
@@ -72,7 +73,11 @@ class Latest:
     def _run(self) -> None:
         while not self._stop.wait(EVERY_S if self._follower.caught_up else 0.01):
             with self._lock:
-                self._view = self._follower.look(0.1)
+                try:
+                    self._view = self._follower.look(0.1)
+                except Exception as error:  # noqa: BLE001  # a disk that fails for a moment, a file of nobody's
+                    self._view.status_age_s = self._follower.age()
+                    self._view.notes = [f"the run directory cannot be read: {text(error, 200)}"]
 
     @property
     def _epoch(self) -> str:
