@@ -144,18 +144,17 @@ class Door:
 
     def look_after(self, now: float) -> None:
         """Pong to everybody in time; lose who is gone or silent."""
-        self.pong(now)
+        for peer in self.pong(now):
+            self.lose(peer, "its connection closed")
         for peer in self.roster.silent(now, self.section.peer_timeout_s):
             self.lose(peer, f"silent for {now - peer.heard:.0f} s (broker.peer_timeout_s)")
 
-    def pong(self, now: float) -> None:
-        """To everybody, once a heartbeat; lose whose connection is gone."""
+    def pong(self, now: float) -> list[Peer]:
+        """To everybody, once a heartbeat; returns those whose connection is gone."""
         if now < self._next_pong:
-            return
+            return []
         self._next_pong = now + self.section.heartbeat_s
-        for peer in self.roster.all():
-            if not self.router.send(peer.identity, wire.Pong(self.version)):
-                self.lose(peer, "its connection closed")
+        return [peer for peer in self.roster.all() if not self.router.send(peer.identity, wire.Pong(self.version))]
 
     def lose(self, peer: Peer, reason: str, orderly: bool = False) -> None:
         """``peer`` is gone."""

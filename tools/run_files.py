@@ -37,7 +37,7 @@ LOCK = "launch.lock"
 LEARNER_S = 60.0  # for learner and broker of a launcher that was killed to end behind the last checkpoint
 SETTLE_S = 2.0  # for that broker to have said that it ends
 LOOK_S = 0.05  # between two looks
-ENDS = ("stopped", "finished")  # phases of a broker that ends
+ENDED = ("finished", "stopped")  # phases of status.json behind which a broker only hears out who is there
 UNDER_WAY = "a run of this name is under way; choose another run.name, or stop that run first"
 LEARNER_STAYS = f"the learner of an earlier launch still holds {LEARNER_LOCK}; end it, or choose another run.name"
 SIGNS = (CONFIG, STATUS, METRICS, LOGS, TRACE)  # any of them makes a directory a run's
@@ -190,7 +190,7 @@ def _who_stays(run_dir: Path, waits: Callable[[], None], is_stopped: Callable[[]
         passed = time.monotonic() - began
         if _is_held(run_dir / METRICS):  # by a broker, perhaps one that was started by hand
             words, settling = UNDER_WAY, passed < SETTLE_S
-            ends = settling or _phase(run_dir) in ENDS
+            ends = settling or _phase(run_dir) in ENDED
         elif _is_held(run_dir / LEARNER_LOCK):
             words, settling, ends = LEARNER_STAYS, False, True
         else:
@@ -208,7 +208,7 @@ def is_under_way(run_dir: Path) -> bool:
     try:
         return _is_held(run_dir / METRICS)
     except OSError:  # somebody else's directory
-        return _phase(run_dir) not in (None, *ENDS)
+        return _phase(run_dir) not in (None, *ENDED)
 
 
 def _is_held(path: Path) -> bool:

@@ -24,6 +24,7 @@ from common.config import RunConfig, load, merge, read_overrides
 from common.errors import ConfigError, DataError
 from tools.run_files import (
     CONFIG,
+    ENDED,
     METRICS,
     STATUS,
     Record,
@@ -34,8 +35,6 @@ from tools.run_files import (
     scan_metrics,
 )
 from tools.timelines import Timelines, read_timelines
-
-ENDED = ("finished", "stopped")  # phases of status.json after which nothing more is written
 
 
 @dataclass

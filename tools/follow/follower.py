@@ -20,8 +20,7 @@ from common.locks import try_lock
 from tools.follow.points import points_of
 from tools.follow.sinks import TENSORBOARD, WANDB, Sink, TensorBoard, Wandb, find_wandb, read_place, write_place
 from tools.outputs import writing
-from tools.run_files import CONFIG, METRICS, Record, read_status, record_of
-from tools.runs import ENDED
+from tools.run_files import CONFIG, ENDED, METRICS, Record, read_status, record_of
 from tools.watch.tail import Tail
 
 LOOK_S = 1.0  # between two looks at a file that has not grown
