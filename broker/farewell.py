@@ -27,7 +27,7 @@ class Farewell:
         began = time.monotonic()
         self._drain()
         while self._awaits_byes(began, reason):
-            self._door.pong(time.monotonic())  # who hears nothing for long says nothing more; who is cut off may be back
+            self._door.pong(time.monotonic())  # who hears nothing for long says nothing more
             for identity, message in self._door.receive(LOOK_S):
                 self._hear_out(identity, message, reason)
             self._answer()
