@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from yaml import YAMLError
 
-from common.config import RunConfig, load, merge, read_overrides
+from common.config import RunConfig, defaults, load, merge, read_overrides
 from common.errors import ConfigError, DataError
 from tools.run_files import (
     CONFIG,
@@ -138,7 +138,7 @@ def read_config(run_dir: Path) -> tuple[RunConfig | None, list[str]]:
             raise ConfigError(first)
         unknown: list[str] = []
         known = _known(copy.deepcopy(given), RunConfig, "", unknown)
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), known))
+        config = OmegaConf.to_object(OmegaConf.merge(defaults(RunConfig), known))
     except (ConfigError, OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError) as error:
         return None, [f"{CONFIG}: cannot be read, left out ({_brief(error)})"]
     assert isinstance(config, RunConfig)

@@ -18,7 +18,7 @@ from common.config.processes import (
     ReplicaSection,
     WeightsSection,
 )
-from common.config.reading import load, merge, read_overrides, read_yaml, to_yaml
+from common.config.reading import defaults, load, merge, read_overrides, read_yaml, to_yaml
 from common.config.run import RANGES, RunConfig, RunSection
 from common.config.sampling import MAX_HELD_OUT, EvaluationSection, ModelSection, RolloutSection, TaskEntry, TaskSection
 from common.config.units import MEGABYTE
@@ -48,6 +48,7 @@ __all__ = [
     "TaskSection",
     "WarmstartSection",
     "WeightsSection",
+    "defaults",
     "load",
     "merge",
     "read_overrides",

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -92,7 +93,7 @@ def merge(
         _check_keys(OmegaConf.to_container(part), kind, "", name)  # type: ignore[arg-type]  # a mapping, as checked
         _spell_off(part, kind)
     try:
-        base = OmegaConf.structured(kind if start is None else start)
+        base = defaults(kind) if start is None else OmegaConf.structured(start)  # type: ignore[arg-type]  # hashable
         found = OmegaConf.to_object(OmegaConf.merge(base, recipe or {}, file, overrides))
     except ConfigError:
         raise
@@ -102,6 +103,15 @@ def merge(
     if not isinstance(found, kind):
         raise ConfigError(f"{source}: did not load as a {kind.__name__}")
     return found
+
+
+@cache
+def defaults(kind: type[Any]) -> Any:
+    """The schema ``kind`` with its defaults, for OmegaConf: made once, since that takes as long as all the rest.
+
+    Not to be changed; ``OmegaConf.merge`` copies it.
+    """
+    return OmegaConf.structured(kind)
 
 
 def _recipe(name: Any) -> dict[str, Any]:

@@ -40,7 +40,7 @@ Q = np.array([0.40, 0.10, 0.30, 0.15, 0.05])
 # ---- rejection ----------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(pairs())
 def test_the_rest_of_the_identities(pair):
     """T1: Z(1) = 1 - TV; weights of what is accepted have mean 1; chi-square falls; Z-weights never exceed lambda Z."""
@@ -60,7 +60,7 @@ def test_the_rest_of_the_identities(pair):
     assert z * second_moment <= (p * p / q).sum() * (1 + 1e-4)  # per trained token never worse
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(pairs(), st.integers(0, 2**16))
 def test_no_other_rule_of_the_same_budget_comes_closer(pair, seed):
     """T1, theorem 3.4: against random acceptance rules that are filled up to the same Z."""
@@ -79,7 +79,7 @@ def test_no_other_rule_of_the_same_budget_comes_closer(pair, seed):
     assert kl(p, q * rule / z) >= kl(p, m / z) - 1e-5
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.floats(0.2, 0.99), st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=30))
 def test_both_debiased_z_have_the_acceptance_as_their_mean(acceptance, parts):
     """T8: exactly; and the interpolated one never leaves its bounds, whatever the acceptance."""
@@ -124,7 +124,7 @@ def decided(shards):
     return out
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(groups=GROUPS, seed=st.integers(0, 99))
 def test_coins_know_neither_the_batch_nor_the_shard_nor_the_order(groups, seed):
     """T6: the same tokens alone, among others, in another order, on one rank or four: the same bits."""
@@ -144,7 +144,7 @@ def test_coins_know_neither_the_batch_nor_the_shard_nor_the_order(groups, seed):
     assert found == {key: wanted[key] for key in found}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(groups=GROUPS, seed=st.integers(0, 99), log_thresholds=st.lists(st.floats(-3, 3), min_size=2, max_size=2))
 def test_advantages_and_denominators_are_those_of_before_any_coin(groups, seed, log_thresholds):
     """T10: byte for byte the same under every lambda, and with rejection off, whoever survives."""
@@ -159,7 +159,7 @@ def test_advantages_and_denominators_are_those_of_before_any_coin(groups, seed, 
     assert hard <= easy <= sum(map(sum, groups))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(groups=GROUPS, seed=st.integers(0, 99))
 def test_equal_policies_reject_nothing_and_weigh_everything_one(groups, seed):
     """T25, bitwise from the broker through the wire to the loss: log m = log q, slopes are those without rejection."""
@@ -183,7 +183,7 @@ def test_equal_policies_reject_nothing_and_weigh_everything_one(groups, seed):
 BITS = st.integers(0, 2**32 - 1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(BITS, BITS, BITS), min_size=1, max_size=20))
 def test_log_m_travels_bit_for_bit(bits):
     """T28: any float32 at all, signed zeros, subnormals and NaNs with their payloads among them."""
@@ -201,7 +201,7 @@ def test_log_m_travels_bit_for_bit(bits):
         assert getattr(message, name).view(np.uint32).tolist() == sent.tolist()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(groups=GROUPS, seed=st.integers(0, 99))
 def test_what_the_broker_decided_is_what_the_learner_weighs_with(groups, seed):
     """T28 from the coin to the tensor: the very bits of ``min(log q, log p - log lambda)``."""
@@ -260,7 +260,7 @@ SURROGATES = {  # losses whose value is what their slope differentiates
 
 
 @pytest.mark.parametrize("name", SURROGATES)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(logits=st.lists(st.floats(-2, 2), min_size=3, max_size=6), seed=st.integers(0, 999))
 def test_slopes_are_finite_differences_of_the_masked_surrogate(name, logits, seed):
     """T12, through the softmax of every logit: what stands under sg in the report is differentiated here."""
@@ -291,7 +291,7 @@ def test_slopes_are_finite_differences_of_the_masked_surrogate(name, logits, see
         assert torch.equal(slope != 0, inside & (advantages != 0))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     versions=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=6), min_size=2, max_size=2),
     seed=st.integers(0, 99),
@@ -316,7 +316,7 @@ def test_each_token_of_several_versions_has_its_own_density(versions, seed):
     assert again.accept.tolist() == found.accept.tolist() and again.log_m.tobytes() == found.log_m.tobytes()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.integers(1, 2), min_size=6, max_size=6))
 def test_a_trajectory_is_as_old_as_its_oldest_token(versions):
     """T14: one token of a version older than the grant allows makes the whole of it too old."""
@@ -332,7 +332,7 @@ def test_a_trajectory_is_as_old_as_its_oldest_token(versions):
     assert reason == "" if oldest == 2 else "older than the grant" in reason
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=5), seed=st.integers(0, 9999), low=st.floats(0.01, 0.4))
 def test_three_forms_of_gspo_are_one(lengths, seed, low):
     """T17: the sequence form by autograd, GSPO-token by autograd, and ours: value and gradient."""

@@ -3,7 +3,7 @@
 from collections import Counter
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.groups import GroupBook
@@ -17,7 +17,6 @@ def one(group, sibling, tokens):
     return trajectory(group, sibling, 1.0, roles, np.random.default_rng(0), event=group * SIZE + sibling)
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(

@@ -121,5 +121,5 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.ledger.next_step == STEPS
 
 
-LedgerMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+LedgerMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
 TestLedger = LedgerMachine.TestCase

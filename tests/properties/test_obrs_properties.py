@@ -26,7 +26,7 @@ def kl(p, q):
     return float((p * np.log(p / q)).sum())
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(pairs())
 def test_identities(pair):
     p, q, threshold = pair
@@ -39,7 +39,7 @@ def test_identities(pair):
         assert abs(z - (1 - 0.5 * np.abs(p - q).sum())) < 1e-5
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(pairs())
 def test_rejection_never_moves_away_from_the_target(pair):
     p, q, threshold = pair
@@ -50,7 +50,7 @@ def test_rejection_never_moves_away_from_the_target(pair):
     assert np.abs(p - after).sum() <= np.abs(p - q).sum() + 1e-5
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(pairs(), st.floats(1.0, 5.0))
 def test_monotone_in_the_threshold_and_closed_under_composition(pair, factor):
     p, q, threshold = pair
@@ -62,7 +62,7 @@ def test_monotone_in_the_threshold_and_closed_under_composition(pair, factor):
     np.testing.assert_allclose(a1 * second, a2, rtol=1e-3, atol=1e-6)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(pairs(), st.integers(0, 1000))
 def test_a_second_thinning_at_a_later_version_keeps_every_expectation(pair, seed):
     """For any pi: E_q[accepted twice * pi / m'] is pi's mass where both p are positive, here all of it."""

@@ -59,7 +59,7 @@ def grpo(rewards, **section):
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=2, max_size=16).filter(lambda r: len(set(r)) > 1))
 def test_verl_divides_by_the_deviation_of_a_sample(rewards):
     """verl's torch.std has ddof=1: smaller by sqrt((G - 1) / G), 1.620 for 1.732 at G = 8; deviation=sample is that."""
@@ -197,7 +197,7 @@ def test_prime_rl_masks_by_probability_and_ppo_by_ratio():
     assert (-tv.slope).tolist() == pytest.approx(theirs, rel=1e-5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.floats(1e-3, 0.999), st.floats(1e-3, 0.999), st.booleans()), min_size=1, max_size=20))
 def test_what_ppo_keeps_prime_rl_keeps(tokens):
     """``|pi - q| = q |rho - 1| <= epsilon``: at equal bounds the mask on probabilities is the wider one."""

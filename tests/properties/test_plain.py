@@ -23,7 +23,7 @@ TOKEN = st.tuples(
 )
 TRAJECTORY = st.lists(TOKEN, min_size=1, max_size=8)
 MESSAGES = st.lists(TRAJECTORY, min_size=1, max_size=4)
-SETTLED = settings(max_examples=60, deadline=None)
+SETTLED = settings(max_examples=60)
 
 
 def message_of(shapes, seed=0):

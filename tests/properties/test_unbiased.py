@@ -91,7 +91,7 @@ def enumerated(p, q, pi, values, threshold, section, *, dtype=np.float64, log_z=
 
 
 @pytest.mark.parametrize("name", LINEAR)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(law=laws())
 def test_every_linear_loss_is_an_expectation_under_the_policy_that_learns(name, law):
     """T4: ``E[M pi / m A] = E_pi[A]`` for any pi and lambda, in float64 to rounding, in float32 to 1e-5."""
@@ -103,7 +103,7 @@ def test_every_linear_loss_is_an_expectation_under_the_policy_that_learns(name, 
 
 
 @pytest.mark.parametrize("name", BENT)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(law=laws())
 def test_rejection_moves_no_loss_and_no_slope(name, law):
     """T4, stacking rule 3: with coins or without, token by token the same expectation, clips and penalties included."""
@@ -172,7 +172,7 @@ def test_coins_of_one_version_serve_a_later_one_and_recomputing_their_density_do
     assert -surrogate == pytest.approx(0.343500, abs=1e-6)  # E_pv[min(rho A, clip A)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(law=laws())
 def test_what_a_recomputed_density_estimates(law):
     """T5: it weighs token x by ``a_v max(lambda, pi/q)``, which is pi/q only where neither had to decide."""
@@ -188,7 +188,7 @@ def test_what_a_recomputed_density_estimates(law):
 # ---- the structure of Jackpot's weight ----------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(law=laws(), cap=st.floats(1.0, 10.0))
 def test_a_capped_masked_weight_is_truncated_importance_sampling_times_z(law, cap):
     """T7: ``E_coin[M min(Z max(lambda, r), c1)] = Z min(r, c1 / Z)``: lambda is left in Z and in the noise alone."""
@@ -199,7 +199,7 @@ def test_a_capped_masked_weight_is_truncated_importance_sampling_times_z(law, ca
     np.testing.assert_allclose(-slope / q, z * np.minimum(p / q, cap / z), rtol=1e-9)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(law=laws(), first=st.floats(1.0, 6.0), second=st.floats(0.5, 3.0))
 def test_the_papers_two_caps_come_to_one_coefficient(law, first, second):
     """1.3 (4): a generated token counts ``Z min(p_new/q, c1/Z) min(p_ref/p_new, c2)``, here with p_ref = q."""

@@ -59,7 +59,7 @@ def live(messages: list[tuple[int, list[int], str, str, int]]) -> list[object]:
     return [*said, pipeline.state(), pipeline.turned_away, pipeline.setbacks, pipeline.book.nbytes, pipeline.held()]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(MESSAGES)
 def test_the_short_way_and_the_long_way_end_in_the_same_place(messages):
     short = live(messages)

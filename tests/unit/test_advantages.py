@@ -60,7 +60,7 @@ def naive(groups, size, section):
     return out
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(st.lists(st.sampled_from([0.0, 0.25, 1.0, -1.0]), min_size=1, max_size=4), min_size=1, max_size=6),
     st.sampled_from(KINDS), st.sampled_from(["population", "sample"]),
@@ -89,7 +89,7 @@ def test_the_numbers_of_the_page_and_where_verl_differs():
     assert ratio == pytest.approx(math.sqrt(8 / 7), rel=1e-6)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.lists(st.floats(-3, 3, width=16), min_size=2, max_size=9),
     st.floats(-2, 2, width=16),
@@ -171,7 +171,7 @@ BLOCKS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(BLOCKS, st.sampled_from(["none", "batch", "group", "ocb"]), st.booleans(), st.sampled_from([0.0, 1.5]))
 def test_block_advantages_are_those_of_a_loop(blocks, baseline, leave_one_out, shrinkage):
     if baseline != "ocb":
@@ -198,7 +198,7 @@ def test_block_advantages_are_those_of_a_loop(blocks, baseline, leave_one_out, s
         assert found[i] == pytest.approx(0.0 if b is None else r[i] - b, abs=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(BLOCKS, st.integers(0, 2**16))
 def test_the_outcome_conditioned_baseline_keeps_its_invariants(blocks, seed):
     """T11."""
@@ -232,7 +232,7 @@ def test_the_outcome_conditioned_baseline_keeps_its_invariants(blocks, seed):
 # ---- denominators -------------------------------------------------------------------------------
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=3), min_size=1, max_size=4),
     st.sampled_from(["token_mean", "sequence_mean", "constant", "prompt_mean"]),

@@ -35,7 +35,7 @@ def test_the_last_mark_of_the_strongest_kind_counts(text: str, found: str | None
     assert marked(text) == found
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.text(alphabet="ab{}\\ ", max_size=30))
 def test_a_box_with_balanced_braces_is_read_whole(inner: str) -> None:
     depth, at = 0, 0

@@ -87,7 +87,7 @@ def supports(draw):
     return q, p, draw(st.floats(0.01, 1.0))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(supports())
 def test_newton_rises_and_never_overshoots(example):
     q, p, budget = example
@@ -104,7 +104,7 @@ def test_newton_rises_and_never_overshoots(example):
     assert values[-1] == pytest.approx(budget, rel=1e-12)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(supports())
 def test_three_solvers_agree_and_the_threshold_is_unique_below_the_support(example):
     q, p, budget = example
@@ -207,7 +207,7 @@ def test_extreme_ratios_stay_finite():
     assert not solve_threshold(log_p, log_q, 0.8).feasible
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 1000), st.floats(0.05, 0.95), st.integers(1, 12))
 def test_bounds_hold_the_true_threshold(seed, budget, k):
     """J7: lambda_lo <= lambda* <= lambda_hi, and lambda_lo guarantees the budget."""

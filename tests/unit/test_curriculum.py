@@ -95,7 +95,7 @@ def test_only_none_and_all_of_a_group_have_the_outer_rates(tries: int) -> None:
 # ---- histories against a naive oracle -----------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     size=st.integers(1, 7),
     share=st.sampled_from([0.25, 0.5, 0.7, 0.9, 1.0]),

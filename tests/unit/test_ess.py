@@ -26,13 +26,13 @@ def naive(ratio, threshold):
     return first**2 / (sum(accept) / n * second) if second else 0.0
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(ratios, st.floats(1e-3, 1e3))
 def test_the_formula_is_the_definition(ratio, threshold):
     assert ess_of(ratio, threshold) == pytest.approx(naive(ratio, threshold), rel=1e-9)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(ratios, st.floats(1e-3, 1e3), st.floats(1, 10))
 def test_it_never_falls_with_lambda_and_ends_at_one(ratio, threshold, factor):
     assert ess_of(ratio, factor * threshold) >= ess_of(ratio, threshold) * (1 - 1e-12)
@@ -40,7 +40,7 @@ def test_it_never_falls_with_lambda_and_ends_at_one(ratio, threshold, factor):
         assert ess_of(ratio, float(ratio.max())) == pytest.approx(1.0)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(ratios, st.floats(0.01, 0.999))
 def test_the_solution_is_the_least_that_attains_the_target(ratio, target):
     found = solve_ess(ratio, target)

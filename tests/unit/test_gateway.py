@@ -77,7 +77,7 @@ def test_ids_are_kept_and_the_end_token_is_neither_doubled_nor_lost(template: Ch
     assert [turn.fresh for turn in talk.turns] == [False] * 3
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     turns=st.lists(
         st.tuples(st.text(max_size=6), st.lists(st.integers(0, 319), min_size=1, max_size=8), st.booleans()),

@@ -147,7 +147,7 @@ def test_moves_become_rare_where_nothing_changes():
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=60, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(
     sample=st.floats(0.05, 8.0), train=st.floats(0.1, 2.0), score=st.floats(0.01, 0.5),
     actors=st.sampled_from([1, 3, 4, 16]), jitter=st.floats(0, 0.8), start=st.sampled_from([0, 1, 4, 16]),
@@ -164,7 +164,7 @@ def test_in_any_world_it_is_nearly_as_fast_as_the_best_budget(sample, train, sco
     assert max(budgets) <= 16 and max(made.lags) <= max(budgets)
 
 
-@settings(max_examples=15, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=15, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(target=st.floats(0.5, 12), steep=st.floats(0.5, 2), start=st.sampled_from([0, 1, 5, 16]))
 def test_a_target_is_respected_whatever_it_costs(target, steep, start):
     """KL grows with the budget; the world would be faster with more."""

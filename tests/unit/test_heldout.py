@@ -65,7 +65,7 @@ def test_a_confidence_on_an_edge_lies_above_it_however_it_travelled(dtype: type)
     assert just_below is not None and [i for i, row in enumerate(just_below.bins) if row[0]] == [2, 6, 9]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.lists(st.tuples(st.integers(0, 1000), st.booleans()), min_size=1, max_size=40))
 def test_calibration_is_what_hand_counts_say(drawn) -> None:
     confidence = np.array([c / 1000 for c, _ in drawn])
@@ -85,7 +85,7 @@ def test_calibration_is_what_hand_counts_say(drawn) -> None:
     assert again is not None and again.ece == pytest.approx(found.ece) and again.auroc == found.auroc
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(unit, st.booleans()), min_size=2, max_size=20))
 def test_auroc_knows_only_the_order(drawn) -> None:
     confidence, right = np.array([c for c, _ in drawn]), np.array([r for _, r in drawn])
@@ -105,7 +105,7 @@ def test_unknown_confidences_are_left_out_and_odd_ones_clipped_and_counted() -> 
 # ---- pass@k -------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(flags, st.data())
 def test_pass_at_k_is_the_share_of_all_subsets(right, data) -> None:
     k = data.draw(st.integers(1, len(right)))
@@ -125,7 +125,7 @@ def test_pass_at_k_of_many_samples_neither_overflows_nor_cancels() -> None:
     assert pass_at(right, 500)[0] == pytest.approx(float(exact), rel=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(flags.map(lambda f: (f * 12)[:12]), min_size=1, max_size=5))
 def test_pass_at_k_rises_with_k_from_the_mean_to_any(rows) -> None:
     right = np.array(rows)
@@ -150,7 +150,7 @@ def vote_by_hand(answers: list[int], right: list[bool], weights: list[int]) -> f
     return sum(sum(s) / len(s) for s in shares) / len(shares)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.integers(0, 4)), min_size=1, max_size=8))
 def test_a_vote_is_what_hand_counts_say(drawn) -> None:
     answers, right, weights = (list(column) for column in zip(*drawn, strict=True))

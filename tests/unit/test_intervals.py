@@ -78,7 +78,7 @@ def test_one_block_tells_no_interval():
         two_way({})
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(2, 5), st.integers(2, 5), st.integers(0, 2**31))
 def test_a_whole_table_has_the_means_of_its_groups(groups, blocks, seed):
     table = np.random.default_rng(seed).normal(size=(groups, blocks))

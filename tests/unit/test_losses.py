@@ -166,7 +166,7 @@ def naive(logp, entropy, t, c):
 
 
 @pytest.mark.parametrize("name", SECTIONS)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(seed=st.integers(0, 10_000), spread=st.floats(0.0, 1.5))
 def test_loss_and_slopes_are_those_of_a_loop_and_of_torch(name, seed, spread):
     section = SECTIONS[name]
@@ -358,7 +358,7 @@ def test_m2po_of_the_page():
     assert masked.factor.tolist() == [1, 1, 0, 0, 1, 1, 0, 1]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.floats(0, 9, width=32), min_size=0, max_size=40), st.floats(0.0, 3.0))
 def test_the_bound_leaves_the_longest_prefix_whose_mean_is_within(values, threshold):
     bound = m2_bound(torch.tensor(values, dtype=torch.float32), threshold, lambda sums: sums).item()
@@ -370,7 +370,7 @@ def test_the_bound_leaves_the_longest_prefix_whose_mean_is_within(values, thresh
         assert sum(more) / len(more) > threshold
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10_000), st.floats(0.001, 1.0), st.floats(0.001, 1.0))
 def test_m2po_masks_only_harmful_tokens_more_of_them_for_a_smaller_threshold_and_bounds_chi_square(seed, one, two):
     logp, _, tokens = batch(seed, n=80, expert=False)

@@ -104,7 +104,7 @@ GROUPS = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(given_groups=GROUPS, kind=st.sampled_from(["none", "group", "task_batch"]), gated=st.booleans())
 def test_a_mixture_is_what_it_is_member_by_member(given_groups, kind, gated) -> None:
     groups = [[{"correct": c} | ({} if s is None else {"style": s}) for c, s in group] for group in given_groups]
@@ -159,7 +159,7 @@ def test_mixed_tasks_have_statistics_and_weights_of_their_own() -> None:
     assert mix(batch, settings, {}).rewards.tolist() == pytest.approx([0.5, 1.5, -2.0, 2.0], abs=1e-4)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(steps=st.lists(st.lists(st.floats(0, 1, width=16), min_size=1, max_size=6), min_size=1, max_size=5))
 def test_running_statistics_are_those_of_all_values_weighted_by_age(steps) -> None:
     reward = RewardSection(normalise_by={"style": "task_running"}, memory=0.9)

@@ -33,7 +33,7 @@ MIX = TaskSection(mix={"easy: a": TaskEntry("sort6", 3.0), "b": TaskEntry("guess
 ratios = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(ratios, st.integers(0, 10**12), st.integers(1, 200))
 def test_every_prefix_is_within_one_of_the_ratios_and_every_window_within_two(weights, first, length) -> None:
     schedule = Mixture(weights)
@@ -46,7 +46,7 @@ def test_every_prefix_is_within_one_of_the_ratios_and_every_window_within_two(we
     assert np.abs(np.bincount(window, minlength=len(weights)) - length * share).max() < 2
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(ratios, st.integers(0, 10**9))
 def test_own_questions_count_without_gaps_and_lead_back(weights, far) -> None:
     schedule = Mixture(weights)

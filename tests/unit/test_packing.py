@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from broker.packing import balance, runs
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 6))
 def test_every_trajectory_once_and_within_the_lpt_bound(lengths, ranks):
     lengths = np.array(lengths, np.int64)

@@ -207,7 +207,7 @@ def test_lanes_hold_everything_without_overlap_and_are_as_few_as_can_be(times):
     assert len(lanes(solid)) == max((sum(s.start <= at < s.end for s in solid) for at in moments), default=0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.floats(-DRIFT, DRIFT).map(lambda drift: drift * 0.9),
     st.integers(-HOUR, HOUR),

@@ -480,7 +480,7 @@ def test_a_record_that_cannot_be_this_models_is_refused_by_name():
     assert pipeline.admit(routed(trajectories(0)), "a", 0).reasons[0] == reason
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(order=st.permutations(range(2 * G)), world=st.integers(1, 4), late=st.booleans())
 def test_every_expert_row_stays_with_its_token(order, world, late):
     """Trajectories arrive one by one in any order; the oracle is a table of what was sent."""

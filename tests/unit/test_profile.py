@@ -199,7 +199,7 @@ def moves_of(role):
     return st.lists(st.tuples(st.sampled_from(list(STATES[role])), st.integers(1, 400), st.integers(0, 3)), max_size=12)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.data())
 def test_causes_add_up_to_the_idle_time_of_every_process(data):
     """Whatever the processes did and whichever marks are missing: to the nanosecond on the slices, and in seconds."""

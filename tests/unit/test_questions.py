@@ -13,7 +13,7 @@ from common.questions import question_of
 MILLION = [965546, 81187, 669702, 125413]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**31 - 1), size=st.integers(1, 300), epoch=st.integers(0, 2**40))
 def test_an_epoch_asks_every_question_once(seed: int, size: int, epoch: int) -> None:
     assert sorted(question_of(seed, epoch * size + i, size) for i in range(size)) == list(range(size))

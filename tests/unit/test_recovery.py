@@ -155,7 +155,7 @@ def fingerprint(pipeline: Pipeline) -> dict:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 1 << 30), lives=st.lists(st.integers(1, 120), min_size=1, max_size=4))
 def test_a_broker_killed_at_any_instant_comes_back_where_it_was(tmp_path: Path, name: str, seed: int, lives: list[int]):
     directory = tmp_path / f"{seed}-{len(lives)}-{lives[0]}-{len(list(tmp_path.iterdir()))}"

@@ -115,7 +115,7 @@ class Groups(RuleBasedStateMachine):
         assert self.rollouts.request_ids() == {group for group, count in live.items() if count}
 
 
-Groups.TestCase.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
+Groups.TestCase.settings = settings(max_examples=30, stateful_step_count=25)
 TestGroups = Groups.TestCase
 
 

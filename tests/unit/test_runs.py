@@ -87,7 +87,7 @@ def test_an_empty_directory_names_all_that_is_missing(tmp_path):
         read_run(tmp_path / "nowhere")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from(("status.json", "metrics.jsonl", "trace/broker.trace")), st.data())
 def test_a_file_cut_or_scribbled_on_anywhere_costs_itself_alone(tmp_path_factory, hit, data):
     run_dir = written(tmp_path_factory.mktemp("run"))
@@ -113,7 +113,7 @@ def test_a_report_is_written_of_a_directory_all_of_whose_files_are_torn(tmp_path
     assert all(f"- {name}: " in text for name in ("config.yaml", "status.json", "metrics.jsonl"))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, len(json.dumps(LINES[1]))))
 def test_what_a_broker_writes_after_one_that_was_killed_in_the_line_is_kept(tmp_path_factory, cut):
     run_dir = written(tmp_path_factory.mktemp("run"), LINES[:1])

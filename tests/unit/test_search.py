@@ -94,7 +94,7 @@ def test_the_rarest_words_find_their_passage_first_and_titles_count_more() -> No
     assert len(index) == 4
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.one_of(
     st.text(max_size=60), st.text(alphabet='"*^():-+{}.ANDORTEXT \x00\ud800', max_size=40),
     st.sampled_from(['" OR 1', "NEAR(a b)", "title:x", "a*", "'; DROP TABLE passages", "a AND", "NOT", "{title} : a"]),

@@ -89,7 +89,7 @@ def rows_of(shards: list[wire.Shard]) -> list[dict[str, Any]]:
     return out
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shapes=SHAPES, world=st.integers(1, 3))
 def test_segments_become_rows_that_share_what_their_trajectory_has(shapes: Any, world: int) -> None:
     finished = make_finished(shapes)
@@ -113,7 +113,7 @@ def test_segments_become_rows_that_share_what_their_trajectory_has(shapes: Any, 
         assert [row["advantage"] for row in mine] == pytest.approx([advantage] * len(mine), rel=1e-4, abs=1e-6)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(shapes=SHAPES)
 def test_the_replica_is_asked_for_segments_and_coins_do_not_know_them(shapes: Any) -> None:
     finished = make_finished(shapes)

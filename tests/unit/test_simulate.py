@@ -138,7 +138,7 @@ def setups(draw):
     return override(Setup(), [f"{key}={value}" for key, value in numbers.items()])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(setups())
 def test_no_lag_exceeds_the_budget_and_nothing_is_lost(setup):
     found = simulate(setup)
@@ -149,7 +149,7 @@ def test_no_lag_exceeds_the_budget_and_nothing_is_lost(setup):
     assert found.commits == sorted(found.commits) and len(found.commits) == setup.run.steps
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(setups(), st.integers(0, 2000))
 def test_every_token_is_somewhere_at_any_moment(setup, events):
     simulation = Simulation(setup)
@@ -162,13 +162,13 @@ def test_every_token_is_somewhere_at_any_moment(setup, events):
         assert sampled == live + actor.sent + actor.cancelled + actor.held_out
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(setups())
 def test_the_same_setup_has_the_same_outcome(setup):
     assert simulate(setup) == simulate(setup)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 4), st.integers(1, 4), st.randoms(use_true_random=False))
 def test_the_counting_ledger_decides_as_the_brokers_does(budget, size, pick):
     ours, theirs = CountingLedger(budget, size, 12), StalenessLedger(budget, size, 12)

@@ -85,7 +85,7 @@ def test_words_that_contradict_each_other_are_told():
 VALUES = st.lists(st.text("abz019./=[]{} ,-_é", max_size=90), min_size=1, max_size=3)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(VALUES, VALUES)
 def test_directories_are_plain_and_tell_cells_apart(first, second):
     names = [directory_name([(f"k{i}", v) for i, v in enumerate(values)]) for values in (first, second)]

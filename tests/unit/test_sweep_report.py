@@ -146,7 +146,7 @@ def test_there_is_no_band_with_one_seed():
     assert found.difference("b", "a") == pytest.approx((0.1, 1.96 * 0.02 * math.sqrt(2)))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.dictionaries(st.text(max_size=3), st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=9))
 def test_the_front_is_what_nothing_beats(places):
     def beaten(cell):

@@ -82,7 +82,7 @@ def test_all_cells_of_one_seed_come_before_the_next_in_turning_order(plan, texts
     assert again and launcher.started == []
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.integers(1, 45), max_size=3), st.integers(1, 3))
 def test_a_sweep_that_is_killed_anywhere_goes_on(plan, texts, kills, jobs):
     """Whatever finished before a kill is not run again; in the end every run is finished once and whole."""

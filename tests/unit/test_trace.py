@@ -4,7 +4,7 @@ import itertools
 import threading
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from common.config import RunConfig, RunSection
@@ -41,7 +41,6 @@ def traced(tmp_path, moves, **options):
     return tracer
 
 
-@settings(deadline=None)  # it writes files
 @given(st.lists(st.tuples(st.sampled_from(MOVES), st.integers(1, 3 * RESOLUTION_NS)), min_size=1, max_size=60))
 def test_totals_partition_the_time_and_slices_leave_no_gap(tmp_path_factory, moves):
     tmp_path = tmp_path_factory.mktemp("run")

@@ -23,7 +23,7 @@ def lived(name, seed, turns, tracer):
 
 
 @pytest.mark.parametrize("name", ["threshold", "off", "rethin"])
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 1 << 30), turns=st.integers(20, 250))
 def test_every_group_and_step_is_told_of_and_nothing_else_changes(tmp_path, name, seed, turns):
     directory = tmp_path / f"{seed}-{turns}"

@@ -56,7 +56,7 @@ def drain(tail, limit=1 << 20):
     return found
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     st.lists(st.binary(max_size=40).map(lambda b: b.replace(b"\n", b"")), max_size=12),
     st.lists(st.integers(0, 300), max_size=6),
@@ -75,7 +75,7 @@ def test_every_whole_line_is_read_once_however_it_is_written(tmp_path_factory, l
     assert tail.restarts == 0
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(0, 60), st.binary(min_size=1, max_size=50), st.booleans())
 def test_a_file_that_was_cut_or_replaced_is_read_from_its_start(tmp_path_factory, kept, new, replaced):
     path = tmp_path_factory.mktemp("tail") / "metrics.jsonl"
@@ -104,7 +104,7 @@ def test_lines_far_too_long_are_left_out(tmp_path, monkeypatch):
 # ---- bins ---------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=300), st.integers(2, 9), st.integers(1, 30))
 def test_bins_keep_extremes_means_sums_and_the_last_level(values, limit, stride):
     bins = Bins(limit)
@@ -171,7 +171,7 @@ KEYS = st.sampled_from([
 ])  # fmt: skip
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     st.dictionaries(KEYS, JSON, max_size=12),
     st.lists(
@@ -243,7 +243,7 @@ def test_the_wait_for_a_shard_is_split_by_its_causes():
 # ---- characters ---------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.lists(st.floats(0, 1), max_size=6), st.integers(1, 40))
 def test_stacked_bars_are_as_wide_as_asked(shares, width):
     total = sum(shares) or 1.0

@@ -198,7 +198,7 @@ def test_a_long_run_is_sent_small_and_keeps_its_spikes():
     assert len(json.dumps(again)) < 3000 and len(again["first"]) == 1
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=8), st.integers(4, 32))
 def test_a_client_that_joins_the_pieces_has_the_whole(grown, limit):
     """The rule of page/panels.js, followed here: cut where the first sent bin begins, then append."""

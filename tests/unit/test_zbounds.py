@@ -117,7 +117,7 @@ def small_contexts(draw):
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(small_contexts())
 def test_core_below_z_below_upper_whatever_was_sampled(example):
     c, log_threshold = example
@@ -128,7 +128,7 @@ def test_core_below_z_below_upper_whatever_was_sampled(example):
     assert (upper <= min(1, 1 / threshold) + 1e-6).all() and (core <= upper).all()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(small_contexts())
 def test_enumerated_acceptance_is_unbiased(example):
     """Exactly: the expectation over the sampled token, each in a batch of its own."""
