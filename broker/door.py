@@ -114,7 +114,11 @@ class Door:
 
     def welcome(self, peer: Peer) -> None:
         """The answer to a Hello."""
-        self.send(peer, wire.Welcome(self.run_id, self.version, self.section.heartbeat_s))
+        self.send(peer, self.greeting())
+
+    def greeting(self) -> wire.Welcome:
+        """What a Hello is answered with."""
+        return wire.Welcome(self.run_id, self.version, self.section.heartbeat_s)
 
     def _objection(self, identity: bytes, hello: wire.Hello) -> str:
         if hello.role not in ("actor", "replica", "learner"):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from broker.door import Door
+from broker.peers import Peer
 from common import wire
 
 LOOK_S = 0.05  # at the socket
@@ -23,7 +24,7 @@ class Farewell:
     def say(self, reason: str) -> None:
         """Tell everybody ``reason`` ("finished": nothing more is to come) and wait until they have left."""
         for peer in self._door.roster.all():
-            self._door.send(peer, wire.Stop(reason))
+            self._tell(peer, wire.Stop(reason))
         began = time.monotonic()
         self._drain()
         while self._awaits_byes(began, reason):
@@ -32,6 +33,14 @@ class Farewell:
                 self._hear_out(identity, message, reason)
             self._answer()
         self._drain()
+
+    def _tell(self, peer: Peer, message: Any) -> None:
+        """To ``peer``, who is still waited for if it is cut off: it will say Hello again."""
+
+        def action() -> None:
+            self._door.router.send(peer.identity, message)
+
+        self._door.outlet.do(action)
 
     def _drain(self) -> None:
         """Let go what waits for the disk."""
@@ -53,12 +62,16 @@ class Farewell:
     def _hear_out(self, identity: bytes, message: Any, reason: str) -> None:
         peer = self._door.roster.get(identity)
         if peer is None:
+            if isinstance(message, wire.Hello):  # lost shortly before the end, with what it has still to say
+                self._door.hello(identity, message)
+                if (joined := self._door.roster.get(identity)) is not None:
+                    self._tell(joined, wire.Stop(reason))
             return
         peer.heard = time.monotonic()
         if isinstance(message, wire.Bye):
             self._door.roster.remove(identity)
         elif isinstance(message, wire.Hello):  # its connection broke, and what it was told may be lost
-            self._door.welcome(peer)
-            self._door.send(peer, wire.Stop(reason))
+            self._tell(peer, self._door.greeting())
+            self._tell(peer, wire.Stop(reason))
         elif isinstance(message, HEARD):
             self._hear(identity, message)

@@ -113,7 +113,12 @@ class RunFiles:
             if path.exists() and os.path.samestat(os.fstat(self._metrics.fileno()), path.stat()):
                 return
             self._metrics.close()  # who held it has put another in its place meanwhile
-            self._metrics = path.open("a")
+            try:
+                self._metrics = path.open("a")
+            except OSError as error:
+                raise ConfigError(
+                    f"{self.directory} was moved away while this broker waited for it ({error}); start it again"
+                ) from error
 
     def _begin(self) -> None:
         self.started_at = now = time.time()  # noqa: TID251  the wall clock is asked once: it may jump

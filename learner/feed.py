@@ -122,4 +122,5 @@ def experts_tensor(experts: NDArray[np.uint16], model: ModelConfig, device: torc
     if experts.shape[1] == 0:
         return None
     found = torch.from_numpy(np.array(experts).view(np.int16))  # UNROUTED, 65535, is -1
-    return found.to(device).view(len(experts), -1, model.num_experts_per_tok)
+    chosen = model.num_experts_per_tok
+    return found.to(device).view(len(experts), experts.shape[1] // chosen, chosen)  # a rank may have no token

@@ -11,12 +11,14 @@ The broker's ``status.json`` is all that is watched, beside exit codes. Exit cod
 
 import argparse
 import contextlib
+import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Literal
 
 from rich.console import Console
@@ -67,6 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     console = Console(highlight=False)
     stop = StopFlag().install()
+    stop_on_hangup(stop, console)
     with contextlib.ExitStack() as held:
         try:
             config = load(given.config, given.overrides)
@@ -74,8 +77,19 @@ def main(arguments: list[str] | None = None) -> int:
             run.prepare()
         except CroupierError as error:
             console.print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True)
-            return 2
+            return EXIT_CODES["interrupted"] if stop.is_set else 2
         return EXIT_CODES[run.execute()]
+
+
+def stop_on_hangup(stop: StopFlag, console: Console) -> None:
+    """Take a closed terminal for a Ctrl-C, unless hangups are ignored (nohup); nothing more is written to it."""
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        console.file = open(os.devnull, "w")  # noqa: SIM115  # until the end
+        stop.set(signal.Signals(number).name)
+
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, handle)
 
 
 def _plain(message: object) -> str:
@@ -156,7 +170,7 @@ class Run:
         self.log = self.directory / LOGS / "launch.log"
 
     def _tell_wait(self) -> None:
-        self.say(f"waiting {LEARNER_S:g} s at most for the learner of an earlier launch, which has not ended yet")
+        self.say(f"waiting {LEARNER_S:g} s at most for broker and learner of an earlier launch to end")
 
     def needs_warmstart(self) -> bool:
         """Whether ``tools.warmstart`` has to make the model first."""
@@ -294,7 +308,8 @@ class Run:
             view.phase, view.words = "starting", ""
         if self.live is not None:
             height = max(1, self.console.height - 1)  # the cursor's line stays free
-            self.live.update(Screen(view, self.follower.history, height), refresh=True)
+            with contextlib.suppress(OSError):
+                self.live.update(Screen(view, self.follower.history, height), refresh=True)
             return
         self.line_at = now
         self.say(plain_line(view))
@@ -328,7 +343,8 @@ class Run:
 
     def say(self, text: str, style: str = "") -> None:
         """One line to the person in front."""
-        self.console.print(_plain(text), style=style or None, soft_wrap=True)
+        with contextlib.suppress(OSError):  # a terminal that is gone ends no run
+            self.console.print(_plain(text), style=style or None, soft_wrap=True)
         if self.log is not None:
             with contextlib.suppress(OSError), self.log.open("a") as log:  # a full disk silences the log, not the run
                 log.write(f"{time.strftime('%H:%M:%S')} launch {LEVELS.get(style, 'INFO')} {text}\n")

@@ -33,13 +33,14 @@ STATUS, METRICS, LOGS, SUMMARY, REPORT, PAGE = (
     "report.md",
     "report.html",
 )
-LOCK = "launch.lock"
+LOCK, IDENTITY = "launch.lock", "run.json"  # which every broker writes when it begins
 LEARNER_S = 60.0  # for learner and broker of a launcher that was killed to end behind the last checkpoint
 SETTLE_S = 2.0  # for that broker to have said that it ends
 LOOK_S = 0.05  # between two looks
 ENDED = ("finished", "stopped")  # phases of status.json behind which a broker only hears out who is there
 UNDER_WAY = "a run of this name is under way; choose another run.name, or stop that run first"
 LEARNER_STAYS = f"the learner of an earlier launch still holds {LEARNER_LOCK}; end it, or choose another run.name"
+INTERRUPTED = "interrupted while an earlier launch's broker or learner still ended"
 SIGNS = (CONFIG, STATUS, METRICS, LOGS, TRACE)  # any of them makes a directory a run's
 Record = dict[str, Any]  # one JSON object
 LINE_BEGINS = '{"kind":'  # every line of metrics.jsonl
@@ -195,7 +196,9 @@ def _who_stays(run_dir: Path, waits: Callable[[], None], is_stopped: Callable[[]
             words, settling, ends = LEARNER_STAYS, False, True
         else:
             return ""
-        if not ends or passed > LEARNER_S or is_stopped():
+        if ends and is_stopped():
+            return INTERRUPTED
+        if not ends or passed > LEARNER_S:
             return words
         if not told and not settling:
             told = True
@@ -207,21 +210,23 @@ def is_under_way(run_dir: Path) -> bool:
     """Whether a broker is at work there."""
     try:
         return _is_held(run_dir / METRICS)
-    except OSError:  # somebody else's directory
+    except OSError:  # it may not even be read, or not be locked by who may only read
         return _phase(run_dir) not in (None, *ENDED)
 
 
 def _is_held(path: Path) -> bool:
     if not path.exists():
         return False
-    with path.open("a") as file:
+    with path.open() as file:  # which may be somebody else's
         return not try_lock(file)
 
 
 def _phase(run_dir: Path) -> Any:
+    """Of the last broker's status; None where it has written none yet."""
     try:
-        return read_status(run_dir).get("phase")
-    except DataError:
+        began, told = ((run_dir / name).stat().st_mtime_ns for name in (IDENTITY, STATUS))
+        return read_status(run_dir).get("phase") if told >= began else None
+    except (OSError, DataError):
         return None
 
 

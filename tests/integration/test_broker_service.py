@@ -539,8 +539,8 @@ def test_a_learner_that_was_killed_in_its_last_checkpoint_is_waited_for(make):
 
 
 def test_a_broker_that_is_stopped_hears_the_commit_of_the_step_under_way(make, monkeypatch):
-    monkeypatch.setattr(farewell, "FAREWELL_S", 0.5)  # heartbeats come every .1 s
-    monkeypatch.setattr(link, "SILENT_BROKER_S", 0.4)
+    monkeypatch.setattr(farewell, "FAREWELL_S", 1.5)  # heartbeats come every .1 s
+    monkeypatch.setattr(link, "SILENT_BROKER_S", 1.2)
     broker = make(run_steps=2)
     learner, actor = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
     learner.link.send(wire.Fetch(0, 0, 1))
@@ -556,7 +556,8 @@ def test_a_broker_that_is_stopped_hears_the_commit_of_the_step_under_way(make, m
     learner.link._welcomed.clear()  # as if its connection broke
     learner.expect(wire.Stop)
     time.sleep(farewell.FAREWELL_S + 0.5)  # a long step
-    assert broker.thread.is_alive() and learner.link.welcomed
+    assert broker.thread.is_alive()
+    until(lambda: learner.link.welcomed)
     learner.link.send(wire.Commit(0, 1, {"loss": 2.5}))
     until(lambda: lines_of(broker.config.run.path, "step"))
     learner.link.send(wire.Checkpointed(0))
@@ -566,6 +567,36 @@ def test_a_broker_that_is_stopped_hears_the_commit_of_the_step_under_way(make, m
     lines = lines_of(broker.config.run.path)
     assert [(x["step"], x["loss"]) for x in lines if x["kind"] == "step"] == [(0, 2.5)]
     assert broker.service.pipeline.checkpointed_step == 0
+
+
+@pytest.mark.parametrize("when", ["as it is told to stop", "before"])
+def test_a_learner_that_is_cut_off_at_the_end_is_greeted_again(make, monkeypatch, when):
+    broker = make(run_steps=2)
+    learner, actor, refused = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0"), []  # one stays
+    send, say = broker.service.router.send, farewell.Farewell.say
+
+    def unreachable(identity, message):
+        if isinstance(message, wire.Stop) and not refused:
+            refused.append(identity)
+            return False
+        return send(identity, message)
+
+    def lost(self, reason):
+        self._door.lose(*self._door.roster.role("learner"), "its connection closed")
+        say(self, reason)
+
+    if when == "before":
+        monkeypatch.setattr(farewell.Farewell, "say", lost)
+    else:
+        monkeypatch.setattr(broker.service.router, "send", unreachable)
+    broker.stop.set("test")
+    until(lambda: broker.service.phase == "stopped" and (refused or when == "before"))
+    learner.link._welcomed.clear()  # its connection is new: it says Hello
+    learner.expect(wire.Stop)
+    until(lambda: learner.link.welcomed)
+    learner.link.close()
+    actor.link.close()
+    broker.end()
 
 
 def test_a_learner_that_is_gone_is_named(make):

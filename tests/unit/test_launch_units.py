@@ -1,8 +1,10 @@
 """The launcher's parts: addresses, models, processes and the display, each alone."""
 
+import errno
 import io
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -31,7 +33,7 @@ from common.config import (
 from common.errors import ConfigError, JournalError, ModelError
 from common.locks import try_lock
 from common.process import StopFlag, free_port
-from tools.launch import LINE_S, Run, main
+from tools.launch import LINE_S, Run, main, stop_on_hangup
 from tools.preflight import check_address, check_engine, check_meshes, check_model
 from tools.processes import Process, child_environment, descendants, processes_of, stop_all, wait_all
 from tools.progress import duration, remaining_s
@@ -359,7 +361,7 @@ def test_a_learner_that_outlived_its_launcher_keeps_its_directory(
         monkeypatch.setattr(second, "_tell_wait", lambda: (Run._tell_wait(second), learner.close()))  # it has written
         with second.held:
             second.prepare()
-    assert "waiting 60 s at most for the learner" in said.getvalue()
+    assert "waiting 60 s at most for broker and learner" in said.getvalue()
     assert (tmp_path / "runs" / "r.1" / "learner.lock").exists()
 
 
@@ -368,6 +370,7 @@ def test_a_broker_that_ends_behind_a_killed_launcher_is_waited_for_and_one_at_wo
 ) -> None:
     monkeypatch.setattr("tools.run_files.SETTLE_S", 0.2)
     status, told = tmp_path / "status.json", []
+    (tmp_path / "run.json").touch()
     with (tmp_path / "metrics.jsonl").open("a") as broker, (tmp_path / "learner.lock").open("a") as learner:
         assert try_lock(broker) and try_lock(learner)
         status.write_text('{"phase": "running"}')
@@ -375,6 +378,12 @@ def test_a_broker_that_ends_behind_a_killed_launcher_is_waited_for_and_one_at_wo
             claim(tmp_path, lambda: told.append("waits"))
         assert not told
         status.write_text('{"phase": "stopped"}')
+        with pytest.raises(ConfigError, match="interrupted while an earlier launch's broker or learner still ended"):
+            claim(tmp_path, is_stopped=lambda: True)
+        os.utime(tmp_path / "run.json", (time.time() + 9,) * 2)  # a broker that has begun, and said nothing yet
+        with pytest.raises(ConfigError, match="a run of this name is under way"):
+            claim(tmp_path, lambda: told.append("waits"))
+        os.utime(tmp_path / "run.json", (0, 0))
 
         def end() -> None:
             told.append("waits")
@@ -383,6 +392,37 @@ def test_a_broker_that_ends_behind_a_killed_launcher_is_waited_for_and_one_at_wo
 
         claim(tmp_path, end).close()
     assert told == ["waits"]
+
+
+def test_a_terminal_that_is_closed_stops_a_run_unless_hangups_are_ignored() -> None:
+    stop, before = StopFlag(), signal.getsignal(signal.SIGHUP)
+    console = Console(file=io.StringIO())
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        stop_on_hangup(stop, console)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.is_set
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        stop_on_hangup(stop, console)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.is_set and stop.reason == "SIGHUP" and console.file.name == os.devnull
+        console.file.close()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_screen_that_takes_nothing_ends_no_run(tmp_path: Path) -> None:
+    run, _ = launching(tmp_path)
+    run.console.file = io.StringIO()
+    run.console.file.close = run.console.file.flush = lambda: None
+    run.log = tmp_path / "launch.log"
+
+    def refuse(text: str) -> int:
+        raise OSError(errno.EIO, "gone")
+
+    run.console.file.write = refuse
+    run.say("still told")
+    assert "still told" in run.log.read_text()
 
 
 def test_a_run_that_goes_on_by_another_rule_is_refused_before_anything_is_touched(tmp_path: Path) -> None:

@@ -29,6 +29,24 @@ def test_a_clock_that_jumps_moves_no_time_stamp(tmp_path, monkeypatch):
     again.close()
 
 
+def test_a_directory_that_is_moved_away_while_it_is_waited_for_is_told(tmp_path):
+    first, told = RunFiles(tmp_path / "r"), []
+    asked = threading.Event()
+    thread = threading.Thread(target=lambda: told.append(refusal(tmp_path / "r", asked)))
+    thread.start()
+    assert asked.wait(10)
+    (tmp_path / "r").rename(tmp_path / "r.1")
+    first.close()
+    thread.join(10)
+    assert "was moved away while this broker waited for it" in told[0]
+
+
+def refusal(directory, asked):
+    with pytest.raises(ConfigError) as refused:
+        RunFiles(directory, lambda: asked.set() or False)
+    return str(refused.value)
+
+
 def test_a_line_cut_short_is_no_step(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"kind": "step", "step": 3}\n{"kind": "step", "st')
     files = RunFiles(tmp_path)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from common import wire
 from common.errors import DataError
 from common.weights import StagedWeights, plan_buckets
+from learner.feed import experts_tensor
 from learner.followers import Followers
 from learner.layout import BIAS, views
 from learner.model.decoder import Decoder
@@ -92,6 +93,14 @@ def test_recorded_experts_are_replayed_in_scoring():
         asked.experts = experts
         with pytest.raises(DataError, match=words):
             scorer_of(model, 64).check(asked)
+
+
+def test_a_rank_without_a_token_replays_its_empty_record():
+    model = model_of()
+    record = experts_tensor(np.zeros((0, 4), np.uint16), model.config, torch.device("cpu"))
+    assert record.shape == (0, 2, 2)
+    none = torch.zeros(0, dtype=torch.int64)
+    assert model.hidden(none, np.zeros(1, np.int32), record.long()).shape == (0, model.config.hidden_size)
 
 
 @pytest.mark.parametrize("routed", [True, False])

@@ -158,10 +158,32 @@ def test_a_directory_that_is_held_costs_its_run_alone(plan, texts, tmp_path, mon
     assert "a run of this name is under way" in runs[held.key]["reason"]
 
 
-def test_runs_at_a_time_do_not_share_servers(tmp_path, capsys):
+def test_runs_at_a_time_do_not_share_servers(tmp_path, capsys, monkeypatch):
     servers = ["actor.engine=sglang", "actor.count=1", "engine.launch=0", "engine.addresses=[http://127.0.0.1:1]"]
     assert main([SMOKE, "staleness.budget=0,4", f"run.dir={tmp_path}", *servers, "--jobs", "2"]) == 2
-    assert "would sample on the same servers (engine.addresses)" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "would sample on the same server http://127.0.0.1:1 (engine.addresses)" in said
+    monkeypatch.setattr("tools.sweep.__main__._run", lambda *given: 0)
+    apart = "engine.addresses=[http://127.0.0.1:1],[http://127.0.0.1:2]"
+    assert main([SMOKE, f"run.dir={tmp_path}", *servers[:-1], apart, "--jobs", "2"]) == 0
+    assert main([SMOKE, f"run.dir={tmp_path}", *servers, "--jobs", "2"]) == 0
+
+
+def test_nothing_is_started_behind_a_stop_that_came_while_a_directory_was_waited_for(plan, texts, tmp_path):
+    here = moved(plan, tmp_path / "s")
+    held, said, stopped = here.jobs[0].config.run.path, [], []
+    held.mkdir(parents=True)
+    (held / "run.json").touch()
+    (held / "status.json").write_text('{"phase": "stopped"}')
+    launcher = FakeLauncher(Clock(), written(texts, tmp_path / "s"))
+    going = replace(runner(here, launcher), stopped=lambda: bool(stopped))
+    with (held / "learner.lock").open("a") as learner:
+        assert try_lock(learner)
+        going.view.say = lambda text, style="": (said.append(text), stopped.append(text))
+        going.prepare()
+        assert not going.run()
+    assert len(said) == 1 and "waiting for the processes of an earlier attempt" in said[0]
+    assert not launcher.started and {run["state"] for run in going.states.values()} == {"waiting"}
 
 
 def test_a_run_that_makes_no_step_is_given_up(plan, texts, tmp_path):

@@ -40,16 +40,26 @@ def main(arguments: list[str] | None = None) -> int:
         if not given.stall_s > 0:
             raise ConfigError(f"--stall-s {given.stall_s:g}: must be a number of seconds above 0, or inf")
         plan = make_plan(given.config, parse(given.words), given.seeds, given.name)
-        shared = [job for job in plan.jobs if job.config.actor.engine == "sglang" and job.config.engine.addresses]
-        if given.jobs > 1 and shared:
-            raise ConfigError(
-                f"--jobs {given.jobs}: {shared[0].key} and the others would sample on the same servers "
-                "(engine.addresses); take --jobs 1, or servers of each run's own (engine.launch)"
-            )
+        if given.jobs > 1:
+            _check_apart(plan, given.jobs)
         return _run(plan, given.jobs, given.redo, given.stall_s, console)
     except CroupierError as error:
         print_error(console, error)
         return 2
+
+
+def _check_apart(plan: Plan, jobs: int) -> None:
+    """Raise :class:`ConfigError` where two runs of ``plan`` sample on one server: each would give it its weights."""
+    whose: dict[str, str] = {}
+    for job in plan.jobs:
+        for address in job.config.engine.addresses if job.config.actor.engine == "sglang" else []:
+            other = whose.setdefault(address.rstrip("/"), job.key)
+            if other != job.key:
+                raise ConfigError(
+                    f"--jobs {jobs}: {other} and {job.key} would sample on the same server {address} "
+                    "(engine.addresses); take --jobs 1, or servers of each run's own (engine.launch, with "
+                    "engine.addresses=[])"
+                )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -98,7 +98,7 @@ class Runner:
         self.save()
         try:
             while (self.waiting or self.active) and not self.stopped():
-                while self.waiting and len(self.active) < self.jobs:
+                while self.waiting and len(self.active) < self.jobs and not self.stopped():
                     self._start(self.waiting.popleft())
                 self.sleep(POLL_S)
                 for active in list(self.active):
@@ -131,8 +131,11 @@ class Runner:
             with claim(job.config.run.path, lambda: self.view.say(waits, "dim"), self.stopped):  # nobody works there
                 moved = set_aside(job.config.run.path)
         except ConfigError as error:  # the others can go on
-            self._set(job, state="waiting" if self.stopped() else "failed", reason=str(error))
-            self.view.say(f"not started: {job.key}: {error}", "bold red")
+            if self.stopped():
+                self._set(job, state="waiting", reason="interrupted")
+            else:
+                self._set(job, state="failed", reason=str(error))
+                self.view.say(f"not started: {job.key}: {error}", "bold red")
             self.save()
             return
         if moved is not None:

@@ -71,11 +71,13 @@ class Latest:
         self._thread.start()
 
     def _run(self) -> None:
-        while not self._stop.wait(EVERY_S if self._follower.caught_up else 0.01):
+        failed = False
+        while not self._stop.wait(EVERY_S if failed or self._follower.caught_up else 0.01):
             with self._lock:
                 try:
-                    self._view = self._follower.look(0.1)
+                    self._view, failed = self._follower.look(0.1), False
                 except Exception as error:  # noqa: BLE001  # a disk that fails for a moment, a file of nobody's
+                    failed = True
                     self._view.status_age_s = self._follower.age()
                     self._view.notes = [f"the run directory cannot be read: {text(error, 200)}"]
 
