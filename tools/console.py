@@ -8,9 +8,9 @@ PIPE_COLUMNS = 120
 
 
 def make_console() -> Console:
-    """One that colours no numbers and wraps no table for want of a terminal."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=PIPE_COLUMNS)
+    """One that takes text as it is, colours no numbers and wraps no table for want of a terminal."""
+    console = Console(highlight=False, markup=False, emoji=False)
+    return console if console.is_terminal else Console(highlight=False, markup=False, emoji=False, width=PIPE_COLUMNS)
 
 
 def print_error(console: Console, error: CroupierError) -> None:

@@ -49,4 +49,5 @@ def _rows(stratum: str, counted: Mapping[str, Mapping[str, int] | None]) -> list
 
 def _order(value: str) -> tuple[float, str]:
     """Numbers in their order, labels by the alphabet."""
-    return (float(value), "") if value.removeprefix("-").isdigit() else (0.0, value)
+    digits = value.removeprefix("-")
+    return (float(value), "") if digits.isascii() and digits.isdigit() else (0.0, value)

@@ -1,6 +1,7 @@
 """What went wrong in a run and what became of it: alerts, restarts, losses, refusals, warnings."""
 
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 from tools.document import Block, Code, Fold, Heading, Listing, Note, Paragraph, Table, Text
 from tools.run_files import LOGS, Record, of_kind
 from tools.runs import Run
+from tools.timelines import Timelines
 
 TAIL_BYTES = 1 << 20  # of a log that are looked at
 ALERTS = "Alerts"  # the section's title
@@ -54,7 +56,8 @@ def fault_blocks(run: Run) -> list[Block]:
     else:
         blocks.append(Paragraph("No process was restarted, nothing was lost, refused or given up."))
     if serious:
-        counted = f"Warnings in the logs: {len(serious)}"
+        part = " (of the last megabyte of each)" if _are_long(run.path) else ""
+        counted = f"Warnings in the logs{part}: {len(serious)}"
         more = [f"… and {len(serious) - LINES_SHOWN} more in {LOGS}/"] if len(serious) > LINES_SHOWN else []
         blocks.append(Fold(counted, [Listing([*serious[:LINES_SHOWN], *more])]))
     return blocks
@@ -82,6 +85,11 @@ def read_logs(run_dir: Path) -> dict[str, list[str]]:
     return found
 
 
+def _are_long(run_dir: Path) -> bool:
+    """Whether a log holds more than :func:`read_logs` reads."""
+    return any(path.stat().st_size > TAIL_BYTES for path in (run_dir / LOGS).glob("*.log"))
+
+
 Row = tuple[Text, Text, Text]
 
 
@@ -91,10 +99,24 @@ def _row(what: Text, times: int, detail: str = "") -> list[Row]:
 
 def _restarts(run: Run, logs: dict[str, list[str]]) -> Iterable[Row]:
     """From the launcher's words, else from the lives that timelines tell of."""
-    said = Counter(found[1] for line in logs.get("launch", []) if (found := RESTARTED.match(line)))
-    lives = Counter(life.process for life in run.timelines.lives)
-    for name in sorted(said.keys() | {process for process, times in lives.items() if times > 1}):
-        yield from _row(("restarts of ", Code(name)), max(said[name], lives[name] - 1), "the run went on")
+    if "launch" in logs:
+        counted = Counter(found[1] for line in logs["launch"] if (found := RESTARTED.match(line)))
+    else:
+        counted = _begun_again(run.timelines)
+    for name, times in sorted(counted.items()):
+        yield from _row(("restarts of ", Code(name)), times, "the run went on")
+
+
+def _begun_again(timelines: Timelines) -> Counter[str]:
+    """How often each process began again under a broker that lived, and the broker at all."""
+    begun = [life.start for life in timelines.of("broker")]
+    lives = Counter(
+        (life.process, bisect_right(begun, life.start)) for life in timelines.lives if life.role != "broker"
+    )
+    found = Counter({"broker": len(begun) - 1} if len(begun) > 1 else {})
+    for (process, _), times in lives.items():
+        found[process] += times - 1
+    return found
 
 
 def _losses(status: Record, logs: dict[str, list[str]]) -> Iterable[Row]:

@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Literal
 
 from rich.console import Console
 from rich.live import Live
+from rich.text import Text
 
 from common.config import RunConfig, load, to_yaml
 from common.errors import ConfigError, CroupierError
@@ -31,6 +31,7 @@ from common.routing import read_routing
 from tools.devices import deal, find_devices, torch_on_gpus
 from tools.follow.follower import Background
 from tools.follow.sinks import find_wandb
+from tools.outcomes import Outcome, earlier
 from tools.preflight import (
     check_address,
     check_devices,
@@ -48,7 +49,6 @@ from tools.stamp import wants_warmstart
 from tools.watch.follow import Follower
 from tools.watch.screen import Screen, plain_line
 
-Outcome = Literal["finished", "interrupted", "failed"]
 EXIT_CODES: dict[Outcome, int] = {"finished": 0, "failed": 1, "interrupted": 130}
 
 POLL_S = 0.2  # of exit codes and status.json, which the broker writes every 0.5 s
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("config", help="the run's YAML; configs/ holds examples")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, such as staleness.budget=0")
     given = parser.parse_args(arguments)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     stop = StopFlag().install()
     stop_on_hangup(stop, console)
     with contextlib.ExitStack() as held:
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
             run = Run(config, console, stop, held=held)
             run.prepare()
         except CroupierError as error:
-            console.print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True)
+            console.print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
             return EXIT_CODES["interrupted"] if stop.is_set else 2
         return EXIT_CODES[run.execute()]
 
@@ -90,10 +90,6 @@ def stop_on_hangup(stop: StopFlag, console: Console) -> None:
 
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         signal.signal(signal.SIGHUP, handle)
-
-
-def _plain(message: object) -> str:
-    return str(message).replace("[", r"\[")  # rich would read brackets as markup
 
 
 @dataclass
@@ -160,6 +156,7 @@ class Run:
         if self.config.learner.resume:
             check_resumed(self.config)
             self.before = Before(self.directory)
+            self.started -= earlier(self.directory)[1]  # the run's time goes on
             self.follower.disregard()
         elif (moved := set_aside(self.directory)) is not None:
             self.held.enter_context(claim(self.directory))
@@ -344,7 +341,7 @@ class Run:
     def say(self, text: str, style: str = "") -> None:
         """One line to the person in front."""
         with contextlib.suppress(OSError):  # a terminal that is gone ends no run
-            self.console.print(_plain(text), style=style or None, soft_wrap=True)
+            self.console.print(text, style=style or None, markup=False, emoji=False, soft_wrap=True)
         if self.log is not None:
             with contextlib.suppress(OSError), self.log.open("a") as log:  # a full disk silences the log, not the run
                 log.write(f"{time.strftime('%H:%M:%S')} launch {LEVELS.get(style, 'INFO')} {text}\n")

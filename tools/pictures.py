@@ -42,6 +42,8 @@ DPI = 180
 SVG_LIMIT = 160_000  # characters; beyond it the page holds the PNG
 SMOOTH = 9  # points in the running mean drawn over a noisy curve
 LARGEST = ("lag_max", "staleness_budget")  # of which the largest is drawn where steps are too many to be told apart
+FINER = re.compile(r"(\d+\.\d{2})\d+")  # than can be seen
+SO_FAR = ("step", "time_s", "tokens_generated", "version")  # of which the last is
 MAX_POINTS = 1000  # of a curve; more cannot be told apart
 
 
@@ -87,7 +89,7 @@ def to_svg(figure: Figure) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(r"(\d+\.\d{2})\d+", r"\1", text)
+    text = re.sub(r"<[^>]*>", lambda tag: FINER.sub(r"\1", tag[0]), text)  # and not the words between the tags
     text = re.sub(r"\s*\n\s*", " ", text)
     for color, name in VARIABLES.items():
         text = text.replace(color, f"var(--{name})")
@@ -104,6 +106,19 @@ def dress(axes: Axes, title: str) -> None:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(GRID)
+
+
+def plain(name: str) -> str:
+    """``name``, which anybody may have chosen, as matplotlib draws it: no formula, and not left out of a legend."""
+    escaped = name.replace("$", r"\$")
+    return f" {escaped}" if escaped.startswith("_") else escaped
+
+
+def from_floor(axes: Axes, floor: float) -> None:
+    """Draw a logarithmic axis from ``floor`` on, where anything lies above it."""
+    low, high = axes.get_ylim()
+    if low < floor < high:
+        axes.set_ylim(bottom=floor)
 
 
 def legend(axes: Axes, *others: Axes) -> None:
@@ -153,10 +168,12 @@ def thinned(steps: Sequence[Record]) -> list[Record]:
 
 def _merged(steps: Sequence[Record]) -> Record:
     last = dict(steps[-1])
-    for key, value in last.items():
-        if key in ("step", "time_s", "tokens_generated", "version") or isinstance(value, bool):
-            continue
+    for key in dict.fromkeys(key for step in steps for key in step):
         known = [step[key] for step in steps if isinstance(step.get(key), int | float)]
-        if isinstance(value, int | float) and known:
+        if not known or isinstance(known[-1], bool) or not isinstance(last.get(key), int | float | None):
+            continue
+        if key in SO_FAR:
+            last[key] = known[-1]
+        else:
             last[key] = max(known) if key in LARGEST else sum(known) / len(known)
     return last

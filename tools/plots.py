@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from tools import document
+from tools.lived import Lived
 from tools.pictures import (
     BLUE,
     DPI,
@@ -23,9 +24,11 @@ from tools.pictures import (
     SMOOTH,
     Picture,
     dress,
+    from_floor,
     legend,
     noisy,
     place,
+    plain,
     running_mean,
     series,
     thinned,
@@ -42,11 +45,10 @@ def plot_all(run_dir: Path, records: list[Record], budget: int) -> dict[str, doc
 
 def pictures_of(records: list[Record], budget: int) -> list[Picture]:
     """What there is to draw; ``budget``: that of steps that do not say theirs."""
-    every = of_kind(records, "step")
+    every, evaluations, alerts = (of_kind(records, kind) for kind in ("step", "eval", "alert"))
     if not every:
-        return []
+        return _of_evaluations(evaluations)
     steps, lags = thinned(every), lag_shares(every)
-    evaluations, alerts = of_kind(records, "eval"), of_kind(records, "alert")
 
     def any_has(key: str) -> bool:
         return any(step.get(key) is not None for step in steps)
@@ -150,7 +152,7 @@ def _tasks(axes: Axes, lines: Sequence[Record]) -> None:
         own = [{"version": line["version"], **line["tasks"][label]} for line in lines if label in line["tasks"]]
         _band(axes, own, "reward", color)
         x, y = [line["version"] for line in own], [line["reward"] for line in own]
-        axes.plot(x, y, color=color, linewidth=1.6, marker="o", markersize=4, label=label)
+        axes.plot(x, y, color=color, linewidth=1.6, marker="o", markersize=4, label=plain(label))
     axes.set_xlabel("version", color=MUTED)
     axes.set_ylabel("mean reward", color=MUTED)
     legend(axes)
@@ -266,7 +268,7 @@ def _kl(axes: Axes, steps: Sequence[Record]) -> None:
             noisy(axes, positive, key, color, label)
     if axes.lines:
         axes.set_yscale("log")
-        axes.set_ylim(bottom=max(KL_FLOOR, axes.get_ylim()[0]))
+        from_floor(axes, KL_FLOOR)
         legend(axes)
     else:
         axes.text(
@@ -289,16 +291,17 @@ def _joint(axes: Axes, steps: Sequence[Record]) -> None:
 
 
 def _throughput(axes: Axes, steps: Sequence[Record]) -> None:
-    pairs = [(step["step"], step.get("time_s"), step.get("tokens_generated")) for step in steps]
+    lived = Lived()  # a run that was paused was no slower for that
+    pairs = [(step["step"], lived.take(step), step.get("tokens_generated")) for step in steps]
     known = [(step, time, tokens) for step, time, tokens in pairs if tokens is not None and time is not None]
     window = max(1, min(SMOOTH, len(known) // 3))
     x, y = [], []
     for (_, time_0, tokens_0), (step, time_1, tokens_1) in zip(known, known[window:], strict=False):
-        if time_1 > time_0:
+        if time_1 > time_0 and tokens_1 >= tokens_0:
             x.append(step)
             y.append((tokens_1 - tokens_0) / (time_1 - time_0))
     axes.plot(x, y, color=BLUE, linewidth=1.8, label=f"generated, mean of {window} step(s)")
-    axes.set_ylim(bottom=0, top=max(y, default=1.0) * 1.15)
+    axes.set_ylim(bottom=0, top=max(y, default=1.0) * 1.15 or 1.0)
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylabel("completion tokens / s", color=MUTED)
     legend(axes)
@@ -336,7 +339,7 @@ def plot_replay(run_dir: Path, rows: Sequence[Record]) -> Path:
         positive = [(row["step"], row[key]) for row in rows if row[key] > 0]
         lower.plot([p[0] for p in positive], [p[1] for p in positive], color=color, linewidth=1.2, label=label)
     lower.set_yscale("log")
-    lower.set_ylim(bottom=max(KL_FLOOR, lower.get_ylim()[0]))
+    from_floor(lower, KL_FLOOR)
     lower.set_ylabel("KL, nats a token", color=MUTED)
     legend(lower)
     path = run_dir / "replay.png"

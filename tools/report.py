@@ -15,7 +15,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, get_args
 
 from common.config import RunConfig
 from common.errors import CroupierError
@@ -27,6 +26,7 @@ from tools.document import Block, Bold, Document, Figure, Items, Link, Note, Par
 from tools.evaluations import evaluation_blocks
 from tools.faults import ALERTS, alert_blocks, fault_blocks, last_words
 from tools.markdown import to_markdown
+from tools.outcomes import Outcome, earlier
 from tools.outputs import writing
 from tools.page import to_html
 from tools.plots import plot_all
@@ -34,12 +34,14 @@ from tools.profile.chapter import verdict_blocks
 from tools.run_files import CONFIG, METRICS, PAGE, REPORT, STATUS, SUMMARY, Record, check_run_dir, of_kind
 from tools.runs import Run, read_run
 
-Outcome = Literal["finished", "interrupted", "failed"]
 TIMELINES_BYTES = 64 << 20  # read for the verdict, about a second for each 10 MB
 
 
 def write_report(run_dir: Path, status: Outcome, wall_s: float) -> Record:
-    """Write summary, curves and both reports; returns the summary. Raises :class:`ConfigError` if it cannot."""
+    """Write summary, curves and both reports; returns the summary. ``wall_s``: without the pauses before a resume.
+
+    Raises :class:`ConfigError` if it cannot.
+    """
     run = _read(run_dir)
     summary = summarize(run.config, run.status, run.records, status, wall_s)
     with writing(run_dir, "make it writable, or copy it and name the copy"):
@@ -183,28 +185,13 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         check_run_dir(given.run_dir)
-        outcome, wall_s = _earlier(given.run_dir)
+        outcome, wall_s = earlier(given.run_dir)
         write_report(given.run_dir, outcome, wall_s)
     except CroupierError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(given.run_dir / PAGE)
     return 0
-
-
-def _earlier(run_dir: Path) -> tuple[Outcome, float]:
-    """Outcome and wall time: from a summary that the run has not gone on since, else from the broker's status."""
-    status = checked(read_run(run_dir, timelines=False)).status
-    phase, step = status.get("phase"), status.get("step")
-    outcome: Outcome = "finished" if phase == "finished" else "interrupted"
-    try:
-        summary = json.loads((run_dir / SUMMARY).read_text())
-        known = (outcome, "failed") if phase else get_args(Outcome)
-        if summary["status"] in known and step in (None, summary["steps"]):
-            return summary["status"], float(summary["wall_s"])
-    except (OSError, ValueError, TypeError, KeyError):
-        pass  # none yet, or half of one: it is written anew
-    return outcome, float(status.get("time", 0.0) - status.get("started_at", status.get("time", 0.0)))
 
 
 if __name__ == "__main__":

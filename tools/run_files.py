@@ -15,9 +15,11 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
+
+import orjson
 
 from broker.runfiles import CONFIG as CONFIG  # who keeps it names it
 from common.errors import ConfigError, DataError
@@ -92,23 +94,32 @@ def scan_metrics(run_dir: Path) -> tuple[list[Record], list[str]]:
     line: what it wrote there is kept.
     """
     try:
-        lines = (run_dir / METRICS).read_bytes().decode(errors="replace").split("\n")
+        with (run_dir / METRICS).open("rb") as file:
+            return _records_in(file)
     except FileNotFoundError:
         return [], []
     except OSError as error:
         return [], [f"{METRICS}: cannot be read ({error.strerror or error})"]
+
+
+def _records_in(file: Iterable[bytes]) -> tuple[list[Record], list[str]]:
     records: list[Record] = []
     odd: list[int] = []
-    for number, line in enumerate(lines, 1):
-        found = record_of(line)
+    number = 0
+    for number, line in enumerate(file, 1):
+        try:
+            whole = orjson.loads(line)
+        except orjson.JSONDecodeError:  # NaN too, which runs of an older croupier wrote
+            whole = None
+        found = whole if _is_record(whole) else record_of(text := line.decode(errors="replace"))
         if found is not None:
             records.append(found)
-        if line.strip() and (found is None or not _is_whole(line)):
+        if line.strip() and (found is None or (found is not whole and not _is_whole(text))):
             odd.append(number)
     if not odd:
         return records, []
     few = ", ".join(map(str, odd[:NUMBERS_SHOWN])) + (", …" if len(odd) > NUMBERS_SHOWN else "")
-    return records, [f"{METRICS}: {len(odd)} of {len(lines):,} lines torn or foreign, left out (line {few})"]
+    return records, [f"{METRICS}: {len(odd)} of {number:,} lines torn or foreign, left out (line {few})"]
 
 
 def _is_whole(line: str) -> bool:

@@ -18,15 +18,16 @@ from common.config import (
     StalenessSection,
     to_yaml,
 )
+from common.objective import LossSection
 from common.trace import MILESTONES, STATES, Tracer, trace_path
 from tests.unit.timeline import MS, life, step_lines, timelines
 from tools.profile.__main__ import main
-from tools.profile.advice import Candidate, judge
+from tools.profile.advice import Candidate, candidates, judge
 from tools.profile.causes import ACTOR_AT, LEARNER_AT, UNKNOWN, WORDS, Causes, plain, split_wait
 from tools.profile.drift import Drift, fit
-from tools.profile.figures import filled_of, staleness_of
+from tools.profile.figures import filled_of, rates_of, staleness_of, waste_of
 from tools.profile.picture import draw
-from tools.profile.predict import Prediction
+from tools.profile.predict import Bounds, Prediction
 from tools.profile.simulated import Simulated, simulated
 from tools.profile.spent import Window, apportion, choose_window, course_of, processes_of
 from tools.profile.verdict import bounds_of, verdict
@@ -629,3 +630,44 @@ def test_how_full_engines_are_while_they_sample():
     assert filled_of(whole, Window(1500 * MS, 2500 * MS), 4) == pytest.approx((1.0 + 0.5) / 2)
     assert filled_of(whole, Window(3000 * MS, 4000 * MS), 8) is None
     assert filled_of(timelines(), Window(0, 1), 8) is None
+
+
+@pytest.mark.parametrize("replicates", [1, 2, 4])
+def test_twice_the_data_ranks_are_twice_whatever_they_were(replicates):
+    bounds = Bounds(
+        step_s=1.0, learner_s=1.0, train_s=1.0, actors_s=0.01, replica_s=0.0, cpu_s=0.0, cores=None, full=False,
+        waits={}, credits_s=0.0, actors=2, replicas=1, ranks=2 * replicates, replicates=replicates, budget=2,
+    )  # fmt: skip
+    (change,) = [c.changes for c in candidates(RunConfig(learner=LearnerSection(dp_replicate=replicates)))
+                 if "learner.dp_replicate" in c.changes]  # fmt: skip
+    assert bounds.predict(change).speedup == pytest.approx(2.0)
+
+
+def test_nobody_says_what_a_run_without_rejection_would_gain_where_frozen_models_score_too():
+    def keys(config):
+        return {key for candidate in candidates(config) for key in candidate.changes}
+
+    assert "obrs.mode" in keys(RunConfig())
+    assert "obrs.mode" not in keys(RunConfig(loss=LossSection(kl=0.1)))
+    scored = [("idle.requests", 300), ("score", 100)]
+    lives = [one for one in starved_learner().timelines.lives if one.role != "replica"]
+    both = [loop("replica", "replica-0", scored), loop("replica", "reference-0", scored)]
+    found = verdict(run_of(*lives, *both, step_ms=400, config=RunConfig(loss=LossSection(kl=0.1))))
+    assert bounds_of(found, run_of(step_ms=400, config=RunConfig(loss=LossSection(kl=0.1)))).replica_s == pytest.approx(
+        0.1
+    )
+
+
+def test_a_timeline_that_was_full_early_is_told():
+    run = starved_learner()
+    run.records.extend(step_lines(STEPS + 30, 400)[STEPS:])
+    assert any("timelines end with step 11: the 30 behind it are not judged" in note for note in verdict(run).notes)
+    assert not any("timelines end" in note for note in verdict(starved_learner()).notes)
+
+
+def test_a_step_that_does_not_tell_a_sum_is_not_where_it_began():
+    steps = [
+        {"step": s, "tokens_generated": 1000 * (s + 50) if s else None, "tokens_dropped": 10 * s} for s in range(5)
+    ]
+    assert rates_of(steps, 2.0, []).generated_s == pytest.approx(1500)
+    assert waste_of(steps).dropped == pytest.approx(40 / 3000)

@@ -5,7 +5,9 @@ import json
 import pytest
 
 from tools import receipt
+from tools.console import make_console
 from tools.drops import drop_rows
+from tools.receipt import drop_table
 
 
 def status(trained, dropped):
@@ -115,3 +117,11 @@ def test_what_frozen_models_said_is_shown():
     assert rows["KL to the reference"] == "2.500e-01 nats a token, of the behaviour; 2 tokens without a score"
     assert rows["teacher one"].startswith("-0.5000 nats a token beside the behaviour, over 1,200 tokens; 3 cut")
     assert rows["teacher two"].startswith("–") and rows["teacher two"].endswith("9 without a score")
+
+
+def test_names_with_brackets_and_digits_of_other_scripts_stay_what_they_are():
+    status = {"trajectories_by_task": {"trained": {"sort[easy]": 5, "[/x]": 1, "²": 3, ":smile:": 2}, "dropped": {}}}
+    console = make_console()
+    with console.capture() as told:
+        console.print(drop_table(drop_rows(status)))
+    assert all(f"task {name} " in told.get() for name in status["trajectories_by_task"]["trained"])

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,16 +15,20 @@ from broker.heldout import evaluate
 from common.config import RunConfig, RunSection, to_yaml
 from common.mixture import mixture
 from common.wire import EvaluationResult
+from tests.unit.timeline import life, timelines
 from tools.checked import checked
 from tools.document import Document, Figure
 from tools.evaluations import ROWS, evaluation_blocks, thinned
+from tools.faults import fault_blocks
 from tools.markdown import to_markdown
-from tools.pictures import MAX_POINTS
+from tools.pictures import MAX_POINTS, from_floor, to_svg
+from tools.pictures import plain as plain_name
 from tools.pictures import thinned as thinned_steps
 from tools.plots import pictures_of
 from tools.report import Outcome, compose, main, summarize, write_report
 from tools.run_files import read_metrics, set_aside
-from tools.runs import read_run
+from tools.runs import Run, read_run
+from tools.timelines import Timelines
 
 SUMMARY_KEYS = [
     "status", "wall_s", "steps", "final_version", "reward_first", "reward_last", "eval_first", "eval_last",
@@ -345,3 +350,76 @@ def test_figures_of_the_wrong_kind_are_left_out_and_the_rest_is_told(tmp_path: P
     report = told(run_dir, "failed")
     assert "figures are none and were left out: " in report or "torn or foreign" in report
     assert "## Faults survived" in report and "## Configuration" in report
+
+
+def test_numbers_of_a_picture_s_words_stay_whole() -> None:
+    drawn = figure.Figure()
+    axes = drawn.add_subplot()
+    axes.plot([0.123456, 1.0], [0.9911, 0.9999], label="0.98765 of it")
+    axes.legend()
+    axes.set_yticks([0.9912, 0.9954])
+    svg = to_svg(drawn)
+    assert all(f">{words}</text>" in svg for words in ("0.9912", "0.9954", "0.98765 of it"))
+    assert re.search(r" d=\"M \d+\.\d\d? ", svg) and not re.search(r" d=\"[^\"]*\.\d{3}", svg)
+
+
+@pytest.mark.parametrize("name", ["a$\\b$", "$x$", "_hidden", "it costs $5", "a_b"])
+def test_a_task_s_name_is_drawn_as_it_is(name: str) -> None:
+    evaluation = {"kind": "eval", "version": 0, "reward": 0.5, "tasks": {name: {"reward": 0.5}, "other": {"reward": 1}}}
+    (picture,) = pictures_of([evaluation], 0)
+    drawn = figure.Figure()
+    axes = drawn.add_subplot()
+    picture.draw(axes)
+    (legend,) = drawn.legends
+    assert [text.get_text().strip() for text in legend.get_texts()] == [plain_name(name).strip(), "other"]
+    assert f">{name}</text>".replace(">_", "> _") in to_svg(drawn)
+
+
+def test_a_chunk_of_steps_whose_last_lacks_a_figure_keeps_the_others() -> None:
+    steps = [
+        {"step": i, "grad_norm": None if i % 100 == 99 else 2.0, "lag_max": i % 7} for i in range(100 * MAX_POINTS)
+    ]
+    steps[5]["seldom"] = 3.0
+    few = thinned_steps(steps)
+    assert {step["grad_norm"] for step in few} == {2.0} and few[0]["seldom"] == 3.0 and few[0]["lag_max"] == 6
+    assert [step["step"] for step in few[:2]] == [99, 199]
+
+
+def test_divergences_below_the_floor_are_not_drawn_upside_down() -> None:
+    for values, bottom in (([2e-9, 1e-9], None), ([1e-9, 1e-3], 1e-7), ([1e-4, 1e-3], None)):
+        axes = figure.Figure().add_subplot()
+        axes.plot(values)
+        axes.set_yscale("log")
+        before = axes.get_ylim()
+        from_floor(axes, 1e-7)
+        low, high = axes.get_ylim()
+        assert low < high and low == (before[0] if bottom is None else bottom)
+
+
+def test_a_run_without_a_step_shows_its_evaluations(tmp_path: Path) -> None:
+    fill(
+        tmp_path / "x",
+        [{"kind": "eval", "version": 0, "version_asked": 0, "reward": 0.5, "tasks": {"a": {"reward": 1}}}],
+    )
+    assert "tasks.png" in told(tmp_path / "x")
+
+
+def test_a_run_that_was_resumed_reports_no_restart_and_one_whose_actor_died_does(tmp_path: Path) -> None:
+    def lives(*starts: int, process: str = "actor-0", role: str = "actor") -> list[object]:
+        return [life(process, role, [("sample", 50)], start=at) for at in starts]
+
+    resumed = timelines(*lives(0, 900, process="broker", role="broker"), *lives(10, 910))
+    assert restarts(tmp_path, resumed) == ["broker 1"]
+    died = timelines(*lives(0, process="broker", role="broker"), *lives(10, 100, 200))
+    assert restarts(tmp_path, died) == ["actor-0 2"]
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "launch.log").write_text(
+        "10:00:00 launch WARNING actor-1 ended with exit code 1; restart 1 of 3\n"
+    )
+    assert restarts(tmp_path, resumed) == restarts(tmp_path, died) == ["actor-1 1"]
+
+
+def restarts(run_dir: Path, found: Timelines) -> list[str]:
+    report = to_markdown(Document("x", fault_blocks(Run(run_dir, None, {}, [], found))))
+    rows = [line.split("|") for line in report.splitlines() if "restarts of" in line]
+    return [f"{row[1].split('`')[1]} {row[2].strip()}" for row in rows]

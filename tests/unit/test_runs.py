@@ -146,7 +146,7 @@ def test_what_another_croupier_wrote_is_named_and_the_rest_is_read(tmp_path):
     run = read_run(tmp_path)
     assert run.config.run.name == "x"
     assert any("config.yaml: of another croupier" in note and "obrs.wings, moon" in note for note in run.notes)
-    assert any("metrics.jsonl: 2 of 7 lines" in note and "(line 4, 6)" in note for note in run.notes)
+    assert any("metrics.jsonl: 2 of 6 lines" in note and "(line 4, 6)" in note for note in run.notes)
     assert any("replica-0.trace" in note and "format 99, this croupier reads 1" in note for note in run.notes)
     assert len(run.notes) == 3 and len(run.timelines.lives) == 2
 

@@ -434,3 +434,11 @@ def test_a_screen_follows_survives_a_resize_and_quits_by_key(tmp_path, request):
     terminal.until("\x1b[?1049l")  # the screen of before is back
     assert terminal.process.wait(10) == 0
     assert "\x1b[2J" not in terminal.said  # never cleared between frames: nothing flickers
+
+
+def test_figures_of_the_last_step_are_those_of_the_last_step():
+    history = History()
+    lines = [{"kind": "step", "step": s, "acceptance": s / 5000, "reward": s / 5000} for s in range(4001)]
+    history.take([json.dumps(line).encode() for line in lines])
+    view = make_view("x", {}, history, Window())
+    assert view.figures["acceptance"] == view.reward == 0.8

@@ -73,7 +73,8 @@ def candidates(config: RunConfig) -> Iterator[Candidate]:
         if now:
             yield Candidate({"staleness.budget": now // 2}, f"lower staleness.budget from {now} to {now // 2}", 0, True)
     if config.obrs.mode != "off":
-        yield Candidate({"obrs.mode": "off"}, "switch rejection off (obrs.mode=off)", 0)
+        if not config.frozen:  # whose scores would be waited for all the same: nobody can say how long
+            yield Candidate({"obrs.mode": "off"}, "switch rejection off (obrs.mode=off)", 0)
         count = config.replica.count
         yield Candidate({"replica.count": count + 1}, f"add one replica (replica.count={count + 1})", 1)
     count = config.actor.count

@@ -94,8 +94,7 @@ def rates_of(steps: Sequence[Record], seconds: float, processes: Sequence[Proces
     """``steps``: those of the window, the one whose commit begins it first; its tokens are not counted."""
     counted = steps[1:]
     proposed, trained = total(counted, "tokens_proposed"), total(counted, "tokens_accepted")
-    ends = [number(step.get("tokens_generated")) or 0.0 for step in (steps[0], steps[-1])] if steps else [0.0, 0.0]
-    generated = max(0.0, ends[1] - ends[0])
+    generated = _gained(steps, "tokens_generated")
     actors = [p for p in processes if p.role == "actor" and p.busy_s > 0]
     learners = [p for p in processes if p.role == "learner"][:1]  # rank 0 for all
     busy = sum(p.count * p.busy_s for p in actors)
@@ -106,16 +105,20 @@ def rates_of(steps: Sequence[Record], seconds: float, processes: Sequence[Proces
     )  # fmt: skip
 
 
+def _gained(steps: Sequence[Record], name: str) -> float:
+    """Of a sum so far, between the first step and the last that tell it."""
+    told = [value for step in steps if (value := number(step.get(name))) is not None]
+    return max(0.0, told[-1] - told[0]) if told else 0.0
+
+
 def waste_of(steps: Sequence[Record]) -> Waste:
     """``steps`` as for :func:`rates_of`."""
     if not steps:
         return Waste(0.0, 0.0)
-    first, last = steps[0], steps[-1]
-    generated = (number(last.get("tokens_generated")) or 0.0) - (number(first.get("tokens_generated")) or 0.0)
-    dropped = (number(last.get("tokens_dropped")) or 0.0) - (number(first.get("tokens_dropped")) or 0.0)
+    last, generated, dropped = steps[-1], _gained(steps, "tokens_generated"), _gained(steps, "tokens_dropped")
     proposed, trained = total(steps[1:], "tokens_proposed"), total(steps[1:], "tokens_accepted")
     return Waste(
-        max(0.0, dropped) / generated if generated > 0 else 0.0,
+        dropped / generated if generated else 0.0,
         1 - trained / proposed if proposed else 0.0,
         {reason: int(count) for reason, count in numbers(last.get("dropped")).items()},
     )

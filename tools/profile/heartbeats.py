@@ -12,35 +12,26 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from common.config import RunConfig
+from tools.lived import is_another_start
 from tools.profile.causes import plain
 from tools.profile.spent import ROLES, Process, started_again, which_start
 from tools.run_files import Record
 from tools.timelines import is_idle
-from tools.watch.sound import mapping, number
+from tools.watch.sound import number
 
-ALIVE_S = 10.0  # by which the broker's seconds may fall behind the clock: a line is written once the disk has its step
 PARKED = {"rollouts": "rollouts.sampling", "scoring": "scoring", "packing": "packing", "publish": "version"}
 FIRST_RANKS = ("gather", "send", "idle.receivers")  # states of the learner that only its first rank knows
 
 
 def of_one_start(steps: Sequence[Record]) -> tuple[Sequence[Record], str]:
-    """Those of the start that :func:`tools.profile.spent.judged_start` would choose, and a word where there were more.
-
-    The sums of a broker begin anew with it: what it says it lived between two lines is less than what passed.
-    """
+    """Those of the start that :func:`tools.profile.spent.judged_start` would choose, and a word if there were more."""
     starts: list[list[Record]] = [[]]
     for step in steps:
-        before = starts[-1][-1] if starts[-1] else step
-        lived = _alive(step) - _alive(before)
-        if _alive(before) and (lived < 0 or step["time_s"] - before["time_s"] - lived > ALIVE_S):
+        if starts[-1] and is_another_start(starts[-1][-1], step):
             starts.append([])
         starts[-1].append(step)
     judged = which_start([len(found) for found in starts])
     return starts[judged], started_again(judged, len(starts)) if len(starts) > 1 else ""
-
-
-def _alive(step: Record) -> float:
-    return sum(_gained(mapping(step.get("states")).get("broker"), None).values())
 
 
 def processes_between(steps: Sequence[Record], seconds: float, config: RunConfig | None) -> list[Process]:

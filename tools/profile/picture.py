@@ -9,7 +9,7 @@ matplotlib.use("Agg")  # files only: no display is needed or opened
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tools.pictures import INK, MUTED
+from tools.pictures import INK, MUTED, plain
 from tools.profile.spent import Process
 from tools.profile.verdict import Verdict
 from tools.profile.words import shown
@@ -53,7 +53,7 @@ def figure_of(verdict: Verdict) -> Figure | None:
         for number, (cause, seconds) in enumerate(sorted(process.causes.items(), key=lambda pair: -pair[1])):
             share = seconds / (process.there_s + process.absent_s)
             at = _part(axes, row, at, share, cause, IDLE_COLORS[number % len(IDLE_COLORS)], ON_GREY, None)
-    axes.set_yticks(range(len(processes)), [process.name for process in processes])
+    axes.set_yticks(range(len(processes)), [plain(process.name) for process in processes])
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

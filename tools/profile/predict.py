@@ -45,6 +45,7 @@ class Bounds:
     actors: int
     replicas: int
     ranks: int
+    replicates: int  # learner.dp_replicate, a factor of the ranks
     budget: int
 
     def floor(self, actors: int, replicas: int, ranks: int) -> float:
@@ -78,7 +79,7 @@ class Bounds:
                 case "replica.count":
                     replicas = int(value)
                 case "learner.dp_replicate":
-                    ranks = self.ranks * int(value)
+                    ranks = self.ranks * int(value) // self.replicates
                     saved += self.train_s * (1 - self.ranks / ranks)
                 case "obrs.mode":
                     replicas = 0

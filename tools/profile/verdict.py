@@ -36,6 +36,7 @@ from tools.runs import Run
 from tools.timelines import Timelines
 from tools.watch.sound import number
 
+FEW_STEPS, UNSEEN = 10, 0.05  # steps, and their share, behind the end of the timelines that are worth a word
 Ask = Callable[[Run, float, float | None], tuple[Predictor | None, str]]  # of a run, its steps a second, its mean lag
 
 
@@ -79,6 +80,9 @@ def verdict(run: Run, skip_s: float | None = None, ask: Ask | None = None) -> Ve
     for process in processes:
         causes.name(process, window)
     steps = [step for step in run.steps if window.first <= step["step"] <= window.last]
+    later = sum(step["step"] > window.last for step in run.steps)
+    if window.last >= 0 and later > max(FEW_STEPS, UNSEEN * len(run.steps)):
+        notes.append(f"timelines end with step {window.last}: the {later} behind it are not judged (trace.limit_mb)")
     seconds = window.ns * NS
     found = Verdict(run.path.name, seconds, window.first, window.last, processes, notes=notes)
     slowed = {}
@@ -147,13 +151,15 @@ def bounds_of(found: Verdict, run: Run) -> Bounds:
     fleet = max(1, sum(p.count for p in actors))
     without_credits = sum(p.count * s for p in actors for c, s in p.causes.items() if c.split(".")[0] == "credits")
     publishing = sum(learner.states.get(state, (0.0, 0.0))[0] for state in ("gather", "send"))
+    frozen = {model.process(n) for model in run.config.frozen.values() for n in range(model.count)}
+    replicas = [p for p in by_role.get("replica", []) if p.name.partition(".")[0] not in frozen]  # of the policy
     fullest = max(found.machines, key=lambda m: m.cpu / m.cores if m.cores else 0.0, default=None)
     return Bounds(
         step_s=found.seconds / steps,
         learner_s=learner.busy_s / steps,
         train_s=(learner.busy_s - publishing) / steps,
         actors_s=sum(p.count * p.busy_s for p in actors) / steps,
-        replica_s=sum(p.count * p.states.get("score", (0.0, 0.0))[0] for p in by_role.get("replica", [])) / steps,
+        replica_s=sum(p.count * p.states.get("score", (0.0, 0.0))[0] for p in replicas) / steps,
         cpu_s=(fullest.cpu if fullest else 0.0) * found.seconds / steps,
         cores=fullest.cores if fullest else None,
         full=any(machine.full for machine in found.machines),
@@ -162,6 +168,7 @@ def bounds_of(found: Verdict, run: Run) -> Bounds:
         actors=fleet,
         replicas=run.config.replica.count,
         ranks=run.config.learner.ranks,
+        replicates=run.config.learner.dp_replicate,
         budget=run.config.staleness.limit,
     )
 

@@ -154,7 +154,8 @@ def render(verdict: Verdict) -> Group:
             "cores", f"{machine.cpu:.1f}{cores} used on {machine.host}, {machine.busy:.1f} processes busy{starved}"
         )
     if verdict.bottleneck:
-        table.add_row("bottleneck", f"[bold]{verdict.bottleneck.resource}[/bold]: {verdict.bottleneck.why}")
+        of = (verdict.bottleneck.resource, "bold")
+        table.add_row("bottleneck", Text.assemble(of, f": {verdict.bottleneck.why}"))
     parts.append(table)
     if advice := verdict.recommendation:
         parts.append(Text(f"→ {advice.words} ({advice.why})", style="bold green"))

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tools.pictures import BLUE, DPI, GREEN, INK, MUTED, ORANGE, SERIES, dress
+from tools.pictures import BLUE, DPI, GREEN, INK, MUTED, ORANGE, SERIES, dress, plain
 from tools.simulate.table import Line
 
 PANEL = (4.2, 3.4)  # inches
@@ -41,7 +41,7 @@ def _draw_sweep(lines: Sequence[Line], keys: Sequence[str], axes: Sequence[Axes]
     for number, (label, curve) in enumerate(list(curves.items())[:MOST_CURVES]):
         color, at = SERIES[number % len(SERIES)], [ticks.index(line.values[across]) for line in curve]
         style: dict[str, Any] = {"color": color, "marker": "o", "markersize": 4}
-        axes[0].plot(at, [line.outcome.steps_per_s for line in curve], label=label or None, **style)
+        axes[0].plot(at, [line.outcome.steps_per_s for line in curve], label=plain(label) or None, **style)
         axes[1].plot(at, [line.outcome.lag_mean for line in curve], **style)
         axes[1].plot(at, [line.outcome.lag_p95 for line in curve], linestyle=":", **style)
     label, curve = next(iter(curves.items()))
@@ -79,6 +79,6 @@ def _draw_one(line: Line, axes: Sequence[Axes]) -> None:
             if share > 0.15:
                 axes[2].text(at + share / 2, row, state, ha="center", va="center", fontsize=7, color=INK)
             at += share
-    axes[2].set_yticks(range(len(outcome.shares)), sorted(outcome.shares))
+    axes[2].set_yticks(range(len(outcome.shares)), sorted(map(plain, outcome.shares)))
     axes[2].set_xlim(0, 1)
     axes[2].set_xlabel("")

@@ -8,7 +8,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 
-from tools.pictures import BLUE, GREEN, INK, MUTED, ORANGE, RED, SERIES, legend
+from tools.pictures import BLUE, GREEN, INK, MUTED, ORANGE, RED, SERIES, from_floor, legend, plain
 from tools.sweep.analysis import Comparison, Curve, front
 
 # The page's own colours, which it changes in the dark, in the order of a rainbow.
@@ -67,7 +67,7 @@ def rewards(axes: Axes, curves: Mapping[str, Curve], looks: Mapping[str, Look], 
     """Mean curves with their bands, and the place where they are compared."""
     for cell, curve in curves.items():
         look = looks[cell]
-        axes.plot(curve.x, curve.mean, color=look.color, linestyle=look.style, linewidth=1.8, label=look.label)
+        axes.plot(curve.x, curve.mean, color=look.color, linestyle=look.style, linewidth=1.8, label=plain(look.label))
         if not any(map(math.isnan, curve.half)):
             low, high = curve.mean - curve.half, curve.mean + curve.half
             axes.fill_between(curve.x, low, high, color=look.color, alpha=0.08, linewidth=0)
@@ -112,7 +112,7 @@ def divergences(axes: Axes, row: Row) -> None:
             axes.plot(*zip(*known, strict=True), color=color, marker="o", linewidth=1.4, label=label)
     if axes.lines:
         axes.set_yscale("log")
-        axes.set_ylim(bottom=max(LEAST_KL, axes.get_ylim()[0]))
+        from_floor(axes, LEAST_KL)
     _ticks(axes, row)
     legend(axes)
 
@@ -146,7 +146,8 @@ def pareto(
         if math.isfinite(half):
             axes.errorbar(cost, worth, yerr=half, color=look.color, linewidth=1.0, alpha=0.6)
         axes.plot(cost, worth, marker=look.marker, color=look.color, markersize=8, linestyle="none")
-        axes.annotate(look.short, (cost, worth), xytext=(7, 5), textcoords="offset points", fontsize=9, color=INK)
+        name = plain(look.short)
+        axes.annotate(name, (cost, worth), xytext=(7, 5), textcoords="offset points", fontsize=9, color=INK)
     if chosen in places:
         axes.plot(
             *places[chosen], marker="o", markersize=16, markerfacecolor="none", markeredgecolor=RED,
@@ -160,6 +161,6 @@ def _ticks(axes: Axes, row: Row) -> None:
     shorts = [row.looks[cell].short for cell in row.cells]
     labels = [row.looks[cell].label for cell in row.cells]
     axes.set_xlabel(" · ".join(part.partition("=")[0] for part in labels[0].split(" ")), color=MUTED)
-    axes.set_xticks(range(len(shorts)), [short.replace(" · ", "\n") for short in shorts])
+    axes.set_xticks(range(len(shorts)), [plain(short).replace(" · ", "\n") for short in shorts])
     if len(shorts) > FEW_CELLS:
         axes.tick_params(axis="x", labelsize=6)

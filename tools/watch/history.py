@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 
+from tools.lived import Lived
 from tools.run_files import Record
 from tools.watch.bins import Bins
 from tools.watch.sound import counts, mapping, number, numbers, text, whole
@@ -71,6 +72,8 @@ class History:
     budget: int | None = None  # after the last move
     damaged: int = 0  # lines that are no JSON object
     lines: int = 0
+    last: dict[str, float] = field(default_factory=dict)  # figures of the last step
+    _lived: Lived = field(default_factory=Lived)
     _sums: Counter[str] = field(default_factory=Counter)  # since the first step, of what is told step by step
     _dropped: dict[str, float] = field(default_factory=dict)
 
@@ -107,11 +110,15 @@ class History:
         budget = whole(record.get("staleness_budget", self.budget))
         if budget is not None:
             means["budget"] = float(budget)
+        self.last = means
         self.steps.add(step, means, levels=self._levels(record), lags=counts(record.get("lag_histogram")))
         self._receipt(step, record)
 
     def _levels(self, record: Record) -> dict[str, float]:
-        """What has come together since the start: ``time_s``, tokens, and seconds as ``state ROLE STATE``."""
+        """What has come together since the start: ``time_s``, tokens, and seconds as ``state ROLE STATE``.
+
+        ``lived_s`` is ``time_s`` without the pauses of a run that was resumed.
+        """
         for name in ("tokens", "tokens_accepted", *LEARNER):
             self._sums[name] += number(record.get(name)) or 0.0  # type: ignore[assignment]
         levels = {
@@ -121,6 +128,8 @@ class History:
         for name in ("time_s", "tokens_generated"):
             if (value := number(record.get(name))) is not None:
                 levels[name] = value
+        if (lived := self._lived.take(record)) is not None:
+            levels["lived_s"] = lived
         states = {role: numbers(seconds) for role, seconds in mapping(record.get("states")).items()}
         if not states.get("learner"):
             states["learner"] = {state: float(self._sums[name]) for name, state in LEARNER.items()}
@@ -172,9 +181,9 @@ class History:
 
     def pace(self) -> float | None:
         """Seconds a step over the newer half of the run, which leaves the start-up out; None before two bins."""
-        known = [one for one in self.steps.bins if "time_s" in one.levels]
+        known = [one for one in self.steps.bins if "lived_s" in one.levels]
         if len(known) < 2:
             return None
         end, start = known[-1], known[(len(known) - 1) // 2]
-        seconds = end.levels["time_s"] - start.levels["time_s"]
+        seconds = end.levels["lived_s"] - start.levels["lived_s"]
         return seconds / (end.last - start.last) if seconds > 0 and end.last > start.last else None

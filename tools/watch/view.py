@@ -153,11 +153,10 @@ def _learning(view: View, status: Record, history: History) -> None:
     if view.budget is None:
         view.budget = history.budget
     view.budget_auto = bool(history.moves)
-    last_bin = history.steps.bins[-1] if history.steps.bins else None
     for name in ("acceptance", "kl_before", "kl_after", "ess", "weight_ess", "threshold", "entropy", "truncated"):
-        view.figures[name] = last_bin.means[name].mean if last_bin and name in last_bin.means else None
-    if view.reward is None and last_bin and "reward" in last_bin.means:
-        view.reward = last_bin.means["reward"].mean
+        view.figures[name] = history.last.get(name)
+    if view.reward is None:
+        view.reward = history.last.get("reward")
 
 
 def _queues(view: View, status: Record) -> None:
