@@ -209,7 +209,7 @@ def test_every_range_names_a_key() -> None:
 @given(text=st.text(st.sampled_from("\\${}a: '\"."), max_size=8))
 @example(text="a ${HOME} b")
 @example(text="\\\\${x}")
-@settings(max_examples=60)
+@settings(max_examples=25)
 def test_texts_with_dollars_and_braces_come_back_from_a_file_as_they_are(tmp_path_factory, text):
     config = RunConfig(task=TaskSection("jsonl", params={"text": text, "list": [text]}))
     file = tmp_path_factory.getbasetemp() / "dollars.yaml"

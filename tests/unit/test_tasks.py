@@ -55,15 +55,15 @@ def test_sort6_rewards_the_exact_answer_with_its_end() -> None:
 
 def test_sort6_is_deterministic_and_its_splits_are_disjoint_across_seeds() -> None:
     texts = {
-        (seed, split): [decode(make_task("sort6", "", seed, {}).prompt(i, split).prompt_ids) for i in range(1000)]
+        (seed, split): [decode(make_task("sort6", "", seed, {}).prompt(i, split).prompt_ids) for i in range(400)]
         for seed in (0, 1)
         for split in ("train", "heldout")
     }
-    assert texts[0, "train"] == [decode(Sort6(0, {}).prompt(i, "train").prompt_ids) for i in range(1000)]
+    assert texts[0, "train"] == [decode(Sort6(0, {}).prompt(i, "train").prompt_ids) for i in range(400)]
     assert texts[0, "train"] != texts[1, "train"]
     trained, held_out = ({t for seed in (0, 1) for t in texts[seed, split]} for split in ("train", "heldout"))
     assert not trained & held_out
-    assert len(trained) > 1990
+    assert len(trained) > 790
 
 
 def test_sort6_codec_agrees_with_its_tokenizer(tokenizer_dir: Path) -> None:
