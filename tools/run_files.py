@@ -228,7 +228,11 @@ def is_under_way(run_dir: Path) -> bool:
 def _is_held(path: Path) -> bool:
     if not path.exists():
         return False
-    with path.open() as file:  # which may be somebody else's
+    try:
+        file = path.open("a")  # NFS locks no file that is only read
+    except PermissionError:  # somebody else's
+        file = path.open()
+    with file:
         return not try_lock(file)
 
 
