@@ -26,7 +26,7 @@ LENGTH_BINS = 4
 def strata(batch: Batch) -> dict[str, NDArray[np.int64]]:
     """``name -> stratum of each trajectory [B]``: length quartile, sign of the advantage, of a mixture the task."""
     lengths = batch.sampled_tokens
-    edges = np.quantile(lengths[batch.sampled], np.linspace(0, 1, LENGTH_BINS + 1)[1:-1])
+    edges = np.quantile(lengths[lengths > 0] if lengths.any() else lengths, np.linspace(0, 1, LENGTH_BINS + 1)[1:-1])
     found = {
         "length": np.searchsorted(edges, lengths, side="left"),
         "advantage": np.sign(batch.advantages).astype(np.int64),
@@ -41,17 +41,15 @@ def audit(batch: Batch, decision: Decision) -> dict[str, Any]:
     """
     tokens, accepted = batch.sampled_tokens, count(decision.accept == 1, batch.cu_seqlens)
     by_stratum = {name: (of, tokens, accepted) for name, of in strata(batch).items()}
-    taken = batch.lags_of(decision.accept == 1)
-    by_stratum["lag"] = (np.arange(len(batch.lags)), batch.lags, taken)
+    by_stratum["lag"] = batch.by_lag(decision.accept == 1)
     found: dict[str, Any] = {}
     warnings: list[str] = []
     for name, (values, of, hits) in by_stratum.items():
         found[name] = {}
         for value in np.unique(values[of > 0]).tolist():
             inside = values == value
-            here, rest = int(of[inside].sum()), int(of[~inside].sum())
-            got, elsewhere = int(hits[inside].sum()), int(hits[~inside].sum())
-            comparison = compare_shares(got, here, elsewhere, rest)
+            here, got = int(of[inside].sum()), int(hits[inside].sum())
+            comparison = compare_clusters(hits, of, inside)
             called = batch.labels[value] if name == "task" else str(value)
             found[name][called] = [here, got / here, round(comparison.z, 2)]
             if comparison.stands_out:
@@ -71,6 +69,22 @@ class Comparison:
     def stands_out(self) -> bool:
         """Whether the difference is beyond its noise, and large enough to matter."""
         return abs(self.z) >= WARN_SIGMA and abs(self.difference) >= WARN_SHARE
+
+
+def compare_clusters(hits: NDArray[np.int64], of: NDArray[np.int64], inside: NDArray[np.bool_]) -> Comparison:
+    """``hits[C]`` successes ``of[C]`` so many, those ``inside[C]`` beside the others; each of C is one draw.
+
+    Tokens of a trajectory share its lag and its prompt, so their acceptance is alike: the error is that of a ratio of
+    sums over trajectories, about the share of all of them.
+    """
+    sides = [(int(hits[side].sum()), int(of[side].sum())) for side in (inside, ~inside)]
+    (got, here), (elsewhere, rest) = sides
+    difference = got / here - elsewhere / rest if here and rest else 0.0
+    if min(here, rest) < FEWEST:
+        return Comparison(difference, 0.0)
+    off = np.square(hits - (got + elsewhere) / (here + rest) * of)
+    error = math.sqrt(float(off[inside].sum()) / here**2 + float(off[~inside].sum()) / rest**2)
+    return Comparison(difference, difference / error if error > 0 else 0.0)
 
 
 def compare_shares(here: float, of: int, elsewhere: float, of_others: int) -> Comparison:

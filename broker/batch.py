@@ -19,7 +19,7 @@ from broker.trajectories import Piece, Trajectory, gather, pieces_of
 from common.config import RunConfig
 from common.objective import AdvantageSection
 from common.ragged import count
-from common.wire import STARTS
+from common.wire import EXPERT, STARTS
 
 
 @dataclass
@@ -101,8 +101,13 @@ class Batch:
     def sampled_tokens(self) -> NDArray[np.int64]:
         """Sampled tokens in the loss, of each trajectory ``[B]``."""
         if self.whole:
-            return np.array([t.sampled_tokens for t in self.members], np.int64)
+            return self.lengths
         return count(self.on, self.cu_seqlens)
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens that the policy sampled of each trajectory ``[B]``, in the loss or taken out of it."""
+        return np.array([t.sampled_tokens for t in self.members], np.int64)
 
     @cached_property
     def counted_tokens(self) -> NDArray[np.int64]:
@@ -124,10 +129,14 @@ class Batch:
         lag, offsets = self._runs
         return _histogram(lag, self.sampled_tokens if self.plain else np.diff(offsets))
 
-    def lags_of(self, flags: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """How many tokens of ``flags[N]``, all of them sampled, have lag 0, 1, ..., as long as :attr:`lags`."""
+    def by_lag(self, flags: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """``(lag [C], tokens [C], flagged [C])``: one row a lag of a trajectory; ``flags[N]`` are in the loss."""
         lag, offsets = self._runs
-        return _histogram(lag, count(flags, offsets))
+        tokens = self.sampled_tokens if self.plain else np.diff(offsets)
+        on = lag >= 0
+        of, row = np.unique(self.owners(offsets)[on] * (lag.max(initial=0) + 1) + lag[on], return_inverse=True)
+        sums = [np.bincount(row, of_run[on], len(of)).astype(np.int64) for of_run in (tokens, count(flags, offsets))]
+        return of % (lag.max(initial=0) + 1), sums[0], sums[1]
 
     @cached_property
     def _runs(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -219,13 +228,13 @@ def collate(step: int, members: Sequence[Trajectory], config: RunConfig, scales:
         shaped = shaped + overlong_penalty(lengths, config.rollout.max_sampled, section.overlong_buffer)
     advantages = group_advantages(shaped, sizes, config.rollout.group_size, section)
     sampled = gather(pieces, "trainable")
-    trainable = _trainable(sampled, ordered, shaped, sizes, truncated, section)
+    trainable = _trainable(sampled, ordered, mixed.rewards, sizes, truncated, section)
     cu_seqlens = np.concatenate(([0], np.cumsum([t.length for t in ordered], dtype=np.int64)))
     plain = trainable is sampled and all(t.plain for t in ordered)
     starts = np.zeros(0, np.int64) if plain else np.flatnonzero(trainable == STARTS)
     spans, span_advantages, span_scale = cu_seqlens, advantages, None
     if section.blocks != "off":
-        spans, span_advantages, span_scale = _block_spans(ordered, cu_seqlens, groups, sizes, config)
+        spans, span_advantages, span_scale = _block_spans(ordered, sampled, cu_seqlens, groups, sizes, config)
     return Batch(
         step=step,
         group_size=config.rollout.group_size,
@@ -266,9 +275,9 @@ def _trainable(
 ) -> NDArray[np.uint8]:
     """``[N]``: what is in the loss and its denominator; ``trainable`` itself if that is all of it.
 
-    ``advantage.zero_signal=mask`` takes groups without signal out of both, ``advantage.overlong_filter``
-    truncated trajectories; where that would be all of them they stay here, so that there is a batch, and
-    those that are truncated weigh nothing (:attr:`Batch.muted`).
+    ``advantage.zero_signal=mask`` takes groups of equal ``rewards`` out of both, whatever their lengths cost,
+    and ``advantage.overlong_filter`` truncated trajectories; where that would be all of them they stay here,
+    so that there is a batch, and those that are truncated weigh nothing (:attr:`Batch.muted`).
     """
     unwanted = np.zeros(len(ordered), np.bool_)
     if section.zero_signal == "mask":
@@ -283,17 +292,25 @@ def _trainable(
 
 def _block_spans(
     ordered: Sequence[Trajectory],
+    trainable: NDArray[np.uint8],
     cu_seqlens: NDArray[np.int64],
     groups: NDArray[np.int64],
     sizes: NDArray[np.int64],
     config: RunConfig,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float64]]:
-    """``(spans [S+1], advantages [S], scale [S])``: a span a block, and those between, which count 0."""
+    """``(spans [S+1], advantages [S], scale [S])``: a span a block, and those between, which count 0.
+
+    A block without a token that is trained belongs to no stratum (algorithms.md 2.3).
+    """
     section = config.advantage
     counts = np.array([len(t.blocks) for t in ordered])
     owner = np.repeat(np.arange(len(ordered)), counts)
     table = np.concatenate([t.blocks for t in ordered]).astype(np.int64)
     rewards = np.concatenate([t.block_rewards for t in ordered]).astype(np.float64)
+    taught = np.concatenate(([0], np.cumsum((trainable == 1) | (trainable == EXPERT))))
+    begin = cu_seqlens[owner]
+    full = taught[begin + table[:, 3]] > taught[begin + table[:, 2]]
+    owner, table, rewards = owner[full], table[full], rewards[full]
     number, outcome, first, end = table.T
     found = block_advantages(
         rewards,

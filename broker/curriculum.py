@@ -22,7 +22,7 @@ from common.config import RunConfig
 from common.questions import question_of
 
 PASS_CHANNEL, PASSED_ABOVE = "correct", 0.5
-MAX_QUESTIONS = 1 << 26  # of one task: a history takes 8 bytes of each
+MAX_QUESTIONS = 1 << 23  # of one task: a history takes 8 bytes of each, and the retired are walked over
 RATES = ("0", *(f"0.{tenth}" for tenth in range(1, 10)), "1")  # labels of pass_rate
 
 

@@ -39,6 +39,7 @@ class EvaluationSchedule:
         self._next_id = first_id
         self._asked: dict[str, Evaluation] = {}  # by actor
         self._covered = NOBODY  # newest version asked for
+        self._before = NOBODY  # the one before it, of which an answer came
 
     def due(self, version: int) -> bool:
         """Whether ``version`` should be evaluated now."""
@@ -53,6 +54,7 @@ class EvaluationSchedule:
         evaluation = Evaluation(self._next_id, version)
         self._next_id += 1
         self._asked[actor] = evaluation
+        self._before = self._covered
         self._covered = max(self._covered, version)
         return evaluation
 
@@ -75,9 +77,8 @@ class EvaluationSchedule:
 
     def lost(self, actor: str) -> None:
         """The actor is gone: ask another."""
-        asked = self._asked.pop(actor, None)
-        if asked is not None:
-            self._covered = asked.version - 1
+        if self._asked.pop(actor, None) is not None:
+            self._covered = self._before
 
     def state(self) -> list[list[Any]]:
         """What :meth:`restore` needs."""

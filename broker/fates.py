@@ -31,18 +31,17 @@ class Fates:
     def trained(self, batch: Batch) -> None:
         """``batch`` is."""
         members = [t for t in batch.members if t.sampled_tokens]
-        lengths = batch.sampled_tokens[batch.sampled].tolist()
-        self._add(TRAINED, members, lengths, batch.step)
+        self._add(TRAINED, members, batch.step)
         self.counts["task"][TRAINED].update(batch.count_tasks())
 
     def dropped(self, members: Sequence[Trajectory], task: str, next_step: int) -> None:
         """``members`` of one group of ``task`` never will be."""
         sampled = [t for t in members if t.sampled_tokens]
-        self._add(DROPPED, sampled, [t.sampled_tokens for t in sampled], next_step)
+        self._add(DROPPED, sampled, next_step)
         self.counts["task"][DROPPED][task] += len(members)
 
-    def _add(self, fate: str, members: Sequence[Trajectory], lengths: Sequence[int], step: int) -> None:
-        self.counts["length"][fate].update(map(length_bin, lengths))
+    def _add(self, fate: str, members: Sequence[Trajectory], step: int) -> None:
+        self.counts["length"][fate].update(length_bin(t.sampled_tokens) for t in members)
         self.counts["reward"][fate].update(np.sign([t.reward for t in members]).astype(int).tolist())
         self.counts["lag"][fate].update(max(0, step - t.oldest_version) for t in members)
 

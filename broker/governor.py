@@ -168,6 +168,7 @@ class Governor:
         self.section, self.budget, self._least_s = section, budget, least_s
         self._kl: deque[float] = deque(maxlen=RECENT)
         self._ess: deque[float] = deque(maxlen=RECENT)
+        self._heeded = (False, False)  # whether KL, ESS were known when the budget gave way to a target
         self._floor, self._ceiling, self._allowed = Barrier(), Barrier(), Barrier(TARGET_PATIENCE)
         self._stride = 1  # of the next raise
         self._calm = 0  # intervals in a row after which a smaller budget might do
@@ -224,6 +225,7 @@ class Governor:
         if self.budget == 0:
             return None
         old = self.budget
+        self._heeded = (self.kl is not None, self.ess is not None)
         self._allowed.set(old - 1)
         self._stride, self._tried = 1, None
         move = self._move(now, old // 2, reason, None)
@@ -233,8 +235,10 @@ class Governor:
         return move
 
     def _room(self) -> bool:
-        """Whether the targets leave room for older data."""
+        """Whether the targets leave room for older data; after one was missed, only where it is known again."""
         kl, ess, section = self.kl, self.ess, self.section
+        if any(heeded and value is None for heeded, value in zip(self._heeded, (kl, ess), strict=True)):
+            return False
         kl_fits = kl is None or kl <= MARGIN * section.kl_target
         return kl_fits and (ess is None or 1 - ess <= MARGIN * (1 - section.ess_target))
 

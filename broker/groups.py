@@ -96,7 +96,7 @@ class GroupBook:
             self.nbytes += trajectory.nbytes
         self.held += len(trajectories)
         settled = entry.is_settled(self.group_size)
-        self._owed[entry.actor] -= settled
+        self._settles(entry.actor, settled)
         return settled
 
     def add(self, trajectory: Trajectory) -> tuple[bool, bool]:
@@ -113,7 +113,7 @@ class GroupBook:
         before = entry.is_settled(self.group_size)
         entry.failed |= missing if sibling < 0 else missing & {sibling}
         settled = entry.is_settled(self.group_size) and not before
-        self._owed[entry.actor] -= settled
+        self._settles(entry.actor, settled)
         return settled
 
     def enough(self, group: int) -> bool:
@@ -145,6 +145,11 @@ class GroupBook:
         """Those of several; 0 for a group that is not here."""
         return [self._groups[group].prompt if group in self._groups else 0 for group in groups.tolist()]
 
+    def _settles(self, actor: str, settled: bool) -> None:
+        self._owed[actor] -= settled
+        if not self._owed[actor]:
+            del self._owed[actor]  # names of actors that come and go add up
+
     def take(self, group: int) -> list[Trajectory]:
         """Hand a complete group over; later repeats of its members are recognised and ignored."""
         return self._remove(group, "")[1]
@@ -156,7 +161,7 @@ class GroupBook:
     def _remove(self, group: int, reason: str) -> tuple[int, list[Trajectory]]:
         members = self.members(group)
         entry = self._groups.pop(group)
-        self._owed[entry.actor] -= not entry.is_settled(self.group_size)
+        self._settles(entry.actor, not entry.is_settled(self.group_size))
         self.nbytes -= sum(t.nbytes for t in members)
         self.held -= len(members)
         self._bury(group, reason)

@@ -3,10 +3,13 @@
 For tokens really drawn from q, the mean of ``p/q`` is the mass that p has where q has any: 1 up to
 noise, whatever p is. An actor that reports another q (raw logits, a wrong temperature, made-up
 numbers) shows a mean that is not 1. Every scored batch is a test, on a random sample of its
-trajectories; no old weights are needed.
+trajectories; no old weights are needed. Of batches of which something was taken out for its outcome
+(`advantage.zero_signal=mask`, `advantage.overlong_filter`) it is not so, and they are passed over.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +21,8 @@ SIGMA = 6.0  # beyond the noise of the mean
 LEAST = 0.05  # ... and at least this far from 1
 FEWEST = 2000  # tokens before an actor is judged
 LARGEST_RATIO = 20.0  # p/q is cut here: one wild token must not hide or make a case
+WILDEST = np.log(1e12)  # of p/q, of what is cut off
+ACCOUNTS = 4096  # kept; those that were heard of last
 REMEMBERED = 10 * FEWEST  # tokens of an account, beyond which
 FORGET = 0.9  # is what a batch leaves of its past: however small an actor's share of a batch is, it will be judged
 
@@ -29,6 +34,7 @@ class Account:
     tokens: float = 0.0
     total: float = 0.0
     squares: float = 0.0
+    cut: float = 0.0  # what was cut off
 
     @property
     def mean(self) -> float:
@@ -44,8 +50,10 @@ class Account:
 
     @property
     def is_suspect(self) -> bool:
-        """The claimed q cannot be true."""
-        return self.tokens >= FEWEST and abs(self.mean - 1.0) > max(LEAST, SIGMA * self.error)
+        """The claimed q cannot be true: too large although cut, or too small with all that was cut off."""
+        if self.tokens < FEWEST:
+            return False
+        return max(self.mean - 1.0, 1.0 - self.mean - self.cut / self.tokens) > max(LEAST, SIGMA * self.error)
 
 
 class Honesty:
@@ -59,10 +67,10 @@ class Honesty:
 
     def check(self, batch: Batch, scored: Scores) -> list[str]:
         """Add a scored batch; returns a sentence for each actor that has just become suspect."""
-        if self.rate <= 0:
+        if self.rate <= 0 or not batch.whole:
             return []
         log_p, log_q, _ = trainable_scores(batch, scored)
-        ratio = np.exp(np.minimum(log_p.astype(np.float64) - log_q, np.log(LARGEST_RATIO)))
+        ratio = np.exp(np.minimum(log_p.astype(np.float64) - log_q, WILDEST))
         owner = batch.owner[batch.on]
         sampled = np.random.default_rng((self._seed, batch.step)).random(len(batch.groups)) < self.rate
         said = []
@@ -72,11 +80,16 @@ class Honesty:
         return said
 
     def _add(self, actor: str, ratio: NDArray[np.float64]) -> list[str]:
-        account = self.accounts.setdefault(actor, Account())
+        account = self.accounts.pop(actor, Account())
+        self.accounts[actor] = account  # the last
+        if len(self.accounts) > ACCOUNTS:
+            del self.accounts[next(iter(self.accounts))]
+        cut = np.minimum(ratio, LARGEST_RATIO)
         kept = FORGET if account.tokens > REMEMBERED else 1.0
         account.tokens = kept * account.tokens + len(ratio)
-        account.total = kept * account.total + float(ratio.sum())
-        account.squares = kept * account.squares + float(np.square(ratio).sum())
+        account.total = kept * account.total + float(cut.sum())
+        account.squares = kept * account.squares + float(np.square(cut).sum())
+        account.cut = kept * account.cut + float((ratio - cut).sum())
         if not account.is_suspect:
             self._known.discard(actor)
             return []
@@ -88,6 +101,15 @@ class Honesty:
             f"{account.tokens:.0f} tokens is {account.mean:.3f} ± {account.error:.3f}, it must be 1; "
             "check its temperature, top-p and which logprobs its engine returns"
         ]
+
+    def state(self) -> list[list[Any]]:
+        """What :meth:`restore` needs."""
+        return [[name, *astuple(account)] for name, account in self.accounts.items()]
+
+    def restore(self, state: Sequence[Sequence[Any]]) -> None:
+        """Take up where :meth:`state` was written."""
+        self.accounts = {str(name): Account(*sums) for name, *sums in state}
+        self._known = {name for name, account in self.accounts.items() if account.is_suspect}
 
     @property
     def suspects(self) -> dict[str, float]:

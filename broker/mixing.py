@@ -58,8 +58,8 @@ def mix(members: Sequence[Trajectory], config: RunConfig, scales: Scales, normal
     labels = tasks_of(members, config)
     for task in np.unique(labels).tolist():
         inside = np.flatnonzero(labels == task)
-        _, owner, sizes = np.unique(groups[inside], return_inverse=True, return_counts=True)
-        copies = (config.rollout.group_size / sizes)[owner]
+        _, owner = np.unique(groups[inside], return_inverse=True)
+        copies = _copies(groups[inside], config.rollout.group_size)
         for name, weight in sorted(weights_of(config, task).items()):
             channel = _read([members[i] for i in inside.tolist()], name, config)
             shut[name] = shut.get(name, 0) + int((~channel.open).sum())
@@ -71,8 +71,14 @@ def mix(members: Sequence[Trajectory], config: RunConfig, scales: Scales, normal
             elif kind != "none":
                 scale = scales.get((task, name)) if kind == "task_running" else _moments(channel, copies)
                 values = _standard(values, scale)
-            total[inside] += weight * np.where(channel.open, _completed(values, channel.known, owner), 0.0)
+            total[inside] += weight * np.where(channel.open, _completed(values, channel.known, owner, copies), 0.0)
     return Mixed(total.astype(np.float32), missing, shut)
+
+
+def _copies(groups: Sequence[int] | NDArray[np.int64], group_size: int) -> Floats:
+    """How often each member of ``groups`` counts, so that a padded group weighs as a whole one (algorithms.md 3.3)."""
+    _, owner, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    return np.asarray((group_size / sizes)[owner], np.float64)
 
 
 def tasks_of(members: Sequence[Trajectory], config: RunConfig) -> NDArray[np.str_]:
@@ -129,12 +135,12 @@ def _standard(values: Floats, scale: tuple[float, float] | None) -> Floats:
     return (values - scale[0]) / (scale[1] + EPSILON)
 
 
-def _completed(values: Floats, known: NDArray[np.bool_], owner: NDArray[np.int64]) -> Floats:
+def _completed(values: Floats, known: NDArray[np.bool_], owner: NDArray[np.int64], copies: Floats) -> Floats:
     """What is not known takes its group's mean, or where a group knows nothing the mean of all."""
     if known.all() or not known.any():
         return np.where(known, values, 0.0)
     mean, count = _means(values, known, owner)
-    overall = float(values[known].mean())
+    overall = float(np.average(values[known], weights=copies[known]))
     return np.where(known, values, np.where(count > 0, mean, overall)[owner])
 
 
@@ -156,24 +162,26 @@ class Running:
         labels = tasks_of(ordered, self._config)
         for task in np.unique(labels).tolist():
             inside = [ordered[i] for i in np.flatnonzero(labels == task).tolist()]
+            copies = _copies([t.group for t in inside], self._config.rollout.group_size)
             for name in sorted(weights_of(self._config, task)):
                 if self._config.reward.normalised(name) == "task_running":
                     channel = _read(inside, name, self._config)
-                    self._add((task, name), channel.values[channel.known])
+                    self._add((task, name), channel.values[channel.known], copies[channel.known])
                     if (task, name) in self._sums:
                         _, mean, square = self._sums[task, name]
                         found[task, name] = (mean, float(np.sqrt(square)))
         return found
 
-    def _add(self, key: tuple[str, str], values: Floats) -> None:
+    def _add(self, key: tuple[str, str], values: Floats, copies: Floats) -> None:
         if not len(values):
             return
         before, mean, square = self._sums.get(key, (0.0, 0.0, 0.0))
         before *= self._config.reward.memory
-        total = before + len(values)
-        centre = float(values.mean())
-        share = len(values) / total
-        both = (1 - share) * square + share * float(np.square(values - centre).mean())
+        weight = float(copies.sum())
+        total = before + weight
+        centre = float(np.average(values, weights=copies))
+        share = weight / total
+        both = (1 - share) * square + share * float(np.average(np.square(values - centre), weights=copies))
         if values.min() == values.max():
             both = (1 - share) * square
         step = centre - mean if before else 0.0

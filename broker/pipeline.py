@@ -30,7 +30,8 @@ from common.routing import Routing
 from common.wire import Ack, Grant, ScoreRequest, ScoreResult, Shard, Trajectories
 
 RESAMPLE_STEPS = 8  # steps' worth of groups without signal in a row, after which they are trained after all
-PROMPT_RETRIES = 3  # a prompt whose groups failed this often is left out
+PROMPT_TRIES = 3  # a prompt whose groups failed this often is left out
+LOSSES_A_TRY = 4  # actors that were lost count as one failure: it may be the prompt that ends them
 
 
 @dataclass(slots=True)
@@ -68,7 +69,7 @@ class Pipeline:
         self._next_group = 0
         self._next_prompt = 0  # the curriculum's turn
         self._retry: deque[tuple[int, int]] = deque()  # (prompt, failures so far)
-        self._failures: Counter[int] = Counter()
+        self._failures: Counter[int] = Counter()  # by prompt, LOSSES_A_TRY for each
         self.committed_step = -1
         self.checkpointed_step = -1  # the learner can go on behind it whatever happens
         self._silent = 0  # groups without signal in a row
@@ -228,6 +229,7 @@ class Pipeline:
             self.give_up(group, reason)
             return
         self.counts["groups_whole"] += 1
+        self._failures.pop(self.book.prompt(group), None)
         self.setbacks.pop(self.book.actor(group), None)
         self.curriculum.settled(self.book.prompt(group), members)
         if self.config.advantage.zero_signal == "resample" and self._resample(members):
@@ -264,11 +266,12 @@ class Pipeline:
         self.counts["tokens_dropped"] += sum(t.sampled_tokens for t in arrived)
         self.fates.dropped(arrived, self.task_of(prompt), self.ledger.next_step)
         self.counts["groups_given_up"] += 1
-        if not again:
-            return
-        self._failures[prompt] += 1
-        if self._failures[prompt] < PROMPT_RETRIES:
+        if again:
+            self._failures[prompt] += 1 if reason == "actor_lost" else LOSSES_A_TRY
+        if again and self._failures[prompt] < PROMPT_TRIES * LOSSES_A_TRY:
             self._retry.append((prompt, self._failures[prompt]))
+        else:
+            self._failures.pop(prompt, None)
 
     def actor_lost(self, actor: str) -> int:
         """Nothing more will come of what a lost actor owed; returns how many groups were given up for it."""

@@ -14,7 +14,7 @@ from common.obrs import wilson_interval
 def receipt(batch: Batch, decision: Decision, threshold: float) -> dict[str, Any]:
     """One JSON object; rates are None with rejection off. Lags are in policy versions, per token."""
     lags = batch.lags
-    lengths = batch.sampled_tokens[batch.sampled]
+    lengths = batch.lengths[batch.sampled]
     sizes = batch.sizes
     scored = decision.divergence is not None
     own = batch.sampled  # the policy's, without exemplars
@@ -67,7 +67,7 @@ def receipt(batch: Batch, decision: Decision, threshold: float) -> dict[str, Any
 
 def _by_task(batch: Batch) -> dict[str, dict[str, float]]:
     """``label -> figures`` of each task of a mixture that the batch has trajectories of."""
-    lengths, sizes = batch.sampled_tokens, batch.sizes
+    lengths, sizes = batch.lengths, batch.sizes
     silent = np.repeat(without_signal(batch.mixed.rewards, sizes), sizes)
     found = {}
     for number, label in enumerate(batch.labels):

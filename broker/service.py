@@ -223,6 +223,7 @@ class BrokerService:
         """What the broker must find again beside the pipeline."""
         return {
             "figures": self.figures.state(),
+            "honesty": self.training.honesty.state(),
             "published": self.distribution.state(),
             "evaluated": self.rollouts.schedule.state(),
             "sessions": self.rollouts.sessions,
@@ -240,6 +241,7 @@ class BrokerService:
         sending = int(state.get("sending", 0))
         if "figures" in state:
             self.figures.restore(state["figures"])
+        self.training.honesty.restore(state.get("honesty", []))
         for what, values in found.notes:
             match what:
                 case "published":
@@ -270,6 +272,7 @@ class BrokerService:
             line, alerts = self.figures.committed(receipt, metrics, self.pipeline)
             if receipt["step"] > written:
                 self.training.write_step(line, alerts)
+        self.training.heed(self.figures.last_step)
         for odd in found.differences[:5]:
             log.warning("the journal was decided differently by the program that wrote it: %s", odd)
         log.info(

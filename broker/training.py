@@ -2,9 +2,10 @@
 
 import functools
 import logging
+import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from broker.alerts import Alert
@@ -77,6 +78,12 @@ class Training:
             self._move_budget(allowed, "the configuration was changed", {})
         if self.governor is not None:
             self.governor.budget = allowed
+
+    def heed(self, line: Mapping[str, Any]) -> None:
+        """What the last committed step's line says of the learner's weights."""
+        ess = line.get("weight_ess")
+        if ess is not None and math.isfinite(ess):
+            self._ess = ess
 
     def _move_budget(self, value: int, reason: str, figures: dict[str, Any]) -> None:
         line = self.recorder.set_budget(value, reason, **figures)
@@ -324,7 +331,7 @@ class Training:
         receipt = self.recorder.commit(step, metrics)
         if receipt is None:
             return
-        self._ess = metrics.get("weight_ess", self._ess)
+        self.heed(metrics)
         line, alerts = self.figures.committed(receipt, metrics, self.pipeline)
         self.door.outlet.do(lambda: self.write_step(line, alerts))
         if self.governor is not None:

@@ -143,7 +143,7 @@ def _mean_kl_term(log_ratio: NDArray[np.float64], weights: NDArray[np.float64]) 
     return mean, float(np.sqrt(np.square(weights * (terms - mean)).sum())) / total
 
 
-def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(successes: float, trials: int, z: float = 1.96) -> tuple[float, float]:
     """The Wilson score interval of a proportion; ``(0, 1)`` without trials."""
     if trials == 0:
         return 0.0, 1.0

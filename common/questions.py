@@ -47,7 +47,7 @@ def _rectangle(size: int) -> tuple[int, int]:
     return -(-size // columns), columns
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)  # two epochs of as many tasks as anybody mixes
 def _tables(seed: int, epoch: int, size: int) -> list[tuple[list[int], list[int]]]:
     """For every two rounds, what is added to the row by column, and to the column by row."""
     rows, columns = _rectangle(size)

@@ -128,7 +128,7 @@ def test_a_batch_is_the_same_whether_or_not_its_trajectories_are_known_to_be_pla
             made.append((
                 receipt(batch, decision, 1.1), [[bytes(frame) for frame in encode(shard)] for shard in shards],
                 batch.on.tolist(), batch.own_log_q.tobytes(), batch.lags.tolist(), batch.counted_tokens.tolist(),
-                batch.lags_of(decision.accept == 1).tolist(), batch.copies.tolist(), batch.nbytes,
+                [rows.tolist() for rows in batch.by_lag(decision.accept == 1)], batch.copies.tolist(), batch.nbytes,
             ))  # fmt: skip
         assert repr(made[0]) == repr(made[1])
 

@@ -1,8 +1,9 @@
 """Receipts tell the truth: lying actors are flagged, honest ones never; a biased stratum stands out, noise does not."""
 
 import numpy as np
+import pytest
 
-from broker.audit import audit
+from broker.audit import audit, compare_clusters
 from broker.batch import Batch, collate
 from broker.decision import Rule, Scores, reject
 from broker.honesty import FEWEST, Honesty
@@ -108,3 +109,46 @@ def test_a_receipt_holds_the_interval_of_the_divergence():
     for value, error in ((before, before_se), (after, after_se)):
         assert 0.6 < value.std() / error.mean() < 1.6  # the error is that of the estimate
     assert (after < before).all()
+
+
+def test_a_stratum_that_means_nothing_seldom_stands_out_though_trajectories_differ():
+    random, found = np.random.default_rng(0), []
+    for _ in range(400):
+        of = random.integers(50, 400, 64)
+        hits = random.binomial(of, np.clip(random.normal(0.9, 0.05, 64), 0, 1))
+        found.append(compare_clusters(hits, of, random.random(64) < 0.5))
+    assert np.std([one.z for one in found]) == pytest.approx(1.0, abs=0.15) and not any(one.stands_out for one in found)
+    half = np.arange(64) < 32
+    assert compare_clusters(np.where(half, 80, 95), np.full(64, 100), half).stands_out
+    assert compare_clusters(np.array([80, 190]), np.array([100, 200]), np.array([True, False])).z > -2  # two draws
+
+
+def test_lags_are_compared_by_trajectory_and_come_to_what_they_were():
+    batch, scores = batch_of(3, {})
+    decision = reject(batch, scores, Rule(0, 0.0))
+    lags, tokens, taken = batch.by_lag(decision.accept == 1)
+    assert len(lags) == len(batch.groups) and tokens.sum() == batch.lags.sum() and taken.sum() == decision.accepted
+    assert np.bincount(lags, tokens).tolist() == batch.lags.tolist()
+
+
+def test_an_actor_is_not_accused_of_what_the_selection_or_the_cut_did():
+    random = np.random.default_rng(0)
+    honesty = Honesty(1.0, 0)
+    rare = random.random(200_000) < 0.001  # q = .001, p = .1: p/q is 100, and .9 / .999 of the others
+    assert not honesty._add("a0", np.where(rare, 100.0, 0.9 / 0.999)) and honesty.accounts["a0"].mean < 0.95
+    assert honesty._add("a1", np.full(10_000, 0.9))  # nothing was cut off that could make up for it
+    batch, scores = batch_of(0, {"a1": 3.0})
+    batch.whole = False  # something was taken out for its outcome
+    assert honesty.check(batch, scores) == [] and set(honesty.accounts) == {"a0", "a1"}
+
+
+def test_accounts_survive_a_restart_and_names_that_come_and_go_do_not_add_up(monkeypatch):
+    monkeypatch.setattr("broker.honesty.ACCOUNTS", 3)
+    honesty = Honesty(1.0, 0)
+    for name in ("a0", "a1", "a0", "a2", "a3"):
+        honesty._add(name, np.full(3000, 0.5 if name == "a2" else 1.0))
+    assert list(honesty.accounts) == ["a0", "a2", "a3"]
+    again = Honesty(1.0, 0)
+    again.restore(honesty.state())
+    assert again.accounts == honesty.accounts and again.suspects == {"a2": 0.5}
+    assert again._add("a2", np.full(10, 0.5)) == []  # it was said

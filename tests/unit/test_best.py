@@ -301,3 +301,14 @@ class Lives(RuleBasedStateMachine):
 
 TestLives = Lives.TestCase
 TestLives.settings = settings(max_examples=25, stateful_step_count=40)
+
+
+def test_an_evaluation_whose_actor_is_lost_is_asked_again_whenever_it_was_asked():
+    found = EvaluationSchedule(EvaluationSection(prompts=4, every=10), last_version=100)
+    evaluate(found, 0, 0.5)
+    assert found.due(23)  # late: the one before took long
+    found.ask("a", 23)
+    found.lost("a")
+    assert all(found.due(version) for version in range(23, 31))
+    evaluate(found, 24, 0.5)
+    assert not found.due(29) and found.due(30)

@@ -14,10 +14,12 @@ from actor.play import Play, open_task
 from actor.rollout import Turn
 from actor.tasks.base import Block, BlockTask, DemonstratedTask, make_task
 from actor.tasks.sort6 import encode
+from broker.batch import collate
 from broker.trajectories import unpack_all
 from common.config import RolloutSection, RunConfig, TaskSection
 from common.errors import ConfigError, DataError, TaskError
 from common.objective import AdvantageSection
+from tests.properties.made import sibling_of
 
 CONFIDENCE = make_task("sort6_confidence", "", 3, {})
 TWICE = make_task("sort6_twice", "", 3, {})
@@ -157,3 +159,22 @@ class Recorder:
 
     def cancel(self, request_id, sibling):
         pass
+
+
+def test_a_block_without_a_trained_token_is_in_no_stratum():
+    config = RunConfig(rollout=RolloutSection(group_size=4), advantage=AdvantageSection(blocks="ocb"))
+    roles, last = np.array([0, 1, 1, 0, 0]), ((0, 0, 3, 5),)  # of the last sibling, what the environment said
+
+    def advantages(of_last, rewards):
+        members = [
+            sibling_of(0, n, 0.0, [1] * 5, roles, np.where(roles, -0.5, 0), np.where(roles, 0, -1), blocks=blocks,
+                       block_rewards=reward)
+            for n, (blocks, reward) in enumerate([*[(((0, 0, 1, 3),), (r,)) for r in (1, 1, 0)], (of_last, rewards)])
+        ]  # fmt: skip
+        batch = collate(0, members, config)
+        return dict(zip(batch.spans[:-1].tolist(), batch.span_advantages.tolist(), strict=True)), batch.span_scale.sum()
+
+    with_it, scale = advantages(last, (0.0,))
+    without, same = advantages((), ())
+    assert scale == same == 3
+    assert {at: with_it[at] for at in without} == without and without[1] == 0.5  # beside 1 and 0

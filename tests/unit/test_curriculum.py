@@ -232,7 +232,7 @@ def test_a_share_that_is_none_is_refused() -> None:
     [
         (0.9, [], [], "jsonl has no end; set it to 0"),
         (0.9, [], [0], "jsonl has no end; set it to 0"),
-        (0.9, [], [MAX_QUESTIONS + 1], "at most 67,108,864 questions"),
+        (0.9, [], [MAX_QUESTIONS + 1], "at most 8,388,608 questions"),
         (0.9, [100], [99], "task jsonl has 99 training questions, that of this run 100 training questions"),
         (0.0, [100], [0], "task jsonl has no end of training questions"),
         (0.0, [], [-1], "counts questions of"),

@@ -2,7 +2,7 @@
 
 import heapq
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -310,3 +310,10 @@ def test_engines_that_decode_half_empty_are_given_more_if_that_trains_more(pays)
         governor.observe(Totals(step, float(step), {"rollouts": waits}, states, None, None, unfilled))
     late = Counter(seen[200:])
     assert max(late, key=late.get) in ((3, 4) if pays else (1,)), late
+
+
+def test_after_a_missed_target_nothing_is_raised_before_it_is_known_again():
+    governor = Governor(StalenessSection("auto"), 1, 0.0)
+    moves = [m for step in range(120) if (m := governor.observe(replace(totals(step, waits=0.6, idle=0.6), kl=0.2)))]
+    raised = [m for m in moves if m.new > m.old]
+    assert len(raised) <= 1 and moves[-1].new == 0

@@ -247,3 +247,11 @@ def test_without_answers_confidences_or_ks_nothing_is_made_up() -> None:
     bare = EvaluationResult(0, 0, 0, np.array([1.0, 0.0], np.float32), np.ones(2, np.int32))
     found = evaluate(bare, (), ("all",), mixture((1.0,)))
     assert found["reward"] == 0.5 and found["channels"] == {} and "correct" not in found
+
+
+def test_shares_that_are_alike_and_neither_0_nor_1_have_an_interval_too():
+    for values in (np.full((50, 1), 0.5), np.tile([1.0, 0, 0, 0], (50, 1))):
+        found = mean_of(values, is_share=True)
+        assert 0 < found.low < found.value < found.high < 1
+    assert mean_of(np.full((50, 1), 0.1), is_share=True).high == pytest.approx(wilson_interval(5, 50)[1])
+    assert mean_of(np.full((1, 2), 0.5), is_share=True).low is None

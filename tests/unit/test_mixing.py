@@ -262,3 +262,13 @@ def test_running_statistics_survive_a_restart(tmp_path) -> None:
 def test_keys_of_no_channel_are_refused_with_the_near_one(section, words) -> None:
     with pytest.raises(ConfigError, match=words):
         RewardSection(**section).check_channels(("correct", "style"))
+
+
+def test_a_padded_group_weighs_as_a_whole_one_in_running_statistics_too() -> None:
+    """The same members, one step: what the batch would be normalised by is what all steps so far are."""
+    groups = [[{"correct": 0.0}] * G, [{"correct": 1.0}] * (G - 1)]
+    batch = members(groups)
+    running = config(RewardSection(normalise="task_running"))
+    rewards = mix(batch, running, Running(running).observe(batch)).rewards
+    assert rewards.tolist() == pytest.approx([-1.0] * G + [1.0] * (G - 1), abs=1e-4)
+    assert rewards.tolist() == mix(batch, config(RewardSection(normalise="task_batch")), {}).rewards.tolist()

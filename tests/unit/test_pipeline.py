@@ -1,5 +1,7 @@
 """The broker's decisions: admission, groups, advantages, rejection, shards, accounting."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -531,3 +533,59 @@ def test_expert_records_count_in_every_bound():
     ):
         with pytest.raises(ConfigError, match=rf"broker\.{key}=1.* with the 16384 experts"):
             Pipeline(config(rollout=ROUTED, broker=broker), 16, Routing(tuple(range(2048)), 64, 8))
+
+
+@pytest.mark.parametrize(
+    "section", [AdvantageSection(), AdvantageSection(zero_signal="mask"), AdvantageSection(overlong_filter=True)]
+)
+def test_what_is_taken_out_of_the_loss_keeps_its_length_in_receipts_and_fates(section):
+    pipeline = Pipeline(config(obrs=ObrsSection(mode="off"), advantage=section), 16)
+    pipeline.grant("a", 4, 0)
+    alike, cut = trajectories(0, rewards=[1, 1, 1]), trajectories(1, rewards=[1, 0, 0])
+    if section.overlong_filter:
+        cut.finish = np.array([0, 1, 1], np.uint8)
+    for message in (alike, cut):
+        pipeline.admit(message, "a", 0)
+    pipeline.assemble(0)
+    pipeline.shard(0, 0, 1)
+    receipt = pipeline.commit(0)
+    sampled = [t.sampled_tokens for t in pipeline.step(0).batch.members]
+    assert receipt["length_mean"] == pytest.approx(np.mean(sampled)) and min(sampled) > 0
+    trained = pipeline.fates.status()["trajectories_by_length"]["trained"]
+    assert trained == {str(k): v for k, v in sorted(Counter(map(length_bin, sampled)).items())}
+
+
+@pytest.mark.parametrize("kind", ["mask", "resample"])
+def test_rewards_that_are_equal_but_for_the_price_of_length_have_no_signal(kind):
+    section = AdvantageSection(zero_signal=kind, overlong_buffer=4)
+    pipeline = Pipeline(config(obrs=ObrsSection(mode="off"), advantage=section), 16)
+    pipeline.grant("a", 4, 0)
+    for group, rewards in enumerate(([1, 1, 1], [1, 0, 0], [0, 1, 0])):
+        pipeline.admit(trajectories(group, rewards=rewards), "a", 0)
+    pipeline.assemble(0)
+    shard = pipeline.shard(0, 0, 1)
+    ends = zip(shard.groups.tolist(), shard.cu_seqlens, shard.cu_seqlens[1:], strict=False)
+    on = {group: bool(shard.trainable[first:end].any()) for group, first, end in ends}
+    if kind == "mask":
+        assert on == {0: False, 1: True} and pipeline.commit(0)["groups_without_signal"] == 1
+    else:
+        assert on == {1: True, 2: True} and pipeline.commit(0)["groups_without_signal"] == 0
+
+
+def test_a_prompt_is_left_out_for_its_own_failures_and_only_seldom_for_lost_actors():
+    def grants_until_left_out(fail):
+        pipeline, granted = Pipeline(config(obrs=ObrsSection(mode="off")), 16), 0
+        while True:
+            (grant,) = pipeline.grant("a", 1, 0).groups.tolist()
+            if pipeline.book.prompt(grant) != 0:
+                assert dict(pipeline._failures) == {} and not pipeline.book.actors() - {"a"}
+                return granted
+            granted += 1
+            fail(pipeline, grant)
+
+    assert grants_until_left_out(lambda pipeline, group: pipeline.give_up(group, "environment")) == 3
+    assert grants_until_left_out(lambda pipeline, group: pipeline.actor_lost("a")) == 12
+    pipeline = Pipeline(config(obrs=ObrsSection(mode="off")), 16)
+    pipeline.give_up(pipeline.grant("a", 1, 0).groups[0], "environment")
+    pipeline.admit(trajectories(int(pipeline.grant("a", 1, 0).groups[0])), "a", 0)
+    assert dict(pipeline._failures) == {} and pipeline.counts["groups_whole"] == 1
