@@ -122,7 +122,7 @@ def _flat(node: Any, prefix: str) -> list[tuple[str, Any]]:
 
 def tiles(summary: Record) -> Tiles:
     """The headline."""
-    speed = summary["tokens_generated"] / summary["wall_s"] if summary["wall_s"] else None
+    speed = summary["tokens_generated"] / summary["working_s"] if summary["working_s"] else None
     reward = ("Held-out reward", summary["eval_first"], summary["eval_last"])
     if summary["eval_last"] is None:
         reward = ("Batch reward", summary["reward_first"], summary["reward_last"])
@@ -145,14 +145,17 @@ def duration(seconds: float) -> str:
 
 def result(summary: Record, pictures: Pictures) -> list[Block]:
     """The figures at either end."""
-    speed = summary["tokens_generated"] / summary["wall_s"] if summary["wall_s"] else None
+    speed = summary["tokens_generated"] / summary["working_s"] if summary["working_s"] else None
     ends = change(summary["reward_first"], summary["reward_last"])
     rows: list[tuple[Text, Text]] = [
         ("Held-out reward, first → last evaluation", change(summary["eval_first"], summary["eval_last"])),
         (f"Batch reward, first → last {END_STEPS} steps", ends),
         ("Optimizer steps, final version", f"{summary['steps']}, {summary['final_version']}"),
         ("Wall time", f"{summary['wall_s']:.1f} s"),
-        ("Completion tokens", f"{summary['tokens_generated']:,} ({number(speed, ',.0f')} a second of wall time)"),
+        (
+            "Completion tokens",
+            f"{summary['tokens_generated']:,} ({number(speed, ',.0f')} a second since the broker began)",
+        ),
     ]
     return [Heading("Result"), pairs(rows), *show(pictures, "reward")]
 

@@ -106,7 +106,10 @@ def models_of(
     there = [(str(directory), directory) for directory in dict.fromkeys(directories)]
     if not steps and not directories:
         if not (run_dir / "model").is_dir():
-            raise CheckpointError(f"{run_dir}: no model there yet; name a checkpoint with --step N")
+            raise CheckpointError(
+                f"{run_dir}: no model there yet; name a checkpoint with --step N (they are written every "
+                "learner.checkpoint_every steps, and where a run is stopped)"
+            )
         for words, start, end in named:
             there.append((f"{words}, at the start", Path(start)))
             if (run_dir / end).is_dir():

@@ -89,7 +89,8 @@ def open_checkpoint(run_dir: Path, step: int | None, *, rollout: bool = False) -
     if path is None or not path.is_dir():
         have = ", ".join(str(step_of(p)) for p in complete(directory)) or "none"
         raise CheckpointError(
-            f"{run_dir}: no checkpoint of {'any step' if step is None else f'step {step}'}; has: {have}"
+            f"{run_dir}: no checkpoint of {'any step' if step is None else f'step {step}'}; has: {have} (they are "
+            "written every learner.checkpoint_every steps, and where a run is stopped)"
         )
     reader = CheckpointReader(path, BESIDE if rollout else "")
     if rollout and reader.state.rollout is None:

@@ -26,6 +26,7 @@ from rich.text import Text
 
 from common.config import RunConfig, load, to_yaml
 from common.errors import ConfigError, CroupierError
+from common.keys import broker_keys
 from common.process import StopFlag
 from common.routing import read_routing
 from tools.devices import deal, find_devices, torch_on_gpus
@@ -42,6 +43,7 @@ from tools.preflight import (
     check_resumed,
     check_rewards,
     check_sandbox,
+    check_tasks,
 )
 from tools.processes import SAVE_S, Process, processes_of, stop_all, wait_all
 from tools.run_files import CONFIG, LEARNER_S, LOGS, PAGE, Before, claim, last_lines, read_status, set_aside
@@ -123,6 +125,8 @@ class Run:
     def prepare(self) -> None:
         """Check what can be checked before anything starts, then make the run directory."""
         check_address(self.config.broker.address)
+        broker_keys(self.config.broker)
+        check_tasks(self.config)
         warnings = check_engine(self.config)
         on_gpus, devices = torch_on_gpus(), find_devices()
         check_devices(self.config, devices, on_gpus)
@@ -199,7 +203,7 @@ class Run:
         command = [sys.executable, "-m", "tools.warmstart", str(self.directory / CONFIG)]
         maker = Process("warmstart", command, self.directory / "logs" / "warmstart.log")
         self.processes = [maker]
-        self.say("making the starting model (tools.warmstart, at most 2 minutes)")
+        self.say(f"making the starting model {self.config.model.path} (tools.warmstart, at most 2 minutes)")
         maker.start()
         shown = 0
         while maker.alive and not self.stop.is_set:
@@ -330,8 +334,9 @@ class Run:
         summary = write_report(self.directory, outcome, time.monotonic() - self.started)
         colour = {"finished": "bold green", "interrupted": "yellow", "failed": "bold red"}[outcome]
         self.say(f"{outcome} after {summary['wall_s']:.0f} s, {summary['steps']} steps", colour)
-        if summary["eval_first"] is not None:
-            self.say(f"held-out reward {summary['eval_first']:.3f} -> {summary['eval_last']:.3f}", "bold")
+        first, last = summary["eval_first"], summary["eval_last"]
+        if first is not None and last is not None:
+            self.say(f"held-out reward {first:.3f}" + (f" -> {last:.3f}" if first != last else ""), "bold")
         self.say(f"report: {self.directory / PAGE}")
 
     def warn(self, text: str) -> None:

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from common.errors import DataError
 from tools.checked import checked_status
 from tools.lived import Lived
-from tools.run_files import SUMMARY, of_kind, read_metrics, read_status
+from tools.run_files import SUMMARY, Record, of_kind, read_metrics, read_status
 from tools.watch.sound import number
 
 Outcome = Literal["finished", "interrupted", "failed"]
@@ -28,10 +28,15 @@ def earlier(run_dir: Path) -> tuple[Outcome, float]:
             return summary["status"], float(summary["wall_s"])
     except (OSError, ValueError, TypeError, KeyError):
         pass  # none yet, or half of one: it is written anew
+    return outcome, working_s(read_metrics(run_dir), status)
+
+
+def working_s(records: list[Record], status: Record) -> float:
+    """Seconds that the run's brokers lived, by ``metrics.jsonl`` and the last ``status.json``."""
     lived = Lived()
-    for record in of_kind(read_metrics(run_dir), "step"):
+    for record in of_kind(records, "step"):
         lived.take(record)
     time, began = number(status.get("time")), number(status.get("started_at"))
     if time is not None and began is not None:
         lived.take({"time_s": time - began, "states": status.get("states")})
-    return outcome, lived.seconds
+    return lived.seconds

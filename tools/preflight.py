@@ -83,6 +83,14 @@ def check_frozen(model: FrozenModel, policy: str | None) -> None:
         raise ModelError(other_tokens(f"{model.words} at {model.path}", model.key, differs))
 
 
+def check_tasks(config: RunConfig) -> None:
+    """Raise :class:`common.errors.TaskError` for a task that does not exist."""
+    from actor.tasks.base import check_name
+
+    for entry in config.task.entries.values():
+        check_name(entry.name)
+
+
 def check_sandbox(config: RunConfig) -> str:
     """What shuts in the programs of the run's tasks, "" if they run none. Raises SandboxError, with the remedy."""
     from actor.tasks.base import SANDBOXED

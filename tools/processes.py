@@ -24,7 +24,7 @@ from common.config import RunConfig
 from tools.devices import VISIBLE
 from tools.run_files import LOGS
 
-TERMINATE_S = 5.0  # between SIGTERM and SIGKILL
+TERMINATE_S = 10.0  # between SIGTERM and SIGKILL: one that only just starts may take long on a full machine
 SAVE_S = 60.0  # the same for a learner that writes a checkpoint, and the broker that hears of it
 POLL_S = 0.05
 NO_DEVICES: Mapping[str, str] = MappingProxyType({})

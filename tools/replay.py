@@ -169,6 +169,9 @@ def _replay(run_dir: Path, overrides: Sequence[str], console: Console) -> int:
     if verdict.difference:
         console.print(f"first difference: {verdict.difference}", style="red", markup=False, soft_wrap=True)
         return 1
+    if not verdict.decisions:
+        console.print("nothing had been decided yet", style="yellow")
+        return 0
     console.print("every decision came out as it did then, bit for bit", style="green")
     if alternative is not None:
         _compare(alternative, run_dir, console)

@@ -26,7 +26,7 @@ from tools.document import Block, Bold, Document, Figure, Items, Link, Note, Par
 from tools.evaluations import evaluation_blocks
 from tools.faults import ALERTS, alert_blocks, fault_blocks, last_words
 from tools.markdown import to_markdown
-from tools.outcomes import Outcome, earlier
+from tools.outcomes import Outcome, earlier, working_s
 from tools.outputs import writing
 from tools.page import to_html
 from tools.plots import plot_all
@@ -74,6 +74,7 @@ def summarize(config: RunConfig | None, last: Record, records: list[Record], sta
     return {
         "status": status,
         "wall_s": round(wall_s, 2),
+        "working_s": round(working_s(records, last), 2),
         "steps": _steps_done(last, steps),
         "final_version": int(last.get("version") or 0),
         "reward_first": mean(rewards[:END_STEPS]),

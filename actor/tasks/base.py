@@ -151,15 +151,20 @@ def count_questions(task: Task) -> int:
     return task.questions if isinstance(task, FiniteTask) else 0
 
 
+def check_name(name: str) -> None:
+    """Raise :class:`TaskError` that suggests the near name unless there is a task called ``name``."""
+    if not name.startswith(GYM_PREFIX) and name not in BUILT_IN:
+        known = f"known: {', '.join(BUILT_IN)} and gym:<reasoning-gym data set>"
+        raise TaskError(f"task.name={name!r}: no such task; {suggest(name, BUILT_IN, else_say=known)}")
+
+
 def make_task(name: str, model_dir: str, seed: int, params: dict[str, Any]) -> Task:
     """The task called ``name``; raises :class:`TaskError` that suggests the near name."""
+    check_name(name)
     if name.startswith(GYM_PREFIX):
         from actor.tasks.gym import GymTask
 
         return GymTask(name.removeprefix(GYM_PREFIX), model_dir, seed, params)
-    if name not in BUILT_IN:
-        known = f"known: {', '.join(BUILT_IN)} and gym:<reasoning-gym data set>"
-        raise TaskError(f"task.name={name!r}: no such task; {suggest(name, BUILT_IN, else_say=known)}")
     where, with_model = BUILT_IN[name]
     module, _, cls = where.partition(":")
     make = getattr(importlib.import_module(module), cls)

@@ -99,7 +99,8 @@ def merge(
         raise
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
-        raise ConfigError(f"{source}: {key}: {str(error).splitlines()[0]}") from error
+        where = "override" if OmegaConf.select(overrides, str(key), default=None) is not None else source
+        raise ConfigError(f"{where}: {key}: {str(error).splitlines()[0]}") from error
     if not isinstance(found, kind):
         raise ConfigError(f"{source}: did not load as a {kind.__name__}")
     return found

@@ -606,3 +606,22 @@ def test_an_interpreter_without_sglang_is_refused_and_an_untried_release_is_said
     for version in ("0.5.18", "0.6.0", "none"):
         (warning,) = check(interpreter(tmp_path / version, f"echo {version}"))
         assert f"SGLang {version}; 0.5.19 to 0.5.23 are supported" in warning
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("task.name=sort7", "no such task; did you mean 'sort6'?"),
+        ("broker.address=tcp://0.0.0.0:15700", "so it needs keys"),
+        ("staleness.budget=2.5", "override: staleness.budget:"),
+    ],
+)
+def test_what_only_a_process_would_refuse_moves_no_earlier_run(tmp_path, model, capsys, override, words):
+    first, _ = launching(tmp_path)
+    with first.held:
+        first.prepare()
+    where = [f"run.dir={tmp_path / 'runs'}", "run.name=r", f"model.path={model}"]
+    free = [f"broker.address=tcp://127.0.0.1:{free_port()}"] if "address" not in override else []
+    assert main(["configs/smoke.yaml", *where, *free, override]) == 2
+    assert words in " ".join(capsys.readouterr().out.split())
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["r"]

@@ -671,3 +671,11 @@ def test_a_step_that_does_not_tell_a_sum_is_not_where_it_began():
     ]
     assert rates_of(steps, 2.0, []).generated_s == pytest.approx(1500)
     assert waste_of(steps).dropped == pytest.approx(40 / 3000)
+
+
+def test_no_bound_is_told_of_fewer_actors_where_the_cores_are_spent():
+    bounds = Bounds(
+        step_s=1.0, learner_s=0.3, train_s=0.2, actors_s=1.2, replica_s=0.0, cpu_s=2.0, cores=2, full=True, waits={},
+        credits_s=0.0, actors=2, replicas=1, ranks=1, replicates=1, budget=2,
+    )  # fmt: skip
+    assert bounds.predict({"actor.count": 1}) is None and bounds.predict({"actor.count": 3}).speedup == 1

@@ -31,7 +31,7 @@ from tools.runs import Run, read_run
 from tools.timelines import Timelines
 
 SUMMARY_KEYS = [
-    "status", "wall_s", "steps", "final_version", "reward_first", "reward_last", "eval_first", "eval_last",
+    "status", "wall_s", "working_s", "steps", "final_version", "reward_first", "reward_last", "eval_first", "eval_last",
     "tokens_generated", "tokens_proposed", "tokens_accepted", "acceptance", "lag_mean", "lag_max", "staleness_budget",
     "trajectories_acked", "trajectories_trained", "trajectories_dropped", "seed",
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tools.document import Block, Bold, Figure, Fold, Heading, Items, Note, Paragraph, Table, Text, pairs
+from tools.document import Block, Bold, Code, Figure, Fold, Heading, Items, Note, Paragraph, Table, Text, pairs
 from tools.pictures import place_figure
 from tools.profile.picture import figure_of
 from tools.profile.verdict import Verdict, verdict
@@ -20,19 +20,21 @@ def verdict_blocks(run: Run) -> list[Block]:
     return [
         Heading("Where the time went"),
         *(Paragraph(f"Note: {note}.") for note in found.notes if note not in run.notes),
-        *_advice(found),
+        *_advice(found, run.path),
         *_picture(found, run.path),
         *_waits(found),
         pairs([(label, words) for label, words in figures_of(found)]),
     ]
 
 
-def _advice(found: Verdict) -> list[Block]:
+def _advice(found: Verdict, path: Path) -> list[Block]:
     blocks: list[Block] = []
     if found.bottleneck:
         blocks.append(Paragraph(("Bottleneck: ", Bold(found.bottleneck.resource), f": {found.bottleneck.why}.")))
     if advice := found.recommendation:
         blocks.append(Note((Bold(f"Recommendation: {advice.words}"), f" ({advice.why})."), "good"))
+        asks = ("These are bounds. ", Code(f"python -m tools.profile {path}"), " asks the simulator, which knows more.")
+        blocks.append(Paragraph(asks))
         others = [other.sentence for other in advice.others]
         if advice.basis:
             others.append(f"KL: {advice.basis}")

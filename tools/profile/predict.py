@@ -90,6 +90,8 @@ class Bounds:
         if actors < 1:
             return None
         if self.full:
+            if actors < self.actors:
+                return None  # fewer decode in larger batches, which may take less of the cores
             working = self.learner_s + self.actors_s + self.replica_s
             share = self.replica_s / working if working and not replicas else 0.0
             return Prediction(1 / (1 - share), None, True, "the bound of the cores")
