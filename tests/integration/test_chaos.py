@@ -1,6 +1,6 @@
 """Processes killed and stopped at random moments, a full disk, peers that say nothing: nothing acknowledged is lost.
 
-``make chaos`` runs all of it; ``make test`` the short ones.
+``make chaos`` runs all but the shortest, which is among the slow tests of CI.
 """
 
 import os
@@ -26,8 +26,6 @@ QUICK = (
     "broker.score_timeout_s=3", "obrs.rethin_below=1.0", "evaluation.prompts=8", "learner.wait_s=60", "actor.wait_s=60",
 )  # fmt: skip
 
-pytestmark = pytest.mark.chaos
-
 
 def assert_nothing_lost_nothing_twice(fleet):
     """The invariants of every run, read from what it left behind."""
@@ -50,6 +48,7 @@ def start(fleet, name):
     fleet.start(name, *(["learner.resume=true"] if name == "learner" else []))
 
 
+@pytest.mark.chaos
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("seed", range(4))
@@ -76,6 +75,7 @@ def test_random_kills_and_stops(tmp_path, model, seed):
         assert_nothing_lost_nothing_twice(fleet)
 
 
+@pytest.mark.slow  # and of CI: the shortest
 def test_a_killed_learner_and_a_killed_broker_are_started_again_and_nothing_is_lost(tmp_path, model):
     with Fleet(tmp_path, model, "run.steps=24", *QUICK) as fleet:
         for name in PARTS[:-1]:
@@ -90,6 +90,7 @@ def test_a_killed_learner_and_a_killed_broker_are_started_again_and_nothing_is_l
         assert sum("rethinned_by_version" in s for s in fleet.steps()) > 5
 
 
+@pytest.mark.chaos
 @pytest.mark.slow
 def test_a_full_disk_and_peers_that_say_nothing_or_nonsense_lose_nothing(tmp_path, model):
     """A file-size limit stands in for the disk: write returns an error at the same place."""
@@ -124,6 +125,7 @@ def test_a_full_disk_and_peers_that_say_nothing_or_nonsense_lose_nothing(tmp_pat
         assert_nothing_lost_nothing_twice(fleet)
 
 
+@pytest.mark.chaos
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_a_learner_on_a_mesh_is_killed_and_goes_on_on_another(tmp_path, model):
@@ -143,6 +145,7 @@ def test_a_learner_on_a_mesh_is_killed_and_goes_on_on_another(tmp_path, model):
         assert (fleet.run / "model" / "model.safetensors").exists()
 
 
+@pytest.mark.chaos
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_when_one_rank_is_told_to_stop_all_of_them_do(tmp_path, model):
