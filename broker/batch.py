@@ -133,10 +133,10 @@ class Batch:
         """``(lag [C], tokens [C], flagged [C])``: one row a lag of a trajectory; ``flags[N]`` are in the loss."""
         lag, offsets = self._runs
         tokens = self.sampled_tokens if self.plain else np.diff(offsets)
-        on = lag >= 0
-        of, row = np.unique(self.owners(offsets)[on] * (lag.max(initial=0) + 1) + lag[on], return_inverse=True)
+        on, width = lag >= 0, len(self.lags)
+        of, row = np.unique(self.owners(offsets)[on] * width + lag[on], return_inverse=True)
         sums = [np.bincount(row, of_run[on], len(of)).astype(np.int64) for of_run in (tokens, count(flags, offsets))]
-        return of % (lag.max(initial=0) + 1), sums[0], sums[1]
+        return of % max(1, width), sums[0], sums[1]
 
     @cached_property
     def _runs(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

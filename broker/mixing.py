@@ -58,8 +58,7 @@ def mix(members: Sequence[Trajectory], config: RunConfig, scales: Scales, normal
     labels = tasks_of(members, config)
     for task in np.unique(labels).tolist():
         inside = np.flatnonzero(labels == task)
-        _, owner = np.unique(groups[inside], return_inverse=True)
-        copies = _copies(groups[inside], config.rollout.group_size)
+        owner, copies = _owners(groups[inside], config.rollout.group_size)
         for name, weight in sorted(weights_of(config, task).items()):
             channel = _read([members[i] for i in inside.tolist()], name, config)
             shut[name] = shut.get(name, 0) + int((~channel.open).sum())
@@ -75,10 +74,13 @@ def mix(members: Sequence[Trajectory], config: RunConfig, scales: Scales, normal
     return Mixed(total.astype(np.float32), missing, shut)
 
 
-def _copies(groups: Sequence[int] | NDArray[np.int64], group_size: int) -> Floats:
-    """How often each member of ``groups`` counts, so that a padded group weighs as a whole one (algorithms.md 3.3)."""
+def _owners(groups: Sequence[int] | NDArray[np.int64], group_size: int) -> tuple[NDArray[np.int64], Floats]:
+    """Of each member of ``groups`` the number of its group here, and how often it counts.
+
+    A padded group weighs as a whole one (algorithms.md 3.3).
+    """
     _, owner, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    return np.asarray((group_size / sizes)[owner], np.float64)
+    return owner, (group_size / sizes)[owner]
 
 
 def tasks_of(members: Sequence[Trajectory], config: RunConfig) -> NDArray[np.str_]:
@@ -162,7 +164,7 @@ class Running:
         labels = tasks_of(ordered, self._config)
         for task in np.unique(labels).tolist():
             inside = [ordered[i] for i in np.flatnonzero(labels == task).tolist()]
-            copies = _copies([t.group for t in inside], self._config.rollout.group_size)
+            _, copies = _owners([t.group for t in inside], self._config.rollout.group_size)
             for name in sorted(weights_of(self._config, task)):
                 if self._config.reward.normalised(name) == "task_running":
                     channel = _read(inside, name, self._config)

@@ -262,7 +262,8 @@ class Pipeline:
             self.setbacks[self.book.actor(group)] += 1
         prompt, arrived = self.book.tombstone(group, reason)
         self.ledger.release(group)
-        self.dropped.update({reason: len(arrived)} if arrived else {})
+        if arrived:
+            self.dropped[reason] += len(arrived)
         self.counts["tokens_dropped"] += sum(t.sampled_tokens for t in arrived)
         self.fates.dropped(arrived, self.task_of(prompt), self.ledger.next_step)
         self.counts["groups_given_up"] += 1

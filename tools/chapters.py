@@ -122,7 +122,7 @@ def _flat(node: Any, prefix: str) -> list[tuple[str, Any]]:
 
 def tiles(summary: Record) -> Tiles:
     """The headline."""
-    speed = summary["tokens_generated"] / summary["working_s"] if summary["working_s"] else None
+    speed = _speed(summary)
     reward = ("Held-out reward", summary["eval_first"], summary["eval_last"])
     if summary["eval_last"] is None:
         reward = ("Batch reward", summary["reward_first"], summary["reward_last"])
@@ -136,6 +136,11 @@ def tiles(summary: Record) -> Tiles:
     ])  # fmt: skip
 
 
+def _speed(summary: Record) -> float | None:
+    """Completion tokens a second of the brokers' lives."""
+    return summary["tokens_generated"] / summary["working_s"] if summary["working_s"] else None
+
+
 def duration(seconds: float) -> str:
     """In the unit that a person would use."""
     if seconds < 600:
@@ -145,7 +150,7 @@ def duration(seconds: float) -> str:
 
 def result(summary: Record, pictures: Pictures) -> list[Block]:
     """The figures at either end."""
-    speed = summary["tokens_generated"] / summary["working_s"] if summary["working_s"] else None
+    speed = _speed(summary)
     ends = change(summary["reward_first"], summary["reward_last"])
     rows: list[tuple[Text, Text]] = [
         ("Held-out reward, first → last evaluation", change(summary["eval_first"], summary["eval_last"])),
