@@ -7,6 +7,7 @@ not of when they arrived.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, chain
 from operator import attrgetter
 
 import numpy as np
@@ -56,7 +57,7 @@ class Batch:
     def channel_means(self) -> dict[str, float]:
         """Mean of each reward channel over the sampled trajectories that have it."""
         sampled = [trajectory.channels for trajectory in self.members if trajectory.sampled_tokens]
-        names = sorted(set().union(*sampled))
+        names = sorted(set(chain.from_iterable(sampled)))
         return {name: float(np.mean([channels[name] for channels in sampled if name in channels])) for name in names}
 
     def count_tasks(self) -> dict[str, int]:
@@ -201,9 +202,8 @@ class Batch:
 
 def _histogram(keys: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """Sums of ``counts`` by ``keys`` 0, 1, ...; those below 0 are left out."""
-    found = np.zeros(int(keys.max(initial=-1)) + 1, np.int64)
-    np.add.at(found, keys[keys >= 0], counts[keys >= 0])
-    return found
+    on = keys >= 0
+    return np.bincount(keys[on], counts[on]).astype(np.int64)  # by way of float64, exact below 2 ** 53
 
 
 def copies_of(sizes: NDArray[np.int64], group_size: int) -> NDArray[np.float64]:
@@ -218,7 +218,7 @@ def collate(step: int, members: Sequence[Trajectory], config: RunConfig, scales:
     section = config.advantage
     rewards = np.array([t.reward for t in ordered], np.float32)
     groups = np.array([t.group for t in ordered], np.int64)
-    sizes = np.unique(groups, return_counts=True)[1]
+    sizes = np.diff(np.flatnonzero(np.diff(groups, prepend=-1, append=-1)))
     prompts = np.array([t.prompt for t in ordered], np.int64)
     truncated = np.array([t.truncated for t in ordered], np.bool_)
     mixed = mix(ordered, config, scales or {})
@@ -229,7 +229,7 @@ def collate(step: int, members: Sequence[Trajectory], config: RunConfig, scales:
     advantages = group_advantages(shaped, sizes, config.rollout.group_size, section)
     sampled = gather(pieces, "trainable")
     trainable = _trainable(sampled, ordered, mixed.rewards, sizes, truncated, section)
-    cu_seqlens = np.concatenate(([0], np.cumsum([t.length for t in ordered], dtype=np.int64)))
+    cu_seqlens = np.array([0, *accumulate([t.length for t in ordered])], np.int64)
     plain = trainable is sampled and all(t.plain for t in ordered)
     starts = np.zeros(0, np.int64) if plain else np.flatnonzero(trainable == STARTS)
     spans, span_advantages, span_scale = cu_seqlens, advantages, None
@@ -261,7 +261,7 @@ def collate(step: int, members: Sequence[Trajectory], config: RunConfig, scales:
         members=ordered,
         pieces=pieces,
         actors=[t.actor for t in ordered],
-        sources=[t.source for t in ordered],
+        sources=[(t.event, t.index) for t in ordered],
     )
 
 

@@ -150,7 +150,7 @@ class Curriculum:
         if not sampled:
             return
         task, own = self._task.mixture.place(prompt)
-        right = sum(passed(t) for t in sampled)
+        right = sum(map(passed, sampled))
         self._rates[task, pass_rate(right, len(sampled))] += 1
         history = self._history(task)
         if history is not None:

@@ -41,7 +41,8 @@ def accept_all(batch: Batch) -> Decision:
     """Rejection off: every token is accepted with the density that it was sampled from."""
     proposed, log_q = int(batch.sampled_tokens.sum()), batch.own_log_q
     denominator = loss_denominator(batch, batch.counted_tokens)
-    return Decision(-1, batch.on.view(np.uint8), log_q, log_q, proposed, proposed, 0, None, denominator)
+    accept = batch.trainable if batch.plain else batch.on.view(np.uint8)
+    return Decision(-1, accept, log_q, log_q, proposed, proposed, 0, None, denominator)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from broker.batch import Batch
 from broker.trajectories import Trajectory
@@ -13,9 +14,10 @@ TRAINED, DROPPED = "trained", "dropped"
 STRATA = ("length", "reward", "lag", "task")
 
 
-def length_bin(tokens: int) -> int:
-    """Lengths are counted by powers of two: the bin is the smallest one not below ``tokens``."""
-    return 1 << max(0, tokens - 1).bit_length()
+def length_bins(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Lengths are counted by powers of two: the bin of each of ``tokens[n]`` is the smallest one not below it."""
+    _, bits = np.frexp(np.maximum(tokens - 1, 0))  # of a whole number below 2 ** 53: how many it takes
+    return np.left_shift(np.int64(1), bits)
 
 
 class Fates:
@@ -41,9 +43,10 @@ class Fates:
         self.counts["task"][DROPPED][task] += len(members)
 
     def _add(self, fate: str, members: Sequence[Trajectory], step: int) -> None:
-        self.counts["length"][fate].update(length_bin(t.sampled_tokens) for t in members)
+        lengths = np.array([t.sampled_tokens for t in members], np.int64)
+        self.counts["length"][fate].update(length_bins(lengths).tolist())
         self.counts["reward"][fate].update(np.sign([t.reward for t in members]).astype(int).tolist())
-        self.counts["lag"][fate].update(max(0, step - t.oldest_version) for t in members)
+        self.counts["lag"][fate].update([max(0, step - t.oldest_version) for t in members])
 
     def status(self) -> dict[str, dict[str, dict[str, int]]]:
         """``{"trajectories_by_length": {"trained": {"8": 2, ...}, "dropped": ...}, ...}``, values in order."""

@@ -35,6 +35,7 @@ class GroupBook:
 
     def __init__(self, group_size: int) -> None:
         self.group_size = group_size
+        self._siblings = frozenset(range(group_size))
         self._groups: dict[int, Group] = {}
         self._tombstones: OrderedDict[int, str] = OrderedDict()
         # Kept up to date, because they are asked for at every turn.
@@ -81,12 +82,10 @@ class GroupBook:
 
     def awaits_all(self, group: int, siblings: Collection[int], actor: str) -> bool:
         """Whether ``siblings``, each named once, are all awaited of ``actor``: :meth:`answer` is None for each."""
-        entry = self._groups.get(group)
-        if entry is None or entry.actor != actor or not siblings or len(set(siblings)) < len(siblings):
+        entry, named = self._groups.get(group), set(siblings)
+        if entry is None or entry.actor != actor or not named or len(named) < len(siblings):
             return False
-        if min(siblings) < 0 or max(siblings) >= self.group_size:
-            return False
-        return entry.members.keys().isdisjoint(siblings) and entry.failed.isdisjoint(siblings)
+        return named <= self._siblings and named.isdisjoint(entry.members) and named.isdisjoint(entry.failed)
 
     def add_all(self, group: int, trajectories: Sequence[Trajectory]) -> bool:
         """Take siblings of ``group`` that are all awaited; returns whether it is now settled."""

@@ -235,7 +235,7 @@ class Pipeline:
         if self.config.advantage.zero_signal == "resample" and self._resample(members):
             self.give_up(group, "no_signal", again=False)
             return
-        self.ledger.complete(group, min(t.oldest_version for t in members))
+        self.ledger.complete(group, min([t.oldest_version for t in members]))
 
     def _resample(self, members: list[Trajectory]) -> bool:
         """Whether a group without signal is replaced by another prompt's; not for ever."""

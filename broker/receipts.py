@@ -18,22 +18,23 @@ def receipt(batch: Batch, decision: Decision, threshold: float) -> dict[str, Any
     sizes = batch.sizes
     scored = decision.divergence is not None
     own = batch.sampled  # the policy's, without exemplars
+    rewards, mixed, advantages = batch.rewards[own], batch.mixed.rewards[own], batch.advantages[own]
     low, high = wilson_interval(decision.accepted, decision.proposed)
     line: dict[str, Any] = {
         "step": batch.step,
         "trajectories": len(batch.groups),
-        "reward": float(batch.rewards[own].mean()),
-        "reward_std": float(batch.rewards[own].std()),
+        "reward": float(rewards.mean()),
+        "reward_std": float(rewards.std()),
         "reward_channels": batch.channel_means(),
-        "reward_mixed": float(batch.mixed.rewards[own].mean()),
-        "reward_mixed_std": float(batch.mixed.rewards[own].std()),
+        "reward_mixed": float(mixed.mean()),
+        "reward_mixed_std": float(mixed.std()),
         "channels_missing": batch.mixed.missing,
         "channels_gated": batch.mixed.shut,
-        "exemplars": int((~batch.sampled).sum()),
+        "exemplars": len(own) - len(rewards),
         "groups_padded": int((sizes < batch.group_size).sum()),
         "groups_without_signal": int(without_signal(batch.mixed.rewards, sizes).sum()),
-        "advantage_positive": float((batch.advantages[own] > 0).mean()),
-        "advantage_negative": float((batch.advantages[own] < 0).mean()),
+        "advantage_positive": float((advantages > 0).mean()),
+        "advantage_negative": float((advantages < 0).mean()),
         "lag_mean": float(lags @ np.arange(len(lags)) / lags.sum()),
         "lag_max": len(lags) - 1,
         "lag_histogram": {str(k): int(v) for k, v in enumerate(lags) if v},

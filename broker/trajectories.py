@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from common.config.units import bytes_per_token
 from common.wire import Trajectories
-
-TOKEN_BYTES = 4 + 1 + 4 + 4  # id, trainable, log_q, version
 
 Piece = tuple[Trajectories, int, int]  # a message, and tokens of it from one to another
 
@@ -75,8 +74,7 @@ def unpack_all(
     oldest, sampled = message.summary
     n, cuts, names = len(oldest), message.cuts, message.channel_names
     lengths = list(map(sub, cuts[1:], cuts))
-    beside = (message.topk_ids, message.topk_log_q, message.experts)
-    width = TOKEN_BYTES + sum(array.itemsize * array.shape[1] for array in beside)
+    width = bytes_per_token(message.topk_ids.shape[1], message.experts.shape[1])
     is_plain = message.is_plain
     message.forget_checks()
     return list(
@@ -110,5 +108,8 @@ def pieces_of(members: Iterable[Trajectory]) -> list[Piece]:
 
 def gather(pieces: Sequence[Piece], name: str) -> NDArray[Any]:
     """Array ``name`` of the messages' tokens end to end, of at least one piece: a copy, of one piece a view."""
+    whole: NDArray[Any] = getattr(pieces[0][0], name)
+    if whole.ndim == 2 and not whole.shape[1]:  # of a record that nobody keeps: as broad in every message
+        return np.empty((sum(end - first for _, first, end in pieces), 0), whole.dtype)
     arrays = [getattr(message, name)[first:end] for message, first, end in pieces]
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

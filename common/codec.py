@@ -15,7 +15,6 @@ memory), and what an error quotes is short.
 """
 
 import dataclasses
-import math
 import reprlib
 import types
 import typing
@@ -39,6 +38,7 @@ MAX_ARRAYS = 64
 MAX_FRAMES = 1 + MAX_ARRAYS
 MAX_DEPTH = 4  # of lists and maps in a field annotated Any
 INT_BOUND = 1 << 63
+_NO_ROW = (None,) * 5
 _FRAMES = "_frames"  # of a decoded message: what it came as
 _HEAVY = np.isin(np.arange(256), [*range(0x80, 0xA0), *range(0xC7, 0xCA), *range(0xD4, 0xD9), *range(0xDC, 0xE0)])
 
@@ -233,13 +233,20 @@ def _array_fields(tag: str, table: list[Any], payload: Sequence[Any], layout: _L
     frames = len(sizes)
     last, end = -1, 0  # the frame of the array before, and where that array ends
     for row, (name, dtype, ndim, kind, itemsize) in zip(table, layout.rows, strict=True):
-        _check_row(tag, row, name, dtype, ndim, frames, layout)
-        _, _, shape, frame, offset = row
+        named, said, shape, frame, offset = row if type(row) is list and len(row) == 5 else _NO_ROW
+        if (named != name or said != dtype or type(frame) is not int or not 0 <= frame < frames) or (
+            type(offset) is not int or type(shape) is not list or len(shape) != ndim
+        ):
+            raise _odd_row(tag, row, name, dtype, ndim, frames, layout)
+        count = 1
+        for n in shape:
+            if type(n) is not int or not 0 <= n < INT_BOUND:
+                raise _odd_row(tag, row, name, dtype, ndim, frames, layout)
+            count *= n
         if frame != last or offset != end + -end % ALIGNMENT:
             if frame != last + 1 or offset:
                 raise WireError(f"{tag}.{name}: frame {frame} at {offset} does not follow the array before it")
             _check_filled(tag, sizes, last, end)
-        count = shape[0] if ndim == 1 else math.prod(shape)
         end = offset + count * itemsize
         if end > sizes[frame]:
             raise WireError(
@@ -261,25 +268,20 @@ def _other_arrays(tag: str, layout: _Layout) -> WireError:
     return WireError(f"{tag}: arrays must be exactly {', '.join(layout.arrays) or 'none'}, in this order")
 
 
-def _check_row(tag: str, row: Any, name: str, dtype: str, ndim: int, frames: int, layout: _Layout) -> None:
-    """``row`` must be ``[name, dtype, shape, frame, offset]`` of the array that comes next in ``layout``."""
+def _odd_row(tag: str, row: Any, name: str, dtype: str, ndim: int, frames: int, layout: _Layout) -> WireError:
+    """Why ``row`` is not ``[name, dtype, shape, frame, offset]`` of the array that comes next in ``layout``."""
     if type(row) is not list or not row or row[0] != name:
-        raise _other_arrays(tag, layout)
+        return _other_arrays(tag, layout)
     if len(row) != 5:
-        raise WireError(f"{tag}: array entry {_short(row)} is malformed")
+        return WireError(f"{tag}: array entry {_short(row)} is malformed")
     _, said, shape, frame, offset = row
     if said != dtype:
-        raise WireError(f"{tag}.{name}: dtype {_short(said)}, needs {dtype!r}")
-    if type(shape) is not list or len(shape) != ndim or not all(map(_is_length, shape)):
-        raise WireError(f"{tag}.{name}: shape {_short(shape)}, needs {ndim} axes of 0 to {INT_BOUND - 1}")
-    if type(frame) is not int or type(offset) is not int or not 0 <= frame < frames:
-        raise WireError(
-            f"{tag}.{name}: frame {_short(frame)} at {_short(offset)} is not in the message of {frames} payload frames"
-        )
-
-
-def _is_length(n: Any) -> bool:
-    return type(n) is int and 0 <= n < INT_BOUND
+        return WireError(f"{tag}.{name}: dtype {_short(said)}, needs {dtype!r}")
+    if type(frame) is int and type(offset) is int and 0 <= frame < frames:
+        return WireError(f"{tag}.{name}: shape {_short(shape)}, needs {ndim} axes of 0 to {INT_BOUND - 1}")
+    return WireError(
+        f"{tag}.{name}: frame {_short(frame)} at {_short(offset)} is not in the message of {frames} payload frames"
+    )
 
 
 def _check_filled(tag: str, sizes: list[int], frame: int, end: int) -> None:

@@ -71,6 +71,7 @@ class Mixture:
             at = np.flatnonzero(self._task == task)
             self._within[at] = np.arange(len(at))
             self._turn_at.append(at)
+        self._turns, self._tasks, self._own = turns, self._task.tolist(), self._within.tolist()  # for one prompt
 
     def places(self, prompts: ArrayLike) -> tuple[Longs, Longs]:
         """``(task, its own question)`` of each of ``prompts [n]``, two arrays ``[n]``."""
@@ -81,8 +82,8 @@ class Mixture:
     def place(self, prompt: int) -> tuple[int, int]:
         """The same of one prompt."""
         period, within = divmod(prompt, self.period)
-        task = int(self._task[within])
-        return task, period * int(self.turns[task]) + int(self._within[within])
+        task = self._tasks[within]
+        return task, period * self._turns[task] + self._own[within]
 
     def prompt(self, task: int, question: int) -> int:
         """Which prompt is ``question`` of ``task``: the inverse of :meth:`place`."""

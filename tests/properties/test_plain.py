@@ -10,10 +10,11 @@ from broker.batch import collate
 from broker.decision import Rule, Scores, accept_all, reject, thin_again
 from broker.packing import make_shards
 from broker.receipts import receipt
-from broker.trajectories import TOKEN_BYTES, unpack_all
+from broker.trajectories import unpack_all
 from common import wire
 from common.codec import decode, encode, frames_of
 from common.config import AdvantageSection, RolloutSection, RunConfig
+from common.config.units import BYTES_PER_TOKEN
 
 VOCAB, STEP = 13, 7
 TOKEN = st.tuples(
@@ -106,7 +107,7 @@ def test_a_batch_is_the_same_whether_or_not_its_trajectories_are_known_to_be_pla
     message = message_of(shapes, seed)
     message.finish = (np.arange(len(shapes)) % 2).astype(np.uint8)  # every other one was cut off
     members = unpack_all(message)
-    assert [t.nbytes for t in members] == [TOKEN_BYTES * t.length for t in members]
+    assert [t.nbytes for t in members] == [BYTES_PER_TOKEN * t.length for t in members]
     batches = [
         collate(STEP, [dataclasses.replace(t, plain=known and t.plain) for t in members], config)
         for known in (True, False)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker.fates import length_bin
+from broker.fates import length_bins
 from broker.pipeline import Pipeline
 from common import wire
 from common.config import (
@@ -388,7 +388,7 @@ def test_resampling_ends_when_nothing_has_a_signal():
 
 @pytest.mark.parametrize(("tokens", "longest"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (1024, 1024), (1025, 2048)])
 def test_lengths_are_counted_by_powers_of_two(tokens, longest):
-    assert length_bin(tokens) == longest
+    assert length_bins(np.array([tokens])).tolist() == [longest]
 
 
 def with_alternatives(message, k, fill):
@@ -552,7 +552,7 @@ def test_what_is_taken_out_of_the_loss_keeps_its_length_in_receipts_and_fates(se
     sampled = [t.sampled_tokens for t in pipeline.step(0).batch.members]
     assert receipt["length_mean"] == pytest.approx(np.mean(sampled)) and min(sampled) > 0
     trained = pipeline.fates.status()["trajectories_by_length"]["trained"]
-    assert trained == {str(k): v for k, v in sorted(Counter(map(length_bin, sampled)).items())}
+    assert trained == {str(k): v for k, v in sorted(Counter(length_bins(np.array(sampled)).tolist()).items())}
 
 
 @pytest.mark.parametrize("kind", ["mask", "resample"])
