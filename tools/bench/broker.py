@@ -48,7 +48,8 @@ GROUPS, GROUP_SIZE = 16, 8  # trajectories a step: GROUPS * GROUP_SIZE, one mess
 STEPS = {0: 48, TOPK: 12}  # of a passage, by alternatives a token: some .3 s
 WITHIN = ("pickle 5", "json + base64")  # peers' formats that are taken through admission and packing, too
 SLOW = {0: 48, TOPK: 12}  # messages of a format that takes milliseconds for each
-WINDOW = 32  # messages under way
+ASSEMBLE_AHEAD = 8
+WINDOW = ASSEMBLE_AHEAD * GROUPS  # messages under way: as many as the steps that are assembled ahead hold
 QUEUED = 10_000
 TOUCHED_MB = 512  # before each passage
 DEADLINE_S = 120.0
@@ -65,7 +66,7 @@ def config(topk: int, steps: int, tokens: int = TOKENS, queue_mb: float = 1 << 1
         ),
         staleness=StalenessSection(steps),
         obrs=ObrsSection(mode="off"),
-        broker=BrokerSection(queue_mb=queue_mb, assemble_ahead=8),
+        broker=BrokerSection(queue_mb=queue_mb, assemble_ahead=ASSEMBLE_AHEAD),
     )
 
 
