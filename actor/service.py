@@ -34,7 +34,7 @@ from common import wire
 from common.config import MEGABYTE, RunConfig
 from common.exporter import Families, families_of_peer, gauge, open_exporter
 from common.identity import model_identity
-from common.link import BrokerLink, connect
+from common.link import BrokerLink, connect, parting
 from common.process import StopFlag
 from common.slowness import Slowness
 from common.trace import Tracer, open_tracer, power_of_two, silent
@@ -139,7 +139,7 @@ class ActorService:
         finally:
             self.tracer.state("end")
             self.receiver.close()
-            self.link.close("stopped")
+            self.link.close(parting("stopped"))
             self.play.close()
             ended = self.play.figures | dict(self.counters)
             log.info("ends: %s", ", ".join(f"{name} {value:g}" for name, value in sorted(ended.items())))

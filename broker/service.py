@@ -116,7 +116,7 @@ class BrokerService:
         self.files.keep_config(to_yaml(config))
         self._handlers: dict[type[Any], Callable[[Peer, Any], None]] = {
             wire.Heartbeat: self._on_heartbeat,
-            wire.Bye: lambda peer, m: self.door.lose(peer, m.reason or "bye", orderly=True),
+            wire.Bye: lambda peer, m: self.door.lose(peer, m.reason or "bye", m.orderly),
             **self.rollouts.handlers,
             **self.training.handlers,
             **self.distribution.handlers,

@@ -9,6 +9,7 @@ import math
 import queue
 import re
 import struct
+import sys
 import threading
 import time
 from collections import deque
@@ -31,7 +32,7 @@ from common.frames import (
 from common.keys import ClientKeys, client_keys, fingerprint, require_keys
 from common.trace import Tracer, silent
 from common.waker import Waker
-from common.wire import FROM_BROKER, Bye, Heartbeat, Hello, Pong, Refused, Welcome, WhoAreYou
+from common.wire import FAILED, FROM_BROKER, MAX_TEXT, Bye, Heartbeat, Hello, Pong, Refused, Welcome, WhoAreYou
 
 POLL_S = 0.2
 RECONNECT_MS = 100
@@ -49,7 +50,8 @@ class BrokerLink:
 
     ``hello`` is sent at the start, on every new connection and whenever the broker does not know us;
     its ``version`` and ``run_id`` are kept current through :meth:`set_version` and the Welcome. Every
-    Welcome is also handed to the owner, who then sends again what was never acknowledged.
+    Welcome that ends a time without one is also handed to the owner, who then sends again what was never
+    acknowledged.
 
     ``keys`` (:func:`common.keys.client_keys`) may only be left out where the address is local.
     """
@@ -80,6 +82,7 @@ class BrokerLink:
         self._closing = threading.Event()
         self._welcomed = threading.Event()
         self._heartbeat_s = 1.0
+        self._hello_due, self._hello_again_s = 0.0, self._heartbeat_s  # while there is no Welcome
         self._context = zmq.Context()
         self._waker = Waker(self._context)
         self._thread = threading.Thread(target=self._run, name="broker-link", daemon=True)
@@ -163,6 +166,13 @@ class BrokerLink:
         self._context.destroy(linger=LINGER_MS)
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:  # whatever it is, the owner must hear of it
+            self.log.exception("the link to the broker at %s has failed", self.address)
+            self._inbox.put(error)
+
+    def _serve(self) -> None:
         socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         for option, value in (
             (zmq.SNDHWM, HIGH_WATER_MARK),
@@ -194,14 +204,19 @@ class BrokerLink:
             if now >= next_beat:
                 if self._silent_s > SILENT_BROKER_S:
                     self._welcomed.clear()
-                self._push(socket, encode(self._heartbeat() if self.welcomed else self._hello))
+                if self.welcomed:
+                    self._push(socket, encode(self._heartbeat()))
+                elif now >= self._hello_due:
+                    self._say_hello(socket)
                 next_beat = now + self._heartbeat_s
             ready = dict(poller.poll(int(POLL_S * 1000)))
             if self._waker.seen in ready:
                 self._waker.clear()
-            if monitor in ready and self._note_handshakes(monitor) and self.welcomed:
-                self._welcomed.clear()  # another connection: what the last one carried may be lost, so begin anew
-                next_beat = 0.0
+            if monitor in ready and self._note_handshakes(monitor):  # what another connection carried may be lost
+                self._hello_due, self._hello_again_s = now + self._heartbeat_s, self._heartbeat_s
+                if self.welcomed:
+                    self._welcomed.clear()
+                    next_beat = self._hello_due = 0.0
             if socket in ready:
                 self._silent_s, next_word = 0.0, SILENT_BROKER_S
                 known = self.welcomed
@@ -218,7 +233,14 @@ class BrokerLink:
         socket.close(linger=LINGER_MS)
 
     def _heartbeat(self) -> Heartbeat:
-        return Heartbeat(self._hello.version, dict(self.counters), self.tracer.seconds(), time.monotonic_ns())
+        counters = {name: float(value) for name, value in dict(self.counters).items()}
+        return Heartbeat(self._hello.version, counters, self.tracer.seconds(), time.monotonic_ns())
+
+    def _say_hello(self, socket: "zmq.Socket[bytes]") -> None:
+        """And not again before it had time to be answered: a broker that comes back finds every one and answers it."""
+        self._push(socket, encode(self._hello))
+        self._hello_due = time.monotonic() + self._hello_again_s
+        self._hello_again_s = min(2 * self._hello_again_s, SILENT_BROKER_S)
 
     def _note_handshakes(self, monitor: "zmq.Socket[bytes]") -> bool:
         """Whether a connection was made."""
@@ -261,13 +283,15 @@ class BrokerLink:
                 self.log.warning("ignored a message from the broker: %s", error)
                 continue
             if isinstance(message, WhoAreYou):
-                self._welcomed.clear()
-                self._push(socket, encode(self._hello))
+                if self.welcomed:  # else a Hello is on its way, behind what this answers
+                    self._welcomed.clear()
+                    self._say_hello(socket)
             elif isinstance(message, Welcome):
                 self._hello.run_id = message.run_id
-                self._heartbeat_s = message.heartbeat_s
-                self._welcomed.set()
-                self._inbox.put(message)
+                self._heartbeat_s = self._hello_again_s = message.heartbeat_s
+                if not self.welcomed:  # not one more Hello's: everything unacknowledged would be sent again
+                    self._welcomed.set()
+                    self._inbox.put(message)
             elif isinstance(message, Pong):
                 back = time.monotonic_ns()
                 self.tracer.offset.observe(message.echo_ns, message.received_ns, message.sent_ns, back)
@@ -286,6 +310,12 @@ class BrokerLink:
         except zmq.Again:
             return False
         return True
+
+
+def parting(orderly: str) -> str:
+    """What a Bye says at a process's end, in a ``finally``: ``orderly``, or what ended it."""
+    error = sys.exception()
+    return orderly if error is None else f"{FAILED} {type(error).__name__}: {error}"[:MAX_TEXT]
 
 
 def connect(section: BrokerSection, hello: Hello, tracer: Tracer | None = None) -> BrokerLink:

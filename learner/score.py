@@ -34,7 +34,7 @@ from common.errors import ConfigError, CroupierError, DataError
 from common.exporter import Families, families_of_peer, gauge, open_exporter
 from common.frozen import POLICY
 from common.identity import model_identity
-from common.link import connect
+from common.link import connect, parting
 from common.process import StopFlag
 from common.trace import Tracer, open_tracer, power_of_two
 from common.weights import Bucket, StagedWeights, WeightReceiver, is_frozen
@@ -263,7 +263,7 @@ class ReplicaService:
             self.scorer.followers.order(STOP)
             if self.receiver is not None:
                 self.receiver.close()
-            self.link.close("stopped")
+            self.link.close(parting("stopped"))
 
     def _stopping(self) -> bool:
         self._keep_company()

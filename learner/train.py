@@ -28,7 +28,7 @@ from common.errors import DataError
 from common.exporter import Exporter, Families, families_of_peer, gauge, open_exporter
 from common.identity import model_identity
 from common.joint import POLICY_STREAM, ROLLOUT_STREAM
-from common.link import BrokerLink, connect
+from common.link import BrokerLink, connect, parting
 from common.process import StopFlag
 from common.slowness import Slowness
 from common.trace import Tracer, open_tracer, power_of_two
@@ -392,4 +392,4 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopFlag, tracer: Tracer, export
                 learner.run()
     finally:
         tracer.state("end")
-        link.close("finished" if not stop.is_set else "stopped")
+        link.close(parting("finished" if not stop.is_set else "stopped"))

@@ -135,12 +135,18 @@ class LocalEngine:
         return completions
 
     def cancel(self, request_id: int, sibling: int) -> None:
-        """Forget one sibling; one that still waits is sampled with its request and dropped when it ends."""
+        """Forget one sibling; one that waits with others is sampled with its request and dropped when it ends."""
         row = self._rows.find(request_id, sibling)
         if row is not None:
             self._remove(np.array([row]))
-        elif any(request.request_id == request_id for request in self._waiting):
-            self._unwanted.add((request_id, sibling))
+            return
+        for request in self._waiting:
+            if request.request_id == request_id and 0 <= sibling - request.first_sibling < request.samples:
+                if request.samples == 1:
+                    self._waiting.remove(request)
+                else:
+                    self._unwanted.add((request_id, sibling))
+                return
 
     def abort(self) -> None:
         """Forget everything in flight."""

@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-BAD_REQUEST, UNAUTHORIZED, NOT_FOUND, GONE = 400, 401, 404, 410
+BAD_REQUEST, UNAUTHORIZED, NOT_FOUND, GONE, TOO_LARGE = 400, 401, 404, 410, 413
 
 # Values of parameters that ask for nothing, beside null. Others are refused.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -227,9 +227,16 @@ def _message(where: str, given: Any) -> Message:
         role=ROLES[role],
         content=_content(f"{where}.content", given.get("content")),
         calls=tuple(_call(f"{where}.tool_calls[{i}]", call) for i, call in enumerate(calls)),
-        name=str(given.get("name") or ""),
-        call_id=str(given.get("tool_call_id") or ""),
+        name=_text(where, given, "name"),
+        call_id=_text(where, given, "tool_call_id"),
     )
+
+
+def _text(where: str, given: Mapping[str, Any], key: str) -> str:
+    value = given.get(key) or ""
+    if not isinstance(value, str):
+        raise _bad(f"{where}.{key}", f"{_brief(value)} must be a string")
+    return value
 
 
 def _content(where: str, given: Any) -> str:

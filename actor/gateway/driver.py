@@ -8,6 +8,7 @@
 """
 
 import asyncio
+import copy
 import inspect
 import logging
 import queue
@@ -181,7 +182,8 @@ class Driver:
             heldout = rollout.request_id >= EVALUATION_ID
             name = f"rollout {rollout.request_id}.{rollout.sibling}"
             key = self._gateway.open(agent.seat, name, self._limits(heldout), agent.deadline)
-            session = AgentSession(self._gateway.url, key, rollout.item.reference, "heldout" if heldout else "train")
+            question = copy.deepcopy(rollout.item.reference)  # its own: an agent may write into it
+            session = AgentSession(self._gateway.url, key, question, "heldout" if heldout else "train")
             agent.start(self._task, session, self._ended)
 
     def _limits(self, heldout: bool) -> Limits:

@@ -27,7 +27,7 @@ from typing import Any
 from aiohttp import web
 
 from actor.engine.base import Completion
-from actor.gateway.chat import GONE, NOT_FOUND, UNAUTHORIZED, Limits, Refusal, models_body
+from actor.gateway.chat import BAD_REQUEST, GONE, NOT_FOUND, TOO_LARGE, UNAUTHORIZED, Limits, Refusal, models_body
 from actor.gateway.conversation import Conversations, Placed
 from actor.gateway.template import ChatTemplate
 from actor.rollout import Turn
@@ -88,7 +88,7 @@ class Gateway:
         except OSError as error:
             self._end()
             raise ConfigError(
-                f"task.params.port={port}: {error.strerror}; leave it out and the system chooses"
+                f"task.params.port={port}: {error.strerror or 'timed out'}; leave it out and the system chooses"
             ) from error
 
     def _run(self, work: Coroutine[Any, Any, Any], timeout_s: float) -> Any:
@@ -180,7 +180,7 @@ class Gateway:
         signed = (
             number.isdecimal()
             and len(number) < MAX_DIGITS
-            and hmac.compare_digest(signature.encode(), self._sign(int(number)).encode())
+            and hmac.compare_digest(signature.encode(errors="replace"), self._sign(int(number)).encode())
         )
         if scheme.lower() != "bearer" or not signed:
             text = "this API key belongs to no rollout; use the api_key that the agent was given"
@@ -240,8 +240,13 @@ async def _refuse(
 ) -> web.StreamResponse:
     try:
         return await handler(request)
-    except Refusal as refusal:
-        return web.Response(status=refusal.status, body=refusal.body, content_type="application/json")
+    except Refusal as error:
+        refusal = error
+    except web.HTTPRequestEntityTooLarge:
+        refusal = Refusal(TOO_LARGE, f"the body has more than {MAX_BODY >> 20} MB; send less", code="too_large")
+    except web.RequestPayloadError as error:
+        refusal = Refusal(BAD_REQUEST, f"the body cannot be read: {error}")
+    return web.Response(status=refusal.status, body=refusal.body, content_type="application/json")
 
 
 async def _nowhere(request: web.Request) -> web.Response:

@@ -40,7 +40,7 @@ class ChatTemplate:
             text = self._tokenizer.apply_chat_template(
                 list(messages), tools=tools or None, add_generation_prompt=True, tokenize=False
             )
-        except (TemplateError, TypeError, KeyError) as error:
+        except (TemplateError, TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
             reason = f"messages: the chat template cannot render them: {type(error).__name__}: {error}"
             raise Refusal(BAD_REQUEST, reason, "messages") from error
         return str(text)

@@ -42,6 +42,7 @@ SHOWN = 300  # characters of what a failed command said last
 STDOUT, STDERR = 1, 2
 QUESTION = "CROUPIER_QUESTION"  # in a command's environment
 LONGEST = 32 * resource.getpagesize()  # bytes of one entry of it, name and end included: MAX_ARG_STRLEN in execve(2)
+MAX_PORT = (1 << 16) - 1
 LAST_WORDS_S = 1.0  # for what a command printed to be read, once it has ended
 
 
@@ -63,7 +64,7 @@ class AgentTask:
         self.channels = _names(params.get("channels", ["correct"]))
         self.deadline_s = _number(params, "deadline_s", DEFAULT_DEADLINE_S, 0.1)
         self.workers = int(_number(params, "workers", DEFAULT_WORKERS, 1))
-        self.port = int(_number(params, "port", 0, 0))
+        self.port = int(_number(params, "port", 0, 0, MAX_PORT))
         self.chat_template = str(params.get("chat_template", ""))
         lines = _read_questions(str(params.get("questions", "")), "command" in params)
         self.held_out = int(_number(params, "heldout", 0, 0))
@@ -193,10 +194,11 @@ def _names(given: Any) -> tuple[str, ...]:
     return tuple(given)
 
 
-def _number(params: dict[str, Any], name: str, default: float, least: float) -> float:
+def _number(params: dict[str, Any], name: str, default: float, least: float, most: float = math.inf) -> float:
     value = params.get(name, default)
-    if not isinstance(value, int | float) or not math.isfinite(value) or value < least:
-        raise TaskError(f"task.params.{name}={value!r}: must be a number of at least {least:g}")
+    if not isinstance(value, int | float) or not math.isfinite(value) or not least <= value <= most:
+        bounds = f"of at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+        raise TaskError(f"task.params.{name}={value!r}: must be a number {bounds}")
     return value
 
 

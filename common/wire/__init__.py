@@ -31,6 +31,7 @@ from common.wire.actors import (
 )
 from common.wire.fields import (
     EXPERT,
+    FAILED,
     FINISH_REASONS,
     MAX_TEXT,
     NEVER,
@@ -85,6 +86,7 @@ from common.wire.weights import (
 
 __all__ = [
     "EXPERT",
+    "FAILED",
     "FINISH_REASONS",
     "FROM_BROKER",
     "LOG_Q_TOLERANCE",

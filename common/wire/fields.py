@@ -12,6 +12,7 @@ NEVER = (1 << 31) - 1  # a version that no policy has
 EXPERT = 3  # in ``trainable``: a token that a human exemplar brought: trained, but nobody sampled it
 STARTS = 2  # in ``trainable``: a token before which a new segment begins, which what lies before is no context of
 UNROUTED = (1 << 16) - 1  # in the whole row of a token whose experts nobody recorded
+FAILED = "failed:"  # begins the reason of a Bye that is not an orderly one
 MAX_TEXT = 256  # characters of a peer's name, host and the like
 
 Int32 = NDArray[np.int32]

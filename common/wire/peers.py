@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from common.errors import DataError
-from common.wire.fields import MAX_TEXT, Unchecked
+from common.wire.fields import FAILED, MAX_TEXT, Unchecked
 
 MAX_FACTS, MAX_FACT = 8, 512  # of a peer's model
 MAX_COUNTERS = 256  # of a heartbeat
@@ -97,10 +97,15 @@ class Pong(Unchecked):
 
 @dataclass
 class Bye(Unchecked):
-    """An orderly leave."""
+    """A leave; ``reason`` begins with FAILED where it is not an orderly one."""
 
     TAG: ClassVar[str] = "bye"
     reason: str
+
+    @property
+    def orderly(self) -> bool:
+        """Whether its sender meant to end."""
+        return not self.reason.startswith(FAILED)
 
 
 @dataclass

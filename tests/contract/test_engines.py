@@ -111,6 +111,9 @@ def test_cancelled_siblings_do_not_come_back(engine):
     engine.add(ask(0, prompt_of(4), 4, 100, ignore_eos=True))
     engine.cancel(0, 1)
     engine.cancel(0, 3)
+    engine.add(ask(1, prompt_of(4), 1, 100, first_sibling=2, ignore_eos=True))  # a later turn's
+    engine.cancel(1, 0)  # not among those that are asked for
+    engine.cancel(1, 2)
     engine.cancel(5, 0)  # unknown
     assert sorted(c.sibling for c in drain(engine)) == [0, 2]
     engine.add(ask(1, prompt_of(4), 2, 5))

@@ -1,8 +1,12 @@
 """Agents that use the real openai client, against the embedded engine: what they cause is what is trained."""
 
 import asyncio
+import functools
 import json
+import re
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +151,40 @@ def test_the_client_is_told_what_is_refused(table, more):
     verdict.put({"correct": 1.0})
     table.wait(lambda t: t.messages)
     assert "made no request" in table.messages[0].reason
+
+
+def test_what_no_client_library_sends_is_answered_in_openais_shape_too(table):
+    session, verdict = table.sit()
+    nested = functools.reduce(lambda inner, _: {"a": inner}, range(900), {})
+    deep = {"messages": HELLO, "tools": [{**WEATHER[0], "function": {"name": "w", "parameters": nested}}]}
+    odd = {"messages": [{**HELLO[0], "name": {"a": 1}}]}
+    for status, words, body, headers in (
+        (400, "cannot render", json.dumps(deep).encode(), {}),
+        (400, r"messages\[0\]\.name: .* must be a string", json.dumps(odd).encode(), {}),
+        (400, "cannot be read|not JSON", b"no gzip at all", {"Content-Encoding": "gzip"}),
+        (413, "more than 32 MB", b" " * (33 << 20), {}),
+        (401, "belongs to no rollout", b"{}", {"Authorization": "Bearer croupier-0-\xe9"}),
+    ):
+        sent = {"Authorization": f"Bearer {session.api_key}", "Content-Type": "application/json", **headers}
+        request = urllib.request.Request(f"{session.base_url}/chat/completions", body, sent)
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(request, timeout=20)
+        assert caught.value.code == status
+        assert re.search(words, json.loads(caught.value.read())["error"]["message"])
+    verdict.put({"correct": 1.0})
+
+
+def test_what_an_agent_writes_into_its_question_nobody_else_reads(chat_model, questions):
+    with Table(chat_model, questions, FUNCTION, group_size=2) as table:
+        table.start()
+        seats = [agents.SESSIONS.get(timeout=10) for _ in range(2)]
+        seats[0][0].question["text"] = "mine"
+        assert seats[1][0].question["text"].startswith("hello")
+        for session, verdict in seats:
+            with client_of(session) as client:
+                client.chat.completions.create(model="m", messages=HELLO)
+            verdict.put({"correct": 1.0})
+        table.wait(lambda t: len(t.finished) == 2)
 
 
 def test_keys_say_whose_request_it_is(table):
@@ -383,6 +421,7 @@ def test_settings_that_do_not_fit_are_refused_at_once(chat_model, questions, tmp
     refused(r"evaluation\.prompts", dict(FUNCTION), ConfigError, evaluation=3)
     refused("no such parameter", {**FUNCTION, "deadline": 3})
     refused("at least", {**FUNCTION, "workers": 0})
+    refused("from 0 to 65535", {**FUNCTION, "port": 65536})
     refused("list of names", {**FUNCTION, "channels": "correct"})
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"a": 1}\n[2]\n')

@@ -1,5 +1,6 @@
 """Real sockets: Hello, reconnection, refusal, hostile bytes."""
 
+import contextlib
 import time
 
 import numpy as np
@@ -9,7 +10,7 @@ import zmq
 from common import sockets, wire
 from common.codec import encode
 from common.errors import DeadlineError, ProtocolError, WireError
-from common.link import BrokerLink
+from common.link import BrokerLink, parting
 from common.sockets import RouterSocket
 from tests.integration.fleet import free_address
 
@@ -64,6 +65,68 @@ def test_a_link_waits_for_a_broker_that_starts_later_and_greets_one_that_comes_b
         assert link.run_id == "run"
     finally:
         link.close()
+
+
+def test_after_an_outage_the_owner_hears_of_one_welcome_however_often_hello_was_said(address):
+    link, said, welcomes = BrokerLink(address, hello()), [], 0
+    try:
+        router = RouterSocket(address)
+        identity, _ = greeted(router)
+        router.send(identity, wire.Welcome("run", 3, 0.02))
+        assert link.wait_welcome(5.0)
+        router.close()
+        time.sleep(0.6)  # heartbeats wait in the link's socket meanwhile
+        router = RouterSocket(address)
+        known = False
+        deadline = time.monotonic() + 1.5
+        while time.monotonic() < deadline:
+            for identity, message in router.receive(0.02):
+                said.append(type(message))
+                if isinstance(message, wire.Hello):
+                    known = True
+                    router.send(identity, wire.Welcome("run", 3, 0.02))
+                elif not known:
+                    router.send(identity, wire.WhoAreYou())
+            while (message := link.receive()) is not None:
+                welcomes += isinstance(message, wire.Welcome)
+        assert said.count(wire.Heartbeat) > 10
+        assert welcomes == 1 and said.count(wire.Hello) <= 3
+    finally:
+        link.close()
+        router.close()
+
+
+def test_a_link_that_fails_says_so_to_its_owner(address):
+    link = BrokerLink(address, hello())
+    router = RouterSocket(address)
+    try:
+        identity, _ = greeted(router)
+        router.send(identity, wire.Welcome("run", 3, 0.02))
+        assert link.wait_welcome(5.0)
+        link.counters = {"tokens": np.int64(3)}
+        beats = []
+        assert until(lambda: beats.extend(m for _, m in router.receive(0.02) if m.counters) or beats)
+        assert beats[0].counters == {"tokens": 3.0}
+        link.counters = {"tokens": "three"}
+        with pytest.raises(ValueError, match="three"):
+            while True:
+                link.receive(5.0)
+    finally:
+        link.close()
+        router.close()
+
+
+@pytest.mark.parametrize("error", [None, ValueError("oh no")])
+def test_a_bye_says_what_ended_its_sender(error):
+    said = []
+    with contextlib.suppress(ValueError):
+        try:
+            if error:
+                raise error
+        finally:
+            said.append(parting("stopped"))
+    assert said == ["failed: ValueError: oh no" if error else "stopped"]
+    assert wire.Bye(said[0]).orderly == (error is None)
 
 
 def test_no_broker_is_a_deadline_error_that_names_the_address(address):
