@@ -284,7 +284,8 @@ class ReplicaService:
     def _handle(self, message: object) -> None:
         match message:
             case wire.ScoreRequest():
-                self._requests.append(message)
+                asked = [r for r in self._requests if r.request != message.request]  # a repeated Hello has it sent again
+                self._requests = deque([*asked, message])
             case wire.Prepare() if self.receiver is not None:
                 self.receiver.on_prepare(message)
             case wire.Go() if self.receiver is not None:

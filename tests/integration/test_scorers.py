@@ -178,10 +178,11 @@ def test_without_rejection_a_step_waits_for_the_frozen_models_alone(make, tmp_pa
     first.expect(wire.ScoreRequest)
     first.link.close(None)  # as if killed while it scores
     second = Peer(broker, "replica", "reference-0", session="again", serves="reference")
-    second.expect(wire.ScoreRequest)
-    second.link.send(dataclasses.replace(second.hello))  # one of several, while the broker was away: it forgets then
-    second.expect(wire.Welcome)
-    reply(second, second.expect(wire.ScoreRequest), -0.5)
+    asked = second.expect(wire.ScoreRequest)
+    second.link.send(dataclasses.replace(second.hello))  # one of several that were said while the broker was away
+    again = second.expect(wire.ScoreRequest)
+    assert again.request == asked.request
+    reply(second, again, -0.5)
     shard = learner.expect(wire.Shard)
     assert (shard.accept == (shard.trainable == 1)).all()
     assert (shard.log_reference[shard.trainable == 1] == -0.5).all()
