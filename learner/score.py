@@ -283,8 +283,8 @@ class ReplicaService:
 
     def _handle(self, message: object) -> None:
         match message:
-            case wire.ScoreRequest():
-                asked = [r for r in self._requests if r.request != message.request]  # a repeated Hello has it sent again
+            case wire.ScoreRequest():  # perhaps not for the first time: a repeated Hello has it sent again
+                asked = [r for r in self._requests if r.request != message.request]
                 self._requests = deque([*asked, message])
             case wire.Prepare() if self.receiver is not None:
                 self.receiver.on_prepare(message)
