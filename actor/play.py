@@ -26,6 +26,7 @@ from actor.scoring.members import Members
 from actor.scoring.scorer import Outcome, Scorer
 from actor.tasks.agent import AgentTask
 from actor.tasks.base import AnsweringTask, BlockTask, HoldingTask, MultiTurnTask, PromptItem, Task, make_task
+from actor.tasks.foreign import words_of_failure
 from actor.tasks.mixed import MixedTask, parts_of
 from common import wire
 from common.config import RunConfig
@@ -142,7 +143,7 @@ class Play:
             members, question = self._members.of(prompt, item), self._members.question(prompt)
         except Exception as error:  # noqa: BLE001  # a task is foreign code
             self.counters["prompt_failures"] += 1
-            what = str(error) if isinstance(error, TaskError) else f"{type(error).__name__}: {error}"
+            what = str(error) if isinstance(error, TaskError) else words_of_failure(error)
             log.warning("prompt %d: %s", prompt, what)
             self._send(wire.GroupFailed(group, f"prompt {prompt}: {what}"[:REASON]))
             return

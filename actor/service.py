@@ -32,6 +32,7 @@ from actor.tasks.mixed import parts_of
 from actor.weights import GroupCollective
 from common import wire
 from common.config import MEGABYTE, RunConfig
+from common.errors import ConfigError, ModelError, TaskError, lasting
 from common.exporter import Families, families_of_peer, gauge, open_exporter
 from common.identity import model_identity
 from common.link import BrokerLink, connect, parting
@@ -310,6 +311,7 @@ class ActorService:
 def run_actor(config: RunConfig, name: str, stop: StopFlag) -> None:
     """Serve one run to its end."""
     with open_tracer(config, name, "actor") as tracer, open_exporter(config, tracer) as exporter:
-        service = ActorService(config, name, stop, tracer)
+        with lasting(ConfigError, ModelError, TaskError):
+            service = ActorService(config, name, stop, tracer)
         exporter.families = service.families
         service.run()

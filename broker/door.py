@@ -17,6 +17,7 @@ from broker.peers import Peer, Roster
 from common import wire
 from common.config import BrokerSection
 from common.curve import Seldom
+from common.errors import RevokedError
 from common.sockets import RouterSocket
 
 SHOWN = 500  # characters of what a peer says, in the log
@@ -49,8 +50,24 @@ class Door:
 
     def receive(self, timeout_s: float) -> list[tuple[bytes, Any]]:
         """See :meth:`RouterSocket.receive`; what comes from a peer in quarantine is dropped unread."""
-        now = time.monotonic()
-        return self.router.receive(timeout_s, lambda identity: self.conduct.is_quarantined(self.who(identity), now))
+        now, heard = time.monotonic(), list[tuple[bytes, Any]]()
+        for identity, message in self.router.receive(
+            timeout_s, lambda identity: self.conduct.is_quarantined(self.who(identity), now)
+        ):
+            if isinstance(message, RevokedError):
+                self._shut_out(identity, str(message))
+            else:
+                heard.append((identity, message))
+        return heard
+
+    def _shut_out(self, identity: bytes, reason: str) -> None:
+        """Its key was revoked: nobody waits for it any more, and it is told."""
+        peer = self.roster.get(identity)
+        if peer is not None:
+            self.lose(peer, "its key is no longer allowed")
+        elif self._may_say((self.who(identity), "revoked")):
+            log.warning("dropped a message from %s: its key is no longer allowed", self.who(identity)[:80])
+        self.router.send(identity, wire.Refused(reason))
 
     def who(self, identity: bytes) -> str:
         """By whom an offence is remembered: the name that a key stands for, or else one process of that name."""

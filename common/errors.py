@@ -11,15 +11,21 @@
     ├── WireError         bytes that are not a valid message of this WIRE_VERSION
     ├── DataError         a well-formed message whose contents break the contract
     ├── ProtocolError     the other side refused us, or spoke out of turn
+    │   └── RevokedError  its key is no longer allowed
     ├── DeadlineError     a wait ran out; the message names who was late
     ├── WeightsError      a weight publish or reload failed
     ├── CheckpointError   a checkpoint that is damaged or belongs to another run
     └── JournalError      the broker's journal, or its run directory, cannot be written, read or is another run's
 """
 
+import contextlib
+from collections.abc import Iterator
+
 
 class CroupierError(Exception):
     """Base of every error that a user can cause and mend."""
+
+    lasting = False  # whether the process would end by it again, however often it is started
 
 
 class ConfigError(CroupierError, ValueError):
@@ -54,6 +60,10 @@ class ProtocolError(CroupierError, RuntimeError):
     """The peer refused us or spoke out of turn."""
 
 
+class RevokedError(ProtocolError):
+    """A message came from a peer whose key has been revoked since it connected."""
+
+
 class DeadlineError(CroupierError, TimeoutError):
     """A wait ran out; the message names who was late."""
 
@@ -68,3 +78,13 @@ class CheckpointError(CroupierError, RuntimeError):
 
 class JournalError(CroupierError, RuntimeError):
     """The broker's journal or its run directory cannot be written or read, or belongs to another run."""
+
+
+@contextlib.contextmanager
+def lasting(*kinds: type[CroupierError]) -> Iterator[None]:
+    """Mark errors of ``kinds`` as such that come again: what raises them here looks at nothing that changes."""
+    try:
+        yield
+    except kinds as error:
+        error.lasting = True
+        raise

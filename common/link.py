@@ -19,7 +19,7 @@ import zmq
 
 from common.codec import MAX_FRAMES, decode, encode
 from common.config import BrokerSection
-from common.errors import DataError, DeadlineError, ProtocolError, WireError
+from common.errors import ConfigError, DataError, DeadlineError, ProtocolError, WireError
 from common.frames import (
     FRAME_OVERHEAD,
     HIGH_WATER_MARK,
@@ -34,6 +34,7 @@ from common.trace import Tracer, silent
 from common.waker import Waker
 from common.wire import FAILED, FROM_BROKER, MAX_TEXT, Bye, Heartbeat, Hello, Pong, Refused, Welcome, WhoAreYou
 
+EVERYWHERE = "tcp://*:"  # where a broker listens on all of its machine's addresses
 POLL_S = 0.2
 RECONNECT_MS = 100
 SILENT_BROKER_S = 10.0  # without a sign of life the link says Hello again
@@ -66,6 +67,8 @@ class BrokerLink:
         tracer: Tracer | None = None,
     ) -> None:
         require_keys(address, keys is not None)
+        if address.startswith(EVERYWHERE):
+            raise ConfigError(f"broker.address={address!r}: is the broker's alone; give its peers tcp://HOST:PORT")
         self.address = address
         self._keys = keys
         self._limit = max_message_bytes or MAX_MESSAGE_BYTES

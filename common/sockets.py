@@ -19,7 +19,7 @@ import zmq
 
 from common.codec import MAX_FRAMES, decode, encode
 from common.curve import ZAP_DOMAIN, Doorman, Seldom, speaks_as
-from common.errors import DataError, ProtocolError, WireError
+from common.errors import DataError, ProtocolError, RevokedError, WireError
 from common.frames import (
     FRAME_OVERHEAD,
     HIGH_WATER_MARK,
@@ -38,7 +38,17 @@ WAITING_MESSAGES = 10_000  # of one peer that does not read, beyond the socket's
 RECEIVE_MESSAGES = 64  # taken at once, so that answers and weights do not wait behind a flood
 RECEIVE_BYTES = 16 << 20
 
+REVOKED = (
+    "its key is no longer allowed; `python -m tools.keys allow DIR NAME FILE` on the broker's machine lets it in, then "
+    "start it again"
+)
+
 log = logging.getLogger("sockets")
+
+
+def _key_of(frame: zmq.Frame) -> bytes:
+    """The public key that the connection was made with."""
+    return str(frame.get("User-Id")).encode()
 
 
 @dataclass
@@ -147,7 +157,8 @@ class RouterSocket:
         """What has arrived, up to a bound, waiting at most ``timeout_s`` for the first.
 
         Each item is the sender's identity with a message, or with the exception that its bytes
-        caused (:class:`WireError`, :class:`DataError`). What a sender says of whom ``is_muted`` is
+        caused (:class:`WireError`, :class:`DataError`); where its key is no longer allowed, with a
+        :class:`RevokedError` instead of what it said. What a sender says of whom ``is_muted`` is
         true is dropped unread.
         """
         received: list[tuple[bytes, Any]] = []
@@ -164,7 +175,9 @@ class RouterSocket:
             if is_muted is not None and is_muted(identity):
                 continue
             found = self._decode(frames, fault)
-            if self._is_genuine(identity, frames[0], found):
+            if self._is_revoked(frames[0]):
+                received.append((identity, RevokedError(REVOKED)))
+            elif self._is_genuine(identity, frames[0], found):
                 received.append((identity, found))
             if nbytes >= RECEIVE_BYTES:
                 break
@@ -178,21 +191,27 @@ class RouterSocket:
         except (WireError, DataError) as error:
             return type(error)(str(error))  # its causes and their tracebacks would keep the message
 
+    def _is_revoked(self, frame: zmq.Frame) -> bool:
+        if self._allowed is None or self._allowed.name_of(_key_of(frame)) is not None:
+            return False
+        self.impostors["revoked"] += 1
+        return True
+
     def _is_genuine(self, identity: bytes, frame: zmq.Frame, message: Any) -> bool:
         """Whether identity and Hello carry the name of the key that the connection was made with."""
         if self._allowed is None:
             return True
-        public = str(frame.get("User-Id")).encode()
+        public = _key_of(frame)
         name = self._allowed.name_of(public)
         claims = {identity.partition(b"/")[0].decode(errors="replace")}
         if isinstance(message, Hello):
             claims.add(message.name)
         if name is not None and all(speaks_as(name, claimed) for claimed in claims):
             return True
-        self.impostors[name or "revoked"] += 1
+        self.impostors[str(name)] += 1
         if self._may_say(public):
-            why = f"belongs to {name}" if name else "is no longer allowed"
-            log.warning("dropped a message as %r: its key %s %s", sorted(claims)[0][:40], fingerprint(public), why)
+            words = "dropped a message as %r: its key %s belongs to %s"
+            log.warning(words, sorted(claims)[0][:40], fingerprint(public), name)
         return False
 
     def _flush(self) -> None:

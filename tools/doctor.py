@@ -43,7 +43,7 @@ class Finding:
 def main(arguments: list[str] | None = None) -> int:
     """Print the findings; 1 if something required is missing."""
     parser = argparse.ArgumentParser(
-        prog="python -m tools.doctor", description="What this machine lacks to run croupier."
+        allow_abbrev=False, prog="python -m tools.doctor", description="What this machine lacks to run croupier."
     )
     parser.add_argument("config", nargs="?", help="also check what this run needs")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -180,7 +180,7 @@ def check_run(config: str, overrides: list[str]) -> list[Finding]:
     try:
         from actor.tasks.base import SANDBOXED
         from common.config import RunConfig, load
-        from common.errors import ConfigError, ModelError, SandboxError
+        from common.errors import ConfigError, ModelError, TaskError
         from common.routing import read_routing
     except ImportError as error:
         return [Finding("run file", "missing", f"cannot be read yet: {error}", INSTALL)]
@@ -192,6 +192,7 @@ def check_run(config: str, overrides: list[str]) -> list[Finding]:
         check_frozen,
         check_meshes,
         check_models,
+        check_opened,
         check_rewards,
         check_sandbox,
     )
@@ -205,7 +206,7 @@ def check_run(config: str, overrides: list[str]) -> list[Finding]:
     def attempt(what: str, good: str, check: Callable[[], object]) -> Finding:
         try:
             found = check()
-        except (ConfigError, ModelError, SandboxError) as error:
+        except (ConfigError, ModelError, TaskError) as error:
             detail, _, remedy = str(error).partition("; ")
             return Finding(what, "missing", detail, remedy)
         except ImportError as error:
@@ -240,6 +241,7 @@ def check_run(config: str, overrides: list[str]) -> list[Finding]:
         return [*findings, Finding("model", "note", states, "tools.launch makes it (tools.warmstart)")]
     paths = ", ".join(one.model.path for one in models_of(run))
     findings.append(attempt("model", paths, lambda: check_models(run)))
+    findings.append(attempt("tasks", ", ".join(run.task.labels), lambda: check_opened(run)))
     if run.learner.ranks * run.replica.ranks > 1:
         findings.append(attempt("meshes", "learner's and replica's divide the model", lambda: check_meshes(run)))
     if run.rollout.routing_replay:

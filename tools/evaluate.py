@@ -47,7 +47,9 @@ STEP_S = 0.05  # how long an engine that samples elsewhere may wait for somethin
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m tools.evaluate", description="Held-out reward of a run's models.")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m tools.evaluate", description="Held-out reward of a run's models."
+    )
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as evaluation.prompts=2048")
     parser.add_argument("--step", type=int, action="append", default=[], help="a checkpoint; may be repeated")

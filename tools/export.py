@@ -32,7 +32,9 @@ from tools.runs import known_config, print_notes
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m tools.export", description="A checkpoint to a model directory.")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m tools.export", description="A checkpoint to a model directory."
+    )
     parser.add_argument("run_dir", type=Path)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, help="which checkpoint (default: the newest)")

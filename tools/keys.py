@@ -43,7 +43,9 @@ REVOKED = "revoked"  # beside allowed/: what `make` must not let in again by its
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m tools.keys", description="Make and list the keys of a run.")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m tools.keys", description="Make and list the keys of a run."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for command, what in (
         ("make", "make the pairs that are not there yet"),

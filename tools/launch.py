@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from common.cli import EXIT_LASTING
 from common.config import RunConfig, load, to_yaml
 from common.errors import ConfigError, CroupierError
 from common.keys import broker_keys
@@ -65,7 +66,9 @@ LEVELS = {"yellow": "WARNING", "bold red": "ERROR"}  # in logs/launch.log
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one YAML to its end; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tools.launch", description="Start a whole run on this machine.")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m tools.launch", description="Start a whole run on this machine."
+    )
     parser.add_argument("config", help="the run's YAML; configs/ holds examples")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, such as staleness.budget=0")
     given = parser.parse_args(arguments)
@@ -253,7 +256,7 @@ class Run:
             code = process.poll()
             if code is None or (code == 0 and self._may_leave(process)):
                 continue
-            if process.may_restart and process.restarts < MAX_RESTARTS:
+            if process.may_restart and code != EXIT_LASTING and process.restarts < MAX_RESTARTS:
                 process.restarts += 1
                 self.say(f"{process.name} {_ended(code)}; restart {process.restarts} of {MAX_RESTARTS}", "yellow")
                 process.start()

@@ -39,7 +39,12 @@ def check_address(address: str) -> None:
         raise ConfigError(
             f"broker.address={address!r}: must read tcp://HOST:PORT with a port in 1..65535, or ipc://PATH"
         )
-    host = "0.0.0.0" if match["host"] == "*" else match["host"].strip("[]")
+    if match["host"] == "*":
+        raise ConfigError(
+            f"broker.address={address!r}: its peers read this address too; give tcp://HOST:{match['port']} with this "
+            "machine's name, or start each process by hand"
+        )
+    host = match["host"].strip("[]")
     try:
         family, kind, protocol, _, target = socket.getaddrinfo(host, int(match["port"]), type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -89,6 +94,13 @@ def check_tasks(config: RunConfig) -> None:
 
     for entry in config.task.entries.values():
         check_name(entry.name)
+
+
+def check_opened(config: RunConfig) -> None:
+    """Raise what an actor would end by that cannot open the tasks: their parameters, files and the user's own code."""
+    from actor.play import open_task  # with torch, which a launcher need not import
+
+    open_task(config)
 
 
 def check_sandbox(config: RunConfig) -> str:

@@ -24,7 +24,9 @@ from tools.runs import print_notes, read_run
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m tools.receipt", description="Read the receipt of a batch.")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m tools.receipt", description="Read the receipt of a batch."
+    )
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--step", type=int, help="which step (default: the last)")
     parser.add_argument(

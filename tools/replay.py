@@ -144,7 +144,9 @@ class Alternative:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m tools.replay", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m tools.replay", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="other settings of obrs.*, to compare")
     given = parser.parse_args(arguments)

@@ -180,7 +180,7 @@ def _warnings(run: Run, summary: Record) -> Iterator[Block]:
 def main(arguments: list[str] | None = None) -> int:
     """Write the report of a run directory again, or for the first time."""
     parser = argparse.ArgumentParser(
-        prog="python -m tools.report", description="Write a run's summary, reports and curves."
+        allow_abbrev=False, prog="python -m tools.report", description="Write a run's summary, reports and curves."
     )
     parser.add_argument("run_dir", type=Path, help="such as runs/quickstart")
     given = parser.parse_args(arguments)

@@ -35,7 +35,9 @@ COMPRESSION = 5  # of gzip: half the time of the default for a twentieth more by
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tools.trace", description="One trace of a run, for Perfetto.")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m tools.trace", description="One trace of a run, for Perfetto."
+    )
     parser.add_argument("run_dir", type=Path, help="the run's directory")
     parser.add_argument("--out", type=Path, help=f"the file; compressed if it ends in .gz (default: RUN_DIR/{OUT})")
     parser.add_argument("--from-step", type=int, help="leave out what was before this training step")

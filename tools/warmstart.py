@@ -238,7 +238,9 @@ def save(model: Qwen3MoeForCausalLM, directory: Path, config: RunConfig) -> None
 
 def main(arguments: list[str] | None = None) -> int:
     """Make the model of one run file."""
-    parser = argparse.ArgumentParser(prog="python -m tools.warmstart", description="Make the quick start's tiny model.")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m tools.warmstart", description="Make the quick start's tiny model."
+    )
     parser.add_argument("config", help="the run's YAML")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     given = parser.parse_args(arguments)

@@ -27,6 +27,7 @@ from actor.gateway.server import Ask, Gateway
 from actor.gateway.template import ChatTemplate
 from actor.rollout import Rollout, Turn
 from actor.tasks.agent import AgentSession, AgentTask
+from actor.tasks.foreign import words_of_failure
 from common.config import RunConfig
 from common.errors import ConfigError, TaskError
 
@@ -84,7 +85,7 @@ class _Agent:
         except asyncio.CancelledError:
             self.error = "it was stopped"
         except (Exception, SystemExit) as error:  # noqa: BLE001  # an agent is foreign code
-            self.error = f"{type(error).__name__}: {error}"
+            self.error = words_of_failure(error)
         finally:
             ended(self)
 

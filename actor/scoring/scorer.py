@@ -24,6 +24,7 @@ from actor.scoring.pool import Pool
 from actor.scoring.rubric import Judged
 from actor.scoring.texts import Texts, part_of
 from actor.tasks.base import Task
+from actor.tasks.foreign import words_of_failure
 from common.config import RunConfig
 from common.errors import TaskError
 from common.rewards import RewardSection
@@ -177,7 +178,7 @@ class Scorer:
     def _fail(self, rollout: Rollout, error: BaseException) -> None:
         """A task whose own code fails costs one sibling: that is not the policy's fault."""
         label = self._labels[rollout.item.task]
-        reason = f"{label}: {type(error).__name__}: {error}"
+        reason = f"{label}: {words_of_failure(error)}"
         self._ready.append(Outcome(rollout, error=reason, counted=REWARD_FAILURES))
 
     def drop(self, request_id: int, sibling: int) -> None:

@@ -29,7 +29,7 @@ import numpy as np
 from actor.rewards import is_told
 from actor.tasks.base import PromptItem, Split, refuse_params
 from actor.tasks.finite import Questions
-from actor.tasks.rows import read_row
+from actor.tasks.rows import read_lines, read_row
 from common.errors import TaskError
 
 PARAMS = (
@@ -205,10 +205,7 @@ def _number(params: dict[str, Any], name: str, default: float, least: float, mos
 def _read_questions(path: str, in_environment: bool) -> list[dict[str, Any]]:
     if not path:
         raise TaskError("task agent needs task.params.questions, a JSONL file")
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"task.params.questions={path}: {error}") from error
+    lines = read_lines(path, f"task.params.questions={path}")
     questions = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -225,9 +222,16 @@ def _read_questions(path: str, in_environment: bool) -> list[dict[str, Any]]:
 
 def _import(name: str) -> Callable[[AgentSession], dict[str, Any] | Awaitable[dict[str, Any]]]:
     module, _, function = name.partition(":")
+    if not module or not function:
+        raise TaskError(f"task.params.agent={name}: must read package.module:function")
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except ModuleNotFoundError as error:
+        raise TaskError(
+            f"task.params.agent={name}: {error}; put its directory on PYTHONPATH, or start in it: this process was "
+            f"started in {Path.cwd()}"
+        ) from error
+    except (ImportError, AttributeError) as error:
         raise TaskError(f"task.params.agent={name}: {error}; it must read package.module:function") from error
     if not callable(found):
         raise TaskError(f"task.params.agent={name}: is no function")

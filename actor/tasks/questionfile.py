@@ -12,11 +12,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 from actor.tasks.answers import last_boxed
-from actor.tasks.rows import read_row
+from actor.tasks.rows import read_lines, read_row
 from common.errors import TaskError
 
 QUESTION_KEYS = ("question", "problem", "prompt")  # tried in this order
@@ -72,11 +71,7 @@ def _read_all(name: str, paths: Any, params: dict[str, Any]) -> list[Line]:
 
 
 def _read(path: str, params: dict[str, Any]) -> Iterator[Line]:
-    try:
-        texts = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"{path}: {error}") from error
-    for number, text in enumerate(texts, 1):
+    for number, text in enumerate(read_lines(path, path), 1):
         if not text.strip():
             continue
         where = f"{path}:{number}"

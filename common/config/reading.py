@@ -68,12 +68,28 @@ def read_overrides(overrides: Sequence[str]) -> DictConfig:
         if "=" not in override:
             raise ConfigError(f"override {override!r}: must read section.key=value")
         try:
-            OmegaConf.from_dotlist([override])
+            given = OmegaConf.from_dotlist([override])
         except Exception as error:  # as of a file
             raise ConfigError(
                 f"override {override!r}: its value is not YAML; quote what begins with * & ! % @"
             ) from error
+        if (joined := _joined(OmegaConf.to_container(given))) is not None:
+            raise ConfigError(
+                f"override {override!r}: {joined!r} is a key without a value; write a space behind its colon"
+            )
     return OmegaConf.from_dotlist(list(overrides))
+
+
+def _joined(given: Any) -> str | None:
+    """A key like ``a:1``, for which YAML takes ``{a:1}``; None if there is none."""
+    if not isinstance(given, dict):
+        return None
+    for key, value in given.items():
+        if value is None and ":" in str(key):
+            return str(key)
+        if (found := _joined(value)) is not None:
+            return found
+    return None
 
 
 def merge(

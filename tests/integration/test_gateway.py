@@ -235,7 +235,7 @@ def test_an_agent_that_ends_mid_request_leaves_nothing_behind(table):
 @pytest.mark.parametrize(
     ("result", "words"),
     [
-        (ValueError("oh no"), "ValueError: oh no"),
+        (ValueError("oh no"), "ValueError: oh no (agents.py:"),
         (SystemExit(3), "SystemExit: 3"),
         ({"correct": float("nan")}, "not finite"),
         ({"correct": 1e39}, "not finite (float32)"),
@@ -416,6 +416,9 @@ def test_settings_that_do_not_fit_are_refused_at_once(chat_model, questions, tmp
 
     refused("package.module:function", {})
     refused("package.module:function", {"agent": "tests.integration.agents:none"})
+    refused("package.module:function", {"agent": "tests.integration.agents"})
+    refused(r"No module named 'agnets'; put its directory on PYTHONPATH", {"agent": "agnets:play"})
+    refused(r"none\.jsonl: no such file in /.*started", {**FUNCTION, "questions": "none.jsonl"})
     refused("list of words", {"command": "ls"})
     refused("none to train on", {**FUNCTION, "heldout": 6})
     refused(r"evaluation\.prompts", dict(FUNCTION), ConfigError, evaluation=3)

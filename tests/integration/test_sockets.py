@@ -9,7 +9,8 @@ import zmq
 
 from common import sockets, wire
 from common.codec import encode
-from common.errors import DeadlineError, ProtocolError, WireError
+from common.errors import ConfigError, DeadlineError, ProtocolError, WireError
+from common.keys import ClientKeys
 from common.link import BrokerLink, parting
 from common.sockets import RouterSocket
 from tests.integration.fleet import free_address
@@ -114,6 +115,11 @@ def test_a_link_that_fails_says_so_to_its_owner(address):
     finally:
         link.close()
         router.close()
+
+
+def test_an_address_that_only_a_broker_can_have_is_refused():
+    with pytest.raises(ConfigError, match="tcp://HOST:PORT"):
+        BrokerLink("tcp://*:5555", hello(), keys=ClientKeys("a0", *zmq.curve_keypair(), zmq.curve_keypair()[0]))
 
 
 @pytest.mark.parametrize("error", [None, ValueError("oh no")])

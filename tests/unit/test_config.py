@@ -100,6 +100,7 @@ def test_a_bare_off_is_a_word_and_not_false(path: Path) -> None:
     ("override", "words"),
     [
         ("optim.freeze=[*embed*]", "its value is not YAML"),
+        ("task.reward_weights={correct:1.0}", "'correct:1.0' is a key without a value; write a space behind its colon"),
         ("staleness.bugdet=3", r"override: unknown key staleness\.bugdet; did you mean 'budget'\?"),
         ("stalenes.budget=3", r"override: unknown section stalenes; did you mean 'staleness'\?"),
         ("run.steps=many", r"run\.steps: .*many"),

@@ -11,6 +11,7 @@ import common
 from actor.sandbox.backends import find_backend
 from common.config import load
 from common.errors import ConfigError, ModelError
+from tests.chatml import make_chat_model
 from tests.unit.reward_server import RewardServer
 from tests.unit.sandboxed import require_sandbox
 from tools.doctor import (
@@ -58,6 +59,12 @@ def test_a_healthy_run_passes_and_a_bad_one_is_explained(tmp_path: Path, capsys:
     }
     assert states["model"].state == "missing"
     assert "download the model" in states["model"].remedy
+    make_chat_model(tmp_path / "chat")
+    agent = str(ROOT / "configs" / "agent.yaml")
+    (tasks,) = [
+        f for f in check_run(agent, [*free, f"model.path={tmp_path}/chat", "task.params.agnt=x"]) if f.what == "tasks"
+    ]
+    assert tasks.state == "missing" and "agent has no such parameter" in tasks.detail
     (finding,) = check_run(quickstart, ["actor.cuont=2"])
     assert "did you mean 'count'?" in finding.detail
 

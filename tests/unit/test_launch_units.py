@@ -18,6 +18,7 @@ from broker.journal import Journal
 from broker.pipeline import Pipeline
 from broker.recorder import Recorder
 from broker.runfiles import RunFiles
+from common.cli import EXIT_LASTING
 from common.config import (
     ActorSection,
     BrokerSection,
@@ -57,6 +58,8 @@ def test_a_free_address_passes_and_one_in_use_names_the_key_and_a_free_port() ->
         with pytest.raises(ConfigError, match=r"broker\.address=.*address in use.*pass broker\.address=tcp://127"):
             check_address(address)
     check_address(f"tcp://127.0.0.1:{free_port()}")
+    with pytest.raises(ConfigError, match=r"its peers read this address too; give tcp://HOST:5555"):
+        check_address("tcp://*:5555")
 
 
 def test_ipc_addresses(tmp_path: Path) -> None:
@@ -227,6 +230,20 @@ def test_an_actor_is_restarted_three_times_and_then_ends_the_run(tmp_path: Path)
     assert (outcome, actor.restarts) == ("failed", 3)
     assert "actor-0 ended with exit code 3; restart 1 of 3" in said.getvalue()
     assert "last words" in said.getvalue()
+
+
+def test_an_actor_that_would_end_the_same_way_is_not_started_again(tmp_path: Path) -> None:
+    broker = python("import time; time.sleep(60)", tmp_path, "broker")
+    config = [str(Path(__file__).parents[2] / "configs/agent.yaml"), "task.params.agnt=x", f"run.dir={tmp_path}"]
+    ends = f"import sys; from actor.__main__ import main; sys.argv[1:] = {config}; sys.exit(main())"
+    actor = python(ends, tmp_path, "actor-0")
+    actor.may_restart = True
+    run, said = make_run(tmp_path, broker, actor)
+    assert actor.running is not None
+    assert actor.running.wait() == EXIT_LASTING
+    assert run.check() == "failed" and actor.restarts == 0
+    stop_all([broker], 1.0)
+    assert "has no such parameter" in said.getvalue()
 
 
 def test_who_leaves_early_is_started_again_and_a_learner_ends_the_run(

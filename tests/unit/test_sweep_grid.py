@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import ConfigError
+from tools.sweep.__main__ import main
 from tools.sweep.grid import LONGEST_NAME, Axis, cells, directory_name, expand, parse
 
 
@@ -93,3 +94,9 @@ def test_directories_are_plain_and_tell_cells_apart(first, second):
         assert name not in ("", ".", "..") and not set(name) - set("abzk019._=,+-cdefghijlmnopqrstuvwxy2345678")
         assert len(name) <= LONGEST_NAME + 9 and not name.startswith(".")
     assert (names[0] == names[1]) == (first == second)
+
+
+def test_an_option_cut_short_is_no_option(capsys):
+    with pytest.raises(SystemExit):
+        main(["configs/smoke.yaml", "--seed", "2"])
+    assert "--seed" in capsys.readouterr().err

@@ -14,6 +14,7 @@ def main(arguments: list[str] | None = None) -> int:
     width = max(map(len, NAMES)) + 2
     listing = "\n".join(f"  {name:{width}}{REGISTRY[name][1]}" for name in NAMES)
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="python -m tools.bench",
         description=f"benchmarks:\n{listing}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

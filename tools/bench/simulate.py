@@ -133,7 +133,9 @@ def predicted_setup(costs: Setup, config: RunConfig) -> Setup:
 
 def main() -> int:
     """``python -m tools.bench.simulate DIR``: keep the runs in DIR and take up where it was left."""
-    parser = argparse.ArgumentParser(prog="python -m tools.bench.simulate", description="Predictions beside real runs.")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m tools.bench.simulate", description="Predictions beside real runs."
+    )
     parser.add_argument("directory", type=Path)
     directory = parser.parse_args().directory
     launch_all(directory)

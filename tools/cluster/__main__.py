@@ -70,7 +70,10 @@ def _without_out(words: Sequence[str]) -> list[str]:
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The command line; ends the process on a wrong one."""
     first = argparse.ArgumentParser(
-        prog=PROGRAM, description="Render the files that start a run on a cluster.", epilog="docs/cluster.md says more"
+        allow_abbrev=False,
+        prog=PROGRAM,
+        description="Render the files that start a run on a cluster.",
+        epilog="docs/cluster.md says more",
     )
     first.add_argument(
         "system", choices=SYSTEMS, help=f"what the cluster runs; {PROGRAM} SYSTEM --help for its options"

@@ -38,7 +38,9 @@ async def _models(_: web.Request) -> web.Response:
 
 def main(arguments: list[str] | None = None) -> int:
     """Serve until interrupted."""
-    parser = argparse.ArgumentParser(prog="python -m tools.examples.judge", description="A stand-in for a judge.")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m tools.examples.judge", description="A stand-in for a judge."
+    )
     parser.add_argument("port", nargs="?", default=PORT, type=int, metavar="PORT", help=f"on {HOST}; {PORT}")
     port = parser.parse_args(arguments).port
     if not 0 < port < 1 << 16:

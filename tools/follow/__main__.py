@@ -18,7 +18,9 @@ POLL_S = 0.2
 def main(arguments: Sequence[str] | None = None) -> int:
     """Follow until the run is over, or until Ctrl-C."""
     parser = argparse.ArgumentParser(
-        prog="python -m tools.follow", description="A run's figures into TensorBoard and Weights & Biases."
+        allow_abbrev=False,
+        prog="python -m tools.follow",
+        description="A run's figures into TensorBoard and Weights & Biases.",
     )
     parser.add_argument("run_dir", type=Path, help="such as runs/quickstart")
     parser.add_argument("--wandb", default="", metavar="PROJECT", help="also into this project")

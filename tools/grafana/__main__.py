@@ -15,7 +15,9 @@ WRITTEN = Path(__file__).with_name("croupier.json")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the dashboard."""
-    parser = argparse.ArgumentParser(prog="python -m tools.grafana", description="Grafana's dashboard of runs.")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m tools.grafana", description="Grafana's dashboard of runs."
+    )
     parser.add_argument(
         "file", nargs="?", type=Path, default=WRITTEN, help="a .json (default: the one in tools/grafana)"
     )

@@ -33,7 +33,9 @@ NOTHING = 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m tools.profile", description="Where a run's time went.")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m tools.profile", description="Where a run's time went."
+    )
     parser.add_argument("run_dir", type=Path, help="such as runs/quickstart; it may still be written")
     parser.add_argument("--json", action="store_true", help="everything as one object")
     parser.add_argument("--skip-s", type=float, help="seconds to leave out at the beginning")

@@ -57,7 +57,9 @@ def install(directory: Path) -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point."""
-    parser = argparse.ArgumentParser(prog="python -m tools.sglang_cpu", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m tools.sglang_cpu", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("action", choices=["install"])
     parser.add_argument("directory", nargs="?", default=DEFAULT, type=Path)
     given = parser.parse_args(arguments)

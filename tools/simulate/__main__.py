@@ -30,6 +30,7 @@ MOST_VARIANTS = 1000
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="python -m tools.simulate",
         description="A run in virtual time. key=a,b,c tries every value; see docs/simulator.md.",
     )

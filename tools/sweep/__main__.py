@@ -64,7 +64,9 @@ def _check_apart(plan: Plan, jobs: int) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.sweep", description="Run a grid of settings, resumably, and report on it."
+        allow_abbrev=False,
+        prog="python -m tools.sweep",
+        description="Run a grid of settings, resumably, and report on it.",
     )
     parser.add_argument("config", nargs="?", help="the run's YAML; configs/ holds examples")
     parser.add_argument(
@@ -99,7 +101,7 @@ def _run(plan: Plan, jobs: int, redo: bool, stall_s: float, console: Console) ->
         cells, seeds, done = len(plan.cells), len(plan.seeds), runner.count("finished")
         screen.say(f"{cells} cells × {seeds} seed(s) in {plan.directory}: {done} of {len(plan.jobs)} runs are done")
         if runner.waiting:
-            prepare_start(plan.originals, plan.directory, warm_start)
+            prepare_start(plan.originals, plan.directory, warm_start, screen.say)
         if console.is_terminal:
             with Live(console=console, auto_refresh=False, transient=True) as screen.live:
                 whole = runner.run()

@@ -41,7 +41,12 @@ def _copy_of(one: RunConfig, directory: Path) -> str:
     return one.model.path if foreign else str(directory / FOLDER / fingerprint(one))
 
 
-def prepare_start(originals: Iterable[RunConfig], directory: Path, make: Callable[[RunConfig, Path], None]) -> None:
+def prepare_start(
+    originals: Iterable[RunConfig],
+    directory: Path,
+    make: Callable[[RunConfig, Path], None],
+    say: Callable[[str], None] = lambda words: None,
+) -> None:
     """Make every copy that is not there yet; ``make`` puts the model of a configuration at its ``model.path``.
 
     ``originals`` are the cells' configurations as they were loaded, before :func:`shared_start`.
@@ -54,11 +59,11 @@ def prepare_start(originals: Iterable[RunConfig], directory: Path, make: Callabl
             if copy.parent != directory / FOLDER:
                 continue
             if not copy.exists():
-                _fill(one, copy, make)
+                _fill(one, copy, make, say)
             (copy / STAMP).unlink(missing_ok=True)
 
 
-def _fill(one: RunConfig, copy: Path, make: Callable[[RunConfig, Path], None]) -> None:
+def _fill(one: RunConfig, copy: Path, make: Callable[[RunConfig, Path], None], say: Callable[[str], None]) -> None:
     copy.parent.mkdir(parents=True, exist_ok=True)
     if model_state(one) is ModelState.CURRENT:
         part = copy.with_name(f"{copy.name}.part")
@@ -67,6 +72,8 @@ def _fill(one: RunConfig, copy: Path, make: Callable[[RunConfig, Path], None]) -
         (part / STAMP).unlink()
         os.replace(part, copy)
         return
+    found = "is of other settings" if Path(one.model.path).exists() else "is not there"
+    say(f"model.path={one.model.path} {found}: runs begin from a new model, {copy}")
     make(replace(one, model=replace(one.model, path=str(copy))), copy.with_suffix(".log"))
 
 

@@ -19,7 +19,9 @@ from tools.watch.terminal import SILENCE_S, show_once, watch_lines, watch_live
 
 def main(arguments: list[str] | None = None) -> int:
     """Watch; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tools.watch", description="Watch a run, live or as it ended.")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m tools.watch", description="Watch a run, live or as it ended."
+    )
     parser.add_argument("run_dir", type=Path, help="the run's directory, such as runs/quickstart")
     parser.add_argument("others", type=Path, nargs="*", help=argparse.SUPPRESS)  # to be refused in words
     parser.add_argument("--once", action="store_true", help="print one frame and exit; 2 if there is nothing yet")

@@ -16,7 +16,9 @@ PIPE_COLUMNS = 160
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.bench.closed_loop", description="staleness.budget=auto beside every fixed budget."
+        allow_abbrev=False,
+        prog="python -m tools.bench.closed_loop",
+        description="staleness.budget=auto beside every fixed budget.",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="default: 0 1")
     parser.add_argument("--ratios", nargs="+", choices=list(RATIOS), default=list(RATIOS))

@@ -16,7 +16,9 @@ ARENAS = (MAIN, APART, LARGER)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.bench.end2end", description="What asynchrony is worth.")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m tools.bench.end2end", description="What asynchrony is worth."
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument(
         "--budget",
