@@ -186,7 +186,7 @@ def test_the_smallest_budget_that_is_as_good_as_the_best_is_recommended(tmp_path
     text = " ".join(found.reasons)
     assert "The greatest mean is that of staleness.budget=4: +0.003 ±" in text
     assert "mean lag 2.00 instead of 4.00" in text
-    assert re.search(r"Smaller budgets give up more .*staleness\.budget=0 \(\+0\.297 ±", text)
+    assert re.search(r"The means of smaller budgets are further below .*staleness\.budget=0 \(\+0\.297 ±", text)
     assert re.search(r"Separated below it, .*: staleness\.budget=16 \(\+0\.197 ±", text)
     assert re.search(r"Not separated from it, .*: staleness\.budget=4 \(-0\.003 ±", text)
     assert "Nothing separates" not in text

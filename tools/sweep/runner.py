@@ -79,7 +79,7 @@ class Runner:
             found, about = look(job)
             state = dict(earlier.get(job.key) or {})
             if found is Found.FINISHED:
-                self.states[job.key] = state | {"state": "finished"}
+                self.states[job.key] = state | {"state": "finished", "reason": ""}
                 continue
             if found is Found.OTHER and not self.redo:
                 changed.append(f"{job.key} ({about})")
