@@ -176,7 +176,12 @@ class EvaluationSection:
         require(
             0 <= self.prompts < MAX_HELD_OUT, "evaluation.prompts", self.prompts, f"must lie in [0, {MAX_HELD_OUT})"
         )
-        require(self.every >= 1, "evaluation.every", self.every, "must be at least 1; evaluation.prompts=0 evaluates nothing")
+        require(
+            self.every >= 1,
+            "evaluation.every",
+            self.every,
+            "must be at least 1; evaluation.prompts=0 evaluates nothing",
+        )
         require(
             self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < math.inf,
             "evaluation.temperature",

@@ -117,7 +117,8 @@ def _others(
     smaller = [cell for cell in gaps if budgets[cell] < budgets[chosen]]
     if smaller:
         said = [f"{labels[cell]} ({_gap(*gaps[cell])})" for cell in smaller]
-        lines.append(f"The means of smaller budgets are further below the best than the rule allows: {', '.join(said)}.")
+        words = "The means of smaller budgets are further below the best than the rule allows"
+        lines.append(f"{words}: {', '.join(said)}.")
     rest = {cell: comparison.difference(chosen, cell) for cell in gaps if cell != chosen and cell not in smaller}
     for words, wanted in (("Separated below it", True), ("Not separated from it", False)):
         said = [f"{labels[cell]} ({_gap(*d)})" for cell, d in rest.items() if (d[0] > d[1]) is wanted]
