@@ -85,9 +85,9 @@ class CheckpointWriter:
     def start(self, model: Decoder, optimizer: Optimizer, state: TrainingState, beside: Trained | None = None) -> None:
         """Copy this rank's shard and write it in the background. Waits for the checkpoint before, if need be."""
         self.wait()
-        pieces = {key: tensor.detach().cpu().clone() for key, tensor in _pieces(model, optimizer)}
+        pieces = {key: _copied(tensor) for key, tensor in _pieces(model, optimizer)}
         if beside is not None:
-            pieces |= {BESIDE + key: tensor.detach().cpu().clone() for key, tensor in _pieces(*beside)}
+            pieces |= {BESIDE + key: _copied(tensor) for key, tensor in _pieces(*beside)}
         pieces[f"rng|{self.mesh.rank}"] = torch.get_rng_state()
         self._writing = state.step
         self._thread = threading.Thread(target=self._run, args=(pieces, state), name="checkpoint", daemon=True)
@@ -162,6 +162,11 @@ class CheckpointWriter:
             return  # the broker's files lie elsewhere
         if run_id and found != run_id:
             raise CheckpointError(f"the directory is run {found}'s by now, this learner's is {run_id}")
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """On the host, in memory of its own."""
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _file_of(rank: int) -> str:

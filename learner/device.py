@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
@@ -23,6 +24,18 @@ def pick_device() -> torch.device:
         torch.backends.cuda.enable_cudnn_sdp(False)
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """``array`` there; onto a GPU by way of page-locked memory, so that the host does not wait for what the GPU does.
+
+    An ordinary copy returns when all that was asked of the GPU before is done, and then it idles until it is asked
+    for more.
+    """
+    tensor = torch.from_numpy(array)
+    if device.type != "cuda" or not array.size:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def keep_freed_memory() -> bool:

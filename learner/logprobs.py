@@ -192,7 +192,7 @@ class _LossThroughHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * grads[0], grad_head * grads[0], None, None, None
+        return grad_hidden.mul_(grads[0]), grad_head.mul_(grads[0]), None, None, None  # they are nobody else's
 
 
 def _grad_logits(

@@ -132,8 +132,8 @@ class PolicyScorer:
         """The wanted tokens' scores, in order; micro-batch by micro-batch."""
         model, offsets = self.model, packed.cu_seqlens.numpy()
         head = Head(model.head, packed.temperature, self._logprob_mb, model.mesh.tp, self._head_float32, self._compiled)
-        log_p, at_ids = np.zeros(len(packed.at), np.float32), np.zeros(tuple(packed.ids.shape), np.float32)
         positions = packed.at.cpu().numpy()
+        found = [(packed.ids.new_zeros(0, dtype=torch.float32), packed.ids.new_zeros((0, packed.ids.shape[1])).float())]
         for first, last in micro_batches(offsets, self._limit):
             start, end = int(offsets[first]), int(offsets[last])
             a, b = np.searchsorted(positions, (start, end)).tolist()
@@ -141,7 +141,8 @@ class PolicyScorer:
             hidden = model.hidden(packed.token_ids[start:end], offsets[first : last + 1] - start, experts)
             at = packed.at[a:b]
             scores = score_tokens(hidden[at - 1 - start], head, packed.token_ids[at], packed.ids[a:b])
-            log_p[a:b], at_ids[a:b] = scores.logp.cpu().numpy(), scores.at_ids.cpu().numpy()
+            found.append((scores.logp, scores.at_ids))  # copied to the host at the end: a GPU is not waited for
+        log_p, at_ids = (torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
         return log_p, at_ids
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from common.objective import LossSection
 from common.trace import Phase, no_phase
+from learner.device import to_device
 from learner.logprobs import Head, Share, loss_through_head, score_tokens, target_positions
 from learner.losses.corrections import by_sequence, m2po, needs_sequences
 from learner.losses.policy import policy_loss
@@ -35,7 +36,7 @@ class StepBatch:
 
     token_ids: Tensor  # i64
     cu_seqlens: NDArray[np.int32]  # [B+1], on the host
-    trainable: Tensor  # u8
+    trainable: NDArray[np.uint8]  # on the host too: it says which positions are scored
     accept: Tensor  # u8
     advantages: Tensor  # f32
     weights: Tensor  # f32, what a token's loss is multiplied by; holds the denominator
@@ -153,7 +154,7 @@ class _Work:
         offsets = batch.cu_seqlens[first : last + 1] - tokens.start
         experts = None if batch.experts is None else batch.experts[tokens]
         pack = model.pack(batch.token_ids[tokens], offsets, experts)
-        at = torch.from_numpy(target_positions(offsets, batch.trainable[tokens].cpu().numpy())).to(model.device)
+        at = to_device(target_positions(offsets, batch.trainable[tokens]), model.device)
         return pack, tokens, at
 
     def run_stage(self, index: int, received: Tensor | None) -> StageResult:
@@ -167,7 +168,7 @@ class _Work:
         self.counts += routing.counts_LE
         sums = {"balance": balance, "router_z": router_z, "replayed": routing.replayed, "rerouted": routing.rerouted}
         if model.mesh.is_last_stage:
-            about, lengths = self._tokens(tokens, at), self._lengths(index, at)
+            about, lengths = self._tokens(tokens, at), self._lengths(index)
             policy, more = self._policy(model.whole(x, pack)[at - 1], pack.token_ids[at], about, lengths)
             loss = loss + policy
             if model.mesh.at["tp"] == 0:  # its neighbours found the same
@@ -183,14 +184,16 @@ class _Work:
         whole.factor = self.factor
         return whole[tokens][at]
 
-    def _lengths(self, index: int, at: Tensor) -> Tensor | None:
+    def _lengths(self, index: int) -> Tensor | None:
         """Scored tokens of each trajectory of micro-batch ``index``, where some loss asks for whole ones."""
         if not needs_sequences(self.settings.loss):
             return None
         batch, (first, last) = self.batch, self.ranges[index]
         rows = np.arange(last - first) if batch.trajectories is None else batch.trajectories[first:last]
-        owner = np.repeat(np.unique(rows, return_inverse=True)[1], np.diff(batch.cu_seqlens[first : last + 1]))
-        return torch.bincount(torch.from_numpy(owner).to(at.device)[at], minlength=1)
+        offsets = batch.cu_seqlens[first : last + 1]
+        owner = np.repeat(np.unique(rows, return_inverse=True)[1], np.diff(offsets))
+        scored = batch.trainable[offsets[0] : offsets[-1]] > 0
+        return to_device(np.bincount(owner[scored], minlength=1), self.model.device)
 
     def _whole(self) -> Tokens:
         """What the loss looks at of every token of the batch."""
@@ -210,7 +213,7 @@ class _Work:
             return share
 
         loss, _, entropy = loss_through_head(hidden, self.head, targets, per_token)
-        scored = torch.tensor(float(len(targets)), device=hidden.device)
+        scored = torch.full((), float(len(targets)), device=hidden.device)
         sums = {"policy": loss, "entropy": entropy.sum(), "scored": scored}
         for stats in found:
             for name, value in vars(stats).items():
@@ -237,7 +240,7 @@ class _Work:
         run_forward(mesh, self.shapes, self.model.dtype, stage, phase)
         if mesh.is_last_stage:
             whole = self._whole()
-            whole.accept = torch.where(batch.trainable == 1, batch.accept, 0)
+            whole.accept = torch.where(to_device(batch.trainable == 1, mesh.device), batch.accept, 0)
         else:
             whole, log_p = self._whole()[:0], log_p[:0]
         masked = m2po(log_p, whole, self.settings.loss.m2_threshold, mesh.sum)

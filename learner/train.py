@@ -304,7 +304,7 @@ def to_batch(shard: wire.Shard, device: torch.device, model: ModelConfig, temper
     return StepBatch(
         token_ids=tensor(shard.token_ids, torch.int64),
         cu_seqlens=shard.cu_seqlens,
-        trainable=tensor(shard.trainable, torch.uint8),
+        trainable=shard.trainable,
         accept=tensor(shard.accept, torch.uint8),
         advantages=tensor(np.repeat(shard.advantages, spans), torch.float32),
         weights=tensor(np.repeat(shard.weights, spans), torch.float32),

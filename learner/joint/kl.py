@@ -127,7 +127,7 @@ class _Distill(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * grads[0], grad_head * grads[0], None, None, None, None, None, None
+        return grad_hidden.mul_(grads[0]), grad_head.mul_(grads[0]), None, None, None, None, None, None
 
 
 def distill_through_heads(

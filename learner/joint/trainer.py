@@ -22,6 +22,7 @@ from torch import Tensor
 
 from common.config import RunConfig
 from common.identity import check_same_tokens
+from learner.device import to_device
 from learner.hf import load_model
 from learner.joint.kl import Distilled, Divergence, distill_through_heads, divergence_of
 from learner.joint.loss import RolloutStats, rollout_loss
@@ -67,7 +68,7 @@ class RolloutTrainer:
         began = time.perf_counter()
         self.optimizer.zero_grad()
         counts = torch.zeros(self.expert_fraction.shape, dtype=torch.int64, device=self.model.device)
-        total = max(1, int(self.mesh.sum((batch.trainable == 1).sum())))
+        total = max(1, int(self.mesh.sum_floats({"sampled": float((batch.trainable == 1).sum())})["sampled"]))
         sums = torch.zeros((len(SUMMED),), dtype=torch.float64, device=self.model.device)
         probe: tuple[_Part, Distilled] | None = None
         for first, last in micro_batches(batch.cu_seqlens, self.config.learner.micro_batch_tokens):
@@ -86,8 +87,7 @@ class RolloutTrainer:
         }  # fmt: skip
 
     def _part(self, policy: Decoder, batch: StepBatch, tokens: slice, offsets: NDArray[np.int32]) -> _Part:
-        sampled = (batch.trainable[tokens] == 1).cpu().numpy()
-        at = torch.from_numpy(target_positions(offsets, sampled)).to(self.model.device)
+        at = to_device(target_positions(offsets, batch.trainable[tokens] == 1), self.model.device)
         token_ids = batch.token_ids[tokens]
         with torch.no_grad():
             taught = policy.hidden(token_ids, offsets)[at - 1]

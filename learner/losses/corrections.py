@@ -34,7 +34,7 @@ class _Sequences:
 
     def __init__(self, lengths: Tensor, on: Tensor) -> None:
         self.lengths, self.on = lengths, on
-        self.all_on = bool(on.all())
+        self.all_on = not on.is_cuda and bool(on.all())  # a look costs a GPU more than it saves
         self.counts = lengths.double() if self.all_on else self._sum(on.double())
 
     def _sum(self, values: Tensor) -> Tensor:

@@ -241,10 +241,10 @@ def _penalties(
 
 def _exemplars(log_p: Tensor, tokens: Tokens, section: LossSection, slope: Tensor, stats: LossStats) -> Tensor:
     """Their share of the loss; ``slope`` is set in place."""
-    at = torch.nonzero(tokens.accept == EXPERT).squeeze(1)
-    if not len(at):
+    theirs = tokens.accept == EXPERT
+    if not log_p.is_cuda and not theirs.any():  # there a look costs more than it saves
         return torch.zeros((), device=log_p.device)
-    gain, change = families.exemplar(log_p[at], tokens.advantages[at], section.exemplar_shape)
-    slope[at] = -tokens.weights[at] * change
-    stats.exemplars = torch.tensor(float(len(at)), device=log_p.device)
-    return -torch.dot(tokens.weights[at], gain)
+    gain, change = families.exemplar(log_p, tokens.advantages, section.exemplar_shape)
+    slope.copy_(torch.where(theirs, -tokens.weights * change, slope))
+    stats.exemplars = theirs.sum().to(log_p.dtype)
+    return -torch.dot(tokens.weights, torch.where(theirs, gain, 0.0))

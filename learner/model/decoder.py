@@ -144,7 +144,7 @@ class Decoder(nn.Module):
         for layer in self.layers.values():
             assert isinstance(layer, Layer)
             if self.recompute and torch.is_grad_enabled():
-                x, stats = checkpoint(layer, x, pack, use_reentrant=False)
+                x, stats = checkpoint(layer, x, pack, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, stats = layer(x, pack)
             if stats is not None:

@@ -44,13 +44,23 @@ class Assignment:
         order_A = flat.argsort(stable=True)
         inverse = torch.empty_like(order_A)
         inverse[order_A] = torch.arange(len(order_A), device=order_A.device)
-        counts = torch.bincount(flat, minlength=num_experts)
+        counts = count_each(flat, num_experts)
         return cls(order_A // experts_Rk.shape[1], inverse.view(experts_Rk.shape), counts)
 
     def sort(self, values_Rk: Tensor) -> Tensor:
         """``[R, k] -> [A]`` in expert order, with gradient."""
         out = values_Rk.new_empty(values_Rk.numel())
         return out.scatter(0, self.inverse_Rk.reshape(-1), values_Rk.reshape(-1))
+
+
+def count_each(flat: Tensor, size: int) -> Tensor:
+    """How often each of 0 to ``size - 1`` is in ``flat [A]``, i64 ``[size]``.
+
+    ``bincount`` looks for the greatest first, and so has the host wait for a GPU.
+    """
+    if flat.device.type == "cpu":
+        return torch.bincount(flat, minlength=size)
+    return flat.new_zeros(size).scatter_add_(0, flat, torch.ones_like(flat))
 
 
 @dataclass

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from learner.mesh import Axis
 from learner.model.attention import pad_rows
 from learner.model.config import ModelConfig
-from learner.model.experts import Assignment, ExpertSettings, combine, run_experts, take_rows
+from learner.model.experts import Assignment, ExpertSettings, combine, count_each, run_experts, take_rows
 from learner.model.packing import Pack
 from learner.parallel.collectives import exchange, exchange_counts, gather_tokens, scatter_tokens
 
@@ -115,7 +115,7 @@ class SparseMLP(nn.Module):
             gates_nk = logits_nE.gather(1, chosen_nk).softmax(dim=-1)
         else:
             gates_nk = probs_nE.gather(1, chosen_nk)
-        counts_E = torch.bincount(own_nk.reshape(-1), minlength=self.experts)
+        counts_E = count_each(own_nk.reshape(-1), self.experts)
         z_sum = logits_nE.logsumexp(dim=-1).square().sum()
         return gates_nk, chosen_nk, RouterStats(probs_nE.sum(dim=0), z_sum, counts_E, replayed, rerouted)
 
@@ -137,6 +137,7 @@ class SparseMLP(nn.Module):
         rows = exchange(take_rows(x_nC, assignment), send, receive, self.axis)
         weights = exchange(weights_A, send, receive, self.axis)
         experts = torch.arange(self.held, device=rows.device).repeat(self.axis.size)
-        here = Assignment.of(experts.repeat_interleave(receive_rE.reshape(-1))[:, None], self.held)
+        held = experts.repeat_interleave(receive_rE.reshape(-1), output_size=sum(receive))
+        here = Assignment.of(held[:, None], self.held)
         out = run_experts(rows, here.sort(weights[:, None]), self.gate_up, self.down, here, self.how)
         return combine(exchange(out, receive, send, self.axis), assignment)

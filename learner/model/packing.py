@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from learner.device import to_device
 from learner.mesh import Axis
 
 PADDING = 1.125  # a bucket's longest sequence is at most this many times its shortest
@@ -54,8 +55,7 @@ class PackPlan:
             start = end
         flat = np.concatenate(gather) if gather else np.zeros(0, np.int64)
         dense = len(shapes) <= 1 and np.array_equal(flat, np.arange(total))
-        to = torch.from_numpy
-        return cls(to(positions).to(device), to(flat).to(device), to(scatter).to(device), shapes, dense)
+        return cls(to_device(positions, device), to_device(flat, device), to_device(scatter, device), shapes, dense)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention inside each sequence: ``q[N, Hq, D]``, ``k, v[N, Hk, D]`` -> ``[N, Hq*D]``."""

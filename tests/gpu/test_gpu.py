@@ -260,27 +260,47 @@ def test_the_benchmark_measures_nccl():
     assert all(row.value > 0 and "over NCCL" in row.name for row in nccl.run(1))
 
 
-def test_a_short_run_in_bfloat16_learns(directory):
+def a_run(directory, phase=None):
+    """Eight updates on one batch; yields the policy's loss of each, and at the end checks that none was skipped."""
     from common.config import OptimSection
     from common.objective import LossSection
+    from common.trace import no_phase
     from learner.optim import Optimizer
     from learner.step import StepBatch, StepSettings, train_step
 
     model = decoder(directory, torch.bfloat16)
     optimizer = Optimizer(model, OptimSection(lr=3e-4), 20)
     n = int(OFFSETS[-1])
-    on = torch.ones(n, dtype=torch.uint8, device=CUDA)
-    on[torch.from_numpy(OFFSETS[:-1])] = 0
+    on = np.ones(n, np.uint8)
+    on[OFFSETS[:-1]] = 0
     log_q = torch.full((n,), -7.0, device=CUDA)
     batch = StepBatch(
-        tokens(), OFFSETS.astype(np.int32), on, on, torch.ones(n, device=CUDA), torch.full((n,), 1 / n, device=CUDA),
-        log_q, log_q, log_q, n,
+        tokens(), OFFSETS.astype(np.int32), on, torch.from_numpy(on).to(CUDA), torch.ones(n, device=CUDA),
+        torch.full((n,), 1 / n, device=CUDA), log_q, log_q, log_q, n,
     )  # fmt: skip
     loss = LossSection(clip_low=0.2, clip_high=1e9, balance=0.01, router_z=0.001)
     settings = StepSettings(loss, temperature=1.0, micro_batch_tokens=400, logprob_mb=64.0)
-    fraction, losses = model.uniform_expert_fraction(), []
+    fraction = model.uniform_expert_fraction()
     for _ in range(8):
-        metrics, fraction = train_step(model, optimizer, batch, fraction, settings)
-        losses.append(metrics["policy_loss"])
-    assert losses[-1] < losses[0] - 0.1
+        metrics, fraction = train_step(model, optimizer, batch, fraction, settings, phase or no_phase)
+        yield metrics["policy_loss"]
     assert optimizer.skipped == 0
+
+
+def test_a_short_run_in_bfloat16_learns(directory):
+    losses = list(a_run(directory))
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_the_host_never_waits_between_a_step_s_first_forward_and_its_last_backward(directory):
+    """On Hopper and newer: elsewhere a grouped product looks where each expert's rows end."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("grouped products wait for the host here")
+
+    def phase(name):
+        torch.cuda.set_sync_debug_mode("error" if name in ("forward", "backward") else "default")
+
+    try:
+        assert len(list(a_run(directory, phase))) == 8
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

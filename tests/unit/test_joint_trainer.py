@@ -64,7 +64,7 @@ def train(config, mesh, sequences=EVERYTHING, steps=STEPS, trainer=None):
 def dense_step(policy, model, optimizer, fraction, batch, config):
     """Everything at once, with torch's own gradients; the loss's parts."""
     joint, loss = config.joint, config.loss
-    at = torch.from_numpy(np.flatnonzero(batch.trainable.numpy() == 1))
+    at = torch.from_numpy(np.flatnonzero(batch.trainable == 1))
     x, routing = model.stage(model.pack(batch.token_ids, batch.cu_seqlens), None)
     with torch.no_grad():
         theirs = policy.hidden(batch.token_ids, batch.cu_seqlens)[at - 1].double() @ policy.head.double().T
@@ -132,7 +132,7 @@ def test_distillation_alone_brings_it_closer_to_the_policy():
 def test_a_batch_without_a_sampled_token_moves_nothing_but_the_routers():
     trainer = RolloutTrainer(run_config(), model_of(SMALL, single()))
     batch = data(0)
-    batch.trainable.zero_()
+    batch.trainable[:] = 0
     values = trainer.step(model_of(POLICY, single()), batch)
     assert values["joint_kl"] == values["joint_policy_loss"] == 0 and values["joint_grad_norm"] > 0
 

@@ -61,6 +61,7 @@ def batch_of(step, sequences, accepted, config=CONFIG, lengths=LENGTHS, recorded
         )
         for name in parts[0]
     }
+    chosen["trainable"] = chosen["trainable"].numpy()
     offsets = np.concatenate(([0], np.cumsum([lengths[s] for s in sequences]))).astype(np.int32)
     experts = None
     if recorded is not None:

@@ -143,7 +143,7 @@ class Run:
         return StepBatch(
             token_ids=token_ids,
             cu_seqlens=offsets,
-            trainable=trainable.to(torch.uint8),
+            trainable=trainable.numpy().astype(np.uint8),
             accept=spread(accept.to(torch.uint8)),
             advantages=torch.from_numpy(advantages).repeat_interleave(lengths + prompt),
             weights=torch.full((count,), 1 / int(trainable.sum())),
