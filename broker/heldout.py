@@ -39,15 +39,13 @@ def mean_of(values: Wide, is_share: bool = False) -> Mean:
     """Of ``values [P, k]``, k of each prompt: the standard error is that of the prompts' means.
 
     The interval of a share (in [0, 1]) stays there. Where every value is 0 or 1 and there is one a prompt,
-    or all prompts are alike, it is Wilson's, of prompts.
+    or several prompts are all alike, it is Wilson's, of prompts.
     """
     of_prompt = values.mean(axis=1)
     value, count = float(of_prompt.mean()), len(of_prompt)
     alike = of_prompt.max() == of_prompt.min()
     spread = 0.0 if alike else float(of_prompt.std(ddof=1))
-    if is_share and (alike or values.shape[1] == 1) and np.isin(values, (0, 1)).all():
-        return Mean(value, *wilson_interval(round(value * count), count))
-    if is_share and alike and count > 1:
+    if is_share and ((alike and count > 1) or (values.shape[1] == 1 and np.isin(values, (0, 1)).all())):
         return Mean(value, *wilson_interval(value * count, count))
     if count < 2:
         return Mean(value, None, None)

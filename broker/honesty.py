@@ -3,8 +3,10 @@
 For tokens really drawn from q, the mean of ``p/q`` is the mass that p has where q has any: 1 up to
 noise, whatever p is. An actor that reports another q (raw logits, a wrong temperature, made-up
 numbers) shows a mean that is not 1. Every scored batch is a test, on a random sample of its
-trajectories; no old weights are needed. Of batches of which something was taken out for its outcome
-(`advantage.zero_signal=mask`, `advantage.overlong_filter`) it is not so, and they are passed over.
+trajectories; no old weights are needed. Where trajectories are chosen by their outcome
+(`advantage.zero_signal=mask` or `resample`, `advantage.overlong_filter`) the mean moves as the odds of
+that outcome have moved from q to p, in batches of which nothing was taken out too; there only grosser
+lies are told from it.
 """
 
 from collections.abc import Sequence
@@ -18,7 +20,7 @@ from broker.batch import Batch
 from broker.decision import Scores, trainable_scores
 
 SIGMA = 6.0  # beyond the noise of the mean
-LEAST = 0.05  # ... and at least this far from 1
+LEAST, LEAST_CHOSEN = 0.05, 0.2  # ... and at least this far from 1; the second where outcomes choose
 FEWEST = 2000  # tokens before an actor is judged
 LARGEST_RATIO = 20.0  # p/q is cut here: one wild token must not hide or make a case
 WILDEST = np.log(1e12)  # of p/q, of what is cut off
@@ -48,26 +50,26 @@ class Account:
             return 0.0
         return float(np.sqrt(max(self.squares / self.tokens - self.mean**2, 0.0) / self.tokens))
 
-    @property
-    def is_suspect(self) -> bool:
+    def is_suspect(self, least: float) -> bool:
         """The claimed q cannot be true: too large although cut, or too small with all that was cut off."""
         if self.tokens < FEWEST:
             return False
-        return max(self.mean - 1.0, 1.0 - self.mean - self.cut / self.tokens) > max(LEAST, SIGMA * self.error)
+        return max(self.mean - 1.0, 1.0 - self.mean - self.cut / self.tokens) > max(least, SIGMA * self.error)
 
 
 class Honesty:
     """One account an actor."""
 
-    def __init__(self, rate: float, seed: int) -> None:
-        """``rate``: share of the trajectories that are checked."""
+    def __init__(self, rate: float, seed: int, chosen: bool = False) -> None:
+        """``rate``: share of the trajectories that are checked; ``chosen``: outcomes decide which are trained."""
         self.rate, self._seed = rate, seed
+        self._least = LEAST_CHOSEN if chosen else LEAST
         self.accounts: dict[str, Account] = {}
         self._known: set[str] = set()
 
     def check(self, batch: Batch, scored: Scores) -> list[str]:
         """Add a scored batch; returns a sentence for each actor that has just become suspect."""
-        if self.rate <= 0 or not batch.whole:
+        if self.rate <= 0:
             return []
         log_p, log_q, _ = trainable_scores(batch, scored)
         ratio = np.exp(np.minimum(log_p.astype(np.float64) - log_q, WILDEST))
@@ -83,14 +85,16 @@ class Honesty:
         account = self.accounts.pop(actor, Account())
         self.accounts[actor] = account  # the last
         if len(self.accounts) > ACCOUNTS:
-            del self.accounts[next(iter(self.accounts))]
+            oldest = next(iter(self.accounts))
+            del self.accounts[oldest]
+            self._known.discard(oldest)
         cut = np.minimum(ratio, LARGEST_RATIO)
         kept = FORGET if account.tokens > REMEMBERED else 1.0
         account.tokens = kept * account.tokens + len(ratio)
         account.total = kept * account.total + float(cut.sum())
         account.squares = kept * account.squares + float(np.square(cut).sum())
         account.cut = kept * account.cut + float((ratio - cut).sum())
-        if not account.is_suspect:
+        if not account.is_suspect(self._least):
             self._known.discard(actor)
             return []
         if actor in self._known:
@@ -109,9 +113,9 @@ class Honesty:
     def restore(self, state: Sequence[Sequence[Any]]) -> None:
         """Take up where :meth:`state` was written."""
         self.accounts = {str(name): Account(*sums) for name, *sums in state}
-        self._known = {name for name, account in self.accounts.items() if account.is_suspect}
+        self._known = {name for name, account in self.accounts.items() if account.is_suspect(self._least)}
 
     @property
     def suspects(self) -> dict[str, float]:
         """Actors whose claims cannot be true, with their mean of p/q."""
-        return {name: round(a.mean, 4) for name, a in self.accounts.items() if a.is_suspect}
+        return {name: round(a.mean, 4) for name, a in self.accounts.items() if a.is_suspect(self._least)}

@@ -30,8 +30,7 @@ from common.routing import Routing
 from common.wire import Ack, Grant, ScoreRequest, ScoreResult, Shard, Trajectories
 
 RESAMPLE_STEPS = 8  # steps' worth of groups without signal in a row, after which they are trained after all
-PROMPT_TRIES = 3  # a prompt whose groups failed this often is left out
-LOSSES_A_TRY = 4  # actors that were lost count as one failure: it may be the prompt that ends them
+PROMPT_TRIES = 3  # a prompt whose groups failed this often in a row is left out: it may be what ends its actors
 
 
 @dataclass(slots=True)
@@ -69,7 +68,7 @@ class Pipeline:
         self._next_group = 0
         self._next_prompt = 0  # the curriculum's turn
         self._retry: deque[tuple[int, int]] = deque()  # (prompt, failures so far)
-        self._failures: Counter[int] = Counter()  # by prompt, LOSSES_A_TRY for each
+        self._failures: Counter[int] = Counter()  # by prompt, in a row
         self.committed_step = -1
         self.checkpointed_step = -1  # the learner can go on behind it whatever happens
         self._silent = 0  # groups without signal in a row
@@ -268,8 +267,8 @@ class Pipeline:
         self.fates.dropped(arrived, self.task_of(prompt), self.ledger.next_step)
         self.counts["groups_given_up"] += 1
         if again:
-            self._failures[prompt] += 1 if reason == "actor_lost" else LOSSES_A_TRY
-        if again and self._failures[prompt] < PROMPT_TRIES * LOSSES_A_TRY:
+            self._failures[prompt] += 1
+        if again and self._failures[prompt] < PROMPT_TRIES:
             self._retry.append((prompt, self._failures[prompt]))
         else:
             self._failures.pop(prompt, None)

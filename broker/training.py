@@ -46,7 +46,7 @@ class Training:
         self.config, self.recorder, self.door = config, recorder, door
         self.files, self.figures, self._waiting_for = files, figures, waiting_for
         self.pipeline = recorder.pipeline
-        self.honesty = Honesty(config.broker.verify_rate, config.run.seed)
+        self.honesty = Honesty(config.broker.verify_rate, config.run.seed, config.advantage.chooses)
         least_s = HEARTBEATS * config.broker.heartbeat_s
         self.governor = (
             Governor(config.staleness, self.pipeline.ledger.budget, least_s) if config.staleness.auto else None

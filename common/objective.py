@@ -48,6 +48,11 @@ class AdvantageSection:
     shrinkage: float = 0.0  # of ocb towards the group's mean: alpha of algorithms.md 2.2
     block_weights: tuple[float, ...] = ()  # of each block's loss; those not named weigh 1
 
+    @property
+    def chooses(self) -> bool:
+        """Whether a trajectory's outcome decides if it is trained."""
+        return self.zero_signal != "keep" or self.overlong_filter
+
     def __post_init__(self) -> None:
         """Validate."""
         require(

@@ -13,6 +13,14 @@ def make_console() -> Console:
     return console if console.is_terminal else Console(highlight=False, markup=False, emoji=False, width=PIPE_COLUMNS)
 
 
+class LastingConsole(Console):
+    """One whose reader may leave: rich would end the process when a pipe is closed."""
+
+    def on_broken_pipe(self) -> None:
+        """Say nothing more."""
+        self.quiet = True
+
+
 def print_error(console: Console, error: CroupierError) -> None:
     """What a user can mend, in one line."""
     console.print(f"{type(error).__name__}: {error}", style="red", markup=False, soft_wrap=True)

@@ -87,7 +87,7 @@ def read_logs(run_dir: Path) -> dict[str, list[str]]:
 
 def _are_long(run_dir: Path) -> bool:
     """Whether a log holds more than :func:`read_logs` reads."""
-    return any(path.stat().st_size > TAIL_BYTES for path in (run_dir / LOGS).glob("*.log"))
+    return any(path.stat().st_size > TAIL_BYTES for path in (run_dir / LOGS).glob("*.log") if path.is_file())
 
 
 Row = tuple[Text, Text, Text]

@@ -30,6 +30,7 @@ from common.errors import ConfigError, CroupierError
 from common.keys import broker_keys
 from common.process import StopFlag
 from common.routing import read_routing
+from tools.console import LastingConsole
 from tools.devices import deal, find_devices, torch_on_gpus
 from tools.follow.follower import Background
 from tools.follow.sinks import find_wandb
@@ -57,7 +58,8 @@ EXIT_CODES: dict[Outcome, int] = {"finished": 0, "failed": 1, "interrupted": 130
 POLL_S = 0.2  # of exit codes and status.json, which the broker writes every 0.5 s
 LOOK_S = 0.05  # that one look into the run directory may take
 LINE_S = 5.0  # between plain lines where there is no terminal
-MAX_RESTARTS = 3  # of one actor or replica
+MAX_RESTARTS = 3  # of one actor or replica in a row
+HEALTHY_S = 300.0  # of life that forget the restarts before
 LEAVE_S = 5.0  # for the others to go by themselves once the broker is done
 LOG_LINES = 20  # of a process that died
 LAST_LINES_S = {"finished": 60.0, "failed": 5.0, "interrupted": 3.0}  # for the charts; wandb may have to upload
@@ -72,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("config", help="the run's YAML; configs/ holds examples")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, such as staleness.budget=0")
     given = parser.parse_args(arguments)
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = LastingConsole(highlight=False, markup=False, emoji=False)
     stop = StopFlag().install()
     stop_on_hangup(stop, console)
     with contextlib.ExitStack() as held:
@@ -256,9 +258,12 @@ class Run:
             code = process.poll()
             if code is None or (code == 0 and self._may_leave(process)):
                 continue
-            if process.may_restart and code != EXIT_LASTING and process.restarts < MAX_RESTARTS:
+            if time.monotonic() - process.started > HEALTHY_S:
+                process.in_a_row = 0
+            if process.may_restart and code != EXIT_LASTING and process.in_a_row < MAX_RESTARTS:
                 process.restarts += 1
-                self.say(f"{process.name} {_ended(code)}; restart {process.restarts} of {MAX_RESTARTS}", "yellow")
+                process.in_a_row += 1
+                self.say(f"{process.name} {_ended(code)}; restart {process.in_a_row} of {MAX_RESTARTS}", "yellow")
                 process.start()
                 continue
             self.tell_death(process)

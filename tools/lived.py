@@ -16,10 +16,10 @@ def alive_s(record: Record) -> float:
 
 
 def is_another_start(before: Record, record: Record) -> bool:
-    """Whether the broker began anew between two records that have ``time_s``."""
-    alive = alive_s(before)
-    lived = alive_s(record) - alive
-    return bool(alive) and (lived < 0 or record["time_s"] - before["time_s"] - lived > ALIVE_S)
+    """Whether the broker began anew between two records that have ``time_s``, if both say how long it was alive."""
+    alive, alive_now = alive_s(before), alive_s(record)
+    lived = alive_now - alive
+    return bool(alive and alive_now) and (lived < 0 or record["time_s"] - before["time_s"] - lived > ALIVE_S)
 
 
 class Lived:

@@ -45,11 +45,14 @@ class Process:
     leave_s: float = TERMINATE_S  # to end by itself after SIGTERM
     by_torchrun: bool = False  # it starts ranks and would kill them 30 s after a SIGTERM of its own
     restarts: int = 0
+    in_a_row: int = 0  # of them, without five minutes of health between
+    started: float = 0.0  # when it was started last
     running: "subprocess.Popen[bytes] | None" = field(default=None, repr=False)
 
     def start(self) -> None:
         """Start it, or start it again; the log is appended to."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.started = time.monotonic()
         with self.log.open("ab") as log:
             self.running = subprocess.Popen(
                 self.command,

@@ -222,7 +222,7 @@ def is_under_way(run_dir: Path) -> bool:
     try:
         return _is_held(run_dir / METRICS)
     except OSError:  # it may not even be read, or not be locked by who may only read
-        return _phase(run_dir) not in (None, *ENDED)
+        return (run_dir / IDENTITY).exists() and _phase(run_dir) not in ENDED  # it may only have begun
 
 
 def _is_held(path: Path) -> bool:

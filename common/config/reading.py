@@ -105,17 +105,22 @@ def merge(
 
     Raises :class:`ConfigError` naming ``source`` or the override, the key and the near name.
     """
-    for part, name in ((file, source), (overrides, "override")):
-        _check_keys(OmegaConf.to_container(part), kind, "", name)  # type: ignore[arg-type]  # a mapping, as checked
-        _spell_off(part, kind)
+    base = defaults(kind) if start is None else OmegaConf.structured(start)  # type: ignore[arg-type]  # hashable
+    merging = False
     try:
-        base = defaults(kind) if start is None else OmegaConf.structured(start)  # type: ignore[arg-type]  # hashable
+        for part, where in ((file, source), (overrides, "override")):
+            _check_keys(OmegaConf.to_container(part), kind, "", where)  # type: ignore[arg-type]  # a mapping
+            _spell_off(part, kind)
+        where = source
+        OmegaConf.merge(base, recipe or {}, file)  # what fails here is the file's fault, whatever is put over it
+        where, merging = "override", True
         found = OmegaConf.to_object(OmegaConf.merge(base, recipe or {}, file, overrides))
     except ConfigError:
         raise
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
-        where = "override" if OmegaConf.select(overrides, str(key), default=None) is not None else source
+        if merging and OmegaConf.select(overrides, str(key), default=None) is None:
+            where = source  # what nobody gave
         raise ConfigError(f"{where}: {key}: {str(error).splitlines()[0]}") from error
     if not isinstance(found, kind):
         raise ConfigError(f"{source}: did not load as a {kind.__name__}")

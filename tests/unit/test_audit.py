@@ -137,9 +137,17 @@ def test_an_actor_is_not_accused_of_what_the_selection_or_the_cut_did():
     rare = random.random(200_000) < 0.001  # q = .001, p = .1: p/q is 100, and .9 / .999 of the others
     assert not honesty._add("a0", np.where(rare, 100.0, 0.9 / 0.999)) and honesty.accounts["a0"].mean < 0.95
     assert honesty._add("a1", np.full(10_000, 0.9))  # nothing was cut off that could make up for it
-    batch, scores = batch_of(0, {"a1": 3.0})
-    batch.whole = False  # something was taken out for its outcome
-    assert honesty.check(batch, scores) == [] and set(honesty.accounts) == {"a0", "a1"}
+
+
+def test_where_outcomes_choose_what_is_trained_an_honest_actor_is_not_accused_and_a_gross_lie_still_is():
+    """Rollouts stop with probability .1 a token under q and .05 under p; batches in which one ran on are not whole."""
+    random, exact, wide = np.random.default_rng(0), Honesty(1.0, 0), Honesty(1.0, 0, chosen=True)
+    stops = random.geometric(0.1, (20_000, 8))
+    lengths = stops[(stops <= 10).all(axis=1)].reshape(-1)
+    ratios = np.full(int(lengths.sum()), 0.95 / 0.9)
+    ratios[np.cumsum(lengths) - 1] = 0.05 / 0.1
+    assert exact._add("a0", ratios) and not wide._add("a0", ratios)
+    assert wide._add("a1", 0.75 * ratios)
 
 
 def test_accounts_survive_a_restart_and_names_that_come_and_go_do_not_add_up(monkeypatch):

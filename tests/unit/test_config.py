@@ -220,3 +220,16 @@ def test_texts_with_dollars_and_braces_come_back_from_a_file_as_they_are(tmp_pat
 
 def test_a_whole_configuration_is_written_as_ever():
     assert to_yaml(RunConfig()) == OmegaConf.to_yaml(OmegaConf.structured(RunConfig()))
+
+
+def test_what_is_wrong_in_the_file_is_not_blamed_on_the_override_of_it(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    for text, override, words in (
+        ("actor:\n  count: abc\n", "actor.count=2", f"{file}: actor.count: "),
+        ("actor:\n  count: 2\n", "actor.count=abc", "override: actor.count: "),
+        ("learner:\n  threads: ${x}\n", "actor.count=2", f"{file}: learner.threads: Interpolation key 'x'"),
+        ("actor:\n  count: 2\n", "learner.threads=${x}", "override: learner.threads: Interpolation key 'x'"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=re.escape(words)):
+            load(file, [override])

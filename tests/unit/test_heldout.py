@@ -255,3 +255,10 @@ def test_shares_that_are_alike_and_neither_0_nor_1_have_an_interval_too():
         assert 0 < found.low < found.value < found.high < 1
     assert mean_of(np.full((50, 1), 0.1), is_share=True).high == pytest.approx(wilson_interval(5, 50)[1])
     assert mean_of(np.full((1, 2), 0.5), is_share=True).low is None
+
+
+@pytest.mark.parametrize(("row", "prompts"), [([1.0, 0.0], 3), ([1.0, 0, 0, 0], 5)])
+def test_the_interval_of_prompts_that_are_alike_is_that_of_their_mean(row, prompts):
+    found = mean_of(np.tile(row, (prompts, 1)), is_share=True)
+    assert (found.low, found.high) == wilson_interval(found.value * prompts, prompts)
+    assert mean_of(np.array([row]), is_share=True).low is None  # of one prompt

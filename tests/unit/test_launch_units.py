@@ -34,7 +34,8 @@ from common.config import (
 from common.errors import ConfigError, JournalError, ModelError
 from common.locks import try_lock
 from common.process import StopFlag, free_port
-from tools.launch import LINE_S, Run, main, stop_on_hangup
+from tools.console import LastingConsole
+from tools.launch import HEALTHY_S, LINE_S, Run, main, stop_on_hangup
 from tools.preflight import check_address, check_engine, check_meshes, check_model
 from tools.processes import Process, child_environment, descendants, processes_of, stop_all, wait_all
 from tools.progress import duration, remaining_s
@@ -642,3 +643,28 @@ def test_what_only_a_process_would_refuse_moves_no_earlier_run(tmp_path, model, 
     assert main(["configs/smoke.yaml", *where, *free, override]) == 2
     assert words in " ".join(capsys.readouterr().out.split())
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["r"]
+
+
+def test_five_minutes_of_health_forget_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broker = python("import time; time.sleep(60)", tmp_path, "broker")
+    actor = python("raise SystemExit(3)", tmp_path, "actor-0")
+    actor.may_restart = True
+    run, said = make_run(tmp_path, broker, actor)
+    for _ in range(5):
+        assert actor.running is not None
+        actor.running.wait()
+        actor.started -= HEALTHY_S + 1
+        assert run.check() is None
+    stop_all([broker, actor], 1.0)
+    assert actor.restarts == 5 and said.getvalue().count("restart 1 of 3") == 5
+
+
+def test_a_reader_that_leaves_ends_no_run() -> None:
+    class Gone(io.StringIO):
+        def flush(self) -> None:
+            raise BrokenPipeError
+
+    console = LastingConsole(file=Gone())
+    console.print("one")
+    console.print("two")
+    assert console.quiet

@@ -75,3 +75,10 @@ def test_the_time_of_a_run_that_is_resumed_goes_on_where_it_was(tmp_path):
     for odd in ({"time": None, "started_at": 5}, {"time": "x"}, {"started_at": 5.0}):
         (tmp_path / "status.json").write_text(json.dumps(odd))
         assert earlier(tmp_path) == ("interrupted", pytest.approx(40))
+
+
+def test_a_record_that_does_not_say_how_long_its_broker_was_alive_is_no_new_start():
+    lived = Lived()
+    for record in (line(0, 10.0, 10.0), line(1, 20.0, 20.0), {"time_s": 30.0, "states": None}):
+        lived.take(record)
+    assert lived.seconds == 30.0

@@ -22,6 +22,7 @@ from common.config import (
 from common.errors import ConfigError, DataError, ProtocolError
 from common.routing import Routing
 from tests.routes import routes
+from tools.launch import MAX_RESTARTS
 
 G = 3
 TOKEN_FIELDS = ("token_ids", "trainable", "log_q", "versions", "topk_ids", "topk_log_q")
@@ -572,7 +573,7 @@ def test_rewards_that_are_equal_but_for_the_price_of_length_have_no_signal(kind)
         assert on == {1: True, 2: True} and pipeline.commit(0)["groups_without_signal"] == 0
 
 
-def test_a_prompt_is_left_out_for_its_own_failures_and_only_seldom_for_lost_actors():
+def test_a_prompt_is_left_out_for_failures_in_a_row_before_its_actors_have_no_restart_left():
     def grants_until_left_out(fail):
         pipeline, granted = Pipeline(config(obrs=ObrsSection(mode="off")), 16), 0
         while True:
@@ -584,7 +585,7 @@ def test_a_prompt_is_left_out_for_its_own_failures_and_only_seldom_for_lost_acto
             fail(pipeline, grant)
 
     assert grants_until_left_out(lambda pipeline, group: pipeline.give_up(group, "environment")) == 3
-    assert grants_until_left_out(lambda pipeline, group: pipeline.actor_lost("a")) == 12
+    assert grants_until_left_out(lambda pipeline, group: pipeline.actor_lost("a")) == MAX_RESTARTS
     pipeline = Pipeline(config(obrs=ObrsSection(mode="off")), 16)
     pipeline.give_up(pipeline.grant("a", 1, 0).groups[0], "environment")
     pipeline.admit(trajectories(int(pipeline.grant("a", 1, 0).groups[0])), "a", 0)

@@ -420,7 +420,7 @@ def test_the_screen_says_how_many_are_done_where_the_present_run_is_and_how_long
     assert line == (
         "1/4 runs done, 1 failed  staleness.budget=4/seed-1 step 30/40 reward 0.500 held-out 0.625@v25  ETA 1:40"
     )
-    console = Console(width=110, record=True, file=io.StringIO())
+    console = Console(width=110, record=True, markup=False, file=io.StringIO())
     console.print(panel(going, 200.0, 100.0))
     shown = console.export_text()
     for words in ("runs 1/4", "ETA 1:40", "30/40", "0.625@v25", "1,234", "1 run(s) failed"):

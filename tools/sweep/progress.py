@@ -85,7 +85,8 @@ def panel(runner: Runner, elapsed_s: float, eta: float | None) -> Panel:
     head.add_column(justify="right", no_wrap=True)
     under_way = sum(_share(active) for active in runner.active)
     bar = ProgressBar(total=total, completed=done + under_way, complete_style="cyan", finished_style="green")
-    head.add_row(bar, f"runs [b]{done}[/b]/{total}   {duration(elapsed_s)} elapsed   ETA [b]{duration(eta)}[/b]")
+    runs = ("runs ", (str(done), "bold"), f"/{total}   {duration(elapsed_s)} elapsed   ETA ", (duration(eta), "bold"))
+    head.add_row(bar, Text.assemble(*runs))
     table = Table.grid(expand=True, padding=(0, 2))
     table.add_row(*(Text(title, style="dim") for title in ("run", "step", "reward", "held-out", "lag", "tokens/s")))
     for active in runner.active:
