@@ -85,6 +85,11 @@ class Batch:
         """``[N]``."""
         return gather(self.pieces, "versions")
 
+    def forget_copies(self) -> None:
+        """Free what was copied together, and can be again."""
+        for name in ("token_ids", "log_q", "versions", "own_log_q", "on", "_runs"):
+            self.__dict__.pop(name, None)
+
     def pieces_of(self, members: NDArray[np.int64]) -> list[Piece]:
         """Where the tokens of trajectories ``members``, ascending, lie."""
         if len(members) == len(self.members):

@@ -54,7 +54,7 @@ SENDERS: dict[type[Any], tuple[str, ...]] = {  # what is left out, everybody may
     **dict.fromkeys((wire.ScoreResult, wire.ScoreFailed), ("replica",)),
 }
 
-ACTORS_SHOWN, VERSIONS_SHOWN = 64, 1000  # in status.json, which is written twice a second
+ACTORS_SHOWN, VERSIONS_SHOWN = 64, 1000  # in status.json, which is written twice a second; of evaluations as many
 
 log = logging.getLogger("broker")
 
@@ -399,7 +399,8 @@ class BrokerService:
             "versions_published": weights.history[-VERSIONS_SHOWN:],
             "receivers_late": weights.late,
             "evaluations": [
-                {"version": r.version, "reward": r.reward, "low": r.low, "high": r.high} for r in schedule.results
+                {"version": r.version, "reward": r.reward, "low": r.low, "high": r.high}
+                for r in schedule.results[-VERSIONS_SHOWN:]
             ],
             "best": {"version": best.asked, "reward": best.reward} if best else None,
             "actors": {

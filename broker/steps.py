@@ -30,6 +30,7 @@ from common.frozen import POLICY
 from common.wire import ScoreRequest, ScoreResult, Shard
 
 LoadScores = Callable[[int], ScoreResult]  # by the journal's event
+OBJECT_BYTES = 3000  # of a trajectory that is held, beside its tokens: Python's
 
 
 def scores_of(result: ScoreResult) -> Scores:
@@ -64,6 +65,21 @@ class DecidedStep:
     again_seq: int | None = None  # the journal's event with the scores of its second thinning, if it had one
     following: dict[str, Any] = field(default_factory=dict)  # what the step taught the next one; in the receipt too
 
+    @property
+    def nbytes(self) -> int:
+        """What is held of it once it is trained, with what Python takes for small trajectories."""
+        decision, frozen = self.decision, self.frozen
+        arrays = [self.batch.trainable, decision.accept, decision.log_m, decision.log_p]
+        arrays += [array for array in (frozen.log_reference, frozen.log_teacher) if array is not None]
+        own = {id(array): array.nbytes for array in arrays}  # with rejection off some are one
+        return self.batch.nbytes + sum(own.values()) + OBJECT_BYTES * len(self.batch.members)
+
+    def train(self) -> int:
+        """It is trained: forget what can be made again for a learner that comes back; returns the bytes still held."""
+        self.committed, self.shards = True, None
+        self.batch.forget_copies()
+        return self.nbytes
+
     def follow(self, following: dict[str, Any]) -> None:
         """Note what the next step's rule took from this one."""
         self.following = following
@@ -76,7 +92,10 @@ class Steps:
     def __init__(self, config: RunConfig, counts: Counter[str]) -> None:
         """``counts``: the pipeline's, for tokens and late scores."""
         self.config, self.counts = config, counts
-        self._steps: dict[int, DecidedStep] = {}
+        self._steps: dict[int, DecidedStep] = {}  # in order
+        self._untrained: dict[int, DecidedStep] = {}  # those of them that are not committed
+        self._held: dict[int, int] = {}  # bytes of the others
+        self._held_bytes = 0
         self._scoring: Scoring | None = None
         self._next_request = 0
         self._running = Running(config)
@@ -206,7 +225,7 @@ class Steps:
         frozen = gather(batch, scoring.asked, self.config)
         line = {**receipt(batch, decision, float(np.exp(log_threshold))), **frozen.figures}
         seqs = {name: asked.seq for name, asked in scoring.asked.items() if name != POLICY}
-        self._steps[batch.step] = DecidedStep(
+        self._untrained[batch.step] = self._steps[batch.step] = DecidedStep(
             batch, decision, line, policy.seq if policy else -1, log_threshold, frozen, seqs
         )
 
@@ -266,38 +285,42 @@ class Steps:
         entry = self._steps.get(step)
         if entry is None or entry.committed:
             return None
-        entry.committed = True
+        self._trained(entry)
         self._prune()
         return entry
 
+    def _trained(self, entry: DecidedStep) -> None:
+        step = entry.batch.step
+        del self._untrained[step]
+        self._held[step] = entry.train()
+        self._held_bytes += self._held[step]
+
     def checkpointed(self, step: int) -> None:
         """Steps up to ``step`` will not be asked for again."""
-        for done in [s for s in self._steps if s <= step]:
-            self._forget(done)
+        while self._steps and (first := next(iter(self._steps))) <= step:
+            self._forget(first)
 
     def _forget(self, step: int) -> None:
         if self.being_scored(step):
             self._scoring = None  # a second thinning that nobody waits for any more
         del self._steps[step]
+        self._untrained.pop(step, None)
+        self._held_bytes -= self._held.pop(step, 0)
 
     def _prune(self) -> None:
         section = self.config.broker
         limit = section.retain_mb * MEGABYTE
         if section.journal_mb:  # which must not be full of what only a checkpoint would empty it of
             limit = min(limit, section.journal_mb * MEGABYTE / 4)
-        held = sum(s.batch.nbytes for s in self._steps.values() if s.committed)
-        for step in sorted(s for s, entry in self._steps.items() if entry.committed):
-            if held <= limit:
-                return
-            held -= self._steps[step].batch.nbytes
-            self._forget(step)
+        while self._held_bytes > limit:
+            self._forget(next(iter(self._held)))
 
     # ---- state ----------------------------------------------------------------------------------
 
     @property
     def waiting(self) -> list[Batch]:
         """Batches that are not trained yet; one that is thinned again is among the decided."""
-        found = [s.batch for s in self._steps.values() if not s.committed]
+        found = [entry.batch for entry in self._untrained.values()]
         if self._scoring is not None and not self._scoring.again:
             found.append(self._scoring.batch)
         return found
@@ -361,12 +384,13 @@ class Steps:
             asked = [[name, -1, 0, event] for name, event in answered.items()]
             self._finish(self._restored(batch, False, asked, scores, log_threshold), log_threshold)
             entry = self._steps[step]
-            entry.committed = committed
             entry.follow(following)
             if again_seq is not None:
                 self._thin_again(entry, scores_of(scores(again_seq)), again_seq)
             if world:
                 entry.shards = self._make_shards(entry, world)
+            if committed:
+                self._trained(entry)
         self.counts.clear()
         self.counts.update(counts)
         if state["scoring"] is not None:

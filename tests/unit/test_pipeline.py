@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from broker.fates import length_bins
 from broker.pipeline import Pipeline
 from common import wire
+from common.codec import encode
 from common.config import (
     AdvantageSection,
     BrokerSection,
@@ -122,10 +123,7 @@ def test_shards_together_are_the_batch_and_are_served_byte_for_byte_again():
     assert {w for s in (one, *two) for w in s.weights.tolist()} == {np.float32(1 / one.trainable.sum())}
     loads = [len(s.token_ids) for s in two]
     assert abs(loads[0] - loads[1]) <= 8
-    from common.codec import encode
-
-    first = [bytes(f) for f in encode(pipeline.shard(step, 1, 2))]
-    assert first == [bytes(f) for f in encode(pipeline.shard(step, 1, 2))]
+    assert bytes_of(pipeline.shard(step, 1, 2)) == bytes_of(pipeline.shard(step, 1, 2))
     shard = two[0]
     shard.check()
     assert (shard.log_m[shard.accept == 0] == 0).all()
@@ -590,3 +588,26 @@ def test_a_prompt_is_left_out_for_failures_in_a_row_before_its_actors_have_no_re
     pipeline.give_up(pipeline.grant("a", 1, 0).groups[0], "environment")
     pipeline.admit(trajectories(int(pipeline.grant("a", 1, 0).groups[0])), "a", 0)
     assert dict(pipeline._failures) == {} and pipeline.counts["groups_whole"] == 1
+
+
+def test_what_is_held_of_trained_steps_is_counted_and_served_again_byte_for_byte():
+    section = BrokerSection(retain_mb=0.12, journal_mb=0, assemble_ahead=8)
+    pipeline, held = Pipeline(config(broker=section, run=RunSection(steps=8, seed=11)), 16), []
+    for step in range(8):
+        groups = pipeline.grant("a", 2, step).groups.tolist()
+        run_step(pipeline, [trajectories(group, step) for group in groups], step)
+        entries = pipeline.steps._steps.values()
+        assert [batch.step for batch in pipeline.steps.waiting] == [step]
+        served = [bytes_of(pipeline.shard(step, rank, 2)) for rank in range(2)]
+        assert pipeline.commit(step) is not None and pipeline.commit(step) is None
+        assert pipeline.steps.waiting == [] and all(entry.committed for entry in entries)
+        assert sum(entry.nbytes for entry in entries) == pipeline.steps._held_bytes <= 0.12 * 2**20
+        held.append(len(entries))
+        assert [bytes_of(pipeline.shard(step, rank, 2)) for rank in range(2)] == served
+    assert held[-1] == held[-2] < 8  # the oldest are forgotten
+    pipeline.checkpointed(7)
+    assert not pipeline.steps._steps and pipeline.steps._held_bytes == 0
+
+
+def bytes_of(shard):
+    return [bytes(frame) for frame in encode(shard)]
