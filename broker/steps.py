@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from broker.batch import Batch, collate
 from broker.decision import Decision, Rule, Scores, accept_all, reject, thin_again, trainable_scores
@@ -69,9 +70,11 @@ class DecidedStep:
     def nbytes(self) -> int:
         """What is held of it once it is trained, with what Python takes for small trajectories."""
         decision, frozen = self.decision, self.frozen
-        arrays = [self.batch.trainable, decision.accept, decision.log_m, decision.log_p]
-        arrays += [array for array in (frozen.log_reference, frozen.log_teacher) if array is not None]
-        own = {id(array): array.nbytes for array in arrays}  # with rejection off some are one
+        arrays: list[NDArray[Any] | None] = [
+            self.batch.trainable, decision.accept, decision.log_m, decision.log_p, frozen.log_reference,
+            frozen.log_teacher,
+        ]  # fmt: skip
+        own = {id(array): array.nbytes for array in arrays if array is not None}  # with rejection off some are one
         return self.batch.nbytes + sum(own.values()) + OBJECT_BYTES * len(self.batch.members)
 
     def train(self) -> int:
