@@ -31,7 +31,7 @@ from common.frozen import POLICY
 from common.wire import ScoreRequest, ScoreResult, Shard
 
 LoadScores = Callable[[int], ScoreResult]  # by the journal's event
-OBJECT_BYTES = 3000  # of a trajectory that is held, beside its tokens: Python's
+MESSAGE_BYTES, MEMBER_BYTES = 8700, 1200  # that Python takes for a message and for each of its trajectories
 
 
 def scores_of(result: ScoreResult) -> Scores:
@@ -68,14 +68,16 @@ class DecidedStep:
 
     @property
     def nbytes(self) -> int:
-        """What is held of it once it is trained, with what Python takes for small trajectories."""
+        """What is held of it once it is trained, objects too: of short trajectories they are the most."""
         decision, frozen = self.decision, self.frozen
         arrays: list[NDArray[Any] | None] = [
             self.batch.trainable, decision.accept, decision.log_m, decision.log_p, frozen.log_reference,
             frozen.log_teacher,
         ]  # fmt: skip
         own = {id(array): array.nbytes for array in arrays if array is not None}  # with rejection off some are one
-        return self.batch.nbytes + sum(own.values()) + OBJECT_BYTES * len(self.batch.members)
+        members = self.batch.members
+        objects = MESSAGE_BYTES * len({id(member.message) for member in members}) + MEMBER_BYTES * len(members)
+        return self.batch.nbytes + sum(own.values()) + objects
 
     def train(self) -> int:
         """It is trained: forget what can be made again for a learner that comes back; returns the bytes still held."""
