@@ -129,8 +129,12 @@ def load_model(config: RunConfig, mesh: Mesh, *, recompute: bool = False, path: 
     ``path``: another model's directory; its routers get no bias.
     """
     shape = ModelConfig.from_hf_dir(path) if path else model_config(config)
-    model = Decoder(shape, mesh, recompute=recompute)
-    model.to(device=mesh.device, dtype=getattr(torch, config.learner.dtype))
+    torch.set_default_dtype(getattr(torch, config.learner.dtype))
+    try:
+        with mesh.device:  # neither on a GPU's host nor in float32 first
+            model = Decoder(shape, mesh, recompute=recompute)
+    finally:
+        torch.set_default_dtype(torch.float32)
     model.prepare(compiled=config.learner.compile)
     load_hf(path or config.model.path, model)
     return model

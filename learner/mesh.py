@@ -189,10 +189,14 @@ class Mesh:
                 f"rank {self.rank}: a rank died, or did not arrive within {self.timeout_s:.0f} s: {error}"
             ) from error
 
-    def close(self) -> None:
-        """Leave the group."""
-        if self.world > 1 and dist.is_initialized():
+    def close(self, orderly: bool = True) -> None:
+        """Leave the group. NCCL's waits for all ranks; one that fails alone leaves at once, so that they hear of it."""
+        if self.world == 1 or not dist.is_initialized():
+            return
+        if orderly or self.device.type != "cuda":
             dist.destroy_process_group()
+        else:
+            dist.distributed_c10d._abort_process_group()
 
 
 def check_world(sizes: Mapping[str, int], world: int) -> None:

@@ -420,7 +420,7 @@ def run_replica(config: RunConfig, name: str, stop: StopFlag, serves: str = POLI
             else:
                 scorer.follow(tracer)
     finally:
-        mesh.close()
+        mesh.close(orderly=sys.exception() is None)
 
 
 def main() -> int:

@@ -15,6 +15,7 @@ import logging
 import os
 import secrets
 import socket
+import sys
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -362,7 +363,7 @@ def run_learner(config: RunConfig, _name: str, stop: StopFlag) -> None:
         with open_tracer(config, process, "learner", mesh.rank) as tracer, open_exporter(config, tracer) as exporter:
             _train(config, mesh, stop, tracer, exporter)
     finally:
-        mesh.close()
+        mesh.close(orderly=sys.exception() is None)
 
 
 def _train(config: RunConfig, mesh: Mesh, stop: StopFlag, tracer: Tracer, exporter: Exporter) -> None:

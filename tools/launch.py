@@ -42,6 +42,7 @@ from tools.preflight import (
     check_frozen,
     check_meshes,
     check_models,
+    check_nccl,
     check_resumed,
     check_rewards,
     check_sandbox,
@@ -135,6 +136,7 @@ class Run:
         warnings = check_engine(self.config)
         on_gpus, devices = torch_on_gpus(), find_devices()
         check_devices(self.config, devices, on_gpus)
+        check_nccl(self.config, on_gpus)
         self.devices = deal(self.config, devices, on_gpus)
         check_sandbox(self.config)
         if self.config.metrics.wandb:

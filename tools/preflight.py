@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -26,6 +27,11 @@ from tools.devices import VISIBLE, receivers
 ANSWER_S = 3.0  # for a reward model's server
 VERSION_S = 30.0  # for engine.python to start and tell which SGLang it has, on a cold network disk
 VERSION = "import importlib.metadata as m; print(m.version('sglang'))"
+NCCL = "nvidia-nccl-cu"  # begins the name of the package that brings it
+NCCL_VERSION = (
+    "import importlib.metadata as m; "
+    f"print(next((d.version for d in m.distributions() if str(d.metadata['Name']).startswith('{NCCL}')), ''))"
+)
 TCP = re.compile(r"tcp://(?P<host>\[[^\]]+\]|[^:]+):(?P<port>\d+)")
 
 
@@ -164,19 +170,37 @@ def check_engine(config: RunConfig) -> list[str]:
         return []
     from actor.engine.probe import NEWEST, OLDEST
 
-    version = _sglang_version(config.engine.python)
+    version = _asked(config.engine.python, VERSION)
     if OLDEST <= tuple(map(int, re.findall(r"\d+", version)[:3])) <= NEWEST:
         return []
     oldest, newest = (".".join(map(str, release)) for release in (OLDEST, NEWEST))
     return [f"engine.python={config.engine.python!r}: SGLang {version}; {oldest} to {newest} are supported"]
 
 
-def _sglang_version(python: str) -> str:
-    """Of the SGLang that an actor's server would run, asked in the environment that it would have."""
+def check_nccl(config: RunConfig, on_gpus: bool, here: str | None = None) -> None:
+    """Raise :class:`ConfigError` if NCCL would refuse the servers that actors start: its ends must be of one version.
+
+    ``on_gpus``: whether our torch can use GPUs; ``here``: our NCCL. One that no package brought is not looked at.
+    """
+    started = config.actor.engine == "sglang" and config.engine.launch and config.engine.device != "cpu"
+    if not started or config.weight_backend(on_gpus) != "nccl":
+        return
+    here = _asked(sys.executable, NCCL_VERSION) if here is None else here
+    there = _asked(config.engine.python, NCCL_VERSION)
+    if here and there and here != there:
+        raise ConfigError(
+            f"weights.backend={config.weights.backend}: weights go by NCCL, which takes one version of itself: "
+            f"{here} is here and {there} in engine.python={config.engine.python!r}; install one torch in both, or "
+            "set weights.backend=gloo"
+        )
+
+
+def _asked(python: str, script: str) -> str:
+    """What ``script`` prints in the environment that an actor's server would have."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     try:
         asked = subprocess.run(
-            [python, "-c", VERSION], capture_output=True, text=True, timeout=VERSION_S, env=environment, check=True
+            [python, "-c", script], capture_output=True, text=True, timeout=VERSION_S, env=environment, check=True
         )
         return asked.stdout.strip()
     except FileNotFoundError:
@@ -201,6 +225,13 @@ def check_devices(config: RunConfig, devices: Sequence[str], on_gpus: bool) -> N
     ``on_gpus``: whether our torch can use them.
     """
     wanted = receivers(config, on_gpus)
+    meshes = {"learner": config.learner.ranks, "replica": config.replica.ranks}
+    for name, ranks in meshes.items() if on_gpus and devices else ():
+        if ranks > len(devices):
+            raise ConfigError(
+                f"{name}: its mesh has {ranks} ranks, each with a GPU of its own (NCCL takes none twice), and this "
+                f"machine has {len(devices)} (or {VISIBLE} names so many); choose a smaller one"
+            )
     if config.weight_backend(on_gpus) != "nccl" or not devices or sum(wanted.values()) <= len(devices):
         return
     takers = ", ".join(f"{name} {number}" for name, number in wanted.items() if number)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from learner.mesh import Mesh, held_rows, single, spread
 from learner.model.attention import Attention, pad_rows
 from learner.model.config import ModelConfig
-from learner.model.experts import GROUPED_ALIGNMENT, ExpertSettings
+from learner.model.experts import GROUPED_ALIGNMENT, ExpertSettings, has_grouped_kernel
 from learner.model.moe import DenseMLP, RouterStats, SparseMLP
 from learner.model.norm import RMSNorm
 from learner.model.packing import Pack, PackPlan
@@ -109,7 +109,8 @@ class Decoder(nn.Module):
                 module.bias = module.bias.float()
         widths = (self.config.hidden_size, self.config.moe_intermediate_size)
         aligned = all(width * self.dtype.itemsize % GROUPED_ALIGNMENT == 0 for width in widths)
-        grouped = aligned and (self.device.type == "cuda" or compiled)  # measured: tools.bench learner
+        on_gpu = self.device.type == "cuda"
+        grouped = aligned and (has_grouped_kernel(self.device, self.dtype) if on_gpu else compiled)
         self.use_experts(ExpertSettings(grouped=grouped, compiled=compiled))
 
     def uniform_expert_fraction(self) -> Tensor:

@@ -25,7 +25,7 @@ from learner.device import compile_rows
 
 LOG2_E = math.log2(math.e)
 GROUPED_ALIGNMENT = 16  # bytes: grouped GEMMs refuse rows whose stride is not a multiple
-BLACKWELL = (10, 0)  # compute capability
+BLACKWELL, GROUPED_MAJORS = (10, 0), (9, 10)  # compute capability
 Pair = tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor, Tensor]]]  # swiglu and its way back
 
 
@@ -222,6 +222,14 @@ def combine(out_AC: Tensor, assignment: Assignment) -> Tensor:
     """``[A, C] -> [R, C]``: :func:`sum_rows` with gradient."""
     result: Tensor = _SumRows.apply(out_AC, assignment.source_A, assignment.inverse_Rk)  # type: ignore[no-untyped-call]
     return result
+
+
+def has_grouped_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a GPU has one kernel for all experts: of bfloat16, on Hopper and Blackwell (torch 2.11 to 2.13).
+
+    Elsewhere torch looks on the host where each expert's rows end, in every product, and makes them one by one.
+    """
+    return dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in GROUPED_MAJORS
 
 
 def spoils_idle(device: torch.device) -> bool:

@@ -160,7 +160,10 @@ class WeightPublisher:
                 room = next((t for t in self._spare if len(t) >= bucket.nbytes), None)
                 self._spare = [t for t in self._spare if t is not room]
                 room = group.allocate(max(bucket.nbytes, self.bucket_bytes)) if room is None else room
-                flat = flatten(bucket, tensors, room[: bucket.nbytes])
+                lies = next(iter(tensors.values())).device
+                there = as_one(bucket, tensors, lies) if lies != group.device else None
+                flat = room[: bucket.nbytes]
+                flat = flatten(bucket, tensors, flat) if there is None else flat.copy_(there)
             under_way.append((group.start(flat), flat))
             digest.update(group.sums(flat))
             if len(under_way) > AHEAD:

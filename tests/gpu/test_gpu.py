@@ -25,6 +25,14 @@ LENGTHS = (200, 1, 77, 512, 33)
 OFFSETS = np.concatenate(([0], np.cumsum(LENGTHS)))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def as_the_learner_picks_it():
+    """Without cuDNN's attention, whatever test comes first."""
+    from learner.device import pick_device
+
+    assert pick_device() == CUDA
+
+
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM

@@ -1,5 +1,6 @@
 """Who computes on which GPU of one machine: dealt out, refused where NCCL would have one twice."""
 
+import dataclasses
 import io
 import sys
 from pathlib import Path
@@ -128,6 +129,18 @@ def test_too_few_gpus_for_nccl_are_refused_with_the_numbers(asked):
 )  # fmt: skip
 def test_where_gloo_carries_the_weights_gpus_may_be_shared(config, on_gpus):
     check_devices(config, ["0"], on_gpus)
+
+
+@pytest.mark.parametrize(
+    "config", [RunConfig(learner=LearnerSection(dp_shard=2)), RunConfig(replica=ReplicaSection(tp=2))]
+)
+def test_a_mesh_of_more_ranks_than_gpus_is_refused_whatever_carries_the_weights(config):
+    config = dataclasses.replace(config, weights=WeightsSection(backend="gloo"))
+    with pytest.raises(ConfigError, match=r"its mesh has 2 ranks, each with a GPU of its own .* this machine has 1 "):
+        check_devices(config, ["0"], True)
+    check_devices(config, ["0", "1"], True)
+    check_devices(config, ["0"], False)
+    check_devices(config, [], True)
 
 
 def test_children_see_their_own_gpus_and_others_what_we_see(monkeypatch):

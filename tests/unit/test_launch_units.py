@@ -30,13 +30,14 @@ from common.config import (
     RunConfig,
     RunSection,
     TaskSection,
+    WeightsSection,
 )
 from common.errors import ConfigError, JournalError, ModelError
 from common.locks import try_lock
 from common.process import StopFlag, free_port
 from tools.console import LastingConsole
 from tools.launch import HEALTHY_S, LINE_S, Run, main, stop_on_hangup
-from tools.preflight import check_address, check_engine, check_meshes, check_model
+from tools.preflight import check_address, check_engine, check_meshes, check_model, check_nccl
 from tools.processes import Process, child_environment, descendants, processes_of, stop_all, wait_all
 from tools.progress import duration, remaining_s
 from tools.run_files import claim
@@ -668,3 +669,18 @@ def test_a_reader_that_leaves_ends_no_run() -> None:
     console.print("one")
     console.print("two")
     assert console.quiet
+
+
+def test_servers_whose_nccl_is_another_are_refused_before_anything_is_started(tmp_path: Path) -> None:
+    def check(there: str, here: str = "2.29.7", **weights: str) -> None:
+        python = interpreter(tmp_path / "python", f"echo {there}")
+        engine = EngineSection(python=python, device="cuda", launch=1)
+        section = WeightsSection(**weights)  # type: ignore[arg-type]
+        check_nccl(RunConfig(actor=ActorSection(engine="sglang"), engine=engine, weights=section), True, here)
+
+    with pytest.raises(ConfigError, match=r"2\.29\.7 is here and 2\.30\.7 in engine\.python=.*weights\.backend=gloo"):
+        check("2.30.7")
+    check("2.29.7")
+    check("")  # brought by no package
+    check("2.30.7", backend="gloo")
+    check_nccl(RunConfig(), True)
