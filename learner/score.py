@@ -133,7 +133,7 @@ class PolicyScorer:
         model, offsets = self.model, packed.cu_seqlens.numpy()
         head = Head(model.head, packed.temperature, self._logprob_mb, model.mesh.tp, self._head_float32, self._compiled)
         positions = packed.at.cpu().numpy()
-        found = [(packed.ids.new_zeros(0, dtype=torch.float32), packed.ids.new_zeros((0, packed.ids.shape[1])).float())]
+        found = [(packed.at[:0].float(), packed.ids[:0].float())]
         for first, last in micro_batches(offsets, self._limit):
             start, end = int(offsets[first]), int(offsets[last])
             a, b = np.searchsorted(positions, (start, end)).tolist()
