@@ -10,8 +10,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from common.config import RunConfig
+
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
 NEVER_TRIM = 0x7FFFFFFF
+# As an SGLang server sets them for itself where nobody has.
+SERVERS_NCCL = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
+
+
+def match_servers(config: RunConfig) -> None:
+    """Where weights go to SGLang servers by NCCL, have it keep its buffers here as it does there.
+
+    A group whose members keep theirs in two ways breaks or hangs at its first broadcast. To be called before this
+    process makes a communicator: NCCL looks once. What the environment says already stays.
+    """
+    if config.actor.engine == "sglang" and config.weight_backend(torch.cuda.is_available()) == "nccl":
+        for name, value in SERVERS_NCCL.items():
+            os.environ.setdefault(name, value)
 
 
 def pick_device() -> torch.device:

@@ -38,7 +38,7 @@ from common.link import connect, parting
 from common.process import StopFlag
 from common.trace import Tracer, open_tracer, power_of_two
 from common.weights import Bucket, StagedWeights, WeightReceiver, is_frozen
-from learner.device import keep_freed_memory, pick_device
+from learner.device import keep_freed_memory, match_servers, pick_device
 from learner.feed import check_experts, check_ids, experts_tensor
 from learner.followers import IDLE, IDLE_S, SCORE, STOP, SWAP, Followers, Packed
 from learner.hf import load_model
@@ -404,6 +404,7 @@ def run_replica(config: RunConfig, name: str, stop: StopFlag, serves: str = POLI
     torch.set_num_threads(config.replica.threads)
     name = name or (config.frozen[serves].process(0) if serves in config.frozen else "replica-0")
     config = serving(config, serves)
+    match_servers(config)
     mesh = build_mesh(config)
     name = name_of(name, mesh)
     process = f"{name}.{mesh.rank}" if mesh.rank else name

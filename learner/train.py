@@ -35,7 +35,7 @@ from common.slowness import Slowness
 from common.trace import Tracer, open_tracer, power_of_two
 from learner import checkpoint
 from learner.checkpoint import CheckpointWriter, TrainingState
-from learner.device import keep_freed_memory
+from learner.device import keep_freed_memory, match_servers
 from learner.exports import step_families
 from learner.feed import Feed, check_experts, check_ids, experts_tensor
 from learner.freeze import freeze
@@ -357,6 +357,7 @@ def run_learner(config: RunConfig, _name: str, stop: StopFlag) -> None:
     keep_freed_memory()
     torch.set_num_threads(config.learner.threads)
     torch.manual_seed(config.run.seed)
+    match_servers(config)
     mesh = Mesh.from_environment(config.learner, patience_s(config, published_sizes(config)))
     try:
         process = f"learner.{mesh.rank}" if mesh.rank else "learner"

@@ -59,14 +59,18 @@ def torch_on_gpus() -> bool:
 
 def receivers(config: RunConfig, on_gpus: bool) -> dict[str, int]:
     """GPUs of the learner and of those who receive its weights, by process; ``on_gpus`` is torch's."""
-    engine, actor = config.engine, config.actor
     replicas = config.replica.count if config.obrs.mode != "off" else 0
-    servers = engine.launch * engine.tp if actor.engine == "sglang" and engine.device != "cpu" else 0
+    servers = config.engine.launch * config.engine.tp * starts_on_gpus(config)
     return {
         "learner": config.learner.ranks * on_gpus,
         **{f"replica-{index}": config.replica.ranks * on_gpus for index in range(replicas)},
-        **{f"actor-{index}": servers for index in range(actor.count)},
+        **{f"actor-{index}": servers for index in range(config.actor.count)},
     }
+
+
+def starts_on_gpus(config: RunConfig) -> bool:
+    """Whether actors start SGLang servers that compute on GPUs."""
+    return config.actor.engine == "sglang" and config.engine.launch > 0 and config.engine.device != "cpu"
 
 
 def deal(config: RunConfig, devices: Sequence[str], on_gpus: bool) -> dict[str, str]:

@@ -22,7 +22,7 @@ from common.frozen import FrozenModel
 from common.identity import TOKENS, check_same_tokens, differing_identity, model_identity, other_tokens
 from common.process import free_port
 from common.rewards import RewardModelEntry
-from tools.devices import VISIBLE, receivers
+from tools.devices import VISIBLE, receivers, starts_on_gpus
 
 ANSWER_S = 3.0  # for a reward model's server
 VERSION_S = 30.0  # for engine.python to start and tell which SGLang it has, on a cold network disk
@@ -182,8 +182,7 @@ def check_nccl(config: RunConfig, on_gpus: bool, here: str | None = None) -> Non
 
     ``on_gpus``: whether our torch can use GPUs; ``here``: our NCCL. One that no package brought is not looked at.
     """
-    started = config.actor.engine == "sglang" and config.engine.launch and config.engine.device != "cpu"
-    if not started or config.weight_backend(on_gpus) != "nccl":
+    if not starts_on_gpus(config) or config.weight_backend(on_gpus) != "nccl":
         return
     here = _asked(sys.executable, NCCL_VERSION) if here is None else here
     there = _asked(config.engine.python, NCCL_VERSION)
@@ -225,7 +224,7 @@ def check_devices(config: RunConfig, devices: Sequence[str], on_gpus: bool) -> N
     ``on_gpus``: whether our torch can use them.
     """
     wanted = receivers(config, on_gpus)
-    meshes = {"learner": config.learner.ranks, "replica": config.replica.ranks}
+    meshes = {"learner": config.learner.ranks, "replica": config.replica.ranks if config.scorers else 0}
     for name, ranks in meshes.items() if on_gpus and devices else ():
         if ranks > len(devices):
             raise ConfigError(

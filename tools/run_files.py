@@ -11,6 +11,7 @@
       summary.json report.html report.md *.png          (report)
 """
 
+import difflib
 import json
 import math
 import os
@@ -47,13 +48,26 @@ SIGNS = (CONFIG, STATUS, METRICS, LOGS, TRACE)  # any of them makes a directory 
 Record = dict[str, Any]  # one JSON object
 LINE_BEGINS = '{"kind":'  # every line of metrics.jsonl
 NEEDED = {"step": ("step",), "eval": ("version", "reward"), "publish": ("version",)}  # numbers of a record
+NEWEST_RUNS = 3  # named where a directory is none
 NUMBERS_SHOWN = 5  # lines named in a note
 
 
 def check_there(run_dir: Path) -> None:
     """Raise :class:`ConfigError` unless there is such a directory, whatever is in it."""
     if not run_dir.is_dir():
-        raise ConfigError(f"{run_dir}: no such directory; name a run's, such as runs/quickstart")
+        others = near_runs(run_dir) or "such as runs/quickstart"
+        raise ConfigError(f"{run_dir}: no such directory; name a run's, {others}")
+
+
+def near_runs(run_dir: Path) -> str:
+    """Of the runs where ``run_dir`` should be, that of the near name or the newest few, in words; "" without any."""
+    try:
+        found = {config.parent.name: config.stat().st_mtime for config in run_dir.parent.glob(f"*/{CONFIG}")}
+    except OSError:
+        return ""
+    newest = sorted(found, key=lambda name: -found[name])[:NEWEST_RUNS]
+    near = difflib.get_close_matches(run_dir.name, found, n=1) or newest
+    return f"such as {', '.join(str(run_dir.parent / name) for name in near)}" if near else ""
 
 
 def check_run_dir(run_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import os
 import sys
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from common.config import (
 from common.errors import ConfigError
 from common.objective import LossSection
 from common.process import StopFlag, free_port
-from learner.device import pick_device
+from learner.device import SERVERS_NCCL, match_servers, pick_device
 from tools.devices import VISIBLE, count_listed, deal, find_devices, torch_on_gpus, visible
 from tools.launch import Run
 from tools.preflight import check_devices
@@ -141,6 +142,34 @@ def test_a_mesh_of_more_ranks_than_gpus_is_refused_whatever_carries_the_weights(
     check_devices(config, ["0", "1"], True)
     check_devices(config, ["0"], False)
     check_devices(config, [], True)
+
+
+def test_a_replica_that_is_never_asked_needs_no_gpus():
+    unasked = RunConfig(replica=ReplicaSection(tp=2), obrs=ObrsSection(mode="off"))
+    check_devices(unasked, ["0"], True)
+    with pytest.raises(ConfigError, match="replica: its mesh has 2 ranks"):
+        check_devices(dataclasses.replace(unasked, loss=LossSection(kl=0.1)), ["0"], True)  # a reference is
+
+
+@pytest.mark.parametrize(
+    ("config", "there", "set_"),
+    [
+        (served(), True, True), (served(), False, False), (RunConfig(), True, False),
+        (served(weights=WeightsSection(backend="gloo")), True, False),
+    ],
+)  # fmt: skip
+def test_nccl_keeps_its_buffers_as_the_servers_of_its_group_do_unless_told_otherwise(monkeypatch, config, there, set_):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    for name in SERVERS_NCCL:
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    match_servers(config)
+    assert {name: os.environ.get(name) for name in SERVERS_NCCL} == (
+        SERVERS_NCCL if set_ else dict.fromkeys(SERVERS_NCCL)
+    )
+    monkeypatch.setenv("NCCL_CUMEM_ENABLE", "1")
+    match_servers(config)
+    assert os.environ["NCCL_CUMEM_ENABLE"] == "1"
 
 
 def test_children_see_their_own_gpus_and_others_what_we_see(monkeypatch):

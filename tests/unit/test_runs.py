@@ -1,6 +1,7 @@
 """A run directory is read as far as it can be, wherever it was cut and whoever wrote it."""
 
 import json
+import os
 
 import msgpack
 import pytest
@@ -13,6 +14,7 @@ from common.trace import Tracer, trace_path
 from tools import evaluate, export, receipt, replay, report, trace
 from tools.console import make_console
 from tools.profile import __main__ as profile
+from tools.run_files import check_there
 from tools.runs import read_run
 from tools.timelines import read_timelines
 
@@ -36,6 +38,18 @@ def written(run_dir, lines=LINES):
 def life(run_dir, process, role="actor"):
     with Tracer(trace_path(run_dir, process), process, role) as tracer:
         tracer.span("rollouts", "rollout", 10, 20, group=8)
+
+
+def test_a_misspelt_directory_brings_the_near_one_or_the_newest_to_mind(tmp_path):
+    for age, name in enumerate(("quickstart", "smoke", "old-one", "older", "oldest")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").touch()
+        os.utime(tmp_path / name / "config.yaml", (1000 - age, 1000 - age))
+    (tmp_path / "smokes").mkdir()  # holds no run
+    with pytest.raises(ConfigError, match=rf"smok: no such directory; name a run's, such as {tmp_path}/smoke$"):
+        check_there(tmp_path / "smok")
+    with pytest.raises(ConfigError, match=rf"as {tmp_path}/quickstart, {tmp_path}/smoke, {tmp_path}/old-one$"):
+        check_there(tmp_path / "zzz")
 
 
 @pytest.mark.parametrize("tool", [evaluate, export, profile, receipt, replay, report, trace], ids=lambda t: t.__name__)

@@ -284,6 +284,10 @@ def test_states_stand_out_from_light_and_dark(ink, ground):
 def test_nothing_yet_is_said_and_once_exits_with_two(tmp_path, capsys):
     assert main([str(tmp_path / "none"), "--once"]) == 2
     assert "waiting for the run directory" in capsys.readouterr().out
+    (tmp_path / "nine").mkdir()
+    (tmp_path / "nine" / "config.yaml").touch()
+    assert main([str(tmp_path / "none"), "--once"]) == 2
+    assert "there are others, such as" in capsys.readouterr().out.replace("\n", "")
     assert main([str(tmp_path), "--once"]) == 2
     assert "status.json, which the broker writes" in capsys.readouterr().out.replace("\n", "")
 

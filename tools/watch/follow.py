@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 from common.errors import DataError
-from tools.run_files import CONFIG, METRICS, STATUS, Record, read_status
+from tools.run_files import CONFIG, METRICS, STATUS, Record, near_runs, read_status
 from tools.watch.history import History
 from tools.watch.shares import Window
 from tools.watch.sound import mapping, text, whole
@@ -131,7 +131,9 @@ class Follower:
         if not self.status:
             view.phase, there = "nothing", self.run_dir.is_dir()
             what = f"{self.run_dir / STATUS}, which the broker writes" if there else f"the run directory {self.run_dir}"
-            view.words = f"{text(what, 200)} (python -m tools.launch RUN.yaml)"
+            others = "" if there else text(near_runs(self.run_dir), 200)
+            advice = f"python -m tools.launch RUN.yaml{others and '; there are others, '}{others}"
+            view.words = f"{text(what, 200)} ({advice})"
         else:
             view.phase, view.words = (
                 "gone",
