@@ -4,6 +4,7 @@ The thread keeps the heartbeat while the owner's main thread computes; messages 
 thread through a queue.
 """
 
+import contextlib
 import logging
 import math
 import queue
@@ -38,6 +39,8 @@ EVERYWHERE = "tcp://*:"  # where a broker listens on all of its machine's addres
 POLL_S = 0.2
 RECONNECT_MS = 100
 SILENT_BROKER_S = 10.0  # without a sign of life the link says Hello again
+REFUSED_S = 2.0  # from a refused handshake to the next: the broker's owner may have let the key in
+REFUSALS = (zmq.EVENT_HANDSHAKE_FAILED_AUTH, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)  # libzmq does not come back by itself
 HANDSHAKE_EVENTS = (
     zmq.EVENT_HANDSHAKE_SUCCEEDED
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -73,6 +76,7 @@ class BrokerLink:
         self._keys = keys
         self._limit = max_message_bytes or MAX_MESSAGE_BYTES
         self._hint = ""  # why the last handshake failed
+        self._connect_due = math.inf  # after one that libzmq takes for the end
         self._silent_s = 0.0  # since the broker was heard, as the thread lived it: a stopped process does not count it
         self._patience_s = math.inf  # for a broker that was there before
         self.log = logging.getLogger(f"{hello.role}.link")
@@ -175,7 +179,7 @@ class BrokerLink:
             self.log.exception("the link to the broker at %s has failed", self.address)
             self._inbox.put(error)
 
-    def _serve(self) -> None:
+    def _open(self) -> "zmq.Socket[bytes]":
         socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         for option, value in (
             (zmq.SNDHWM, HIGH_WATER_MARK),
@@ -191,6 +195,10 @@ class BrokerLink:
             socket.curve_publickey = self._keys.public
             socket.curve_secretkey = self._keys.secret
             socket.curve_serverkey = self._keys.server
+        return socket
+
+    def _serve(self) -> None:
+        socket = self._open()
         monitor: zmq.Socket[bytes] = socket.get_monitor_socket(HANDSHAKE_EVENTS)
         socket.connect(self.address)
         poller = zmq.Poller()
@@ -212,6 +220,8 @@ class BrokerLink:
                 elif now >= self._hello_due:
                     self._say_hello(socket)
                 next_beat = now + self._heartbeat_s
+            if now >= self._connect_due:
+                self._connect_again(socket)
             ready = dict(poller.poll(int(POLL_S * 1000)))
             if self._waker.seen in ready:
                 self._waker.clear()
@@ -245,13 +255,21 @@ class BrokerLink:
         self._hello_due = time.monotonic() + self._hello_again_s
         self._hello_again_s = min(2 * self._hello_again_s, SILENT_BROKER_S)
 
+    def _connect_again(self, socket: "zmq.Socket[bytes]") -> None:
+        self._connect_due = math.inf
+        with contextlib.suppress(zmq.ZMQError):  # it may have forgotten the address with the connection
+            socket.disconnect(self.address)
+        socket.connect(self.address)
+
     def _note_handshakes(self, monitor: "zmq.Socket[bytes]") -> bool:
-        """Whether a connection was made."""
+        """Whether a connection was made; one that was refused is tried again later."""
         made = False
         while monitor.poll(0):
             event, _ = struct.unpack("=Hi", monitor.recv_multipart()[0])
             succeeded = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
             made |= succeeded
+            if event in REFUSALS:
+                self._connect_due = time.monotonic() + REFUSED_S
             hint = "" if succeeded else f"; {self._handshake_failure(event)}"
             if hint and hint != self._hint:
                 self.log.warning("%s: %s", self.address, hint[2:])

@@ -48,6 +48,23 @@ def test_the_allowed_are_served_and_the_others_told_why(fleet, tmp_path):
         peer.link.close()
 
 
+@pytest.mark.parametrize("tries", [1, 3])
+def test_a_key_that_is_let_in_later_needs_no_new_process(fleet, tmp_path, monkeypatch, tries):
+    monkeypatch.setattr(key_files, "LOOK_AGAIN_S", 0.0)
+    monkeypatch.setattr("common.link.REFUSED_S", 0.2)
+    broker, directory = fleet
+    server = key_files.broker_keys(broker.config.broker).public
+    keys.make(tmp_path / "strange", ["x"])
+    stranger = key_files.client_keys(BrokerSection(keys=str(tmp_path / "strange")), "x")
+    mine = key_files.ClientKeys("x", stranger.public, stranger.secret, server)
+    link = BrokerLink(broker.config.broker.address, hello("actor", "x"), keys=mine)
+    with pytest.raises(DeadlineError, match="allow DIR x FILE"):
+        link.wait_welcome(0.3 * tries)
+    keys.allow(directory, "x", tmp_path / "strange" / "allowed" / "x.pub")
+    assert link.wait_welcome(5.0) is not None
+    link.close()
+
+
 def test_nobody_speaks_under_another_s_name(fleet):
     broker, _ = fleet
     learner, honest = Peer(broker, "learner", "learner"), Peer(broker, "actor", "a0")
