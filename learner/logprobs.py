@@ -24,6 +24,7 @@ from common.config import MEGABYTE
 from common.errors import DataError
 from learner.mesh import ALONE, Axis, held_rows
 from learner.parallel.collectives import max_over, sum_over
+from learner.products import mm, outer
 from learner.softmax import Maxima, sums_of, top_of_rows
 
 LOG2_E, LN_2 = math.log2(math.e), math.log(2.0)
@@ -111,7 +112,7 @@ class Product:
         shape = (len(hidden), len(self.weight))
         if self.buffer.shape != shape:
             self.buffer = torch.empty(shape, device=hidden.device)
-        return torch.mm(hidden.float() * self.scale, self.weight.T, out=self.buffer)
+        return mm(hidden.float() * self.scale, self.weight.T, out=self.buffer)
 
     def back(self, grad_logits: Tensor, part: slice, grad_hidden: Tensor, grad_head: Tensor) -> None:
         """From the gradient of natural logits over temperature, ``[n, v]``, to hidden states and head."""
@@ -120,8 +121,8 @@ class Product:
             grad_hidden[part] = torch.mm(low, self.weight)
             grad_head += torch.mm(low.T, self.hidden[part], out_dtype=torch.float32)
             return
-        grad_hidden[part] = torch.mm(grad_logits, self.weight).to(grad_hidden.dtype)
-        grad_head.addmm_(grad_logits.T, self.hidden[part].float())
+        grad_hidden[part] = mm(grad_logits, self.weight).to(grad_hidden.dtype)
+        outer(grad_logits, self.hidden[part].float(), out=grad_head, add=True)
 
 
 def _at(logits: Tensor, ids: Tensor, head: Head) -> Tensor:

@@ -12,6 +12,7 @@ from learner.model.norm import RMSNorm
 from learner.model.packing import Pack
 from learner.model.rope import rotate
 from learner.parallel.collectives import gather_tokens, scatter_tokens
+from learner.products import linear
 
 
 class Attention(nn.Module):
@@ -33,12 +34,12 @@ class Attention(nn.Module):
     def forward(self, x_nC: Tensor, pack: Pack) -> Tensor:
         """``[n, C] -> [n, C]``."""
         x_NC = gather_tokens(x_nC, pack.tp)[: pack.tokens]
-        q, k, v = F.linear(x_NC, self.qkv, self.qkv_bias).split(self.widths, dim=-1)
+        q, k, v = linear(x_NC, self.qkv, self.qkv_bias).split(self.widths, dim=-1)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         mixed = pack.plan.attend(rotate(q, pack.cos, pack.sin), rotate(k, pack.cos, pack.sin), v)
-        out = F.linear(mixed, self.o)
+        out = linear(mixed, self.o)
         out = scatter_tokens(pad_rows(out, pack.local_rows * pack.tp.size), pack.tp)
         return out if self.o_bias is None else out + self.o_bias
 

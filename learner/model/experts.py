@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from learner.device import compile_rows
+from learner.products import mm, outer
 
 LOG2_E = math.log2(math.e)
 GROUPED_ALIGNMENT = 16  # bytes: grouped GEMMs refuse rows whose stride is not a multiple
@@ -155,9 +156,9 @@ class _InTurn(torch.autograd.Function):
         for expert, end in enumerate(ends):
             if end > start:
                 rows = x_RC.index_select(0, assignment.source_A[start:end])
-                both = torch.mm(rows, gate_up_E[expert].T, out=pre[start:end])
+                both = mm(rows, gate_up_E[expert].T, out=pre[start:end])
                 hidden = pair[0](both, weights_A.detach()[start:end])
-                torch.mm(hidden, down_E[expert].T, out=out[start:end])
+                mm(hidden, down_E[expert].T, out=out[start:end])
             start = end
         ctx.save_for_backward(x_RC, weights_A, gate_up_E, down_E, pre)
         ctx.assignment, ctx.ends, ctx.back = assignment, ends, pair[1]
@@ -177,11 +178,11 @@ class _InTurn(torch.autograd.Function):
                 continue
             source = source_A[start:end]
             grad = grad_RC.index_select(0, source)
-            grad_hidden = torch.mm(grad, down_E[expert])
+            grad_hidden = mm(grad, down_E[expert])
             grad_both, hidden, grad_weights[start:end] = ctx.back(grad_hidden, pre[start:end], weights_A[start:end])
-            torch.mm(grad.T, hidden, out=grad_down[expert])
-            torch.mm(grad_both.T, x_RC.index_select(0, source), out=grad_gate_up[expert])
-            torch.mm(grad_both, gate_up_E[expert], out=grad_rows[start:end])
+            outer(grad, hidden, out=grad_down[expert])
+            outer(grad_both, x_RC.index_select(0, source), out=grad_gate_up[expert])
+            mm(grad_both, gate_up_E[expert], out=grad_rows[start:end])
             start = end
         return sum_rows(grad_rows, ctx.assignment.inverse_Rk), grad_weights, grad_gate_up, grad_down, None, None
 

@@ -19,6 +19,7 @@ from learner.model.config import ModelConfig
 from learner.model.experts import Assignment, ExpertSettings, combine, count_each, run_experts, take_rows
 from learner.model.packing import Pack
 from learner.parallel.collectives import exchange, exchange_counts, gather_tokens, scatter_tokens
+from learner.products import linear
 
 
 @dataclass
@@ -45,8 +46,8 @@ class DenseMLP(nn.Module):
 
     def forward(self, x_nC: Tensor, _layer: int, pack: Pack) -> tuple[Tensor, None]:
         """``[n, C] -> [n, C]``; no router, so no statistics."""
-        gate, up = F.linear(gather_tokens(x_nC, pack.tp), self.gate_up, self.gate_up_bias).chunk(2, dim=-1)
-        out = scatter_tokens(F.linear(F.silu(gate) * up, self.down), pack.tp)
+        gate, up = linear(gather_tokens(x_nC, pack.tp), self.gate_up, self.gate_up_bias).chunk(2, dim=-1)
+        out = scatter_tokens(linear(F.silu(gate) * up, self.down), pack.tp)
         return (out if self.down_bias is None else out + self.down_bias), None
 
 
@@ -62,8 +63,8 @@ class SharedExpert(nn.Module):
 
     def forward(self, x_nC: Tensor) -> Tensor:
         """``[n, C] -> [n, C]``."""
-        gate, up = F.linear(x_nC, self.gate_up).chunk(2, dim=-1)
-        return F.sigmoid(F.linear(x_nC, self.gate)) * F.linear(F.silu(gate) * up, self.down)
+        gate, up = linear(x_nC, self.gate_up).chunk(2, dim=-1)
+        return F.sigmoid(F.linear(x_nC, self.gate)) * linear(F.silu(gate) * up, self.down)
 
 
 class SparseMLP(nn.Module):
@@ -100,7 +101,7 @@ class SparseMLP(nn.Module):
         return pad_rows(mixed, len(x_nC)), stats
 
     def _route(self, x_nC: Tensor, recorded_nk: Tensor | None) -> tuple[Tensor, Tensor, RouterStats]:
-        logits_nE = F.linear(x_nC, self.router).float()
+        logits_nE = linear(x_nC, self.router).float()
         probs_nE = logits_nE.softmax(dim=-1)
         merit_nE = probs_nE.detach() if self.bias is None else probs_nE.detach() + self.bias
         own_nk = chosen_nk = merit_nE.topk(self.top_k, dim=-1).indices

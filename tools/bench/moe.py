@@ -1,7 +1,8 @@
 """One MoE layer, forward and backward, beside transformers' Qwen3-MoE block and a dense product of the same work.
 
 Hidden 512, 16 experts, 4 a token, expert width 256, one thread. The dense reference multiplies the
-same FLOPs in two large matrices, forward and backward, without routing: no layer can pass it.
+same FLOPs in two large matrices, forward and backward, without routing, by torch's own products; beside
+it by ours (:mod:`learner.products`), which no layer of ours can pass.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from learner.model.decoder import Decoder
 from learner.model.experts import ExpertSettings
 from learner.model.moe import SparseMLP
 from learner.model.packing import Pack
+from learner.products import linear
 from tools.bench.harness import Row, interleave, rate
 
 HIDDEN, EXPERTS, CHOSEN, WIDTH = 512, 16, 4, 256
@@ -56,13 +58,14 @@ def theirs(implementation: str) -> Qwen3MoeSparseMoeBlock:
 class Dense:
     """The experts' FLOPs as two products, [N, C] x [C, 1.5*k*I] and back."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device, linear: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.linear = linear
         self.up = nn.Parameter(torch.randn(ACTIVE, HIDDEN, dtype=dtype, device=device) * 0.02)
         self.down = nn.Parameter(torch.randn(HIDDEN, ACTIVE, dtype=dtype, device=device) * 0.02)
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[N, C] -> [N, C]``."""
-        return F.linear(F.linear(x, self.up), self.down)
+        return self.linear(self.linear(x, self.up), self.down)
 
     def parameters(self) -> list[nn.Parameter]:
         """Both."""
@@ -93,7 +96,7 @@ def _compare(tokens: int, dtype: torch.dtype, name: str, reps: int, device: torc
         module.to(device=device, dtype=dtype)
     pack: Pack = model.pack(torch.zeros(tokens, dtype=torch.int64, device=device), [0, tokens])
     eager, fast = (theirs(kind).to(device=device, dtype=dtype) for kind in ("eager", "grouped_mm"))
-    dense = Dense(dtype, device)
+    dense, dense_ours = Dense(dtype, device, F.linear), Dense(dtype, device, linear)
 
     def timed(forward: Callable[[Tensor], Any], parameters: list[nn.Parameter]) -> float:
         def once() -> None:
@@ -114,6 +117,7 @@ def _compare(tokens: int, dtype: torch.dtype, name: str, reps: int, device: torc
         "ours, grouped": lambda: timed(lambda x: grouped(x, 0, pack), list(grouped.parameters())),
         "transformers eager": lambda: timed(lambda x: eager(x[None]), list(eager.parameters())),
         "transformers grouped_mm": lambda: timed(lambda x: fast(x[None]), list(fast.parameters())),
+        "dense, our products": lambda: timed(dense_ours, dense_ours.parameters()),
         "dense": lambda: timed(dense, dense.parameters()),
     }
     interleave(contestants, 1)  # warm

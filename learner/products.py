@@ -1,0 +1,144 @@
+"""Products of matrices on a CPU: by the faster of the libraries that torch carries, in shapes that come again.
+
+::
+
+    a [n, k] @ b [k, m]:  n rows -> pieces of 8 sizes an octave, the largest first -> a product each, into one output
+
+torch multiplies float32 by MKL, which uses AVX-512 on Intel's CPUs alone. On AMD's, oneDNN, which torch keeps for
+other formats, takes less than half the time. But it makes code for each shape that it has not met, in 300 to 700 us,
+and packed sequences and what an expert is sent are of another length every time: so they are taken in pieces, of
+sizes that soon are all known. Elsewhere, and for small products, these are torch's own (``docs/decisions/0023``).
+
+Legend: n rows, k and m widths.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LEAST = 1 << 20  # multiplications from which oneDNN's start pays, 10 us and more
+SIZE_BITS = 3  # of a piece's length behind the leading one: 8 sizes an octave
+MKLDNN: Any = torch.backends.mkldnn  # whose precision torch's types do not know
+CPUINFO = Path("/proc/cpuinfo")
+TOLERANCE = 1e-3  # of sums of 256 products; rounded to bfloat16 they would be off by .05
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """Whether float32 products take half the time by oneDNN on this CPU, and stay float32."""
+    if not MKLDNN.is_available() or not hasattr(MKLDNN, "matmul"):
+        return False
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    try:
+        words = set(CPUINFO.read_text().split())
+    except OSError:
+        return False
+    return "AuthenticAMD" in words and not any(word.startswith("amx") for word in words) and _stays_float32()
+
+
+def _stays_float32() -> bool:
+    """Whether what :func:`_by_onednn` asks for is computed in float32, as it is wherever there is no AMX."""
+    a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
+    exact = a.double() @ b.double()
+    found = _by_onednn(torch.mm, a, b, torch.empty_like(a))
+    return bool((found.double() - exact).abs().max() < TOLERANCE)
+
+
+def _by_onednn(multiply: Callable[..., Tensor], a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """``multiply(a, b, out=out)`` of float32 by oneDNN, to which torch turns where it may use bfloat16 inside.
+
+    oneDNN does so by AMX alone, and these CPUs have none (:func:`onednn_is_faster`).
+    """
+    allowed = MKLDNN.matmul
+    before, allowed.fp32_precision = allowed.fp32_precision, "bf16"
+    try:
+        return multiply(a, b, out=out)
+    finally:
+        allowed.fp32_precision = before
+
+
+def _add(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    return out.addmm_(a, b)
+
+
+def _takes(a: Tensor) -> bool:
+    """Whether products of rows ``a`` are made here."""
+    if a.device.type != "cpu" or a.ndim != 2:
+        return False
+    return a.dtype == torch.bfloat16 or (a.dtype == torch.float32 and onednn_is_faster())
+
+
+def pieces(rows: int, work: int) -> Iterator[tuple[slice, bool]]:
+    """``rows`` in pieces of known sizes, the largest first, and whether each is worth oneDNN's start.
+
+    A row takes ``work`` multiplications. What is too little is the last piece.
+    """
+    start = 0
+    while start < rows:
+        left = rows - start
+        size = left & -(1 << max(0, left.bit_length() - 1 - SIZE_BITS))
+        enough = size * work >= LEAST
+        end = start + size if enough else rows
+        yield slice(start, end), enough
+        start = end
+
+
+def mm(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """``a[n, k] @ b[k, m]``, into ``out[n, m]`` or on top of it; without gradient."""
+    out, add = (a.new_empty(len(a), b.shape[1]), False) if out is None else (out, add)
+    multiply = _add if add else torch.mm
+    if not _takes(a):
+        return multiply(a, b, out=out)
+    for part, enough in pieces(len(a), b.numel()):
+        _multiply(multiply, a[part], b, out[part], enough)
+    return out
+
+
+def outer(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """``a[n, k].T @ b[n, m]``, the sum over rows, into ``out[k, m]`` or on top of it; without gradient."""
+    out, add = (a.new_empty(a.shape[1], b.shape[1]), False) if out is None else (out, add)
+    if not _takes(a) or a.dtype != torch.float32 or not len(a):  # sums of rounded sums would be rounded again
+        return _add(a.T, b, out) if add else torch.mm(a.T, b, out=out)
+    for part, enough in pieces(len(a), out.numel()):
+        _multiply(_add if add or part.start else torch.mm, a[part].T, b[part], out, enough)
+    return out
+
+
+def _multiply(multiply: Callable[..., Tensor], a: Tensor, b: Tensor, out: Tensor, enough: bool) -> None:
+    if enough and a.dtype == torch.float32:
+        _by_onednn(multiply, a, b, out)
+    else:
+        multiply(a, b, out=out)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        if bias is None:
+            return mm(x, weight.T)
+        return mm(x, weight.T, out=bias.expand(len(x), -1).contiguous(), add=True)  # rounded once
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        (x, weight), grad = ctx.saved_tensors, grads[0]
+        wanted = ctx.needs_input_grad
+        return (
+            mm(grad, weight) if wanted[0] else None,
+            outer(grad, x) if wanted[1] else None,
+            grad.sum(dim=0) if wanted[2] else None,
+        )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x[n, k] @ weight[m, k].T + bias[m]``, with gradient."""
+    if not _takes(x):
+        return F.linear(x, weight, bias)
+    result: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return result

@@ -1,0 +1,122 @@
+"""Products on CPUs: float32's result whichever library makes them, from shapes that come again."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from learner import products
+from learner.products import LEAST, linear, mm, outer, pieces
+
+INTEL = "vendor_id : GenuineIntel\nflags : fpu avx512f\n"
+AMD = "vendor_id : AuthenticAMD\nflags : fpu avx512f\n"
+
+
+@pytest.fixture(params=[True, False], ids=["onednn", "torch"])
+def by(request, monkeypatch):
+    if request.param and not products._stays_float32():
+        pytest.skip("oneDNN rounds to bfloat16 on this CPU")
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: request.param)
+
+
+def normal(*shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def close(found, exact):
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=2e-4)
+
+
+SHAPES = [(0, 8, 8), (1, 64, 64), (7, 640, 640), (300, 64, 96), (1000, 64, 64), (4099, 32, 16)]
+
+
+@pytest.mark.usefixtures("by")
+@pytest.mark.parametrize(("n", "k", "m"), SHAPES)
+def test_products_are_those_of_float64(n, k, m):
+    a, b, more = normal(n, k), normal(m, k), normal(n, m)
+    close(mm(a, b.T), a.double() @ b.T.double())
+    wide = torch.full((n, 2 * m), 7.0)
+    mm(a, b.T, out=wide[:, :m])  # into a part of something
+    close(wide[:, :m], a.double() @ b.T.double())
+    assert (wide[:, m:] == 7).all()
+    close(mm(a, b.T, out=torch.ones(n, m), add=True), 1 + a.double() @ b.T.double())
+    close(mm(torch.cat((a, a), dim=1)[:, :k], b.T), a.double() @ b.T.double())  # out of one
+    close(outer(a, more), a.double().T @ more.double())
+    found = torch.ones(k, m)
+    outer(a, more, out=found, add=True)
+    close(found, 1 + a.double().T @ more.double())
+    outer(a, more, out=found)  # what stood there is gone, also where there is no row
+    close(found, a.double().T @ more.double())
+
+
+@pytest.mark.usefixtures("by")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_linear_goes_both_ways_as_torchs_does(dtype, with_bias):
+    given_ = [normal(700, 48, dtype=dtype), normal(80, 48, dtype=dtype), normal(80, dtype=dtype)]
+    x, weight, bias = (t.requires_grad_() for t in given_)
+    results = []
+    for way in (linear, F.linear):
+        out = way(x, weight, bias if with_bias else None)
+        wanted = [x, weight, bias] if with_bias else [x, weight]
+        results.append([out, *torch.autograd.grad((out * normal(700, 80).to(dtype)).sum(), wanted)])
+    for found, exact in zip(*results, strict=True):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, exact, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-3)
+    assert linear(x.detach(), weight, None).requires_grad
+    assert torch.autograd.grad(linear(x.detach(), weight, bias).sum(), [bias])[0].shape == (80,)
+
+
+@given(st.integers(0, 100_000), st.integers(1, 1 << 22))
+def test_pieces_are_all_rows_once_and_only_the_last_is_small(rows, work):
+    found = list(pieces(rows, work))
+    assert [row for part, _ in found for row in (part.start, part.stop)][1:-1:2] == [p.start for p, _ in found][1:]
+    assert (found[0][0].start, found[-1][0].stop) == (0, rows) if rows else not found
+    for part, enough in found:
+        assert enough == ((part.stop - part.start) * work >= LEAST) or part.stop == rows
+    assert all(enough for _, enough in found[:-1])
+
+
+@settings(deadline=None)
+@given(st.integers(6, 13))
+def test_lengths_of_an_octave_come_down_to_few_shapes(octave):
+    lengths = range(1 << octave, 2 << octave)
+    seen = {part.stop - part.start for n in lengths for part, enough in pieces(n, LEAST) if enough}
+    assert len(seen) <= 8 * (octave + 1)
+
+
+@pytest.mark.usefixtures("by")
+def test_what_torch_was_told_of_precision_stays_also_behind_an_error():
+    told = torch.backends.mkldnn.matmul
+    before = told.fp32_precision
+    mm(normal(256, 128), normal(128, 64))
+    assert told.fp32_precision == before
+    with pytest.raises(RuntimeError):
+        mm(normal(4096, 128), normal(64, 64))
+    assert told.fp32_precision == before
+
+
+@pytest.mark.parametrize(
+    ("capability", "said", "wanted"),
+    [
+        ("AVX512", AMD, True), ("AVX512", INTEL, False), ("AVX512", AMD.replace("avx", "amx_tile avx"), False),
+        ("AVX2", AMD, False), ("AVX512", None, False),
+    ],
+)  # fmt: skip
+def test_only_amds_cpus_with_avx512_and_without_amx_turn_to_onednn(monkeypatch, tmp_path, capability, said, wanted):
+    if wanted and not products._stays_float32():
+        pytest.skip("oneDNN rounds to bfloat16 on this CPU")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(products, "CPUINFO", tmp_path / "cpuinfo")
+    if said is not None:
+        (tmp_path / "cpuinfo").write_text(said)
+    assert products.onednn_is_faster.__wrapped__() == wanted
+
+
+def test_a_library_that_rounds_to_bfloat16_is_found_out(monkeypatch):
+    def rounded(multiply, a, b, out):
+        return out.copy_(multiply(a.bfloat16(), b.bfloat16()))
+
+    monkeypatch.setattr(products, "_by_onednn", rounded)
+    assert not products._stays_float32()
