@@ -4,63 +4,23 @@
 
     a [n, k] @ b [k, m]:  n rows -> pieces of 8 sizes an octave, the largest first -> a product each, into one output
 
-torch multiplies float32 by MKL, which uses AVX-512 on Intel's CPUs alone. On AMD's, oneDNN, which torch keeps for
-other formats, takes less than half the time. But it makes code for each shape that it has not met, in 300 to 700 us,
-and packed sequences and what an expert is sent are of another length every time: so they are taken in pieces, of
-sizes that soon are all known. Elsewhere, and for small products, these are torch's own (``docs/decisions/0023``).
+oneDNN (:mod:`common.onednn`) makes code for each shape that it has not met, in 300 to 700 us, and packed sequences
+and what an expert is sent are of another length every time: so they are taken in pieces, of sizes that soon are all
+known. Where oneDNN is not the faster one, and for small products, these are torch's own.
 
 Legend: n rows, k and m widths.
 """
 
 from collections.abc import Callable, Iterator
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LEAST = 1 << 20  # multiplications from which oneDNN's start pays, 10 us and more
+from common.onednn import LEAST, by_onednn, onednn_is_faster
+
 SIZE_BITS = 3  # of a piece's length behind the leading one: 8 sizes an octave
-MKLDNN: Any = torch.backends.mkldnn  # whose precision torch's types do not know
-CPUINFO = Path("/proc/cpuinfo")
-TOLERANCE = 1e-3  # of sums of 256 products; rounded to bfloat16 they would be off by .05
-
-
-@cache
-def onednn_is_faster() -> bool:
-    """Whether float32 products take half the time by oneDNN on this CPU, and stay float32."""
-    if not MKLDNN.is_available() or not hasattr(MKLDNN, "matmul"):
-        return False
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return False
-    try:
-        words = set(CPUINFO.read_text().split())
-    except OSError:
-        return False
-    return "AuthenticAMD" in words and not any(word.startswith("amx") for word in words) and _stays_float32()
-
-
-def _stays_float32() -> bool:
-    """Whether what :func:`_by_onednn` asks for is computed in float32, as it is wherever there is no AMX."""
-    a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
-    exact = a.double() @ b.double()
-    found = _by_onednn(torch.mm, a, b, torch.empty_like(a))
-    return bool((found.double() - exact).abs().max() < TOLERANCE)
-
-
-def _by_onednn(multiply: Callable[..., Tensor], a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """``multiply(a, b, out=out)`` of float32 by oneDNN, to which torch turns where it may use bfloat16 inside.
-
-    oneDNN does so by AMX alone, and these CPUs have none (:func:`onednn_is_faster`).
-    """
-    allowed = MKLDNN.matmul
-    before, allowed.fp32_precision = allowed.fp32_precision, "bf16"
-    try:
-        return multiply(a, b, out=out)
-    finally:
-        allowed.fp32_precision = before
 
 
 def _add(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -71,7 +31,7 @@ def _takes(a: Tensor) -> bool:
     """Whether products of rows ``a`` are made here."""
     if a.device.type != "cpu" or a.ndim != 2:
         return False
-    return a.dtype == torch.bfloat16 or (a.dtype == torch.float32 and onednn_is_faster())
+    return a.dtype == torch.bfloat16 or (a.dtype == torch.float32 and onednn_is_faster(torch))
 
 
 def pieces(rows: int, work: int) -> Iterator[tuple[slice, bool]]:
@@ -112,7 +72,7 @@ def outer(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) ->
 
 def _multiply(multiply: Callable[..., Tensor], a: Tensor, b: Tensor, out: Tensor, enough: bool) -> None:
     if enough and a.dtype == torch.float32:
-        _by_onednn(multiply, a, b, out)
+        by_onednn(torch, lambda: multiply(a, b, out=out))
     else:
         multiply(a, b, out=out)
 

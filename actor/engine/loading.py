@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from actor.engine.experts import use_expert_bias, use_lean_experts
+from actor.engine.products import use_fast_products
 from common.errors import ModelError
 from common.weights import is_frozen
 
@@ -125,6 +126,7 @@ def load_model(directory: Path, max_length: int, dtype: torch.dtype, expert_bias
     _check_supported(model.config, directory, max_length)
     model.eval().requires_grad_(False)
     use_lean_experts(model)
+    use_fast_products(model)
     if expert_bias or getattr(model.config, "expert_bias", False):
         _load_bias(directory, use_expert_bias(model))
     return model

@@ -6,8 +6,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actor.engine import products as engine_products
+from common import onednn
+from common.onednn import LEAST, stays_float32
 from learner import products
-from learner.products import LEAST, linear, mm, outer, pieces
+from learner.products import linear, mm, outer, pieces
 
 INTEL = "vendor_id : GenuineIntel\nflags : fpu avx512f\n"
 AMD = "vendor_id : AuthenticAMD\nflags : fpu avx512f\n"
@@ -15,9 +18,10 @@ AMD = "vendor_id : AuthenticAMD\nflags : fpu avx512f\n"
 
 @pytest.fixture(params=[True, False], ids=["onednn", "torch"])
 def by(request, monkeypatch):
-    if request.param and not products._stays_float32():
+    if request.param and not stays_float32(torch):
         pytest.skip("oneDNN rounds to bfloat16 on this CPU")
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: request.param)
+    for module in (products, engine_products):
+        monkeypatch.setattr(module, "onednn_is_faster", lambda _torch: request.param)
 
 
 def normal(*shape, dtype=torch.float32):
@@ -98,25 +102,41 @@ def test_what_torch_was_told_of_precision_stays_also_behind_an_error():
 
 
 @pytest.mark.parametrize(
-    ("capability", "said", "wanted"),
+    ("said", "wanted"),
     [
-        ("AVX512", AMD, True), ("AVX512", INTEL, False), ("AVX512", AMD.replace("avx", "amx_tile avx"), False),
-        ("AVX2", AMD, False), ("AVX512", None, False),
+        (AMD, True), (INTEL, False), (AMD.replace("avx", "amx_tile avx"), False), (AMD.replace("512f", "2"), False),
+        (None, False),
     ],
 )  # fmt: skip
-def test_only_amds_cpus_with_avx512_and_without_amx_turn_to_onednn(monkeypatch, tmp_path, capability, said, wanted):
-    if wanted and not products._stays_float32():
+def test_only_amds_cpus_with_avx512_and_without_amx_turn_to_onednn(monkeypatch, tmp_path, said, wanted):
+    if wanted and not stays_float32(torch):
         pytest.skip("oneDNN rounds to bfloat16 on this CPU")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(products, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(onednn, "CPUINFO", tmp_path / "cpuinfo")
     if said is not None:
         (tmp_path / "cpuinfo").write_text(said)
-    assert products.onednn_is_faster.__wrapped__() == wanted
+    assert onednn.onednn_is_faster.__wrapped__(torch) == wanted
 
 
 def test_a_library_that_rounds_to_bfloat16_is_found_out(monkeypatch):
-    def rounded(multiply, a, b, out):
-        return out.copy_(multiply(a.bfloat16(), b.bfloat16()))
+    exact = torch.Tensor.__matmul__
 
-    monkeypatch.setattr(products, "_by_onednn", rounded)
-    assert not products._stays_float32()
+    def rounded(_torch, multiply):
+        with monkeypatch.context() as m:
+            m.setattr(torch.Tensor, "__matmul__", lambda a, b: exact(a.bfloat16(), b.bfloat16()).float())
+            return multiply()
+
+    monkeypatch.setattr(onednn, "by_onednn", rounded)
+    assert not stays_float32(torch)
+
+
+@pytest.mark.usefixtures("by")
+def test_the_embedded_engines_layers_are_what_they_were():
+    model = torch.nn.Sequential(torch.nn.Linear(256, 640), torch.nn.Linear(640, 64, bias=False))
+    inputs = [normal(2, 40, 256), normal(1, 1, 256)]
+    with torch.no_grad():
+        exact = [model(x) for x in inputs]
+        bound = engine_products.use_fast_products(model)
+        assert bound == (2 if engine_products.onednn_is_faster(torch) else 0)
+        for x, before in zip(inputs, exact, strict=True):
+            torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
+        assert engine_products.use_fast_products(model.bfloat16()) == 0
