@@ -37,6 +37,7 @@ class Account:
     total: float = 0.0
     squares: float = 0.0
     cut: float = 0.0  # what was cut off
+    answers: float = 0.0  # that the tokens are of
 
     @property
     def mean(self) -> float:
@@ -50,10 +51,15 @@ class Account:
             return 0.0
         return float(np.sqrt(max(self.squares / self.tokens - self.mean**2, 0.0) / self.tokens))
 
-    def is_suspect(self, least: float) -> bool:
-        """The claimed q cannot be true: too large although cut, or too small with all that was cut off."""
+    def is_suspect(self, chosen: bool) -> bool:
+        """The claimed q cannot be true: too large although cut, or too small with all that was cut off.
+
+        ``chosen``: an honest answer's ratio, too, moves as the odds of its outcome have, perhaps twofold; its tokens
+        share in that.
+        """
         if self.tokens < FEWEST:
             return False
+        least = LEAST_CHOSEN + self.answers / self.tokens if chosen else LEAST
         return max(self.mean - 1.0, 1.0 - self.mean - self.cut / self.tokens) > max(least, SIGMA * self.error)
 
 
@@ -63,7 +69,7 @@ class Honesty:
     def __init__(self, rate: float, seed: int, chosen: bool = False) -> None:
         """``rate``: share of the trajectories that are checked; ``chosen``: outcomes decide which are trained."""
         self.rate, self._seed = rate, seed
-        self._least = LEAST_CHOSEN if chosen else LEAST
+        self._chosen = chosen
         self.accounts: dict[str, Account] = {}
         self._known: set[str] = set()
 
@@ -78,10 +84,10 @@ class Honesty:
         said = []
         for actor in sorted(set(batch.actors)):
             mine = np.array([a == actor for a in batch.actors], np.bool_) & sampled
-            said += self._add(actor, ratio[mine[owner]])
+            said += self._add(actor, ratio[mine[owner]], int(mine.sum()))
         return said
 
-    def _add(self, actor: str, ratio: NDArray[np.float64]) -> list[str]:
+    def _add(self, actor: str, ratio: NDArray[np.float64], answers: int) -> list[str]:
         account = self.accounts.pop(actor, Account())
         self.accounts[actor] = account  # the last
         if len(self.accounts) > ACCOUNTS:
@@ -94,7 +100,8 @@ class Honesty:
         account.total = kept * account.total + float(cut.sum())
         account.squares = kept * account.squares + float(np.square(cut).sum())
         account.cut = kept * account.cut + float((ratio - cut).sum())
-        if not account.is_suspect(self._least):
+        account.answers = kept * account.answers + answers
+        if not account.is_suspect(self._chosen):
             self._known.discard(actor)
             return []
         if actor in self._known:
@@ -113,9 +120,9 @@ class Honesty:
     def restore(self, state: Sequence[Sequence[Any]]) -> None:
         """Take up where :meth:`state` was written."""
         self.accounts = {str(name): Account(*sums) for name, *sums in state}
-        self._known = {name for name, account in self.accounts.items() if account.is_suspect(self._least)}
+        self._known = {name for name, account in self.accounts.items() if account.is_suspect(self._chosen)}
 
     @property
     def suspects(self) -> dict[str, float]:
         """Actors whose claims cannot be true, with their mean of p/q."""
-        return {name: round(a.mean, 4) for name, a in self.accounts.items() if a.is_suspect(self._least)}
+        return {name: round(a.mean, 4) for name, a in self.accounts.items() if a.is_suspect(self._chosen)}

@@ -288,7 +288,10 @@ class Steps:
     def commit(self, step: int) -> DecidedStep | None:
         """``step`` is trained; returns it the first time."""
         entry = self._steps.get(step)
-        if entry is None or entry.committed:
+        if entry is None:
+            return None
+        if entry.committed:  # by a learner that came back, for which its shards were made once more
+            entry.train()
             return None
         self._trained(entry)
         self._prune()
@@ -353,7 +356,7 @@ class Steps:
             "steps": [
                 [
                     step, [t.place for t in e.batch.members], e.score_seq, e.log_threshold, e.committed, e.following,
-                    e.again_seq, len(e.shards or ()), e.frozen_seqs, pack_scales(e.batch.scales),
+                    e.again_seq, 0 if e.committed else len(e.shards or ()), e.frozen_seqs, pack_scales(e.batch.scales),
                 ]
                 for step, e in self._steps.items()
             ],

@@ -83,7 +83,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         if bias is None:
             return mm(x, weight.T)
-        return mm(x, weight.T, out=bias.expand(len(x), -1).contiguous(), add=True)  # rounded once
+        return mm(x, weight.T, out=bias.repeat(len(x), 1), add=True)  # rounded once
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -1,5 +1,8 @@
 """Where the tools print for people: a terminal at its own width, a file or a pipe at a fixed one."""
 
+import os
+import sys
+
 from rich.console import Console
 
 from common.errors import CroupierError
@@ -17,8 +20,12 @@ class LastingConsole(Console):
     """One whose reader may leave: rich would end the process when a pipe is closed."""
 
     def on_broken_pipe(self) -> None:
-        """Say nothing more."""
+        """Say nothing more: what Python would still flush at its end, and exit with 120 for, goes nowhere."""
         self.quiet = True
+        if self.file is sys.stdout:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
 
 
 def print_error(console: Console, error: CroupierError) -> None:

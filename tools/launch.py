@@ -60,7 +60,7 @@ POLL_S = 0.2  # of exit codes and status.json, which the broker writes every 0.5
 LOOK_S = 0.05  # that one look into the run directory may take
 LINE_S = 5.0  # between plain lines where there is no terminal
 MAX_RESTARTS = 3  # of one actor or replica in a row
-HEALTHY_S = 300.0  # of life that forget the restarts before
+HEALTHY_S = 300.0  # of life that forget the restarts before, or twice what a start may take
 LEAVE_S = 5.0  # for the others to go by themselves once the broker is done
 LOG_LINES = 20  # of a process that died
 LAST_LINES_S = {"finished": 60.0, "failed": 5.0, "interrupted": 3.0}  # for the charts; wandb may have to upload
@@ -260,7 +260,7 @@ class Run:
             code = process.poll()
             if code is None or (code == 0 and self._may_leave(process)):
                 continue
-            if time.monotonic() - process.started > HEALTHY_S:
+            if time.monotonic() - process.started > max(HEALTHY_S, 2 * self.config.engine.start_timeout_s):
                 process.in_a_row = 0
             if process.may_restart and code != EXIT_LASTING and process.in_a_row < MAX_RESTARTS:
                 process.restarts += 1

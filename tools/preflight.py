@@ -30,7 +30,7 @@ VERSION = "import importlib.metadata as m; print(m.version('sglang'))"
 NCCL = "nvidia-nccl-cu"  # begins the name of the package that brings it
 NCCL_VERSION = (
     "import importlib.metadata as m; "
-    f"print(next((d.version for d in m.distributions() if str(d.metadata['Name']).startswith('{NCCL}')), ''))"
+    f"print(*{{d.version for d in m.distributions() if str(d.metadata['Name']).startswith('{NCCL}')}})"
 )
 TCP = re.compile(r"tcp://(?P<host>\[[^\]]+\]|[^:]+):(?P<port>\d+)")
 
@@ -170,7 +170,7 @@ def check_engine(config: RunConfig) -> list[str]:
         return []
     from actor.engine.probe import NEWEST, OLDEST
 
-    version = _asked(config.engine.python, VERSION)
+    version = _sglang_of(config.engine.python)
     if OLDEST <= tuple(map(int, re.findall(r"\d+", version)[:3])) <= NEWEST:
         return []
     oldest, newest = (".".join(map(str, release)) for release in (OLDEST, NEWEST))
@@ -184,24 +184,37 @@ def check_nccl(config: RunConfig, on_gpus: bool, here: str | None = None) -> Non
     """
     if not starts_on_gpus(config) or config.weight_backend(on_gpus) != "nccl":
         return
-    here = _asked(sys.executable, NCCL_VERSION) if here is None else here
-    there = _asked(config.engine.python, NCCL_VERSION)
-    if here and there and here != there:
+    ours = (_nccl_of(sys.executable) if here is None else here).split()
+    theirs = _nccl_of(config.engine.python).split()
+    if ours and theirs and not set(ours) & set(theirs):
         raise ConfigError(
             f"weights.backend={config.weights.backend}: weights go by NCCL, which takes one version of itself: "
-            f"{here} is here and {there} in engine.python={config.engine.python!r}; install one torch in both, or "
-            "set weights.backend=gloo"
+            f"{', '.join(sorted(ours))} is here and {', '.join(sorted(theirs))} in "
+            f"engine.python={config.engine.python!r}; install one torch in both, or set weights.backend=gloo"
         )
 
 
-def _asked(python: str, script: str) -> str:
+def _nccl_of(python: str) -> str:
+    """The versions of NCCL that packages brought there, of which there may be two; "" where that is not known."""
+    try:
+        return _said(python, NCCL_VERSION)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _said(python: str, script: str) -> str:
     """What ``script`` prints in the environment that an actor's server would have."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    asked = subprocess.run(
+        [python, "-c", script], capture_output=True, text=True, timeout=VERSION_S, env=environment, check=True
+    )
+    return asked.stdout.strip()
+
+
+def _sglang_of(python: str) -> str:
+    """Which SGLang an interpreter has. Raises :class:`ConfigError` with the remedy if that cannot be told."""
     try:
-        asked = subprocess.run(
-            [python, "-c", script], capture_output=True, text=True, timeout=VERSION_S, env=environment, check=True
-        )
-        return asked.stdout.strip()
+        return _said(python, VERSION)
     except FileNotFoundError:
         trouble = "no such program"
     except OSError as error:

@@ -62,15 +62,15 @@ def test_an_actor_with_a_small_share_of_each_batch_is_judged_too():
     honesty, random = Honesty(1.0, 0), np.random.default_rng(0)
     said = []
     for step in range(60):
-        said += [(step, sentence) for sentence in honesty._add("a0", random.exponential(0.6, 50))]
-        assert not honesty._add("a1", random.exponential(1.0, 50))
+        said += [(step, sentence) for sentence in honesty._add("a0", random.exponential(0.6, 50), 1)]
+        assert not honesty._add("a1", random.exponential(1.0, 50), 1)
     assert [step for step, _ in said] == [FEWEST // 50 - 1]
 
 
 def test_a_turncoat_is_found_out_however_long_it_was_honest():
     honesty, random = Honesty(1.0, 0), np.random.default_rng(0)
-    assert not [s for _ in range(2000) for s in honesty._add("a0", random.exponential(1.0, 200))]
-    found = [step for step in range(100) if honesty._add("a0", random.exponential(0.6, 200))]
+    assert not [s for _ in range(2000) for s in honesty._add("a0", random.exponential(1.0, 200), 4)]
+    found = [step for step in range(100) if honesty._add("a0", random.exponential(0.6, 200), 4)]
     assert found and found[0] < 30
 
 
@@ -135,8 +135,8 @@ def test_an_actor_is_not_accused_of_what_the_selection_or_the_cut_did():
     random = np.random.default_rng(0)
     honesty = Honesty(1.0, 0)
     rare = random.random(200_000) < 0.001  # q = .001, p = .1: p/q is 100, and .9 / .999 of the others
-    assert not honesty._add("a0", np.where(rare, 100.0, 0.9 / 0.999)) and honesty.accounts["a0"].mean < 0.95
-    assert honesty._add("a1", np.full(10_000, 0.9))  # nothing was cut off that could make up for it
+    assert not honesty._add("a0", np.where(rare, 100.0, 0.9 / 0.999), 2000) and honesty.accounts["a0"].mean < 0.95
+    assert honesty._add("a1", np.full(10_000, 0.9), 100)  # nothing was cut off that could make up for it
 
 
 def test_where_outcomes_choose_what_is_trained_an_honest_actor_is_not_accused_and_a_gross_lie_still_is():
@@ -146,17 +146,32 @@ def test_where_outcomes_choose_what_is_trained_an_honest_actor_is_not_accused_an
     lengths = stops[(stops <= 10).all(axis=1)].reshape(-1)
     ratios = np.full(int(lengths.sum()), 0.95 / 0.9)
     ratios[np.cumsum(lengths) - 1] = 0.05 / 0.1
-    assert exact._add("a0", ratios) and not wide._add("a0", ratios)
-    assert wide._add("a1", 0.75 * ratios)
+    assert exact._add("a0", ratios, len(lengths)) and not wide._add("a0", ratios, len(lengths))
+    assert wide._add("a1", 0.6 * ratios, len(lengths))
+
+
+def test_where_outcomes_choose_answers_of_one_token_may_move_much_and_longer_ones_share_in_it():
+    """Answers are right with probability .1 under q and .3 under p; those of groups with both kinds are kept."""
+    right = np.random.default_rng(0).random((10_000, 4)) < 0.1
+    mixed = right[right.any(axis=1) & ~right.all(axis=1)].reshape(-1)
+    first = np.where(mixed, 0.3 / 0.1, 0.7 / 0.9)
+    assert 1.3 < first.mean() < 1.5
+
+    def accused(tokens: int, lie: float) -> bool:
+        ratios = np.concatenate([first, np.ones((tokens - 1) * len(first))])
+        return bool(Honesty(1.0, 0, chosen=True)._add("a0", lie * ratios, len(first)))
+
+    assert not accused(1, 1.0) and not accused(40, 1.0)
+    assert accused(1, 1.6) and accused(40, 1.3) and accused(40, 0.7)
 
 
 def test_accounts_survive_a_restart_and_names_that_come_and_go_do_not_add_up(monkeypatch):
     monkeypatch.setattr("broker.honesty.ACCOUNTS", 3)
     honesty = Honesty(1.0, 0)
     for name in ("a0", "a1", "a0", "a2", "a3"):
-        honesty._add(name, np.full(3000, 0.5 if name == "a2" else 1.0))
+        honesty._add(name, np.full(3000, 0.5 if name == "a2" else 1.0), 30)
     assert list(honesty.accounts) == ["a0", "a2", "a3"]
     again = Honesty(1.0, 0)
     again.restore(honesty.state())
     assert again.accounts == honesty.accounts and again.suspects == {"a2": 0.5}
-    assert again._add("a2", np.full(10, 0.5)) == []  # it was said
+    assert again._add("a2", np.full(10, 0.5), 1) == []  # it was said

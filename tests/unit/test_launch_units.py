@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -646,18 +647,25 @@ def test_what_only_a_process_would_refuse_moves_no_earlier_run(tmp_path, model, 
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["r"]
 
 
-def test_five_minutes_of_health_forget_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_life_longer_than_two_starts_may_take_forgets_restarts(tmp_path: Path) -> None:
     broker = python("import time; time.sleep(60)", tmp_path, "broker")
     actor = python("raise SystemExit(3)", tmp_path, "actor-0")
     actor.may_restart = True
     run, said = make_run(tmp_path, broker, actor)
-    for _ in range(5):
+
+    def outlive(seconds: float) -> None:
         assert actor.running is not None
         actor.running.wait()
-        actor.started -= HEALTHY_S + 1
+        actor.started -= seconds
         assert run.check() is None
-    stop_all([broker, actor], 1.0)
+
+    for _ in range(5):
+        outlive(2 * run.config.engine.start_timeout_s)
     assert actor.restarts == 5 and said.getvalue().count("restart 1 of 3") == 5
+    run.config = replace(run.config, engine=EngineSection(start_timeout_s=1.0))
+    outlive(HEALTHY_S / 2)  # a server that took a while to start and never answered
+    stop_all([broker, actor], 1.0)
+    assert "restart 2 of 3" in said.getvalue()
 
 
 def test_a_reader_that_leaves_ends_no_run() -> None:
@@ -671,6 +679,18 @@ def test_a_reader_that_leaves_ends_no_run() -> None:
     assert console.quiet
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_what_a_reader_that_left_was_not_told_is_no_failure_at_the_end(unbuffered: str) -> None:
+    script = "from tools.console import LastingConsole; c = LastingConsole(); [c.print('word') for _ in range(9999)]"
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", script], stdout=pipe, stderr=pipe, env=environment) as ours:
+        assert ours.stdout is not None and ours.stderr is not None
+        ours.stdout.readline()
+        ours.stdout.close()
+        assert (ours.wait(30), ours.stderr.read()) == (0, b"")
+
+
 def test_servers_whose_nccl_is_another_are_refused_before_anything_is_started(tmp_path: Path) -> None:
     def check(there: str, here: str = "2.29.7", **weights: str) -> None:
         python = interpreter(tmp_path / "python", f"echo {there}")
@@ -682,5 +702,10 @@ def test_servers_whose_nccl_is_another_are_refused_before_anything_is_started(tm
         check("2.30.7")
     check("2.29.7")
     check("")  # brought by no package
+    check("2.30.7 2.29.7")  # two packages, one of them ours
+    check("2.30.7", here="2.27.3 2.30.7")
+    check("2.30.7; exit 1")  # not known
+    with pytest.raises(ConfigError, match=r"2\.29\.7 is here and 2\.27\.3, 2\.30\.7 in"):
+        check("2.30.7 2.27.3")
     check("2.30.7", backend="gloo")
     check_nccl(RunConfig(), True)

@@ -604,6 +604,8 @@ def test_what_is_held_of_trained_steps_is_counted_and_served_again_byte_for_byte
         assert sum(entry.nbytes for entry in entries) == pipeline.steps._held_bytes <= 0.12 * 2**20
         held.append(len(entries))
         assert [bytes_of(pipeline.shard(step, rank, 2)) for rank in range(2)] == served
+        assert pipeline.commit(step) is None  # by the learner that came back
+        assert not any(pipeline.steps.was_served(one) for one in range(step + 1))
     assert held[-1] == held[-2] < 8  # the oldest are forgotten
     pipeline.checkpointed(7)
     assert not pipeline.steps._steps and pipeline.steps._held_bytes == 0

@@ -57,17 +57,20 @@ def test_products_are_those_of_float64(n, k, m):
 @pytest.mark.usefixtures("by")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_linear_goes_both_ways_as_torchs_does(dtype, with_bias):
-    given_ = [normal(700, 48, dtype=dtype), normal(80, 48, dtype=dtype), normal(80, dtype=dtype)]
+@pytest.mark.parametrize("rows", [0, 1, 700])
+def test_linear_goes_both_ways_as_torchs_does(dtype, with_bias, rows):
+    given_ = [normal(rows, 48, dtype=dtype), normal(80, 48, dtype=dtype), normal(80, dtype=dtype)]
+    before = given_[2].clone()
     x, weight, bias = (t.requires_grad_() for t in given_)
     results = []
     for way in (linear, F.linear):
         out = way(x, weight, bias if with_bias else None)
         wanted = [x, weight, bias] if with_bias else [x, weight]
-        results.append([out, *torch.autograd.grad((out * normal(700, 80).to(dtype)).sum(), wanted)])
+        results.append([out, *torch.autograd.grad((out * normal(rows, 80).to(dtype)).sum(), wanted)])
     for found, exact in zip(*results, strict=True):
         assert found.dtype == dtype
         torch.testing.assert_close(found, exact, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-3)
+    assert torch.equal(bias, before)
     assert linear(x.detach(), weight, None).requires_grad
     assert torch.autograd.grad(linear(x.detach(), weight, bias).sum(), [bias])[0].shape == (80,)
 
