@@ -21,6 +21,7 @@ from torch import Tensor
 from common.onednn import LEAST, by_onednn, onednn_is_faster
 
 SIZE_BITS = 3  # of a piece's length behind the leading one: 8 sizes an octave
+LONGER_BITS = 5  # of a length that is rounded up: 32 sizes an octave, and 1 row in 64 too many
 
 
 def _add(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -47,6 +48,22 @@ def pieces(rows: int, work: int) -> Iterator[tuple[slice, bool]]:
         end = start + size if enough else rows
         yield slice(start, end), enough
         start = end
+
+
+def length_that_comes_again(rows: int, like: Tensor) -> int:
+    """``rows``, or a few more where products of ``like``'s kind are faster in shapes that were met before."""
+    if not _takes(like):
+        return rows
+    step = 1 << max(0, rows.bit_length() - 1 - LONGER_BITS)
+    return -(-rows // step) * step
+
+
+def at_once(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """``a[n, k] @ b[k, m]``, into ``out[n, m]``, in one piece, for shapes that come again; without gradient."""
+    if out is None:
+        out = a.new_empty(len(a), b.shape[1])
+    _multiply(torch.mm, a, b, out, _takes(a) and a.numel() * b.shape[1] >= LEAST)
+    return out
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:

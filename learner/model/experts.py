@@ -15,14 +15,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from learner.device import compile_rows
-from learner.products import mm, outer
+from learner.products import at_once, length_that_comes_again
 
 LOG2_E = math.log2(math.e)
 GROUPED_ALIGNMENT = 16  # bytes: grouped GEMMs refuse rows whose stride is not a multiple
@@ -118,7 +118,7 @@ def _fused_back(grad: Tensor, both: Tensor, weight: Tensor) -> tuple[Tensor, Ten
     product, grad = active * up, grad.float()
     weighted = grad * weight[:, None]
     grad_gate = weighted * up * (sigmoid + active * (1 - sigmoid))
-    grad_both = torch.cat((grad_gate, weighted * active), dim=1).to(both.dtype)
+    grad_both = torch.cat((grad_gate.to(both.dtype), (weighted * active).to(both.dtype)), dim=1)  # not rounded later
     return grad_both, (product * weight[:, None]).to(both.dtype), (grad * product).sum(dim=1).to(weight.dtype)
 
 
@@ -138,6 +138,25 @@ def sum_rows(out_AC: Tensor, inverse_Rk: Tensor) -> Tensor:
     return rows.sum(dim=1)
 
 
+class _Turn(NamedTuple):
+    """Rows of an expert: ``start`` to ``end``; computed to ``stop``, a length that comes again, over the next one's."""
+
+    expert: int
+    start: int
+    end: int
+    stop: int
+
+
+def _turns(counts_E: Tensor, like: Tensor) -> list[_Turn]:
+    """The experts that have rows, in order: what one computes beyond its own is written over by the next."""
+    turns, start = [], 0
+    for expert, rows in enumerate(counts_E.tolist()):
+        if rows:
+            turns.append(_Turn(expert, start, start + rows, start + length_that_comes_again(rows, like)))
+            start += rows
+    return turns
+
+
 class _InTurn(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -149,42 +168,38 @@ class _InTurn(torch.autograd.Function):
         assignment: Assignment,
         pair: Pair,
     ) -> Tensor:
-        ends = assignment.counts_E.cumsum(0).tolist()
-        pre = x_RC.new_empty((len(weights_A), gate_up_E.shape[1]))
-        out = x_RC.new_empty((len(weights_A), x_RC.shape[1]))
-        start = 0
-        for expert, end in enumerate(ends):
-            if end > start:
-                rows = x_RC.index_select(0, assignment.source_A[start:end])
-                both = mm(rows, gate_up_E[expert].T, out=pre[start:end])
-                hidden = pair[0](both, weights_A.detach()[start:end])
-                mm(hidden, down_E[expert].T, out=out[start:end])
-            start = end
-        ctx.save_for_backward(x_RC, weights_A, gate_up_E, down_E, pre)
-        ctx.assignment, ctx.ends, ctx.back = assignment, ends, pair[1]
+        turns = _turns(assignment.counts_E, x_RC)
+        room = max((turn.stop for turn in turns), default=0)
+        source = F.pad(assignment.source_A, (0, room - len(weights_A)))
+        weights = F.pad(weights_A.detach(), (0, room - len(weights_A)))
+        pre = x_RC.new_empty((room, gate_up_E.shape[1]))
+        out = x_RC.new_empty((room, x_RC.shape[1]))
+        for expert, start, _, stop in turns:
+            rows = x_RC.index_select(0, source[start:stop])
+            both = at_once(rows, gate_up_E[expert].T, out=pre[start:stop])
+            at_once(pair[0](both, weights[start:stop]), down_E[expert].T, out=out[start:stop])
+        ctx.save_for_backward(x_RC, weights_A, gate_up_E, down_E, pre, source)
+        ctx.inverse_Rk, ctx.turns, ctx.back = assignment.inverse_Rk, turns, pair[1]
         return sum_rows(out, assignment.inverse_Rk)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
-        x_RC, weights_A, gate_up_E, down_E, pre = (tensor.detach() for tensor in ctx.saved_tensors)
-        grad_RC, source_A = grads[0], ctx.assignment.source_A
+        x_RC, weights_A, gate_up_E, down_E, pre, source = (tensor.detach() for tensor in ctx.saved_tensors)
+        grad_RC, turns = grads[0], ctx.turns
         grad_gate_up, grad_down = torch.empty_like(gate_up_E), torch.empty_like(down_E)
+        for expert in {*range(len(gate_up_E))} - {turn.expert for turn in turns}:
+            grad_gate_up[expert], grad_down[expert] = 0, 0
         grad_weights = torch.empty_like(weights_A)
-        grad_rows = x_RC.new_empty((len(weights_A), x_RC.shape[1]))
-        start = 0
-        for expert, end in enumerate(ctx.ends):
-            if end == start:
-                grad_gate_up[expert], grad_down[expert] = 0, 0
-                continue
-            source = source_A[start:end]
-            grad = grad_RC.index_select(0, source)
-            grad_hidden = mm(grad, down_E[expert])
-            grad_both, hidden, grad_weights[start:end] = ctx.back(grad_hidden, pre[start:end], weights_A[start:end])
-            outer(grad, hidden, out=grad_down[expert])
-            outer(grad_both, x_RC.index_select(0, source), out=grad_gate_up[expert])
-            mm(grad_both, gate_up_E[expert], out=grad_rows[start:end])
-            start = end
-        return sum_rows(grad_rows, ctx.assignment.inverse_Rk), grad_weights, grad_gate_up, grad_down, None, None
+        grad_rows = x_RC.new_empty((len(pre), x_RC.shape[1]))
+        for expert, start, end, stop in turns:
+            grad = grad_RC.index_select(0, source[start:stop])
+            weights = F.pad(weights_A[start:end], (0, stop - end))  # what comes behind it adds zeros
+            grad_both, hidden, found = ctx.back(at_once(grad, down_E[expert]), pre[start:stop], weights)
+            grad_weights[start:end] = found[: end - start]
+            at_once(grad.T, hidden, out=grad_down[expert])
+            at_once(grad_both.T, x_RC.index_select(0, source[start:stop]), out=grad_gate_up[expert])
+            at_once(grad_both, gate_up_E[expert], out=grad_rows[start:stop])
+        return sum_rows(grad_rows, ctx.inverse_Rk), grad_weights, grad_gate_up, grad_down, None, None
 
 
 class _TakeRows(torch.autograd.Function):

@@ -92,7 +92,8 @@ class SparseMLP(nn.Module):
     def forward(self, x_nC: Tensor, layer: int, pack: Pack) -> tuple[Tensor, RouterStats]:
         """``[n, C] -> [n, C]`` and the router's statistics; ``layer`` counts sparse layers."""
         own = pack.local
-        rows = x_nC[: own.stop - own.start]  # without the padding
+        count = own.stop - own.start
+        rows = x_nC if count == len(x_nC) else x_nC[:count]  # without the padding, if there is any: a slice costs
         recorded = None if pack.experts is None else pack.experts[own, layer]
         gates, chosen, stats = self._route(rows, recorded)
         mixed = self._dispatch(rows, gates.to(rows.dtype), chosen)

@@ -199,6 +199,34 @@ def test_experts_computed_otherwise_are_those_that_take_turns(directories, how):
         assert torch.allclose(in_turn, other, rtol=1e-4, atol=1e-5 * float(in_turn.abs().max() + 1))
 
 
+def test_what_experts_compute_beyond_their_own_rows_leaves_no_trace(monkeypatch):
+    """Whatever length is taken for theirs: beside every row alone, and with memory that is NaN before it is set."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.tensor([[1, 4], [4, 1], [1, 4], [4, 6], [1, 6], [1, 4], [4, 3]])  # 0, 2, 5 and 7 are idle
+    shapes = ((7, 12), (8, 20, 12), (8, 12, 10), (7, 2))
+    x, gate_up, down, gates = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+    inputs = [t.requires_grad_() for t in (x, gate_up, down, gates)]
+    rows = []
+    for row in range(7):
+        both = torch.einsum("eic,c->ei", gate_up[chosen[row]], x[row])
+        hidden = F.silu(both[:, :10]) * both[:, 10:] * gates[row][:, None]
+        rows.append(torch.einsum("eci,ei->c", down[chosen[row]], hidden))
+    wanted = [torch.stack(rows), *torch.autograd.grad(torch.stack(rows).square().sum(), inputs)]
+
+    assignment = Assignment.of(chosen, 8)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for longer in (lambda n, _: n, lambda n, _: n + 1, lambda n, _: -(-n // 16) * 16):
+            monkeypatch.setattr("learner.model.experts.length_that_comes_again", longer)
+            out = run_experts(x, assignment.sort(gates), gate_up, down, assignment, ExpertSettings())
+            found = [out, *torch.autograd.grad(out.square().sum(), inputs)]
+            for one, other in zip(found, wanted, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def trained_experts(grouped, rows=40):
     """The gradients of 6 experts, of which 1 and 5 are idle, and what came out."""
     generator = torch.Generator().manual_seed(0)

@@ -10,7 +10,7 @@ from actor.engine import products as engine_products
 from common import onednn
 from common.onednn import LEAST, stays_float32
 from learner import products
-from learner.products import linear, mm, outer, pieces
+from learner.products import at_once, length_that_comes_again, linear, mm, outer, pieces
 
 INTEL = "vendor_id : GenuineIntel\nflags : fpu avx512f\n"
 AMD = "vendor_id : AuthenticAMD\nflags : fpu avx512f\n"
@@ -91,6 +91,28 @@ def test_lengths_of_an_octave_come_down_to_few_shapes(octave):
     lengths = range(1 << octave, 2 << octave)
     seen = {part.stop - part.start for n in lengths for part, enough in pieces(n, LEAST) if enough}
     assert len(seen) <= 8 * (octave + 1)
+
+
+@pytest.mark.parametrize("octave", [0, 4, 5, 6, 11, 20])
+def test_an_octave_has_few_lengths_that_come_again_and_none_is_much_too_long(octave):
+    rows = range(1 << octave, 2 << octave, max(1, (1 << octave) // 5000))
+    lengths = [length_that_comes_again(n, torch.empty(1, 8, dtype=torch.bfloat16)) for n in rows]
+    assert all(n <= length <= n * 33 / 32 for n, length in zip(rows, lengths, strict=True))
+    assert len(set(lengths)) <= 33 and length_that_comes_again(0, torch.empty(1, 8, dtype=torch.bfloat16)) == 0
+    exact = [length_that_comes_again(n, torch.empty(1, 8, dtype=torch.float64)) for n in rows]
+    assert exact == list(rows)  # torch's own products take what comes
+
+
+@pytest.mark.usefixtures("by")
+@pytest.mark.parametrize(("n", "k", "m"), SHAPES)
+def test_products_in_one_piece_are_those_of_float64(n, k, m):
+    a, b = normal(n, k), normal(m, k)
+    wide = torch.full((n, 2 * m), 7.0)
+    at_once(a, b.T, out=wide[:, :m])
+    close(wide[:, :m], a.double() @ b.T.double())
+    assert (wide[:, m:] == 7).all()
+    close(at_once(a.T, normal(n, m)), a.double().T @ normal(n, m).double())
+    assert at_once(a.bfloat16(), b.T.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.usefixtures("by")

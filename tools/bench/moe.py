@@ -2,7 +2,8 @@
 
 Hidden 512, 16 experts, 4 a token, expert width 256, one thread. The dense reference multiplies the
 same FLOPs in two large matrices, forward and backward, without routing, by torch's own products; beside
-it by ours (:mod:`learner.products`), which no layer of ours can pass.
+it by ours (:mod:`learner.products`), which no layer of ours can pass. Tokens are the same in every repeat,
+and then others in each, so that every expert's load changes, as in training.
 """
 
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from tools.bench.harness import Row, interleave, rate
 HIDDEN, EXPERTS, CHOSEN, WIDTH = 512, 16, 4, 256
 ACTIVE = 3 * CHOSEN * WIDTH // 2  # rows of each dense matrix
 SIZES = (1024, 8192)
+WARM_CHANGING = 4  # repeats in which code is made for most of the lengths that come
 CPU = torch.device("cpu")
 HF = {
     "vocab_size": 16, "hidden_size": HIDDEN, "intermediate_size": WIDTH, "num_hidden_layers": 1,
@@ -80,12 +82,18 @@ def run(reps: int, device: torch.device = CPU) -> list[Row]:
     rows = []
     for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
         for tokens in SIZES:
-            rows += _compare(tokens, dtype, name, reps, device)
+            rows += _compare(tokens, dtype, f"MoE {tokens} {name}", reps, device)
+        rows += _compare(SIZES[-1], dtype, f"MoE {SIZES[-1]} {name}, changing loads", reps, device, changing=True)
     return rows
 
 
-def _compare(tokens: int, dtype: torch.dtype, name: str, reps: int, device: torch.device) -> list[Row]:
-    x = torch.randn(tokens, HIDDEN, dtype=dtype, device=device, requires_grad=True)
+def _compare(
+    tokens: int, dtype: torch.dtype, label: str, reps: int, device: torch.device, changing: bool = False
+) -> list[Row]:
+    def draw() -> Tensor:
+        return torch.randn(tokens, HIDDEN, dtype=dtype, device=device, requires_grad=True)
+
+    same = draw()
     weight = torch.randn(tokens, HIDDEN, dtype=dtype, device=device)
     ways = (
         ExpertSettings(), ExpertSettings(compiled=True),
@@ -99,6 +107,8 @@ def _compare(tokens: int, dtype: torch.dtype, name: str, reps: int, device: torc
     dense, dense_ours = Dense(dtype, device, F.linear), Dense(dtype, device, linear)
 
     def timed(forward: Callable[[Tensor], Any], parameters: list[nn.Parameter]) -> float:
+        x = draw() if changing else same
+
         def once() -> None:
             out = forward(x)
             out = out[0] if isinstance(out, tuple) else out
@@ -120,13 +130,12 @@ def _compare(tokens: int, dtype: torch.dtype, name: str, reps: int, device: torc
         "dense, our products": lambda: timed(dense_ours, dense_ours.parameters()),
         "dense": lambda: timed(dense, dense.parameters()),
     }
-    interleave(contestants, 1)  # warm
+    interleave(contestants, WARM_CHANGING if changing else 1)  # warm
     found = interleave(contestants, reps)
-    label, unit = f"MoE {tokens} {name}", "tokens/s"
     best = max("transformers eager", "transformers grouped_mm", key=found.__getitem__)
-    rows = [Row("learner", f"{label}: {k}", v, unit, "dense", found["dense"], reps) for k, v in found.items()]
+    rows = [Row("learner", f"{label}: {k}", v, "tokens/s", "dense", found["dense"], reps) for k, v in found.items()]
     ours = max(value for k, value in found.items() if k.startswith("ours"))
     return [
         *rows[:-1],
-        Row("learner", f"{label}: best of ours", ours, unit, f"best of transformers ({best})", found[best], reps),
+        Row("learner", f"{label}: best of ours", ours, "tokens/s", f"best of transformers ({best})", found[best], reps),
     ]
