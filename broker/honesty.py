@@ -59,8 +59,10 @@ class Account:
         """
         if self.tokens < FEWEST:
             return False
-        least = LEAST_CHOSEN + self.answers / self.tokens if chosen else LEAST
-        return max(self.mean - 1.0, 1.0 - self.mean - self.cut / self.tokens) > max(least, SIGMA * self.error)
+        above = LEAST_CHOSEN + self.answers / self.tokens if chosen else LEAST
+        below = above / (1.0 + above) if chosen else LEAST  # as far from 1, as a factor
+        noise = SIGMA * self.error
+        return self.mean - 1.0 > max(above, noise) or 1.0 - self.mean - self.cut / self.tokens > max(below, noise)
 
 
 class Honesty:
@@ -84,7 +86,8 @@ class Honesty:
         said = []
         for actor in sorted(set(batch.actors)):
             mine = np.array([a == actor for a in batch.actors], np.bool_) & sampled
-            said += self._add(actor, ratio[mine[owner]], int(mine.sum()))
+            of_mine = mine[owner]
+            said += self._add(actor, ratio[of_mine], len(np.unique(owner[of_mine])))
         return said
 
     def _add(self, actor: str, ratio: NDArray[np.float64], answers: int) -> list[str]:

@@ -39,14 +39,14 @@ EVERYWHERE = "tcp://*:"  # where a broker listens on all of its machine's addres
 POLL_S = 0.2
 RECONNECT_MS = 100
 SILENT_BROKER_S = 10.0  # without a sign of life the link says Hello again
-REFUSED_S = 2.0  # from a refused handshake to the next: the broker's owner may have let the key in
-REFUSALS = (zmq.EVENT_HANDSHAKE_FAILED_AUTH, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)  # libzmq does not come back by itself
+REFUSED_S = 2.0  # from an end that libzmq does not come back from: the broker's owner may have let the key in
 HANDSHAKE_EVENTS = (
     zmq.EVENT_HANDSHAKE_SUCCEEDED
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 )
+CONNECTION_EVENTS = zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED
 
 
 class BrokerLink:
@@ -76,7 +76,8 @@ class BrokerLink:
         self._keys = keys
         self._limit = max_message_bytes or MAX_MESSAGE_BYTES
         self._hint = ""  # why the last handshake failed
-        self._connect_due = math.inf  # after one that libzmq takes for the end
+        self._shaken = False  # whether the connection's handshake has ended, either way
+        self._connect_due = math.inf  # after a connection's end that libzmq takes for the last
         self._silent_s = 0.0  # since the broker was heard, as the thread lived it: a stopped process does not count it
         self._patience_s = math.inf  # for a broker that was there before
         self.log = logging.getLogger(f"{hello.role}.link")
@@ -199,7 +200,7 @@ class BrokerLink:
 
     def _serve(self) -> None:
         socket = self._open()
-        monitor: zmq.Socket[bytes] = socket.get_monitor_socket(HANDSHAKE_EVENTS)
+        monitor: zmq.Socket[bytes] = socket.get_monitor_socket(HANDSHAKE_EVENTS | CONNECTION_EVENTS)
         socket.connect(self.address)
         poller = zmq.Poller()
         poller.register(socket, zmq.POLLIN)
@@ -262,19 +263,31 @@ class BrokerLink:
         socket.connect(self.address)
 
     def _note_handshakes(self, monitor: "zmq.Socket[bytes]") -> bool:
-        """Whether a connection was made; one that was refused is tried again later."""
+        """Whether a connection was made.
+
+        One that ended is made again by libzmq, which then says so, or else later by us: a handshake that was
+        refused, and an answer that is none, it takes for final.
+        """
         made = False
         while monitor.poll(0):
             event, _ = struct.unpack("=Hi", monitor.recv_multipart()[0])
-            succeeded = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
-            made |= succeeded
-            if event in REFUSALS:
+            if event in (zmq.EVENT_CONNECTED, zmq.EVENT_CONNECT_RETRIED):
+                self._shaken, self._connect_due = False, math.inf
+            elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                made, self._shaken, self._connect_due = True, True, math.inf
+                self._hint = ""
+            else:
                 self._connect_due = time.monotonic() + REFUSED_S
-            hint = "" if succeeded else f"; {self._handshake_failure(event)}"
-            if hint and hint != self._hint:
-                self.log.warning("%s: %s", self.address, hint[2:])
-            self._hint = hint
+                if event & HANDSHAKE_EVENTS or not self._shaken:
+                    self._note_failure(event)
+                self._shaken = True
         return made
+
+    def _note_failure(self, event: int) -> None:
+        hint = f"; {self._handshake_failure(event)}"
+        if hint != self._hint:
+            self.log.warning("%s: %s", self.address, hint[2:])
+        self._hint = hint
 
     def _handshake_failure(self, event: int) -> str:
         if self._keys is None:
@@ -285,8 +298,8 @@ class BrokerLink:
                 f"not be in its allow-list: on its machine `python -m tools.keys allow DIR {self._keys.name} FILE`"
             )
         return (
-            "the handshake was broken off there: that broker is going down, has no keys (broker.keys), or is not the "
-            "owner of server.pub, which is then to be copied from its machine again"
+            "the handshake was broken off there: that broker is going down, has no keys (broker.keys), is not the "
+            "owner of server.pub, which is then to be copied from its machine again, or is no broker"
         )
 
     def _take(self, socket: "zmq.Socket[bytes]") -> None:

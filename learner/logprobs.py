@@ -24,7 +24,7 @@ from common.config import MEGABYTE
 from common.errors import DataError
 from learner.mesh import ALONE, Axis, held_rows
 from learner.parallel.collectives import max_over, sum_over
-from learner.products import mm, outer
+from learner.products import largest_piece, mm, outer
 from learner.softmax import Maxima, sums_of, top_of_rows
 
 LOG2_E, LN_2 = math.log2(math.e), math.log(2.0)
@@ -69,8 +69,8 @@ class Head:
 
     @property
     def rows(self) -> int:
-        """Tokens of a chunk."""
-        return max(1, int(self.chunk_mb * MEGABYTE) // (4 * len(self.weight)))
+        """Tokens of a chunk, which one product takes in one piece."""
+        return max(1, largest_piece(int(self.chunk_mb * MEGABYTE) // (4 * len(self.weight))))
 
     def chunks(self, n: int) -> Iterator[slice]:
         """[0, n) in chunks."""

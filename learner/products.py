@@ -21,6 +21,7 @@ from torch import Tensor
 from common.onednn import LEAST, by_onednn, onednn_is_faster
 
 SIZE_BITS = 3  # of a piece's length behind the leading one: 8 sizes an octave
+FEWEST_ROWS = 4  # for oneDNN, which is no faster with fewer
 LONGER_BITS = 5  # of a length that is rounded up: 32 sizes an octave, and 1 row in 64 too many
 
 
@@ -35,6 +36,11 @@ def _takes(a: Tensor) -> bool:
     return a.dtype == torch.bfloat16 or (a.dtype == torch.float32 and onednn_is_faster(torch))
 
 
+def largest_piece(rows: int) -> int:
+    """The largest of the known sizes that is no more than ``rows``."""
+    return rows & -(1 << max(0, rows.bit_length() - 1 - SIZE_BITS))
+
+
 def pieces(rows: int, work: int) -> Iterator[tuple[slice, bool]]:
     """``rows`` in pieces of known sizes, the largest first, and whether each is worth oneDNN's start.
 
@@ -43,8 +49,8 @@ def pieces(rows: int, work: int) -> Iterator[tuple[slice, bool]]:
     start = 0
     while start < rows:
         left = rows - start
-        size = left & -(1 << max(0, left.bit_length() - 1 - SIZE_BITS))
-        enough = size * work >= LEAST
+        size = largest_piece(left)
+        enough = size >= FEWEST_ROWS and size * work >= LEAST
         end = start + size if enough else rows
         yield slice(start, end), enough
         start = end
@@ -62,7 +68,7 @@ def at_once(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """``a[n, k] @ b[k, m]``, into ``out[n, m]``, in one piece, for shapes that come again; without gradient."""
     if out is None:
         out = a.new_empty(len(a), b.shape[1])
-    _multiply(torch.mm, a, b, out, _takes(a) and a.numel() * b.shape[1] >= LEAST)
+    _multiply(torch.mm, a, b, out, _takes(a) and len(a) >= FEWEST_ROWS and a.numel() * b.shape[1] >= LEAST)
     return out
 
 

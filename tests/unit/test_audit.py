@@ -1,5 +1,7 @@
 """Receipts tell the truth: lying actors are flagged, honest ones never; a biased stratum stands out, noise does not."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -8,7 +10,7 @@ from broker.batch import Batch, collate
 from broker.decision import Rule, Scores, reject
 from broker.honesty import FEWEST, Honesty
 from broker.receipts import receipt
-from common.config import RolloutSection, RunConfig
+from common.config import AdvantageSection, RolloutSection, RunConfig
 from tests.properties.made import sibling_of
 
 VOCAB = 12
@@ -162,7 +164,19 @@ def test_where_outcomes_choose_answers_of_one_token_may_move_much_and_longer_one
         return bool(Honesty(1.0, 0, chosen=True)._add("a0", lie * ratios, len(first)))
 
     assert not accused(1, 1.0) and not accused(40, 1.0)
-    assert accused(1, 1.6) and accused(40, 1.3) and accused(40, 0.7)
+    assert accused(1, 1.6) and accused(40, 1.3) and accused(40, 0.7) and accused(1, 0.25)
+
+
+def test_answers_of_which_nothing_is_trained_make_no_room_for_a_lie():
+    config = RunConfig(rollout=RolloutSection(group_size=4), advantage=AdvantageSection(zero_signal="mask"))
+    honesty, found = Honesty(1.0, 0, chosen=True), []
+    for step in range(20):
+        batch, scored = batch_of(step, {}, trajectories=800, length=6)
+        members = [replace(m, reward=float(m.sibling % 2) if m.group % 10 == 0 else 1.0) for m in batch.members]
+        batch = collate(step, members, config)
+        lied = np.repeat([actor == "a1" for actor in batch.actors], np.diff(batch.cu_seqlens))
+        found += honesty.check(batch, replace(scored, log_p=scored.log_p + np.float32(np.log(1.7)) * lied))
+    assert len(found) == 1 and set(honesty.suspects) == {"a1"}
 
 
 def test_accounts_survive_a_restart_and_names_that_come_and_go_do_not_add_up(monkeypatch):

@@ -10,7 +10,7 @@ from actor.engine import products as engine_products
 from common import onednn
 from common.onednn import LEAST, stays_float32
 from learner import products
-from learner.products import at_once, length_that_comes_again, linear, mm, outer, pieces
+from learner.products import FEWEST_ROWS, at_once, length_that_comes_again, linear, mm, outer, pieces
 
 INTEL = "vendor_id : GenuineIntel\nflags : fpu avx512f\n"
 AMD = "vendor_id : AuthenticAMD\nflags : fpu avx512f\n"
@@ -81,7 +81,8 @@ def test_pieces_are_all_rows_once_and_only_the_last_is_small(rows, work):
     assert [row for part, _ in found for row in (part.start, part.stop)][1:-1:2] == [p.start for p, _ in found][1:]
     assert (found[0][0].start, found[-1][0].stop) == (0, rows) if rows else not found
     for part, enough in found:
-        assert enough == ((part.stop - part.start) * work >= LEAST) or part.stop == rows
+        size = part.stop - part.start
+        assert enough == (size >= FEWEST_ROWS and size * work >= LEAST) or part.stop == rows
     assert all(enough for _, enough in found[:-1])
 
 
@@ -152,6 +153,18 @@ def test_a_library_that_rounds_to_bfloat16_is_found_out(monkeypatch):
 
     monkeypatch.setattr(onednn, "by_onednn", rounded)
     assert not stays_float32(torch)
+
+
+@pytest.mark.parametrize("found", [None, torch.zeros(1, 256, 256)], ids=["missing", "wrong"])
+def test_a_torch_without_that_product_keeps_its_own_layers(monkeypatch, found):
+    def product(*_):
+        if found is None:
+            raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_linear_pointwise'")
+        return found
+
+    monkeypatch.setattr(engine_products, "onednn_is_faster", lambda _torch: True)
+    monkeypatch.setattr(engine_products, "_linear", product)
+    assert engine_products.use_fast_products(torch.nn.Sequential(torch.nn.Linear(256, 640))) == 0
 
 
 @pytest.mark.usefixtures("by")
