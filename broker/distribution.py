@@ -1,6 +1,7 @@
 """New weights on their way to the fleet: carries what the publish coordinators decide."""
 
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,8 @@ class Distribution:
         self.sending = 0  # newest version of the actors whose collective was started
         self._noted = {stream.stream: 0 for stream in self.streams.all}  # versions of each history in the journal
         self._resync_asked: dict[str, tuple[str, int, float]] = {}  # stream -> who lacked which version, and when
+        self._outgoing: deque[tuple[str, Any]] = deque()
+        self._dispatching = False
         self.handlers: dict[type[Any], Callable[[Peer, Any], None]] = {
             wire.Publish: self._on_publish,
             wire.Published: self._on_published,
@@ -127,14 +130,23 @@ class Distribution:
     # ---- what follows ---------------------------------------------------------------------------
 
     def _dispatch(self, stream: PublishCoordinator, outgoing: Outgoing) -> None:
+        """Send, in the order of the decisions: one that a peer lost on the way brings about comes behind the others."""
         going = [message.version for _, message in outgoing if isinstance(message, wire.Go)]
         if stream is self.streams.rollout and going and max(going) > self.sending:
             self.sending = max(going)  # written down before anybody can have it
             self.recorder.note("sending", {"version": self.sending})
-        for name, message in outgoing:
-            peer = self.door.roster.learner() if name == LEARNER else self.door.roster.named(name)
-            if peer is not None:
-                self.door.send(peer, message)
+        self._outgoing += outgoing
+        if self._dispatching:
+            return
+        self._dispatching = True
+        try:
+            while self._outgoing:
+                name, message = self._outgoing.popleft()
+                peer = self.door.roster.learner() if name == LEARNER else self.door.roster.named(name)
+                if peer is not None:
+                    self.door.send(peer, message)
+        finally:
+            self._dispatching = False
         self._note_published()
         self._resync(stream)
 

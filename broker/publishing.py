@@ -6,8 +6,9 @@
             -> [sending: until the learner Published and every receiver Applied] -> PublishDone
 
 A receiver that misses a deadline is dropped, named, and the others go on in a new epoch; it is
-taken in again as soon as it gives a sign. An epoch is one process group: it changes whenever its
-members or the learner's store do. Pure: messages and times in, messages out.
+taken in again as soon as it gives a sign, for which it is asked once a deadline. An epoch is one
+process group: it changes whenever its members or the learner's store do. Pure: messages and times in,
+messages out.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ Outgoing = list[tuple[str, Any]]
 MAX_ATTEMPTS = 5
 MAX_REGROUPS = 64  # of one version; who changes its ranks after that is left out
 EPOCHS_A_GENERATION = 1_000_000
+NO_EPOCH = 0  # of a Prepare that only asks for a sign of life
 
 
 @dataclasses.dataclass
@@ -61,7 +63,8 @@ class PublishCoordinator:
         self.published = 0  # newest version that was settled
         self.history: list[int] = []  # versions in the order they were first settled
         self.late: dict[str, int] = {}  # receivers dropped for lateness, with how often
-        self._suspended: set[str] = set()
+        self._suspended: dict[str, float] = {}  # who gave no sign, and when to ask for one
+        self._last: Publish | None = None  # offer
         self._ranks: dict[str, int] = {}  # of receivers that said so; the others have one
         self._absent: set[str] = set()  # said that they cannot receive this version now
         self._regrouped = 0  # times for this version
@@ -121,7 +124,8 @@ class PublishCoordinator:
         return self._begin(message, receivers, now, 1)
 
     def _begin(self, publish: Publish, receivers: list[str], now: float, number: int) -> Outgoing:
-        names = sorted(r for r in receivers if r not in self._suspended | self._absent)
+        self._last = publish
+        names = sorted(r for r in receivers if r not in self._suspended and r not in self._absent)
         members = {name: self._ranks.get(name, 1) for name in names}
         group = (list(members.items()), publish.host, publish.port)
         if group != self._group or number > 1:
@@ -139,7 +143,7 @@ class PublishCoordinator:
 
     def on_ready(self, message: Ready, sender: str, receivers: list[str], now: float) -> Outgoing:
         """A receiver is ready; when all are, the collective starts. One whose ranks are others needs another group."""
-        self._suspended.discard(sender)
+        self._suspended.pop(sender, None)
         attempt = self._attempt
         if attempt is None or attempt.sending or message.epoch != self.epoch or sender not in attempt.members:
             return []
@@ -184,7 +188,7 @@ class PublishCoordinator:
 
     def on_applied(self, message: Applied, sender: str) -> Outgoing:
         """A receiver uses the version."""
-        self._suspended.discard(sender)
+        self._suspended.pop(sender, None)
         attempt = self._attempt
         if attempt is None or message.version != attempt.publish.version or sender not in attempt.waiting:
             return []
@@ -194,7 +198,7 @@ class PublishCoordinator:
 
     def on_receive_failed(self, message: ReceiveFailed, sender: str) -> Outgoing:
         """A receiver kept its old weights; it lives, so it is served again."""
-        self._suspended.discard(sender)
+        self._suspended.pop(sender, None)
         self.log.warning("%s did not take version %d: %s", sender, message.version, message.reason)
         attempt = self._attempt
         if attempt is None or message.epoch != self.epoch or not attempt.sending:
@@ -214,7 +218,7 @@ class PublishCoordinator:
 
     def on_lost(self, name: str, receivers: list[str], now: float) -> Outgoing:
         """A receiver is gone."""
-        self._suspended.discard(name)
+        self._suspended.pop(name, None)
         attempt = self._attempt
         if attempt is None or name not in attempt.members:
             return []
@@ -228,15 +232,30 @@ class PublishCoordinator:
         self._attempt, self._queued, self._group = None, None, None
 
     def on_tick(self, receivers: list[str], now: float) -> Outgoing:
-        """Give up on who is late."""
-        attempt = self._attempt
+        """Give up on who is late; ask those of before for a sign."""
+        attempt, asked = self._attempt, self._ask_suspended(receivers, now)
         if attempt is None:
             if self._queued is not None:
                 queued, self._queued = self._queued, None
-                return self.on_publish(queued, receivers, now)
-            return []
+                return asked + self.on_publish(queued, receivers, now)
+            return asked
         if now < attempt.deadline:
+            return asked
+        return asked + self._give_up(attempt, receivers, now)
+
+    def _ask_suspended(self, receivers: list[str], now: float) -> Outgoing:
+        """The word that one waits for may have been lost with a connection, and it with the time to give a sign."""
+        if self._last is None:
             return []
+        fields, asked = dataclasses.asdict(self._last), []
+        for name, due in self._suspended.items():
+            if name in receivers and now >= due:
+                self._suspended[name] = now + self.deadline_s
+                ranks = self._ranks.get(name, 1)
+                asked.append((name, Prepare(NO_EPOCH, 1, ranks, 1 + ranks, fields)))
+        return asked
+
+    def _give_up(self, attempt: _Attempt, receivers: list[str], now: float) -> Outgoing:
         late = sorted(attempt.waiting)
         stage = "to apply" if attempt.sending else "to be ready for"
         allowed = self.deadline_s + (attempt.publish.seconds if attempt.sending else 0.0)
@@ -244,7 +263,7 @@ class PublishCoordinator:
                          ", ".join(late) or LEARNER, allowed, stage, attempt.publish.version)  # fmt: skip
         for name in late:
             self.late[name] = self.late.get(name, 0) + 1
-            self._suspended.add(name)
+            self._suspended[name] = now + self.deadline_s
         if attempt.sending:
             outgoing: Outgoing = []
             for name in late:

@@ -32,6 +32,7 @@ AHEAD = 2  # broadcasts under way while an earlier one is summed up
 ALIGNMENT = 16  # bytes; every tensor of a bucket starts at a multiple
 EXPERT_BIAS = "e_score_correction_bias"  # of a router: chooses experts, weighs none
 DIGEST_KEY = "digest/{}"  # in a group's store, by version
+BROKEN = "broken"  # in the digest's place: none will come
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
 
@@ -345,6 +346,8 @@ class WeightReceiver:
         expected = answered(
             lambda: collective.receive_digest(publish.version), within_s, f"the learner's store at {where}"
         )
+        if expected == BROKEN:
+            raise WeightsError(f"version {publish.version}: the learner's broadcast broke, with another receiver")
         if digest.hex() != expected:
             raise WeightsError(f"version {publish.version}: digest {digest.hex()} of what arrived is not {expected}")
         return StagedWeights(job.epoch, publish.version, digest.hex(), received, arena)

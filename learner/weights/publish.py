@@ -5,6 +5,7 @@
     Publish -> (broker: Prepare/Ready with every receiver) -> Go -> buckets -> digest -> Published
 """
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from common.deadlines import brief
 from common.errors import DeadlineError
 from common.joint import POLICY_STREAM
 from common.trace import Tracer, silent
-from common.weights import AHEAD, WeightDigest
+from common.weights import AHEAD, BROKEN, WeightDigest
 from common.wire import Go, Publish, PublishDone, Published, PublishFailed, Welcome
 from learner.weights.gather import Snapshot
 from learner.weights.group import WeightGroup
@@ -141,6 +142,9 @@ class WeightPublisher:
             digest = self._broadcast(self._group[1], weights)
             self._group[1].send_digest(digest, go.version)
         except (RuntimeError, DeadlineError) as error:  # what groups raise for a lost or late member
+            if self._group is not None:
+                with contextlib.suppress(RuntimeError):  # for those who had everything and wait for the digest alone
+                    self._group[1].send_digest(BROKEN, go.version)
             self._close_group()
             reason = brief(error)
             log.warning("publish of version %d to %s broke: %s", go.version, ", ".join(go.members), reason)

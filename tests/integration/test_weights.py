@@ -195,6 +195,25 @@ def test_a_receiver_that_dies_inside_the_collective_does_not_end_the_run(relay):
     assert_holds(staged, 1)
 
 
+def test_who_had_everything_when_the_collective_broke_is_told_at_once_and_served_again(relay, monkeypatch):
+    a, publisher, reasons = relay.add("actor-0"), relay.publisher(), []
+    failed, broadcast = relay.coordinator.on_receive_failed, publisher._broadcast
+
+    def broken(*arguments):
+        broadcast(*arguments)
+        monkeypatch.setattr(publisher, "_broadcast", broadcast)
+        raise RuntimeError("connection closed by peer")
+
+    monkeypatch.setattr(publisher, "_broadcast", broken)
+    monkeypatch.setattr(
+        relay.coordinator, "on_receive_failed", lambda m, sender: reasons.append(m.reason) or failed(m, sender)
+    )
+    publish(publisher, 1)
+    assert_holds(take(a), 1)
+    assert len(reasons) == 1 and "the learner's broadcast broke" in reasons[0]
+    assert relay.coordinator.epoch == 2 and relay.coordinator.late == {}
+
+
 def test_without_receivers_publishing_returns_at_once(relay):
     assert publish(relay.publisher(), 1) < 2.0
 

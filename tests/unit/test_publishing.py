@@ -1,6 +1,10 @@
 """The broker's side of a publish, driven by hand: readiness, lateness, loss, retries."""
 
+from types import SimpleNamespace
+
+from broker.distribution import Distribution
 from broker.publishing import LEARNER, MAX_REGROUPS, PublishCoordinator
+from common.joint import JointSection
 from common.wire import Applied, Go, Prepare, Publish, PublishDone, Published, PublishFailed, Ready, ReceiveFailed
 
 NAMES = ["a", "b"]
@@ -67,6 +71,46 @@ def test_who_is_not_ready_in_time_is_dropped_by_name_and_comes_back_with_a_sign(
     assert done[LEARNER].dropped == ["b"]
     c.on_ready(Ready(1, 1), "b", NAMES, 12.0)
     assert set(sent(c.on_publish(offer(2), ["a", "b"], 13.0), Prepare)) == {"a", "b"}
+
+
+def test_who_gave_no_sign_is_asked_for_one_once_a_deadline():
+    """It may be idle: what it was to be told, or what it said, was lost with a connection."""
+    c = PublishCoordinator(10)
+    c.on_publish(offer(1), ["a", "b"], 0.0)
+    c.on_ready(Ready(c.epoch, 1), "a", NAMES, 1.0)
+    c.on_tick(NAMES, 11.0)
+    c.on_ready(Ready(c.epoch, 1), "a", NAMES, 11.0)
+    settle(c, 1, ["a"])
+    asked = [now for now in range(12, 50) if sent(c.on_tick(["b"], float(now)), Prepare)]
+    assert asked == [21, 31, 41] and c.is_suspended("b")
+    assert c.on_tick([], 60.0) == []  # it holds the newest version now, or is gone
+    (probe,) = sent(c.on_tick(["b"], 61.0), Prepare).values()
+    c.on_ready(Ready(probe.epoch, 1), "b", NAMES, 62.0)
+    assert not c.is_suspended("b") and c.on_tick(["b"], 99.0) == []
+    assert set(sent(c.on_publish(offer(1), ["b"], 99.0), Prepare)) == {"b"}
+
+
+def test_a_peer_lost_while_words_are_sent_leaves_nobody_with_the_older_word_last():
+    """To send is how the broker learns that a connection is closed."""
+    gone, told = {"a"}, []
+    peers = {name: SimpleNamespace(name=name, leads=False, role="actor") for name in "abc"}
+
+    def send(peer, message):
+        if peer.name in gone:
+            gone.remove(peer.name)
+            del peers[peer.name]
+            distribution.left(peer, 0.0)
+        else:
+            told.append((peer.name, message.epoch))
+
+    roster = SimpleNamespace(
+        learner=lambda: None, named=lambda name: peers.get(name), receivers=lambda version, roles: sorted(peers)
+    )
+    door = SimpleNamespace(send=send, roster=roster, version=0)
+    distribution = Distribution(10.0, JointSection(), None, door, SimpleNamespace(generation=0))
+    stream = distribution.streams.all[0]
+    distribution._dispatch(stream, stream.on_publish(offer(1), sorted(peers), 0.0))
+    assert told == [("b", 1), ("c", 1), ("b", 2), ("c", 2)] and stream.epoch == 2
 
 
 def test_who_dies_before_go_or_does_not_apply_does_not_stop_the_others():
