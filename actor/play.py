@@ -141,7 +141,7 @@ class Play:
         try:
             item = self._prompt(prompt, "train")
             members, question = self._members.of(prompt, item), self._members.question(prompt)
-        except Exception as error:  # noqa: BLE001  # a task is foreign code
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # a task is foreign code
             self.counters["prompt_failures"] += 1
             what = str(error) if isinstance(error, TaskError) else words_of_failure(error)
             log.warning("prompt %d: %s", prompt, what)
@@ -374,9 +374,9 @@ class Play:
             return wire.NO_ANSWER
         try:
             return answer_key(self.task.answer(rollout.item, rollout.turns[-1].completion.token_ids))
-        except Exception as error:  # noqa: BLE001  # a task is foreign code
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # a task is foreign code
             self.counters["answer_failures"] += 1
-            log.warning("%s: no answer read: %s: %s", self._labels[rollout.item.task], type(error).__name__, error)
+            log.warning("%s: no answer read: %s", self._labels[rollout.item.task], words_of_failure(error))
             return wire.NO_ANSWER
 
     def _evaluated(self, rollout: Rollout, scored: Scored) -> None:

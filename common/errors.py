@@ -19,13 +19,25 @@
 """
 
 import contextlib
+import errno
 from collections.abc import Iterator
+from typing import TypeVar
+
+OF_THE_MOMENT = {
+    errno.EADDRINUSE, errno.EAGAIN, errno.EBUSY, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOBUFS,
+    errno.ENOMEM, errno.ENOSPC, errno.ESTALE, errno.ETIMEDOUT,
+}  # fmt: skip
+NO_MEMORY = ("can't allocate memory", "out of memory")  # as torch says it, in a RuntimeError
 
 
 class CroupierError(Exception):
     """Base of every error that a user can cause and mend."""
 
     lasting = False  # whether the process would end by it again, however often it is started
+    may_pass = False  # whether it may be over by then
+
+
+E = TypeVar("E", bound=CroupierError)
 
 
 class ConfigError(CroupierError, ValueError):
@@ -82,9 +94,29 @@ class JournalError(CroupierError, RuntimeError):
 
 @contextlib.contextmanager
 def lasting(*kinds: type[CroupierError]) -> Iterator[None]:
-    """Mark errors of ``kinds`` as such that come again: what raises them here looks at nothing that changes."""
+    """Mark errors of ``kinds`` as such that come again: what raises them here looks at nothing that changes.
+
+    But for those that are :func:`passing`, or follow from what the machine lacked at that moment.
+    """
     try:
         yield
     except kinds as error:
-        error.lasting = True
+        error.lasting = not (error.may_pass or _is_of_the_moment(error))
         raise
+
+
+def passing(error: E) -> E:
+    """Mark ``error`` as one that may be over when the process is started again."""
+    error.may_pass = True
+    return error
+
+
+def _is_of_the_moment(error: BaseException) -> bool:
+    cause = error.__cause__
+    if cause is None:
+        return False
+    if isinstance(cause, MemoryError | TimeoutError) or (isinstance(cause, OSError) and cause.errno in OF_THE_MOMENT):
+        return True
+    if isinstance(cause, RuntimeError) and any(words in str(cause) for words in NO_MEMORY):
+        return True
+    return _is_of_the_moment(cause)

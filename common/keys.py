@@ -208,40 +208,65 @@ def _key(path: Path, found: dict[str, object], what: str) -> bytes:
 
 def read_allowed(directory: Path) -> tuple[dict[bytes, str], list[str]]:
     """Names by public key, and what is wrong with the files left out."""
-    names: dict[bytes, str] = {}
-    faults: list[str] = []
     try:
-        paths = sorted(directory.glob("[!.]*.pub"))
+        names, faults = _read_files(directory)
     except OSError as error:
         return {}, [f"{directory}: cannot be read: {error.strerror}"]
-    for path in paths:
+    return names, list(faults.values())
+
+
+def _read_files(directory: Path) -> tuple[dict[bytes, str], dict[str, str]]:
+    """Names by public key, and by file what is wrong with it. Raises OSError for a directory that cannot be read."""
+    names: dict[bytes, str] = {}
+    faults: dict[str, str] = {}
+    for file, *_ in _signature(directory):
+        path = directory / file
         try:
             key, name = read_public(path), check_name(path.stem)
         except ConfigError as error:
-            faults.append(str(error))
+            if path.exists():  # it was not taken away meanwhile
+                faults[file] = str(error)
             continue
         if key in names:
-            faults.append(f"{path}: the same key as {names[key]}.pub; remove one of them")
+            faults[file] = f"{path}: the same key as {names[key]}.pub; remove one of them"
         else:
             names[key] = name
     return names, faults
 
 
+def _signature(directory: Path) -> list[tuple[str, int, int]]:
+    """Name, time of change and place of every public key; a directory that is gone has none. Raises OSError."""
+    found = []
+    try:
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                if entry.name.endswith(".pub") and not entry.name.startswith("."):
+                    with contextlib.suppress(FileNotFoundError):  # taken away meanwhile
+                        found.append((entry.name, entry.stat().st_mtime_ns, entry.inode()))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(found)
+
+
 class AllowList:
     """Who may connect, by key; a file added or removed counts within LOOK_AGAIN_S. Any thread may ask.
 
-    Raises :class:`ConfigError` for a faulty file at the start; one that turns up later is left out
-    and named in the log.
+    Raises :class:`ConfigError` for a faulty file at the start; one that turns up later is named in the
+    log. Whom it let in before stays, and so does everybody while nothing can be read: only a file that is
+    gone, or has another key, shuts somebody out.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._lock = threading.Lock()
-        self._seen = self._signature()
         self._looked = time.monotonic()
-        self._names, faults = read_allowed(directory)
-        if faults:
-            raise ConfigError(faults[0])
+        try:
+            self._seen: list[tuple[str, int, int]] | None = _signature(directory)  # None: look again in any case
+            self._names, self._faults = _read_files(directory)
+        except OSError as error:
+            raise ConfigError(f"{directory}: cannot be read: {error.strerror}") from error
+        for fault in self._faults.values():
+            raise ConfigError(fault)
 
     def __len__(self) -> int:
         with self._lock:
@@ -257,18 +282,21 @@ class AllowList:
             return self._names.get(public)
 
     def _look_again(self) -> None:
-        signature = self._signature()
-        if signature == self._seen:
-            return
-        self._seen = signature
-        self._names, faults = read_allowed(self._directory)
-        for fault in faults:
-            log.warning("left out of the allow-list: %s", fault)
-
-    def _signature(self) -> list[tuple[str, int, int]]:
         try:
-            with os.scandir(self._directory) as entries:
-                found = [(e.name, e.stat().st_mtime_ns, e.inode()) for e in entries if e.name.endswith(".pub")]
-        except OSError:  # gone: nobody is allowed
-            return []
-        return sorted(found)
+            signature = _signature(self._directory)
+            if signature == self._seen:
+                return
+            names, faults = _read_files(self._directory)
+        except OSError as error:
+            self._say({"": f"{self._directory}: cannot be read: {error.strerror}; whoever was allowed still is"})
+            return
+        for key, name in self._names.items():
+            if f"{name}.pub" in faults:
+                names.setdefault(key, name)
+        self._say(faults)
+        self._names, self._seen = names, None if faults else signature
+
+    def _say(self, faults: dict[str, str]) -> None:
+        for fault in set(faults.values()) - set(self._faults.values()):
+            log.warning("allow-list: %s", fault)
+        self._faults = faults

@@ -291,7 +291,10 @@ class BrokerLink:
 
     def _handshake_failure(self, event: int) -> str:
         if self._keys is None:
-            return "something answers there, and not as a broker without keys would: set broker.keys if it has them"
+            return (
+                "something answers there, and not as a broker without keys would: set broker.keys if it has them (or "
+                "that broker is going down, or it is none)"
+            )
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             return (
                 f"the broker there refuses the key {fingerprint(self._keys.public)} of {self._keys.name}, which may "

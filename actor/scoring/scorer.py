@@ -92,7 +92,7 @@ class Scorer:
             return
         try:
             self._said(rollout, work())
-        except Exception as error:  # noqa: BLE001  # a task is foreign code
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # a task is foreign code
             self._fail(rollout, error)
 
     def judge(self, rollout: Rollout, channels: dict[str, float]) -> None:
@@ -129,7 +129,7 @@ class Scorer:
                 continue
             try:
                 self._said(rollout, done.result)
-            except Exception as error:  # noqa: BLE001  # a task is foreign code
+            except (Exception, SystemExit) as error:  # noqa: BLE001  # a task is foreign code
                 self._fail(rollout, error)
         for verdict in self._judges.poll() if self._judges is not None else ():
             self._judged(verdict)

@@ -19,6 +19,7 @@ import os
 import resource
 import shutil
 import signal
+import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,11 +223,16 @@ def _read_questions(path: str, in_environment: bool) -> list[dict[str, Any]]:
 
 def _import(name: str) -> Callable[[AgentSession], dict[str, Any] | Awaitable[dict[str, Any]]]:
     module, _, function = name.partition(":")
-    if not module or not function:
+    if not module or not function or module.startswith("."):
         raise TaskError(f"task.params.agent={name}: must read package.module:function")
     try:
         found = getattr(importlib.import_module(module), function)
     except ModuleNotFoundError as error:
+        if error.name is not None and not f"{module}.".startswith(f"{error.name}."):
+            raise TaskError(
+                f"task.params.agent={name}: {module} imports {error.name}, which is not there; install it in the "
+                f"environment of {sys.executable}"
+            ) from error
         raise TaskError(
             f"task.params.agent={name}: {error}; put its directory on PYTHONPATH, or start in it: this process was "
             f"started in {Path.cwd()}"

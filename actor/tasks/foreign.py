@@ -20,4 +20,8 @@ def words_of_failure(error: BaseException) -> str:
         return f"{type(error).__name__}: {error}"
     own = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*INSTALLED, *ROOMS, "<"))]
     where = f" ({Path(own[-1].filename).name}:{own[-1].lineno} in {own[-1].name})" if own else ""
-    return f"{type(error).__name__}: {error}{where}"
+    try:
+        said = str(error)
+    except Exception:  # noqa: BLE001  # that is foreign code too
+        said = "it cannot say what went wrong"
+    return f"{type(error).__name__}: {said}{where}"

@@ -24,7 +24,7 @@ from urllib.parse import quote
 
 from actor.tasks.reading import MARKS
 from actor.tasks.rows import read_row
-from common.errors import TaskError
+from common.errors import TaskError, passing
 from common.locks import lock_within
 
 FORMAT = "1"
@@ -180,7 +180,7 @@ def _build(path: Path, source: str, passages: Iterable[Passage]) -> None:
             connection.close()
         os.replace(aside, path)
     except sqlite3.Error as error:
-        raise TaskError(f"{path}: the index cannot be built: {error}") from error
+        raise passing(TaskError(f"{path}: the index cannot be built: {error}")) from error  # a full disk, say
     finally:
         aside.unlink(missing_ok=True)
 
@@ -190,7 +190,7 @@ def _alone(lock: Path) -> Iterator[None]:
     """While no other process is in here with the same ``lock``."""
     with lock.open("w") as file:
         if not lock_within(file, BUILD_S):
-            raise TaskError(f"{lock}: another process builds the index for {BUILD_S:g} s now; end it")
+            raise passing(TaskError(f"{lock}: another process builds the index for {BUILD_S:g} s now; end it"))
         try:
             yield
         finally:

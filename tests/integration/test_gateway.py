@@ -409,7 +409,7 @@ def test_a_run_trains_on_what_agents_caused(chat_model, questions, tmp_path):
     assert steps[0]["lag_max"] == 0 and abs(steps[0]["kl_before"]) < 1e-6 and steps[0]["ess"] > 1 - 1e-6
 
 
-def test_settings_that_do_not_fit_are_refused_at_once(chat_model, questions, tmp_path):
+def test_settings_that_do_not_fit_are_refused_at_once(chat_model, questions, tmp_path, monkeypatch):
     def refused(words, params, error=TaskError, **more):
         with pytest.raises(error, match=words):
             Table(chat_model, params.pop("questions", questions), params, **more)
@@ -418,6 +418,10 @@ def test_settings_that_do_not_fit_are_refused_at_once(chat_model, questions, tmp
     refused("package.module:function", {"agent": "tests.integration.agents:none"})
     refused("package.module:function", {"agent": "tests.integration.agents"})
     refused(r"No module named 'agnets'; put its directory on PYTHONPATH", {"agent": "agnets:play"})
+    refused("package.module:function", {"agent": ".agents:play"})
+    (tmp_path / "lacking_agent.py").write_text("import no_such_package\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    refused(r"lacking_agent imports no_such_package, .* install it", {"agent": "lacking_agent:play"})
     refused(r"none\.jsonl: no such file in /.*started", {**FUNCTION, "questions": "none.jsonl"})
     refused("list of words", {"command": "ls"})
     refused("none to train on", {**FUNCTION, "heldout": 6})

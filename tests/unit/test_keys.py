@@ -1,7 +1,9 @@
 """Keys: made once, listed, allowed and revoked; every wrong file is an error that names it."""
 
+import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -58,6 +60,44 @@ def test_revoked_is_out_and_made_again_only_by_allow(tmp_path):
     assert AllowList(tmp_path / "allowed").name_of(mine) == "a"
     assert allowed.name_of(mine) == "a"  # it had not looked again
     assert "was revoked" not in keys.make(tmp_path, ["a"])[1]
+
+
+def test_only_a_file_that_is_gone_shuts_anybody_out(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("common.keys.LOOK_AGAIN_S", 0.0)
+    keys.make(tmp_path, ["a", "b"])
+    directory = tmp_path / "allowed"
+    a, b = (client_keys(section(tmp_path), name).public for name in "ab")
+    allowed, path = AllowList(directory), directory / "a.pub"
+    whole = path.read_bytes()
+
+    def both():
+        return allowed.name_of(a), allowed.name_of(b)
+
+    for half in (whole[:20], b""):  # cp is at it
+        path.write_bytes(half)
+        assert both() == both() == ("a", "b")
+    assert caplog.text.count("is no key file") == 1
+    path.write_bytes(whole)
+    assert both() == ("a", "b")
+
+    def exhausted(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as m:
+        m.setattr("common.keys.os.scandir", exhausted)
+        assert both() == both() == ("a", "b")
+        assert caplog.text.count("Too many open files; whoever was allowed still is") == 1
+    with monkeypatch.context() as m:
+        (directory / "b.pub").unlink()
+        m.setattr(Path, "open", exhausted)
+        assert both() == ("a", None)
+    keys.make(tmp_path / "other", ["a"])
+    path.write_bytes((tmp_path / "other/allowed/a.pub").read_bytes())
+    assert both() == (None, None)  # another key has the name
+    path.write_bytes(whole)
+    assert both() == ("a", None)
+    directory.rename(tmp_path / "away")
+    assert both() == (None, None)
 
 
 def test_a_key_made_elsewhere_is_carried_over(tmp_path):

@@ -162,6 +162,28 @@ def test_a_verifier_that_returns_no_channels_is_a_failure_and_not_a_zero(model_d
         assert table.counters["reward_failures"] == 3 and "TaskError" in table.sent[0].reason
 
 
+class _Mute(RuntimeError):
+    def __str__(self) -> str:
+        return self.nothing  # type: ignore[attr-defined,no-any-return]
+
+
+@pytest.mark.parametrize(("error", "words"), [(_Mute(), "_Mute: it cannot say"), (SystemExit(2), "SystemExit: 2")])
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_verifier_that_gives_up_the_process_costs_its_sibling(
+    model_dir: str, error: BaseException, words: str, slow: bool
+) -> None:
+    class Leaving(Sort6):
+        def reward(self, *_: Any) -> Any:
+            raise error
+
+    task = Leaving(0, {})
+    task.slow = slow  # type: ignore[attr-defined]
+    with Table(config(model_dir), answer_of, task) as table:
+        table.play.start_group(0, 0)
+        assert table.until_idle() == [] and len(table.sent) == 3
+        assert table.counters["reward_failures"] == 3 and words in table.sent[0].reason
+
+
 def test_what_ends_as_it_is_dropped_goes_no_further(model_dir: str) -> None:
     """Four of two wanted, all in threads: the word of those that are dropped may be in the queue already."""
     with Table(config(model_dir, group_size=2, oversample=2.0), lambda r, s: f"{s}$", Slow()) as table:
