@@ -245,14 +245,14 @@ class PublishCoordinator:
 
     def _ask_suspended(self, receivers: list[str], now: float) -> Outgoing:
         """The word that one waits for may have been lost with a connection, and it with the time to give a sign."""
-        if self._last is None:
+        due = [name for name, when in self._suspended.items() if name in receivers and now >= when]
+        if not due or self._last is None:
             return []
         fields, asked = dataclasses.asdict(self._last), []
-        for name, due in self._suspended.items():
-            if name in receivers and now >= due:
-                self._suspended[name] = now + self.deadline_s
-                ranks = self._ranks.get(name, 1)
-                asked.append((name, Prepare(NO_EPOCH, 1, ranks, 1 + ranks, fields)))
+        for name in due:
+            self._suspended[name] = now + self.deadline_s
+            ranks = self._ranks.get(name, 1)
+            asked.append((name, Prepare(NO_EPOCH, 1, ranks, 1 + ranks, fields)))
         return asked
 
     def _give_up(self, attempt: _Attempt, receivers: list[str], now: float) -> Outgoing:
