@@ -147,11 +147,27 @@ def test_a_verifier_that_raises_or_is_late_costs_its_sibling(model_dir: str) -> 
         assert table.counters["reward_failures"] == 2
 
 
-@pytest.mark.parametrize("word", [None, 1.0, ["correct"], {"correct": float("nan"), "prefix": 0.0}, {"prefix": 1.0}])
+class _Mute(RuntimeError):
+    def __str__(self) -> str:
+        return self.nothing  # type: ignore[attr-defined,no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        (None, "TaskError"), (1.0, "TaskError"), (["correct"], "TaskError"), ({"prefix": 1.0}, "TaskError"),
+        ({"correct": float("nan"), "prefix": 0.0}, "TaskError"), (SystemExit(2), "SystemExit: 2"),
+        (_Mute(), "_Mute: it cannot say"),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("slow", [False, True])
-def test_a_verifier_that_returns_no_channels_is_a_failure_and_not_a_zero(model_dir: str, word: Any, slow: bool) -> None:
+def test_a_verifier_without_channels_or_that_leaves_fails_and_is_no_zero(
+    model_dir: str, word: Any, told: str, slow: bool
+) -> None:
     class Odd(Sort6):
         def reward(self, item: Any, completion_ids: Any) -> Any:
+            if isinstance(word, BaseException):
+                raise word
             return word
 
     task = Odd(0, {})
@@ -159,29 +175,7 @@ def test_a_verifier_that_returns_no_channels_is_a_failure_and_not_a_zero(model_d
     with Table(config(model_dir), answer_of, task) as table:
         table.play.start_group(0, 0)
         assert table.until_idle() == [] and len(table.sent) == 3
-        assert table.counters["reward_failures"] == 3 and "TaskError" in table.sent[0].reason
-
-
-class _Mute(RuntimeError):
-    def __str__(self) -> str:
-        return self.nothing  # type: ignore[attr-defined,no-any-return]
-
-
-@pytest.mark.parametrize(("error", "words"), [(_Mute(), "_Mute: it cannot say"), (SystemExit(2), "SystemExit: 2")])
-@pytest.mark.parametrize("slow", [False, True])
-def test_a_verifier_that_gives_up_the_process_costs_its_sibling(
-    model_dir: str, error: BaseException, words: str, slow: bool
-) -> None:
-    class Leaving(Sort6):
-        def reward(self, *_: Any) -> Any:
-            raise error
-
-    task = Leaving(0, {})
-    task.slow = slow  # type: ignore[attr-defined]
-    with Table(config(model_dir), answer_of, task) as table:
-        table.play.start_group(0, 0)
-        assert table.until_idle() == [] and len(table.sent) == 3
-        assert table.counters["reward_failures"] == 3 and words in table.sent[0].reason
+        assert table.counters["reward_failures"] == 3 and told in table.sent[0].reason
 
 
 def test_what_ends_as_it_is_dropped_goes_no_further(model_dir: str) -> None:
