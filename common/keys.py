@@ -209,29 +209,34 @@ def _key(path: Path, found: dict[str, object], what: str) -> bytes:
 def read_allowed(directory: Path) -> tuple[dict[bytes, str], list[str]]:
     """Names by public key, and what is wrong with the files left out."""
     try:
-        names, faults = _read_files(directory)
+        names, faults, _ = _read_files(directory)
     except OSError as error:
         return {}, [f"{directory}: cannot be read: {error.strerror}"]
-    return names, list(faults.values())
+    return names, faults
 
 
-def _read_files(directory: Path) -> tuple[dict[bytes, str], dict[str, str]]:
-    """Names by public key, and by file what is wrong with it. Raises OSError for a directory that cannot be read."""
+def _read_files(directory: Path) -> tuple[dict[bytes, str], list[str], set[str]]:
+    """Names by public key, what is wrong with the other files, and names whose file is there and tells no key.
+
+    Raises OSError for a directory that cannot be read.
+    """
     names: dict[bytes, str] = {}
-    faults: dict[str, str] = {}
+    faults: list[str] = []
+    untold: set[str] = set()
     for file, *_ in _signature(directory):
         path = directory / file
         try:
             key, name = read_public(path), check_name(path.stem)
         except ConfigError as error:
             if path.exists():  # it was not taken away meanwhile
-                faults[file] = str(error)
+                faults.append(str(error))
+                untold.add(path.stem)
             continue
         if key in names:
-            faults[file] = f"{path}: the same key as {names[key]}.pub; remove one of them"
+            faults.append(f"{path}: the same key as {names[key]}.pub; remove one of them")
         else:
             names[key] = name
-    return names, faults
+    return names, faults, untold
 
 
 def _signature(directory: Path) -> list[tuple[str, int, int]]:
@@ -262,11 +267,11 @@ class AllowList:
         self._looked = time.monotonic()
         try:
             self._seen: list[tuple[str, int, int]] | None = _signature(directory)  # None: look again in any case
-            self._names, self._faults = _read_files(directory)
+            self._names, self._faults, _ = _read_files(directory)
         except OSError as error:
             raise ConfigError(f"{directory}: cannot be read: {error.strerror}") from error
-        for fault in self._faults.values():
-            raise ConfigError(fault)
+        if self._faults:
+            raise ConfigError(self._faults[0])
 
     def __len__(self) -> int:
         with self._lock:
@@ -286,17 +291,17 @@ class AllowList:
             signature = _signature(self._directory)
             if signature == self._seen:
                 return
-            names, faults = _read_files(self._directory)
+            names, faults, untold = _read_files(self._directory)
         except OSError as error:
-            self._say({"": f"{self._directory}: cannot be read: {error.strerror}; whoever was allowed still is"})
+            self._say([f"{self._directory}: cannot be read: {error.strerror}; whoever was allowed still is"])
             return
         for key, name in self._names.items():
-            if f"{name}.pub" in faults:
+            if name in untold:
                 names.setdefault(key, name)
         self._say(faults)
         self._names, self._seen = names, None if faults else signature
 
-    def _say(self, faults: dict[str, str]) -> None:
-        for fault in set(faults.values()) - set(self._faults.values()):
+    def _say(self, faults: list[str]) -> None:
+        for fault in sorted(set(faults) - set(self._faults)):
             log.warning("allow-list: %s", fault)
         self._faults = faults

@@ -68,7 +68,7 @@ def test_only_a_file_that_is_gone_shuts_anybody_out(tmp_path, monkeypatch, caplo
     directory = tmp_path / "allowed"
     a, b = (client_keys(section(tmp_path), name).public for name in "ab")
     allowed, path = AllowList(directory), directory / "a.pub"
-    whole = path.read_bytes()
+    whole, second = path.read_bytes(), (directory / "b.pub").read_bytes()
 
     def both():
         return allowed.name_of(a), allowed.name_of(b)
@@ -94,6 +94,12 @@ def test_only_a_file_that_is_gone_shuts_anybody_out(tmp_path, monkeypatch, caplo
     keys.make(tmp_path / "other", ["a"])
     path.write_bytes((tmp_path / "other/allowed/a.pub").read_bytes())
     assert both() == (None, None)  # another key has the name
+    path.write_bytes(whole)
+    (directory / "b.pub").write_bytes(second)
+    assert both() == ("a", "b")
+    (directory / "b.pub").write_bytes(whole)
+    assert both() == ("a", None)  # b's file holds a's key now: b's own is out
+    (directory / "b.pub").unlink()
     path.write_bytes(whole)
     assert both() == ("a", None)
     directory.rename(tmp_path / "away")
