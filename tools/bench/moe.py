@@ -2,11 +2,13 @@
 
 Hidden 512, 16 experts, 4 a token, expert width 256, one thread. The dense reference multiplies the
 same FLOPs in two large matrices, forward and backward, without routing, by torch's own products; beside
-it by ours (:mod:`learner.products`), which no layer of ours can pass. Tokens are the same in every repeat,
-and then others in each, so that every expert's load changes, as in training.
+it by ours (:mod:`learner.products`), which no layer of ours can pass. Tokens are the same in every passage,
+and then others in each, so that every expert's load changes, as in training. A repeat is several passages:
+the first finds the caches as another contestant left them.
 """
 
 from collections.abc import Callable
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -27,7 +29,9 @@ from tools.bench.harness import Row, interleave, rate
 HIDDEN, EXPERTS, CHOSEN, WIDTH = 512, 16, 4, 256
 ACTIVE = 3 * CHOSEN * WIDTH // 2  # rows of each dense matrix
 SIZES = (1024, 8192)
-WARM_CHANGING = 4  # repeats in which code is made for most of the lengths that come
+LEAST_S = 0.5  # of a repeat
+DRAWS = 4  # of other tokens in a repeat, at least as many as its passages of the larger size
+WARM_CHANGING = 2  # repeats in which code is made for most of the lengths that come
 CPU = torch.device("cpu")
 HF = {
     "vocab_size": 16, "hidden_size": HIDDEN, "intermediate_size": WIDTH, "num_hidden_layers": 1,
@@ -107,9 +111,10 @@ def _compare(
     dense, dense_ours = Dense(dtype, device, F.linear), Dense(dtype, device, linear)
 
     def timed(forward: Callable[[Tensor], Any], parameters: list[nn.Parameter]) -> float:
-        x = draw() if changing else same
+        draws = cycle([draw() for _ in range(DRAWS)] if changing else [same])
 
         def once() -> None:
+            x = next(draws)
             out = forward(x)
             out = out[0] if isinstance(out, tuple) else out
             (out.view(tokens, HIDDEN) * weight).sum().backward()
@@ -118,7 +123,7 @@ def _compare(
             if device.type == "cuda":
                 torch.cuda.synchronize()
 
-        return rate(once, tokens)
+        return rate(once, tokens, LEAST_S)
 
     contestants = {
         "ours": lambda: timed(lambda x: mine(x, 0, pack), list(mine.parameters())),
