@@ -194,7 +194,7 @@ class Passage:
     """What one passage through the broker's parts showed."""
 
     rate: float = 0.0
-    latencies: list[float] = field(default_factory=list)  # received -> its shard made, seconds
+    latencies: list[float] = field(default_factory=list)  # of each message: received -> its shard made, seconds
 
 
 class _Door(RouterSocket):
@@ -236,7 +236,7 @@ def broker_passage(topk: int, journal_dir: Path | None, name: str = OURS) -> Pas
                 raise TimeoutError(f"the broker's passage stands at step {pipeline.ledger.next_step}")
             for identity, found in router.receive(0.05):
                 began = began or time.perf_counter()
-                arrived |= dict.fromkeys(found.groups.tolist(), time.perf_counter())
+                arrived[found.sole_group] = time.perf_counter()
                 acks.add(identity, recorder.admit(found, "a", 0))
             acks.flush()
             outlet.release()
@@ -269,7 +269,7 @@ def _assemble(recorder: Recorder, arrived: dict[int, float], result: Passage) ->
         now = time.perf_counter()
         decided = recorder.pipeline.step(step)
         if decided is not None:
-            result.latencies += [now - arrived[int(g)] for g in decided.batch.groups]
+            result.latencies += [now - arrived[g] for g in decided.batch.groups[::GROUP_SIZE].tolist()]
         recorder.commit(step, {})
         recorder.checkpointed(step)
 
