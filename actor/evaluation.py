@@ -11,6 +11,7 @@ import numpy as np
 
 from actor.rollout import Rollout
 from actor.tasks.base import PromptItem
+from actor.tasks.foreign import words_of_failure
 from common.config import MAX_HELD_OUT
 from common.mixture import Mixture
 from common.wire import NO_ANSWER, EvaluationResult
@@ -77,10 +78,10 @@ class Evaluations:
         for n in range(prompts):
             try:
                 items[n] = make(n)
-            except Exception as error:  # noqa: BLE001  # a task is foreign code
+            except (Exception, SystemExit) as error:  # noqa: BLE001  # a task is foreign code
                 self._counters["evaluation_failures"] += 1
                 task = self._labels[self._schedule.place(n)[0]]
-                log.warning("held-out prompt %d of %s counts as 0: %s: %s", n, task, type(error).__name__, error)
+                log.warning("held-out prompt %d of %s counts as 0: %s", n, task, words_of_failure(error))
         self._running[number] = _Evaluation(items, prompts, samples)
         first = EVALUATION_ID + number * EVALUATION_STRIDE
         return [(first + n, item) for n, item in items.items()], None if items else self._finish(number)

@@ -13,7 +13,7 @@ from broker.conduct import Conduct
 from broker.figures import Figures
 from broker.identities import Identities
 from broker.outlet import Outlet
-from broker.peers import Peer, Roster
+from broker.peers import Peer, Roster, name_of
 from common import wire
 from common.config import BrokerSection
 from common.curve import Seldom
@@ -147,19 +147,19 @@ class Door:
                 f"it belongs to run {hello.run_id}, this broker serves run {self.run_id}; "
                 "restart it, or give it this run's checkpoint"
             )
-        if objection := self.identities.objection(hello) or self.objection(hello):
-            return objection
-        for other in self.roster.role(hello.role):
-            same_place = other.hello.session == hello.session
-            rival = other.hello.rank == 0 if hello.role == "learner" else other.hello.name == hello.name
-            if same_place or not rival or other.identity == identity:
+        return self.identities.objection(hello) or self.objection(hello) or self._displaced(identity, hello)
+
+    def _displaced(self, identity: bytes, hello: wire.Hello) -> str:
+        """Who stands where the new one would, in words; one whose connection is gone is lost instead."""
+        for other in self.roster.all():
+            if other.identity == identity or not _are_rivals(hello, other):
                 continue
             if self.router.send(other.identity, wire.Pong(self.version)):
+                where = f"is connected ({other.hello.host} pid {other.hello.pid})"
+                if other.role != hello.role:
+                    return f"{other.role} {other.name!r} {where}: give one of them another --name"
                 what = "another learner" if hello.role == "learner" else f"another {hello.role} named {hello.name!r}"
-                return (
-                    f"{what} is connected ({other.hello.host} pid {other.hello.pid}); stop it first, or start a broker "
-                    "of its own for this one (broker.address)"
-                )
+                return f"{what} {where}; stop it first, or start a broker of its own for this one (broker.address)"
             self.lose(other, "replaced by a new process")
         return ""
 
@@ -185,3 +185,12 @@ class Door:
         loss = self.on_left(peer)
         level = logging.INFO if orderly else logging.WARNING
         log.log(level, "%s %s left: %s%s", peer.role, peer.name, reason, f"; {loss}" if loss else "")
+
+
+def _are_rivals(hello: wire.Hello, other: Peer) -> bool:
+    """Whether who says ``hello`` would stand where ``other`` does. Ranks of one learner stand side by side."""
+    if other.role != hello.role:
+        return other.name == name_of(hello)
+    if other.hello.session == hello.session:
+        return False
+    return other.hello.rank == 0 if hello.role == "learner" else other.hello.name == hello.name

@@ -7,6 +7,11 @@ from common.frozen import POLICY
 from common.wire import Hello
 
 
+def name_of(hello: Hello) -> str:
+    """Unique among live peers; learner ranks add their rank."""
+    return f"{hello.name}.{hello.rank}" if hello.role == "learner" else hello.name
+
+
 @dataclass
 class Peer:
     """A live actor, replica or learner rank."""
@@ -29,8 +34,8 @@ class Peer:
 
     @property
     def name(self) -> str:
-        """Unique among live peers of a role; learner ranks add their rank."""
-        return f"{self.hello.name}.{self.hello.rank}" if self.hello.role == "learner" else self.hello.name
+        """See :func:`name_of`."""
+        return name_of(self.hello)
 
     @property
     def leads(self) -> bool:

@@ -200,6 +200,7 @@ class PublishCoordinator:
         """A receiver kept its old weights; it lives, so it is served again."""
         self._suspended.pop(sender, None)
         self.log.warning("%s did not take version %d: %s", sender, message.version, message.reason)
+        self._leave(message.epoch)
         attempt = self._attempt
         if attempt is None or message.epoch != self.epoch or not attempt.sending:
             return []
@@ -207,6 +208,7 @@ class PublishCoordinator:
 
     def on_publish_failed(self, message: PublishFailed, receivers: list[str], now: float) -> Outgoing:
         """The learner's collective broke: try again with who is left, in a new epoch."""
+        self._leave(message.epoch)
         attempt = self._attempt
         if attempt is None or message.epoch != self.epoch:
             return []
@@ -215,6 +217,11 @@ class PublishCoordinator:
             self._dropped += list(attempt.members)
             return self._settle()
         return self._begin(attempt.publish, receivers, now, attempt.number + 1)
+
+    def _leave(self, epoch: int) -> None:
+        """A member of its group has left it: whoever met there cannot meet again."""
+        if epoch == self.epoch:
+            self._group = None
 
     def on_lost(self, name: str, receivers: list[str], now: float) -> Outgoing:
         """A receiver is gone."""

@@ -63,7 +63,12 @@ class Doorman:
     def _run(self) -> None:
         with self._socket:
             while len(frames := self._socket.recv_multipart()) > 1:
-                self._socket.send_multipart([ZAP_VERSION, frames[1], *self._answer(frames), b""])
+                try:
+                    answer = self._answer(frames)
+                except Exception:  # whatever it is: without this thread nobody would be let in again
+                    log.exception("the allow-list could not be asked; the connection is refused")
+                    answer = b"500", b"the allow-list could not be asked", b""
+                self._socket.send_multipart([ZAP_VERSION, frames[1], *answer, b""])
 
     def _answer(self, frames: list[bytes]) -> tuple[bytes, bytes, bytes]:
         """Status code, its text and the user id, which is the key as text."""

@@ -20,6 +20,8 @@
 
 import contextlib
 import errno
+import os
+import re
 from collections.abc import Iterator
 from typing import TypeVar
 
@@ -27,7 +29,11 @@ OF_THE_MOMENT = {
     errno.EADDRINUSE, errno.EAGAIN, errno.EBUSY, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOBUFS,
     errno.ENOMEM, errno.ENOSPC, errno.ESTALE, errno.ETIMEDOUT,
 }  # fmt: skip
-NO_MEMORY = ("can't allocate memory", "out of memory")  # as torch says it, in a RuntimeError
+# As libraries say it that lose the number.
+WORDS_OF_THE_MOMENT = {os.strerror(number).lower() for number in OF_THE_MOMENT} | {
+    "can't allocate memory", "out of memory", "alloc_failed", "busy or unavailable",
+}  # fmt: skip
+OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as Rust ends it
 
 
 class CroupierError(Exception):
@@ -115,8 +121,15 @@ def _is_of_the_moment(error: BaseException) -> bool:
     cause = error.__cause__
     if cause is None:
         return False
-    if isinstance(cause, MemoryError | TimeoutError) or (isinstance(cause, OSError) and cause.errno in OF_THE_MOMENT):
+    if isinstance(cause, MemoryError | TimeoutError) or getattr(cause, "may_pass", False):
         return True
-    if isinstance(cause, RuntimeError) and any(words in str(cause) for words in NO_MEMORY):
+    if isinstance(cause, OSError) and cause.errno in OF_THE_MOMENT:
+        return True
+    try:
+        said = str(cause).lower()
+    except Exception:  # noqa: BLE001  # foreign code
+        said = ""
+    numbers = {int(number) for number in OS_ERROR.findall(said)}
+    if numbers & OF_THE_MOMENT or any(words in said for words in WORDS_OF_THE_MOMENT):
         return True
     return _is_of_the_moment(cause)

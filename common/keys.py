@@ -33,6 +33,7 @@ ALLOWED, CLIENTS = "allowed", "clients"
 KEY_LENGTH = 40  # Z85 characters of 32 bytes
 MAX_FILE_BYTES = 4096
 LOOK_AGAIN_S = 1.0  # how long a change of the allow-list may go unnoticed
+SAY_AGAIN_S = 60.0  # of a directory that cannot be read
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 Z85 = re.compile(rb"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 
@@ -197,7 +198,7 @@ def _read(path: Path, remedy: str) -> dict[str, object]:
 
 def _key(path: Path, found: dict[str, object], what: str) -> bytes:
     text = found.get(what)
-    key = text.encode() if isinstance(text, str) else b""
+    key = text.encode() if isinstance(text, str) and text.isascii() else b""
     if not Z85.fullmatch(key):
         raise ConfigError(f"{path}: {what!r} is not a key of {KEY_LENGTH} Z85 characters; the file is damaged")
     return key
@@ -228,7 +229,7 @@ def _read_files(directory: Path) -> tuple[dict[bytes, str], list[str], set[str]]
         try:
             key, name = read_public(path), check_name(path.stem)
         except ConfigError as error:
-            if path.exists():  # it was not taken away meanwhile
+            if os.path.lexists(path):  # it was not taken away meanwhile
                 faults.append(str(error))
                 untold.add(path.stem)
             continue
@@ -240,16 +241,23 @@ def _read_files(directory: Path) -> tuple[dict[bytes, str], list[str], set[str]]
 
 
 def _signature(directory: Path) -> list[tuple[str, int, int]]:
-    """Name, time of change and place of every public key; a directory that is gone has none. Raises OSError."""
-    found = []
+    """Name, time of change (-1: unknown) and place of every public key; a directory that is gone has none.
+
+    Raises OSError for one that cannot be read.
+    """
     try:
         with os.scandir(directory) as entries:
-            for entry in entries:
-                if entry.name.endswith(".pub") and not entry.name.startswith("."):
-                    with contextlib.suppress(FileNotFoundError):  # taken away meanwhile
-                        found.append((entry.name, entry.stat().st_mtime_ns, entry.inode()))
+            keys = [entry for entry in entries if entry.name.endswith(".pub") and not entry.name.startswith(".")]
     except (FileNotFoundError, NotADirectoryError):
         return []
+    found = []
+    for entry in keys:
+        try:
+            found.append((entry.name, entry.stat().st_mtime_ns, entry.inode()))
+        except FileNotFoundError:  # taken away meanwhile
+            continue
+        except OSError:  # a link that leads astray: reading it says where
+            found.append((entry.name, -1, entry.inode()))
     return sorted(found)
 
 
@@ -265,6 +273,7 @@ class AllowList:
         self._directory = directory
         self._lock = threading.Lock()
         self._looked = time.monotonic()
+        self._complained = -SAY_AGAIN_S
         try:
             self._seen: list[tuple[str, int, int]] | None = _signature(directory)  # None: look again in any case
             self._names, self._faults, _ = _read_files(directory)
@@ -293,7 +302,10 @@ class AllowList:
                 return
             names, faults, untold = _read_files(self._directory)
         except OSError as error:
-            self._say([f"{self._directory}: cannot be read: {error.strerror}; whoever was allowed still is"])
+            if self._looked - self._complained >= SAY_AGAIN_S:
+                self._complained = self._looked
+                words = "allow-list: %s: cannot be read: %s; until it can, nobody is let in or shut out"
+                log.warning(words, self._directory, error.strerror)
             return
         for key, name in self._names.items():
             if name in untold:

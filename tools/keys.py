@@ -130,7 +130,12 @@ def _make_client(directory: Path, name: str) -> str:
 
 def _is_revoked(directory: Path, name: str, key: bytes) -> bool:
     revoked = directory / REVOKED / f"{name}.pub"
-    return revoked.exists() and read_public(revoked) == key
+    try:
+        return revoked.exists() and read_public(revoked) == key
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}. It says that {name} was revoked, and not with which key: remove it to let {name} in again"
+        ) from error
 
 
 def allow(directory: Path, name: str, file: Path) -> str:
@@ -145,9 +150,14 @@ def allow(directory: Path, name: str, file: Path) -> str:
         raise ConfigError(f"{file}: is allowed as {names[key]} already; revoke that name first")
     if public.exists() and read_public(public) != key:
         raise ConfigError(f"{public}: another key is allowed as {name}; revoke it first, or take another name")
+    record = directory / REVOKED / f"{name}.pub"
+    try:
+        undone = record.exists() and read_public(record) == key
+    except ConfigError:
+        undone = True  # nobody can tell any more whose it was
     write_public(public, key)
-    if _is_revoked(directory, name, key):
-        (directory / REVOKED / f"{name}.pub").unlink()
+    if undone:
+        record.unlink(missing_ok=True)
     return f"{name:<12}{fingerprint(key)}  allowed"
 
 

@@ -18,6 +18,7 @@ import torch
 
 from actor.scoring.remote import conversation_ids, pick, squashed
 from actor.scoring.rubric import Judged
+from actor.tasks.foreign import words_of_failure
 from actor.tasks.tokenizer import load_tokenizer
 from common.errors import ModelError, TaskError
 from common.rewards import RewardModelEntry
@@ -72,8 +73,8 @@ class Checkpoint:
             batch = [one for one in batch if not one[1].cancelled()]
             try:
                 scores: list[float | BaseException] = [*self._scores([ids for ids, _ in batch])] if batch else []
-            except Exception as error:  # noqa: BLE001  # a model's code is foreign; its rollouts are told
-                scores = [TaskError(f"{self._name}: {type(error).__name__}: {error}")] * len(batch)
+            except (Exception, SystemExit) as error:  # noqa: BLE001  # a model's code is foreign; its rollouts are told
+                scores = [TaskError(f"{self._name}: {words_of_failure(error)}")] * len(batch)
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 for (_, future), score in zip(batch, scores, strict=True):
                     future.get_loop().call_soon_threadsafe(_settle, future, score)

@@ -131,6 +131,8 @@ def test_a_peer_of_another_run_and_a_second_actor_of_the_same_name_are_refused(m
     actor = Peer(broker, "actor", "a0", session="one")
     with pytest.raises(ProtocolError, match="another actor named 'a0'"):
         Peer(broker, "actor", "a0", session="two")
+    with pytest.raises(ProtocolError, match=r"actor 'a0' is connected \(.*--name"):
+        Peer(broker, "replica", "a0", session="two")
     actor.link.close()
 
 

@@ -20,6 +20,10 @@ def follow(error, *causes):
         ([TimeoutError()], False), ([MemoryError()], False), ([ValueError("torn"), OSError(errno.EIO, "I/O")], False),
         ([RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")], False),
         ([RuntimeError("CUDA out of memory. Tried to allocate 20 MiB")], False),
+        ([RuntimeError("unable to open file <m> in read-only mode: Too many open files (24)")], False),
+        ([RuntimeError("unable to mmap 9 bytes from file <m>: Cannot allocate memory (12)")], False),
+        ([Exception("Stale file handle (os error 116)")], False), ([Exception("gone (os error 2)")], True),
+        ([passing(TaskError("another process builds the index"))], False),
     ],
 )  # fmt: skip
 def test_what_the_machine_lacked_for_the_moment_may_be_there_later(causes, comes_again):

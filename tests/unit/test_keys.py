@@ -86,7 +86,7 @@ def test_only_a_file_that_is_gone_shuts_anybody_out(tmp_path, monkeypatch, caplo
     with monkeypatch.context() as m:
         m.setattr("common.keys.os.scandir", exhausted)
         assert both() == both() == ("a", "b")
-        assert caplog.text.count("Too many open files; whoever was allowed still is") == 1
+        assert caplog.text.count("Too many open files; until it can, nobody is let in or shut out") == 1
     with monkeypatch.context() as m:
         (directory / "b.pub").unlink()
         m.setattr(Path, "open", exhausted)
@@ -102,8 +102,30 @@ def test_only_a_file_that_is_gone_shuts_anybody_out(tmp_path, monkeypatch, caplo
     (directory / "b.pub").unlink()
     path.write_bytes(whole)
     assert both() == ("a", None)
+    (directory / "b.pub").write_bytes(second)
+    (directory / "file.pub").symlink_to(path / "beyond")
+    (directory / "itself.pub").symlink_to(directory / "itself.pub")
+    (directory / "odd.pub").write_text(json.dumps({"public": "\ud800"}))
+    assert both() == ("a", "b")
+    (directory / "b.pub").unlink()
+    assert both() == ("a", None)  # whatever lies beside it
+    assert all(f"{name}.pub: " in caplog.text for name in ("file", "itself", "odd"))
     directory.rename(tmp_path / "away")
     assert both() == (None, None)
+
+
+def test_who_was_revoked_by_a_damaged_file_comes_back_when_the_owner_says_so(tmp_path):
+    keys.make(tmp_path, ["a"])
+    mine, public = client_keys(section(tmp_path), "a").public, tmp_path / "allowed/a.pub"
+    whole = public.read_bytes()
+    public.write_bytes(whole[:20])
+    keys.revoke(tmp_path, "a")
+    with pytest.raises(ConfigError, match="remove it to let a in again"):
+        keys.make(tmp_path, ["a"])
+    (tmp_path / "brought.pub").write_bytes(whole)
+    keys.allow(tmp_path, "a", tmp_path / "brought.pub")
+    assert AllowList(tmp_path / "allowed").name_of(mine) == "a"
+    assert "allowed" in keys.make(tmp_path, ["a"])[1]
 
 
 def test_a_key_made_elsewhere_is_carried_over(tmp_path):

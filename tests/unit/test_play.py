@@ -146,7 +146,8 @@ def test_samples_of_a_prompt_are_asked_for_together_and_told_side_by_side() -> N
     assert result.lengths[0] == 7
 
 
-def test_what_fails_is_worth_nothing_and_is_not_correct() -> None:
+@pytest.mark.parametrize("failure", [RuntimeError("no such question"), SystemExit(0)], ids=["raises", "exits"])
+def test_what_fails_is_worth_nothing_and_is_not_correct(failure: BaseException) -> None:
     def script(request: Any, sibling: int) -> str | None:
         return None if sibling == 1 else answer_of(request, sibling)
 
@@ -155,7 +156,7 @@ def test_what_fails_is_worth_nothing_and_is_not_correct() -> None:
 
     def prompt(index: int, split: Any) -> Any:
         if index == 1:
-            raise RuntimeError("no such question")
+            raise failure
         return inner(index, split)
 
     table.play.task.prompt = prompt  # type: ignore[method-assign]

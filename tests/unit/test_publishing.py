@@ -143,6 +143,9 @@ def test_a_broken_collective_is_tried_again_in_a_new_epoch_and_not_for_ever():
         c.on_ready(Ready(c.epoch, 1), "a", NAMES, 0.0)
     done = sent(c.on_publish_failed(PublishFailed(c.epoch, 1, "reset"), ["a"], 0.0), PublishDone)
     assert done[LEARNER].dropped == ["a"] and not c.busy
+    broken = c.epoch
+    c.on_receive_failed(ReceiveFailed(broken, 1, "reset"), "a")
+    assert sent(c.on_publish(offer(2), ["a"], 0.0), Prepare)["a"].epoch == broken + 1
 
 
 def test_without_receivers_a_version_is_settled_at_once():
