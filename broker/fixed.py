@@ -5,6 +5,8 @@ from typing import Any
 
 from common.config import RunConfig
 
+MIXING = "rewards mixed by the broker (reward.normalise, reward.gate, reward models)"
+
 
 def fixed_settings(config: RunConfig) -> dict[str, Any]:
     """Key -> value of all that the steps of a run, as they are held and served again, are a function of.
@@ -30,6 +32,7 @@ def fixed_settings(config: RunConfig) -> dict[str, Any]:
     }
     if config.advantage.overlong_buffer or config.loss.aggregate == "constant":
         found["rollout.max_turns × max_tokens"] = rollout.max_sampled
+    found[MIXING] = reward.mixes
     if reward.mixes:
         found |= {
             "reward.normalise": reward.normalise,
@@ -42,7 +45,11 @@ def fixed_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def changed(then: dict[str, Any], now: dict[str, Any]) -> str:
-    """What of a run's settings ``then`` is another ``now``, in words; "" if nothing is."""
+    """What of a run's settings ``then`` is another ``now``, in words; "" if nothing is.
+
+    Older journals do not say whether rewards were mixed, but how only where they were.
+    """
+    then = {MIXING: "reward.normalise" in then, **then}
     odd = [f"{name}={then[name]}, not {now[name]}" for name in now if name in then and then[name] != now[name]]
     remedy = "; set that back, or choose another run.name to begin a new run"
     return f"this run has {' and '.join(odd)}{remedy}" if odd else ""

@@ -294,7 +294,7 @@ class Journal:
                 while not (self._pending or self._prunes or self._closing):
                     self._wake.wait()
                 events, self._pending = self._pending, []
-                nbytes, prunes = self._pending_bytes, list(self._prunes)
+                prunes = list(self._prunes)
                 if self._closing and not events and not prunes:
                     return
             try:
@@ -307,8 +307,8 @@ class Journal:
             except Exception as error:  # noqa: BLE001  # whatever it is, the broker must hear of it
                 log.error("%s", error)
                 self._error = JournalError(
-                    f"{self.directory}: {nbytes} bytes could not be written ({error}); make room on the disk or raise "
-                    "broker.journal_mb, then start the broker again: nothing acknowledged is lost"
+                    f"{self.directory}: what was decided could not be written ({error}); make room on the disk or "
+                    "raise broker.journal_mb, then start the broker again: nothing acknowledged is lost"
                 )
                 self.on_commit()
                 return

@@ -148,6 +148,8 @@ class Recorder:
         self.trail = Trail(self.tracer, pipeline)
         self._service_state = service_state
         self._snapshot_at = (journal.used_bytes if journal else 0, pipeline.committed_step)
+        self._snapshot_seq = -1  # of one that is not on disk yet: then its own bytes are known
+        self._snapshot_bytes = 0  # of the last, and of what was written beside it
         self._pruned_at = -1  # the snapshot of the last pruning
         self._left: int | None = 0  # bytes that the last pruning left; None until that is known
         self._looked_at = (-1, 0)  # steps committed and groups given up at the last one
@@ -354,7 +356,13 @@ class Recorder:
         if self.journal is None:
             return
         used, step = self._snapshot_at
-        if self.journal.used_bytes - used >= SNAPSHOT_BYTES or self.pipeline.committed_step - step >= SNAPSHOT_STEPS:
+        if self._snapshot_seq >= 0:
+            if self.journal.durable < self._snapshot_seq:
+                return
+            self._snapshot_bytes, used = max(0, self.journal.used_bytes - used), self.journal.used_bytes
+            self._snapshot_at, self._snapshot_seq = (used, step), -1
+        much = max(SNAPSHOT_BYTES, 2 * self._snapshot_bytes)  # or large ones would be most of what is written
+        if self.journal.used_bytes - used >= much or self.pipeline.committed_step - step >= SNAPSHOT_STEPS:
             self.snapshot()
 
     def snapshot(self) -> int:
@@ -363,5 +371,5 @@ class Recorder:
             raise JournalError("there is no journal (broker.journal_mb=0)")
         state = {"pipeline": self.pipeline.state(), "service": self._service_state()}
         seq = self._write("snapshot", {**state, "settings": fixed_settings(self.pipeline.config)})
-        self._snapshot_at = (self.journal.used_bytes, self.pipeline.committed_step)
+        self._snapshot_at, self._snapshot_seq = (self.journal.used_bytes, self.pipeline.committed_step), seq
         return seq

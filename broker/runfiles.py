@@ -33,9 +33,9 @@ def _named(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, durable: bool = False) -> None:
     """Replace ``path`` atomically: a reader sees the old or the new content. Raises :class:`JournalError`."""
-    _write(path, _to_json(value, indent=1) + "\n")
+    _write(path, _to_json(value, indent=1) + "\n", durable)
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:
@@ -54,11 +54,29 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, text: str, durable: bool = False) -> None:
+    """Whole or not at all; ``durable``: also where the machine loses its power."""
     temporary = path.with_suffix(f".tmp{os.getpid()}")
     with _named(path):
-        temporary.write_text(text)
-        os.replace(temporary, path)
+        try:
+            with temporary.open("w") as file:
+                file.write(text)
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+            os.replace(temporary, path)
+            if durable:
+                _sync_directory(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _cut_torn_line(path: Path) -> None:
@@ -138,7 +156,8 @@ class RunFiles:
                 raise ProtocolError(
                     f"{path} is damaged ({error}); move {self.directory} away to start a new run"
                 ) from error
-        write_json(path, {"run_id": run_id, "generation": generation, "started_at": self.started_at})
+        known = {"run_id": run_id, "generation": generation, "started_at": self.started_at}
+        write_json(path, known, durable=True)  # a journal is of no use without its run's name
         return run_id, generation
 
     def keep_config(self, text: str) -> None:

@@ -350,12 +350,15 @@ class RunConfig:
             self.broker.queue_mb,
             f"must hold the largest step that rollout allows, {step_mb:.3g} MB{beside}",
         )
-        journal_mb = self.bytes_journaled * (self.staleness.limit + 2) * step_mb
+        tokens = self.rollout.groups_per_step * self.rollout.group_size * self.rollout.max_length
+        snapshot_mb = 4 * tokens * (self.obrs.window - 1) / MEGABYTE if self.obrs.mode in ("budget", "ess") else 0.0
+        and_snapshots = f" and two snapshots of obrs.window={self.obrs.window}" if snapshot_mb else ""
+        journal_mb = self.bytes_journaled * (self.staleness.limit + 2) * step_mb + 2 * snapshot_mb
         require(
             self.broker.journal_mb == 0 or self.broker.journal_mb >= journal_mb,
             "broker.journal_mb",
             self.broker.journal_mb,
-            f"must hold staleness.budget + 2 (auto: most + 2) of the largest steps that rollout allows, "
+            f"must hold staleness.budget + 2 (auto: most + 2) of the largest steps that rollout allows{and_snapshots}, "
             f"{journal_mb:.3g} MB{beside}, or be 0",
         )
         longest_mb = (self.rollout.largest_trajectory(routed) + BYTES_BESIDE) / MEGABYTE
@@ -366,7 +369,6 @@ class RunConfig:
             f"must hold the longest trajectory that rollout.max_prompt_tokens, .max_turns, .max_tokens, "
             f".max_reply_tokens and .top_logprobs allow, {longest_mb:.3g} MB{beside}; raise it, or lower those",
         )
-        tokens = self.rollout.groups_per_step * self.rollout.group_size * self.rollout.max_length
         served = BYTES_SERVED + BYTES_FROZEN * self.scores_per_token
         message_mb = tokens * (served + 4 * self.rollout.top_logprobs + BYTES_PER_EXPERT * routed) / MEGABYTE
         require(

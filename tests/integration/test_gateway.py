@@ -159,7 +159,7 @@ def test_what_no_client_library_sends_is_answered_in_openais_shape_too(table):
     deep = {"messages": HELLO, "tools": [{**WEATHER[0], "function": {"name": "w", "parameters": nested}}]}
     odd = {"messages": [{**HELLO[0], "name": {"a": 1}}]}
     for status, words, body, headers in (
-        (400, "cannot render", json.dumps(deep).encode(), {}),
+        (400, "cannot render|leave no room", json.dumps(deep).encode(), {}),  # Python 3.12 renders deeper
         (400, r"messages\[0\]\.name: .* must be a string", json.dumps(odd).encode(), {}),
         (400, "cannot be read|not JSON", b"no gzip at all", {"Content-Encoding": "gzip"}),
         (413, "more than 32 MB", b" " * (33 << 20), {}),

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from broker.fixed import MIXING, changed, fixed_settings
 from broker.journal import Journal
 from broker.pipeline import Pipeline
 from broker.recorder import Recorder, apply, decision_digests, difference, shard_digests
@@ -26,9 +27,10 @@ from common.config import (
     TaskEntry,
     TaskSection,
 )
-from common.errors import JournalError
+from common.errors import ConfigError, JournalError
 from common.frozen import TeacherEntry
 from common.objective import LossSection
+from common.rewards import RewardSection
 from common.routing import Routing
 from tests.routes import routes
 from tools.replay import verify
@@ -356,6 +358,69 @@ def test_what_a_run_may_not_change_is_refused_by_name(tmp_path: Path, monkeypatc
         journal,
     )
     journal.close()
+
+
+@pytest.mark.parametrize("snapshot", [False, True])
+@pytest.mark.parametrize("mixed_first", [False, True])
+def test_whether_the_broker_mixes_rewards_may_not_change_either(tmp_path: Path, mixed_first: bool, snapshot: bool):
+    pair = [config(), config(reward=RewardSection(normalise="group"))]
+    first, second = pair[::-1] if mixed_first else pair
+    journal = Journal(tmp_path / "j", "r", 64)
+    recorder = Recorder(Pipeline(first, VOCAB), journal, dict)
+    recorder.begin(0)
+    if snapshot:
+        recorder.snapshot()
+    journal.close()
+    journal = Journal(tmp_path / "j", "r", 64)
+    odd = rf"reward\.normalise, .*\)={mixed_first}, not {not mixed_first}; set that back"
+    with pytest.raises(JournalError, match=odd):
+        recover(Pipeline(second, VOCAB), journal)
+    recover(Pipeline(first, VOCAB), journal)
+    journal.close()
+
+
+def test_of_older_journals_it_is_known_by_what_they_say_of_it():
+    plain, mixing = (fixed_settings(c) for c in (config(), config(reward=RewardSection(normalise="group"))))
+    for old in (dict(plain), dict(mixing)):
+        mixes = old.pop(MIXING)
+        assert bool(changed(old, plain)) == mixes and bool(changed(old, mixing)) == (not mixes)
+
+
+def test_a_large_snapshot_is_no_cause_for_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("broker.recorder.SNAPSHOT_BYTES", 10_000)
+    journal = Journal(tmp_path / "j", "r", 64)
+    recorder = Recorder(Pipeline(config(), VOCAB), journal, lambda: {"much": bytes(50_000)})
+    recorder.begin(0)
+
+    def settle() -> None:
+        recorder.flush()
+        deadline = time.monotonic() + 10
+        while journal.durable < journal.last:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    def turns(count: int) -> int:
+        settle()
+        before = journal.count("snapshot")
+        for _ in range(count):
+            recorder.snapshot_if_due()
+            settle()
+        return journal.count("snapshot") - before
+
+    recorder.snapshot()
+    assert turns(5) == 0
+    journal.append("note", {"what": "x", "values": {}}, [bytes(60_000)])
+    assert turns(5) == 0  # the snapshots would be most of what is written
+    journal.append("note", {"what": "x", "values": {}}, [bytes(60_000)])
+    assert turns(5) == 1
+    journal.close()
+
+
+def test_a_journal_has_room_for_the_snapshots_of_a_wide_window():
+    rollout = RolloutSection(groups_per_step=64, group_size=16, max_prompt_tokens=24, max_tokens=1000)
+    with pytest.raises(ConfigError, match=r"broker\.journal_mb=256\.0: .* and two snapshots of obrs\.window=64, "):
+        config(rollout=rollout, obrs=ObrsSection(mode="budget", window=64), broker=BrokerSection(journal_mb=256.0))
+    config(rollout=rollout, obrs=ObrsSection(mode="budget", window=1), broker=BrokerSection(journal_mb=256.0))
 
 
 class Full:
