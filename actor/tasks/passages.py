@@ -103,6 +103,7 @@ class Index:
         found: sqlite3.Connection | None = getattr(self._local, "connection", None)
         if found is None:
             found = self._local.connection = _open(self.path)
+            weakref.finalize(self, found.close)
         return found
 
 

@@ -125,8 +125,9 @@ def test_an_index_is_built_once_beside_its_corpus_and_again_when_that_changes(tm
     (tmp_path / "c.jsonl.fts5").write_bytes(b"no index" * 1000)
     assert [p.title for p in open_index(corpus).search("gamma", 3)] == ["C"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.jsonl", "c.jsonl.fts5"]
+    index = open_index(corpus)
     with pytest.raises(sqlite3.OperationalError, match="readonly"):
-        open_index(corpus)._connection().execute("INSERT INTO passages VALUES ('x', 'y')")
+        index._connection().execute("INSERT INTO passages VALUES ('x', 'y')")
 
 
 @pytest.mark.parametrize("name", ["c#1", "c?mode=rw", "c%201", "c d", "ç"])
