@@ -8,8 +8,10 @@ from common.config import RunConfig
 MIXING = "rewards mixed by the broker (reward.normalise, reward.gate, reward models)"
 
 
-def fixed_settings(config: RunConfig) -> dict[str, Any]:
+def fixed_settings(config: RunConfig, model: dict[str, int] | None = None) -> dict[str, Any]:
     """Key -> value of all that the steps of a run, as they are held and served again, are a function of.
+
+    ``model`` is what of the model trajectories are checked against; None where it is not known, which is let pass.
 
     What grants and admission follow is not among it: what was granted and admitted stays so.
     """
@@ -17,6 +19,7 @@ def fixed_settings(config: RunConfig) -> dict[str, Any]:
     del obrs["rethin_below"]  # whether a step was thinned again is in the journal
     found = {
         "run.seed": config.run.seed,
+        **{f"model.path's {name}": value for name, value in (model or {}).items()},
         "rollout.groups_per_step": rollout.groups_per_step,
         "rollout.group_size": rollout.group_size,
         "rollout.temperature": rollout.temperature,

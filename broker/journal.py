@@ -33,6 +33,7 @@ CHUNK_BYTES = 4 * MEGABYTE  # a group commit is cut here
 SLACK = 1.5  # map size over the bound on what is kept: LMDB needs room to copy and to fragment
 MAP_RESERVE = 64 * MEGABYTE
 CLOSE_S = 10.0
+LOCK_BYTES = 8192  # what LMDB asks for its lock file
 KEY = struct.Struct(">Q")
 UNWRITTEN_BYTES = 64 << 10  # at the file's end that may be missing while its writer is at work
 ALIGNMENT = 64  # frames start at multiples, so that arrays in them are aligned
@@ -102,6 +103,22 @@ def _check_begun(directory: Path) -> None:
         raise JournalError(f"{directory}: {EMPTY}")
 
 
+def _make(directory: Path) -> None:
+    """LMDB writes to its lock file through a map: on a full disk that would end the process without a word."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory / "lock.mdb", os.O_RDWR | os.O_CREAT, 0o664)
+        try:
+            os.posix_fallocate(descriptor, 0, LOCK_BYTES)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise JournalError(
+            f"{directory}: cannot be written ({error.strerror}); make room there or make it writable, or choose "
+            "another run.dir"
+        ) from error
+
+
 def _open(directory: Path, map_size: int, read_only: bool) -> lmdb.Environment:
     """A reader that may not write LMDB's lock file goes without, which is safe where nobody writes the journal.
 
@@ -154,7 +171,7 @@ class Journal:
         if read_only:
             _check_begun(directory)
         else:
-            directory.mkdir(parents=True, exist_ok=True)
+            _make(directory)
         remedy = "make it readable, or copy it here again" if read_only else "move it away to begin anew"
         try:
             self._env = _open(directory, int(self.limit_bytes * SLACK) + MAP_RESERVE, read_only)

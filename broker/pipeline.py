@@ -17,6 +17,7 @@ import numpy as np
 
 from broker.curriculum import Curriculum
 from broker.fates import Fates
+from broker.fixed import fixed_settings
 from broker.groups import GroupBook
 from broker.ledger import StalenessLedger
 from broker.mixing import mix
@@ -77,8 +78,14 @@ class Pipeline:
     # ---- grants ---------------------------------------------------------------------------------
 
     def begin(self, generation: int) -> None:
-        """Number groups apart from those of an earlier broker of this run that kept no journal."""
+        """Number groups and requests apart from those of an earlier broker of this run that kept no journal."""
         self._next_group = generation << 32
+        self.steps.number_from(generation << 32)
+
+    @property
+    def fixed_settings(self) -> dict[str, Any]:
+        """What a broker that goes on with this run may not have otherwise, see :func:`fixed_settings`."""
+        return fixed_settings(self.config, {"vocab_size": self.vocab_size, "experts": self.expert_count})
 
     def start_at(self, step: int) -> None:
         """The learner's first step; everything before it belongs to an earlier life of the run."""

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from broker.fixed import fixed_settings
 from broker.journal import Event, Journal
 from broker.pipeline import Pipeline
 from broker.scoring import Asked
@@ -187,9 +186,7 @@ class Recorder:
     def begin(self, generation: int) -> None:
         """See :meth:`Pipeline.begin`; the first event of every journal."""
         budget = self.pipeline.ledger.budget
-        self._write(
-            "begin", {"generation": generation, "budget": budget, "settings": fixed_settings(self.pipeline.config)}
-        )
+        self._write("begin", {"generation": generation, "budget": budget, "settings": self.pipeline.fixed_settings})
         self.pipeline.begin(generation)
 
     def questions(self, sizes: Sequence[int]) -> None:
@@ -370,6 +367,6 @@ class Recorder:
         if self.journal is None:
             raise JournalError("there is no journal (broker.journal_mb=0)")
         state = {"pipeline": self.pipeline.state(), "service": self._service_state()}
-        seq = self._write("snapshot", {**state, "settings": fixed_settings(self.pipeline.config)})
+        seq = self._write("snapshot", {**state, "settings": self.pipeline.fixed_settings})
         self._snapshot_at, self._snapshot_seq = (self.journal.used_bytes, self.pipeline.committed_step), seq
         return seq

@@ -3,14 +3,13 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from broker.fixed import changed, fixed_settings
+from broker.fixed import changed
 from broker.journal import Event, Journal
 from broker.pipeline import Pipeline
 from broker.recorder import CHECKS, apply, difference
 from broker.trajectories import Trajectory, unpack_all
 from common import wire
 from common.codec import decode
-from common.config import RunConfig
 from common.errors import JournalError
 
 
@@ -26,11 +25,11 @@ class Recovered:
     moves: list[dict[str, Any]] = field(default_factory=list)  # of the staleness budget: heads of its events
 
 
-def check_settings(config: RunConfig, journal: Journal) -> None:
-    """Raise :class:`JournalError` if ``journal`` was written under settings that are others now."""
+def check_settings(now: dict[str, Any], journal: Journal) -> None:
+    """Raise :class:`JournalError` if ``journal`` was written under other fixed settings than ``now``."""
     last = journal.latest("snapshot")
     last = journal.latest("begin") if last is None else last
-    if last is not None and (odd := changed(journal.event(last).head["settings"], fixed_settings(config))):
+    if last is not None and (odd := changed(journal.event(last).head["settings"], now)):
         raise JournalError(f"{journal.directory}: {odd}")
 
 
@@ -64,7 +63,7 @@ def load_snapshot(pipeline: Pipeline, journal: Journal, event: Event) -> None:
 
 def recover(pipeline: Pipeline, journal: Journal) -> Recovered:
     """Bring ``pipeline`` to where the journal ends."""
-    check_settings(pipeline.config, journal)
+    check_settings(pipeline.fixed_settings, journal)
     found = Recovered()
     start = journal.latest("snapshot")
     if start is not None:

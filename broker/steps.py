@@ -122,6 +122,10 @@ class Steps:
         self._scoring = scoring
         return scoring.of_policy.request if scoring.of_policy else None
 
+    def number_from(self, request: int) -> None:
+        """The next request's number."""
+        self._next_request = request
+
     def _next_number(self) -> int:
         self._next_request += 1
         return self._next_request - 1

@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
+from broker.fixed import fixed_settings
 from broker.journal import Journal
 from broker.recovery import check_settings, steps_assembled
 from broker.service import JOURNAL
@@ -150,7 +151,7 @@ def check_resumed(config: RunConfig) -> None:
         )
     journal = Journal(directory, "", config.broker.journal_mb, read_only=True)
     try:
-        check_settings(config, journal)
+        check_settings(fixed_settings(config), journal)
         assembled = steps_assembled(journal)
     finally:
         journal.close()

@@ -51,11 +51,16 @@ class Verdict:
 
 
 def start(config: RunConfig, journal: Journal) -> tuple[Pipeline, int]:
-    """A pipeline at the oldest state that the journal can still build, and the next event's number."""
+    """A pipeline at the oldest state that the journal can still build, and the next event's number.
+
+    Raises :class:`JournalError` where the journal was written under settings that are others now.
+    """
     vocab_size, routing = read_vocab_size(config.model.path), read_routing(config)
+    pipeline = Pipeline(config, vocab_size, routing)
+    check_settings(pipeline.fixed_settings, journal)
     whole = journal.whole_from()
     if whole == 0:
-        return Pipeline(config, vocab_size, routing), 0
+        return pipeline, 0
     for event in journal.events(whole):
         if event.kind == "snapshot":
             pipeline = Pipeline(config, vocab_size, routing)
@@ -72,7 +77,6 @@ def verify(config: RunConfig, journal: Journal, seen: Callable[[Pipeline, Event,
 
     Raises :class:`JournalError` where a run that goes on has pruned what was still to be read.
     """
-    check_settings(config, journal)
     pipeline, first = start(config, journal)
     verdict = Verdict(first=first)
     for event in journal.events(first):

@@ -1,5 +1,6 @@
 """The journal: what is durable is there, in order, whatever happens to the process; disk use is bounded."""
 
+import errno
 import os
 import random
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from broker.journal import MEGABYTE, Event, Journal
+from broker.journal import LOCK_BYTES, MEGABYTE, Event, Journal
 from common.errors import JournalError
 
 
@@ -300,3 +301,26 @@ def test_whoever_waits_for_the_disk_is_told_of_commits_and_of_the_failure(tmp_pa
     assert told.wait(5)
     with pytest.raises(JournalError, match="could not be written"):
         journal.check()
+
+
+def test_a_disk_without_room_for_the_lock_file_is_told_before_it_is_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """LMDB would make it sparse, and the first write to it would end the process by SIGBUS."""
+
+    def full(descriptor: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as disk:
+        disk.setattr("os.posix_fallocate", full)
+        with pytest.raises(JournalError, match=r"j: cannot be written \(No space left on device\); make room there"):
+            Journal(tmp_path / "j", "r", 64)
+    Journal(tmp_path / "j", "r", 64).close()
+    found = (tmp_path / "j" / "lock.mdb").stat()
+    assert found.st_blocks * 512 >= found.st_size == LOCK_BYTES
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(JournalError, match=r"file/j: cannot be written \(Not a directory\)"):
+        Journal(tmp_path / "file" / "j", "r", 64)

@@ -352,12 +352,30 @@ def test_what_a_run_may_not_change_is_refused_by_name(tmp_path: Path, monkeypatc
             recover(Pipeline(now, VOCAB), journal)
         with pytest.raises(JournalError, match=odd):
             verify(now, journal)
+    smaller = rf"model\.path's vocab_size={VOCAB}, not 4; set that back"
+    with pytest.raises(JournalError, match=smaller):
+        recover(Pipeline(config(), 4), journal)
+    monkeypatch.setattr("tools.replay.read_vocab_size", lambda path: 4)
+    with pytest.raises(JournalError, match=smaller):
+        verify(config(), journal)
     longer = dataclasses.replace(config().rollout, max_tokens=7)
     recover(
         Pipeline(config(rollout=longer, obrs=ObrsSection(rethin_below=0.5), loss=LossSection(clip_low=0.1)), VOCAB),
         journal,
     )
     journal.close()
+
+
+def test_requests_of_a_broker_without_a_journal_are_numbered_apart_from_an_earlier_ones():
+    """A replica may still be scoring for the earlier one, and bring what has the same shape."""
+    numbers = []
+    for generation in range(2):
+        pipeline = Pipeline(config(), VOCAB)
+        Recorder(pipeline, None, dict).begin(generation)
+        for group in pipeline.grant("a", B, 0).groups:
+            pipeline.admit(rollouts(int(group), [0, 1], 0, 1), "a", 0)
+        numbers.append(pipeline.assemble(0).request)
+    assert numbers[1] > numbers[0] + 1_000_000
 
 
 @pytest.mark.parametrize("snapshot", [False, True])
