@@ -52,9 +52,10 @@ def test_logged_densities_and_alternatives_are_the_sampled_ones(engine, models, 
     for c in done:
         rows = logprobs_of(model, prompts[c.request_id], c, temperature)
         np.testing.assert_allclose(c.logprobs, at(rows, c.token_ids), atol=TOLERANCE)
-        top = rows.topk(5)
-        np.testing.assert_allclose(c.topk_logprobs, top.values.numpy(), atol=TOLERANCE)
-        assert (c.topk_ids == top.indices.numpy()).mean() > 0.98  # ties may change places
+        np.testing.assert_allclose(c.topk_logprobs, rows.topk(5).values.numpy(), atol=TOLERANCE)
+        named = rows.gather(1, torch.from_numpy(c.topk_ids.astype(np.int64)))  # near ties may change places
+        np.testing.assert_allclose(c.topk_logprobs, named.numpy(), atol=TOLERANCE)
+        assert all(len(set(ids)) == 5 for ids in c.topk_ids.tolist())
         assert c.finish_reason == ("stop" if c.token_ids[-1] == servers.EOS else "length")
         assert servers.EOS not in c.token_ids[:-1] and len(c.token_ids) <= 20
         assert (c.versions == 0).all() and c.versions.dtype == np.int32
