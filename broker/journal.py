@@ -12,6 +12,7 @@ large value is written at nearly the speed of a bare append and fsync, many smal
 within its bound.
 """
 
+import errno
 import fcntl
 import logging
 import os
@@ -27,6 +28,7 @@ import lmdb
 import msgpack
 
 from common.config import MEGABYTE
+from common.durable import make_directory, sync
 from common.errors import JournalError
 
 CHUNK_BYTES = 4 * MEGABYTE  # a group commit is cut here
@@ -103,13 +105,23 @@ def _check_begun(directory: Path) -> None:
         raise JournalError(f"{directory}: {EMPTY}")
 
 
+def _fill(lock_file: int) -> None:
+    try:
+        os.posix_fallocate(lock_file, 0, LOCK_BYTES)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        size = os.fstat(lock_file).st_size
+        os.pwrite(lock_file, bytes(max(0, LOCK_BYTES - size)), size)
+
+
 def _make(directory: Path) -> None:
     """LMDB writes to its lock file through a map: on a full disk that would end the process without a word."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
         descriptor = os.open(directory / "lock.mdb", os.O_RDWR | os.O_CREAT, 0o664)
         try:
-            os.posix_fallocate(descriptor, 0, LOCK_BYTES)
+            _fill(descriptor)
         finally:
             os.close(descriptor)
     except OSError as error:
@@ -177,6 +189,8 @@ class Journal:
             self._env = _open(directory, int(self.limit_bytes * SLACK) + MAP_RESERVE, read_only)
             self._check_size(read_only)
             self._check(run_id, read_only)
+            if not read_only:
+                sync(directory)
             self._env.reader_check()
         except lmdb.Error as error:
             raise JournalError(f"{directory}: cannot be opened ({error}); {remedy}") from error

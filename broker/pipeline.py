@@ -77,10 +77,10 @@ class Pipeline:
 
     # ---- grants ---------------------------------------------------------------------------------
 
-    def begin(self, generation: int) -> None:
+    def begin(self, first_group: int, first_request: int) -> None:
         """Number groups and requests apart from those of an earlier broker of this run that kept no journal."""
-        self._next_group = generation << 32
-        self.steps.number_from(generation << 32)
+        self._next_group = first_group
+        self.steps.number_from(first_request)
 
     @property
     def fixed_settings(self) -> dict[str, Any]:

@@ -224,8 +224,10 @@ class PublishCoordinator:
             self._group = None
 
     def on_lost(self, name: str, receivers: list[str], now: float) -> Outgoing:
-        """A receiver is gone."""
+        """A receiver is gone; one that comes under its name knows nothing of the group that it was in."""
         self._suspended.pop(name, None)
+        if self._group is not None and any(name == member for member, _ in self._group[0]):
+            self._group = None
         attempt = self._attempt
         if attempt is None or name not in attempt.members:
             return []

@@ -31,6 +31,7 @@ from common.trace import Tracer, power_of_two, silent
 SNAPSHOT_BYTES = 64 << 20  # of journal between two snapshots
 SNAPSHOT_STEPS = 64
 CHECKS = ("decided", "served")
+NUMBER_BITS = 32  # of groups and of requests, each, that one start of a broker without a journal may number
 
 log = logging.getLogger("broker.recorder")
 
@@ -72,7 +73,8 @@ def apply(pipeline: Pipeline, event: Event) -> Any:
     match event.kind:
         case "begin":
             pipeline.ledger.set_budget(head["budget"])  # whatever the configuration says now
-            return pipeline.begin(head["generation"])
+            first = head["generation"] << NUMBER_BITS
+            return pipeline.begin(first, first if head.get("requests_apart") else 0)  # 0 in older journals
         case "start_at":
             return pipeline.start_at(head["step"])
         case "questions":
@@ -185,9 +187,12 @@ class Recorder:
 
     def begin(self, generation: int) -> None:
         """See :meth:`Pipeline.begin`; the first event of every journal."""
-        budget = self.pipeline.ledger.budget
-        self._write("begin", {"generation": generation, "budget": budget, "settings": self.pipeline.fixed_settings})
-        self.pipeline.begin(generation)
+        head = {
+            "generation": generation, "budget": self.pipeline.ledger.budget, "requests_apart": True,
+            "settings": self.pipeline.fixed_settings,
+        }  # fmt: skip
+        self._write("begin", head)
+        self.pipeline.begin(generation << NUMBER_BITS, generation << NUMBER_BITS)
 
     def questions(self, sizes: Sequence[int]) -> None:
         """See :meth:`Pipeline.questions`."""

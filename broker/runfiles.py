@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from common.durable import make_directory, replace_text
 from common.errors import ConfigError, JournalError, ProtocolError
 from common.locks import lock_within, try_lock
 
@@ -56,27 +57,8 @@ def _finite(value: Any) -> Any:
 
 def _write(path: Path, text: str, durable: bool = False) -> None:
     """Whole or not at all; ``durable``: also where the machine loses its power."""
-    temporary = path.with_suffix(f".tmp{os.getpid()}")
     with _named(path):
-        try:
-            with temporary.open("w") as file:
-                file.write(text)
-                if durable:
-                    file.flush()
-                    os.fsync(file.fileno())
-            os.replace(temporary, path)
-            if durable:
-                _sync_directory(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        replace_text(path, text, durable)
 
 
 def _cut_torn_line(path: Path) -> None:
@@ -109,7 +91,7 @@ class RunFiles:
         """Raises :class:`ConfigError` where another broker holds the directory, or nothing can be written."""
         self.directory = directory
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            make_directory(directory)
             self._metrics = (directory / "metrics.jsonl").open("a")
             self._replaced: list[IO[str]] = []  # stay locked: another broker may wait for one
         except OSError as error:

@@ -123,8 +123,8 @@ def _is_of_the_moment(error: BaseException) -> bool:
         return False
     if isinstance(cause, MemoryError | TimeoutError) or getattr(cause, "may_pass", False):
         return True
-    if isinstance(cause, OSError) and cause.errno in OF_THE_MOMENT:
-        return True
+    if isinstance(cause, OSError) and cause.errno is not None:  # its words name a file, too, which says nothing
+        return cause.errno in OF_THE_MOMENT or _is_of_the_moment(cause)
     try:
         said = str(cause).lower()
     except Exception:  # noqa: BLE001  # foreign code

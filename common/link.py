@@ -40,6 +40,7 @@ POLL_S = 0.2
 RECONNECT_MS = 100
 SILENT_BROKER_S = 10.0  # without a sign of life the link says Hello again
 REFUSED_S = 2.0  # from an end that libzmq does not come back from: the broker's owner may have let the key in
+ZAP_FAILED = 500  # what a refused handshake tells of a broker that could not look (RFC 27)
 HANDSHAKE_EVENTS = (
     zmq.EVENT_HANDSHAKE_SUCCEEDED
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -270,7 +271,7 @@ class BrokerLink:
         """
         made = False
         while monitor.poll(0):
-            event, _ = struct.unpack("=Hi", monitor.recv_multipart()[0])
+            event, detail = struct.unpack("=Hi", monitor.recv_multipart()[0])
             if event in (zmq.EVENT_CONNECTED, zmq.EVENT_CONNECT_RETRIED):
                 self._shaken, self._connect_due = False, math.inf
             elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
@@ -279,22 +280,24 @@ class BrokerLink:
             else:
                 self._connect_due = time.monotonic() + REFUSED_S
                 if event & HANDSHAKE_EVENTS or not self._shaken:
-                    self._note_failure(event)
+                    self._note_failure(event, detail)
                 self._shaken = True
         return made
 
-    def _note_failure(self, event: int) -> None:
-        hint = f"; {self._handshake_failure(event)}"
+    def _note_failure(self, event: int, detail: int) -> None:
+        hint = f"; {self._handshake_failure(event, detail)}"
         if hint != self._hint:
             self.log.warning("%s: %s", self.address, hint[2:])
         self._hint = hint
 
-    def _handshake_failure(self, event: int) -> str:
+    def _handshake_failure(self, event: int, detail: int) -> str:
         if self._keys is None:
             return (
                 "something answers there, and not as a broker without keys would: set broker.keys if it has them (or "
                 "that broker is going down, or it is none)"
             )
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and detail >= ZAP_FAILED:
+            return "the broker there could not read its allow-list, which its log tells more of; it is asked again"
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             return (
                 f"the broker there refuses the key {fingerprint(self._keys.public)} of {self._keys.name}, which may "

@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from common.durable import make_directory, sync
 from common.errors import CheckpointError, DeadlineError
 from learner.layout import BIAS, Place, places, views
 from learner.mesh import Mesh
@@ -120,10 +121,11 @@ class CheckpointWriter:
         final = path_of(self.directory, state.step)
         temporary = self.directory / f".{final.name}.{self._nonce}.tmp"
         try:
-            temporary.mkdir(parents=True, exist_ok=True)
+            make_directory(self.directory)
+            temporary.mkdir(exist_ok=True)
             file = temporary / _file_of(self.mesh.rank)
             save_file(pieces, file.with_suffix(".part"))
-            _sync(file.with_suffix(".part"))
+            sync(file.with_suffix(".part"))
             file.with_suffix(".part").replace(file)
             if self.mesh.rank == 0:
                 self._complete(temporary, final, state)
@@ -146,12 +148,12 @@ class CheckpointWriter:
                 )
             time.sleep(POLL_S)
         (temporary / STATE).write_text(json.dumps({**asdict(state), "ranks": self.mesh.world}) + "\n")
-        _sync(temporary / STATE)
-        _sync(temporary)
+        sync(temporary / STATE)
+        sync(temporary)
         if final.exists():
             shutil.rmtree(final)
         os.replace(temporary, final)
-        _sync(self.directory)
+        sync(self.directory)
         self.retention.prune()
 
     def _check_run(self, run_id: str) -> None:
@@ -171,14 +173,6 @@ def _copied(tensor: Tensor) -> Tensor:
 
 def _file_of(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _shares(model: Decoder, flat: FlatParameters) -> Iterator[tuple[str, Tensor, int]]:

@@ -13,12 +13,12 @@ that came back without a journal has forgotten the best: it stays until a greate
 
 import json
 import logging
-import os
 import shutil
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.durable import replace_text
 from common.errors import CheckpointError
 from common.wire import KeepBest
 
@@ -117,13 +117,8 @@ class Retention:
 
 def _replace(path: Path, text: str) -> bool:
     """Whether ``path`` holds ``text`` now; if not, the old one and both checkpoints stay, and it is tried again."""
-    temporary = path.with_suffix(f".tmp{os.getpid()}")
     try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace_text(path, text)
     except OSError as error:
         log.warning("%s: cannot be written: %s", path, error)
         return False

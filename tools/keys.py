@@ -17,6 +17,7 @@ running broker within a second. Nothing here overwrites a secret.
 import argparse
 import sys
 from collections.abc import Sequence
+from os.path import lexists
 from pathlib import Path
 
 from rich.table import Table
@@ -111,7 +112,7 @@ def _make_client(directory: Path, name: str) -> str:
     secret, public = directory / CLIENTS / f"{name}.key", directory / ALLOWED / f"{name}.pub"
     done = "was there"
     if not secret.exists():
-        if public.exists():
+        if lexists(public):
             raise ConfigError(f"{public}: {name} has a key made elsewhere; revoke it first, or take another name")
         write_secret(secret, *new_pair())
         done = "made"
@@ -120,7 +121,7 @@ def _make_client(directory: Path, name: str) -> str:
         return (
             f"{name:<12}{fingerprint(key)}  {done}, revoked; `allow` with {directory / REVOKED / name}.pub undoes that"
         )
-    if public.exists():
+    if lexists(public):
         if read_public(public) != key:
             raise ConfigError(f"{public}: not the public key of {secret}; revoke {name} or remove the secret")
         return f"{name:<12}{fingerprint(key)}  {done}, allowed"
@@ -131,7 +132,7 @@ def _make_client(directory: Path, name: str) -> str:
 def _is_revoked(directory: Path, name: str, key: bytes) -> bool:
     revoked = directory / REVOKED / f"{name}.pub"
     try:
-        return revoked.exists() and read_public(revoked) == key
+        return lexists(revoked) and read_public(revoked) == key
     except ConfigError as error:
         raise ConfigError(
             f"{error}. It says that {name} was revoked, and not with which key: remove it to let {name} in again"
@@ -148,11 +149,11 @@ def allow(directory: Path, name: str, file: Path) -> str:
     names, _ = read_allowed(directory / ALLOWED)
     if names.get(key, name) != name:
         raise ConfigError(f"{file}: is allowed as {names[key]} already; revoke that name first")
-    if public.exists() and read_public(public) != key:
+    if lexists(public) and read_public(public) != key:
         raise ConfigError(f"{public}: another key is allowed as {name}; revoke it first, or take another name")
     record = directory / REVOKED / f"{name}.pub"
     try:
-        undone = record.exists() and read_public(record) == key
+        undone = lexists(record) and read_public(record) == key
     except ConfigError:
         undone = True  # nobody can tell any more whose it was
     write_public(public, key)
@@ -165,8 +166,8 @@ def revoke(directory: Path, name: str) -> str:
     """Take ``name`` off the allow-list; its public key is kept apart, its secret is left alone."""
     public = directory / ALLOWED / f"{check_name(name)}.pub"
     kept = directory / REVOKED / f"{name}.pub"
-    if not public.exists():
-        if kept.exists():
+    if not lexists(public):
+        if lexists(kept):
             return f"{name:<12}was revoked already"
         known = sorted(p.stem for p in (directory / ALLOWED).glob("*.pub"))
         raise ConfigError(f"{public}: nobody of that name is allowed; known: {', '.join(known) or 'none'}")

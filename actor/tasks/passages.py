@@ -100,11 +100,18 @@ class Index:
         return int(count)
 
     def _connection(self) -> sqlite3.Connection:
-        found: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        found: _Held | None = getattr(self._local, "held", None)
         if found is None:
-            found = self._local.connection = _open(self.path)
-            weakref.finalize(self, found.close)
-        return found
+            found = self._local.held = _Held(_open(self.path))
+        return found.connection
+
+
+class _Held:
+    """A thread's connection: closed when the thread or its index ends, whichever is first."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.connection = connection
+        weakref.finalize(self, connection.close)
 
 
 def _open(path: Path) -> sqlite3.Connection:

@@ -109,15 +109,17 @@ def test_nobody_speaks_under_another_s_name(fleet):
 
 
 def test_a_list_that_cannot_be_asked_costs_one_connection_and_not_all_that_follow(fleet, monkeypatch):
+    monkeypatch.setattr("common.link.REFUSED_S", 0.2)
     broker, _ = fleet
     section = broker.config.broker
     with monkeypatch.context() as m:
         m.setattr(broker.service.router._allowed, "name_of", lambda _: 1 / 0)
         link = BrokerLink(section.address, hello("actor", "a0"), keys=key_files.client_keys(section, "a0"))
-        with pytest.raises(DeadlineError):
+        with pytest.raises(DeadlineError, match="could not read its allow-list, which its log tells more of"):
             link.wait_welcome(0.5)
-        link.close()
-    Peer(broker, "actor", "a0").link.close()
+    Peer(broker, "actor", "a1").link.close()
+    assert link.wait_welcome(5.0) is not None  # it has knocked again
+    link.close()
 
 
 def test_a_revoked_key_is_shut_out_at_once_and_its_owner_told(fleet, monkeypatch):

@@ -23,6 +23,7 @@ def follow(error, *causes):
         ([RuntimeError("unable to open file <m> in read-only mode: Too many open files (24)")], False),
         ([RuntimeError("unable to mmap 9 bytes from file <m>: Cannot allocate memory (12)")], False),
         ([Exception("Stale file handle (os error 116)")], False), ([Exception("gone (os error 2)")], True),
+        ([FileNotFoundError(errno.ENOENT, "no such file", "/data/out of memory/x")], True),
         ([passing(TaskError("another process builds the index"))], False),
     ],
 )  # fmt: skip

@@ -324,3 +324,15 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(JournalError, match=r"file/j: cannot be written \(Not a directory\)"):
         Journal(tmp_path / "file" / "j", "r", 64)
+
+
+def test_where_a_file_system_reserves_nothing_the_lock_file_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def unable(descriptor: int, offset: int, length: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr("os.posix_fallocate", unable)
+    for _ in range(2):
+        journal = Journal(tmp_path / "j", "r", 64)
+        assert (tmp_path / "j" / "lock.mdb").stat().st_blocks * 512 >= LOCK_BYTES
+        fill(journal, 3, start=journal.last + 1)
+        journal.close()

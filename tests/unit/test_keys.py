@@ -128,6 +128,17 @@ def test_who_was_revoked_by_a_damaged_file_comes_back_when_the_owner_says_so(tmp
     assert "allowed" in keys.make(tmp_path, ["a"])[1]
 
 
+def test_a_file_that_leads_nowhere_is_revoked_like_another(tmp_path):
+    keys.make(tmp_path, ["a"])
+    public = tmp_path / "allowed/a.pub"
+    public.unlink()
+    public.symlink_to(public)
+    with pytest.raises(ConfigError, match=r"a\.pub: cannot be read"):
+        keys.make(tmp_path, ["a"])
+    assert "revoked" in keys.revoke(tmp_path, "a") and not os.path.lexists(public)
+    assert "already" in keys.revoke(tmp_path, "a")
+
+
 def test_a_key_made_elsewhere_is_carried_over(tmp_path):
     keys.make(tmp_path / "broker")
     (tmp_path / "far").mkdir()

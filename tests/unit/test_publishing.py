@@ -2,6 +2,8 @@
 
 from types import SimpleNamespace
 
+import pytest
+
 from broker.distribution import Distribution
 from broker.publishing import LEARNER, MAX_REGROUPS, PublishCoordinator
 from common.joint import JointSection
@@ -143,9 +145,28 @@ def test_a_broken_collective_is_tried_again_in_a_new_epoch_and_not_for_ever():
         c.on_ready(Ready(c.epoch, 1), "a", NAMES, 0.0)
     done = sent(c.on_publish_failed(PublishFailed(c.epoch, 1, "reset"), ["a"], 0.0), PublishDone)
     assert done[LEARNER].dropped == ["a"] and not c.busy
-    broken = c.epoch
-    c.on_receive_failed(ReceiveFailed(broken, 1, "reset"), "a")
-    assert sent(c.on_publish(offer(2), ["a"], 0.0), Prepare)["a"].epoch == broken + 1
+    assert sent(c.on_publish(offer(2), ["a"], 0.0), Prepare)["a"].epoch == c.epoch == 6  # nor met in once more
+
+
+@pytest.mark.parametrize("ends", ["fails", "is lost"])
+def test_a_group_is_left_for_good_by_a_member_that_ends_between_two_versions(ends):
+    """Whoever comes under its name would wait for the others in a group that they have formed already."""
+    c = PublishCoordinator(10)
+    prepare_all(c, 1, NAMES)
+    settle(c, 1, NAMES)
+    prepare_all(c, 2, NAMES)
+    settle(c, 2, NAMES)
+    assert c.epoch == 1  # the same group as long as all stay
+    if ends == "fails":
+        c.on_receive_failed(ReceiveFailed(1, 2, "reset"), "a")
+    else:
+        assert c.on_lost("a", ["b"], 0.0) == [] and c.on_lost("stranger", NAMES, 0.0) == []
+    prepare_all(c, 3, NAMES)
+    assert c.epoch == 2
+    c.on_lost("stranger", NAMES, 0.0)
+    settle(c, 3, NAMES)
+    prepare_all(c, 4, NAMES)
+    assert c.epoch == 2
 
 
 def test_without_receivers_a_version_is_settled_at_once():

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from broker.fixed import MIXING, changed, fixed_settings
-from broker.journal import Journal
+from broker.journal import Event, Journal
 from broker.pipeline import Pipeline
 from broker.recorder import Recorder, apply, decision_digests, difference, shard_digests
 from broker.recovery import recover
@@ -376,6 +376,17 @@ def test_requests_of_a_broker_without_a_journal_are_numbered_apart_from_an_earli
             pipeline.admit(rollouts(int(group), [0, 1], 0, 1), "a", 0)
         numbers.append(pipeline.assemble(0).request)
     assert numbers[1] > numbers[0] + 1_000_000
+
+
+def test_a_journal_that_numbered_requests_from_0_is_read_so():
+    head = {"generation": 3, "budget": 2}
+    for more, request in (({}, 0), ({"requests_apart": True}, 3 << 32)):
+        pipeline = Pipeline(config(), VOCAB)
+        apply(pipeline, Event(0, "begin", head | more, []))
+        groups = pipeline.grant("a", B, 0).groups
+        for group in groups:
+            pipeline.admit(rollouts(int(group), [0, 1], 0, 1), "a", 0)
+        assert groups[0] == 3 << 32 and pipeline.assemble(0).request == request
 
 
 @pytest.mark.parametrize("snapshot", [False, True])

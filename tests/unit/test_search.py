@@ -1,5 +1,6 @@
 """The search environment: a world of its own, an index that hostile queries cannot harm, and a policy that looks up."""
 
+import gc
 import json
 import os
 import sqlite3
@@ -128,6 +129,29 @@ def test_an_index_is_built_once_beside_its_corpus_and_again_when_that_changes(tm
     index = open_index(corpus)
     with pytest.raises(sqlite3.OperationalError, match="readonly"):
         index._connection().execute("INSERT INTO passages VALUES ('x', 'y')")
+
+
+def test_a_thread_s_connection_ends_with_it_and_the_others_with_the_index(tmp_path: Path) -> None:
+    index = open_index(write(tmp_path / "c.jsonl", [{"text": "alpha"}]))
+    path = index.path.resolve()
+
+    def held() -> int:
+        return sum(one.resolve() == path for one in Path("/proc/self/fd").iterdir())
+
+    def search(of: Index) -> None:
+        assert len(of.search("alpha", 1)) == 1
+
+    search(index)
+    before = held()
+    assert before > 0
+    for _ in range(20):
+        thread = threading.Thread(target=search, args=(index,))
+        thread.start()
+        thread.join(10)
+    assert held() == before
+    del index, thread
+    gc.collect()
+    assert held() == 0
 
 
 @pytest.mark.parametrize("name", ["c#1", "c?mode=rw", "c%201", "c d", "ç"])

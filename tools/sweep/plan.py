@@ -11,7 +11,6 @@ A run is finished if its ``summary.json`` says so and its ``config.yaml`` is wha
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import StrEnum
@@ -22,6 +21,7 @@ from typing import Any
 import yaml
 
 from common.config import RunConfig, load
+from common.durable import replace_text
 from common.errors import ConfigError
 from tools.run_files import CONFIG, outcome_of
 from tools.sweep.grid import Axis, Cell, cells
@@ -219,9 +219,4 @@ def read_state(directory: Path) -> Record:
 
 def write_state(directory: Path, record: Record) -> None:
     """Replace ``sweep.json``: after a power cut it is the old or the new one."""
-    temporary = directory / f"{STATE}.tmp"
-    with temporary.open("w") as file:
-        file.write(json.dumps(record, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, directory / STATE)
+    replace_text(directory / STATE, json.dumps(record, indent=1) + "\n")
