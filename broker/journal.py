@@ -108,8 +108,8 @@ def _check_begun(directory: Path) -> None:
 def _fill(lock_file: int) -> None:
     try:
         os.posix_fallocate(lock_file, 0, LOCK_BYTES)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+    except (OSError, AttributeError) as error:  # which macOS has not
+        if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise
         size = os.fstat(lock_file).st_size
         os.pwrite(lock_file, bytes(max(0, LOCK_BYTES - size)), size)
