@@ -15,6 +15,7 @@ from actor.engine.probe import sampling
 from actor.engine.reply import FLAT_FIELDS, Piece
 from actor.engine.targets import Sample, Target
 from common.errors import DataError
+from common.wire import UNROUTED
 
 MOST_DIGITS = 9  # of a version's number
 
@@ -52,6 +53,31 @@ def versions_of(piece: Piece, tag_prefix: str) -> NDArray[np.int32]:
             raise DataError(f"weight version {tag!r} is not of this run ({tag_prefix}N)")
         versions[start:end] = int(number)
     return versions
+
+
+def until_end(piece: Piece, stop_ids: Collection[int]) -> Piece:
+    """A piece of an aborted request up to the first token that ends a rollout, where it has one: nothing is left then.
+
+    A server that is told to abort a request samples once more, and does not look whether that was the end.
+    """
+    if piece.finish != "abort":
+        return piece
+    ends = np.flatnonzero(np.isin(piece.token_ids, list(stop_ids)))
+    if not len(ends):
+        return piece
+    tokens, given = int(ends[0]) + 1, len(piece.experts) - len(piece.token_ids)
+    experts = piece.experts[: given + tokens].copy()
+    experts[-1] = UNROUTED  # never read
+    return Piece(
+        token_ids=piece.token_ids[:tokens],
+        logprobs=piece.logprobs[:tokens],
+        spans=tuple((tag, start, min(end, tokens)) for tag, start, end in piece.spans if start < tokens),
+        topk_ids=piece.topk_ids[:tokens],
+        topk_logprobs=piece.topk_logprobs[:tokens],
+        experts=experts,
+        finish="stop",
+        cached_tokens=piece.cached_tokens,
+    )
 
 
 def completion_of(sample: Sample, stop_ids: Collection[int], tag_prefix: str) -> Completion:

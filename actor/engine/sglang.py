@@ -29,7 +29,7 @@ import torch
 from actor.engine.base import Completion, Failure, Loaded, SampleRequest, check_request
 from actor.engine.client import ServerLostError, ServerRefusedError
 from actor.engine.loading import differing, read_model_facts
-from actor.engine.pieces import completion_of, fields_of, versions_of
+from actor.engine.pieces import completion_of, fields_of, until_end, versions_of
 from actor.engine.push import Pusher, Version
 from actor.engine.reply import Asked, Piece, read_piece
 from actor.engine.server import Server, State
@@ -358,7 +358,7 @@ class SglangEngine:
             self._retry(sample, f"{sample.home}: {error}")
             return
         target.answers(sample, len(piece.token_ids))
-        self._join(sample, piece)
+        self._join(sample, until_end(piece, () if request.ignore_eos else self._stop_ids))
 
     def _doubt(self, target: Target, sample: Sample, error: EngineError) -> None:
         """``target`` is sent nothing before its next look, if what ``sample`` met is its fault; it may have failed."""

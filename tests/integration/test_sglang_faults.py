@@ -159,6 +159,36 @@ def test_an_end_token_that_is_the_last_allowed_ends_an_answer(fakes, engine_on, 
     assert [(c.token_ids[-1], c.finish_reason) for c in drain(engine)] == [(last, finish)] * 2
 
 
+@pytest.mark.parametrize(("ignore_eos", "lengths"), [(False, 4), (True, 6)])
+def test_an_aborted_answer_that_had_come_to_its_end_is_whole(fakes, engine_on, ignore_eos, lengths):
+    """A server samples once more before it aborts, and says "abort" of an end token, too."""
+    fake = fakes()
+    engine = engine_on(fake)
+    aborted = set()
+
+    def abort(fields, answer):
+        if isinstance(answer, list) or len(fields["input_ids"]) > 3:
+            return answer
+        aborted.add(fields["rid"])
+        meta, ids = answer["meta_info"], [2, 2, 2, EOS]
+        return {
+            "output_ids": ids,
+            "meta_info": {
+                **meta, "finish_reason": {"type": "abort"}, "completion_tokens": 4,
+                "weight_versions": [{"version": meta["weight_version"], "start": 0, "end": 4}],
+                "output_token_logprobs": [[-1.0, token, None] for token in ids],
+            },
+        }  # fmt: skip
+
+    fake.spoil["/generate"] = abort
+    engine.add(ask(1, ignore_eos=ignore_eos))
+    ended = drain(engine)
+    assert [len(c.token_ids) for c in ended] == [lengths] * 2 and len(aborted) == 2
+    assert all(c.token_ids.tolist()[:4] == [2, 2, 2, EOS] for c in ended)
+    assert ignore_eos or {c.finish_reason for c in ended} == {"stop"}
+    assert engine.counters["resumed"] == (2 if ignore_eos else 0)
+
+
 HALF_TRUE = {
     "fewer log-probabilities": (edited(output_token_logprobs=[[-1.0, 3, None]]), "6 tokens but 1 log-prob"),
     "NaN": (lambda a: {**a, "output_ids": [2] * 6, "meta_info": {**a["meta_info"], "output_token_logprobs":

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from actor.engine.pieces import join_experts
+from actor.engine.pieces import join_experts, until_end
 from actor.engine.reply import Asked, Piece, read_piece
 from common.errors import DataError
 from common.wire import UNROUTED
@@ -68,3 +68,22 @@ def test_an_abort_before_anything_ran_is_an_empty_piece():
     piece = read_piece(json.dumps(reply).encode(), asked())
     assert isinstance(piece, Piece) and piece.finish == "abort" and len(piece.token_ids) == 0
     assert piece.experts.shape == (PROMPT, 6)
+
+
+@pytest.mark.parametrize(("end", "kept"), [(3, 4), (1, 2), (0, 1)])
+def test_what_an_aborted_server_sampled_up_to_an_end_token_is_whole(end, kept):
+    """The last of its tokens as a rule; with speculative decoding more may lie behind it."""
+    spans = [{"version": "v", "start": 0, "end": 2}, {"version": "w", "start": 2, "end": TOKENS}]
+    said = {"finish_reason": {"type": "abort"}, "weight_versions": spans}
+    whole = read_piece(body(record(), **said), asked())
+    piece = until_end(whole, [end, 9])
+    assert piece.finish == "stop" and piece.token_ids.tolist() == list(range(kept)) and len(piece.logprobs) == kept
+    assert piece.spans == ((("v", 0, 2), ("w", 2, 4)) if kept == 4 else (("v", 0, min(2, kept)),))
+    assert (piece.experts[:-1] == whole.experts[: PROMPT + kept - 1]).all() and (piece.experts[-1] == UNROUTED).all()
+    assert len(piece.experts) == PROMPT + kept and piece.topk_ids.shape == (kept, 0)
+
+
+def test_only_what_was_aborted_is_looked_at_for_its_end():
+    for reason, stops in (("abort", [9]), ("abort", []), ("length", [2]), ("stop", [2])):
+        piece = read_piece(body(record(), finish_reason={"type": reason}), asked())
+        assert until_end(piece, stops) is piece
