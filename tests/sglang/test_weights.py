@@ -15,6 +15,7 @@ from actor.engine import push
 from actor.engine.client import ServerRefusedError
 from actor.engine.server import State
 from tests.sglang.servers import (
+    EOS,
     TOLERANCE,
     ask,
     at,
@@ -74,6 +75,27 @@ def test_what_is_sampled_after_an_update_is_the_new_models_own(engine_of, models
     counters = engine.counters
     assert counters["resumed"] == (3 if mode == "abort" else 0) and counters["retries"] == 0
     assert counters["seconds_paused"] > 0
+
+
+def test_a_rollout_ends_where_it_was_aborted_with_an_end_token(engine_of):
+    """A server samples once more before it aborts, and says "abort" of an end token, too: behind it nothing is ours."""
+    engine, ends, done = engine_of(update="abort"), [EOS, 3, 4, 5], []
+    engine._stop_ids = ends
+    everything = urllib.request.Request(
+        f"{engine.servers[0].client.url}/abort_request",
+        json.dumps({"rid": "", "abort_all": True}).encode(), {"Content-Type": "application/json"},
+    )  # fmt: skip
+    for number in range(40):
+        engine.add(ask(number, prompt_of(5, number), 16, 60))
+        done += wait_for(engine, lambda: running_tokens(engine) > 100 or not engine.in_flight)
+        urllib.request.urlopen(everything, timeout=10).read()
+        done += drain(engine)
+        if engine.counters["resumed"] > 150:  # each 0.04 likely
+            break
+    assert engine.counters["resumed"] > 150 and len(done) == 16 * (number + 1)
+    for c in done:
+        assert not np.isin(c.token_ids[:-1], ends).any(), (c.token_ids, c.finish_reason)
+        assert c.finish_reason == ("stop" if c.token_ids[-1] in ends else "length")
 
 
 def test_in_place_keeps_the_old_keys_and_ships_what_was_sampled(engine_of, models):
