@@ -37,6 +37,7 @@ class _Attempt:
     waiting: set[str]  # not Ready yet, or not Applied yet
     sending: bool = False
     learner_done: bool = False
+    left: bool = False  # somebody has left its group, or never was in it: it cannot meet
     applied: list[str] = dataclasses.field(default_factory=list)
     digest: str = ""
 
@@ -147,7 +148,7 @@ class PublishCoordinator:
         attempt = self._attempt
         if attempt is None or attempt.sending or message.epoch != self.epoch or sender not in attempt.members:
             return []
-        if message.ranks != attempt.members[sender]:
+        if attempt.left or message.ranks != attempt.members[sender]:
             return self._regroup(sender, message.ranks, receivers, now)
         attempt.waiting.discard(sender)
         if attempt.waiting:
@@ -162,7 +163,7 @@ class PublishCoordinator:
         return [(name, go) for name in (*attempt.members, LEARNER)]
 
     def _regroup(self, sender: str, ranks: int, receivers: list[str], now: float) -> Outgoing:
-        """``sender`` has so many ranks now: the same attempt in a new group, within the same deadline."""
+        """The same attempt in a new group, within the same deadline: ``sender`` has so many ranks now, or some left."""
         attempt = self._attempt
         assert attempt is not None
         self._regrouped += 1
@@ -197,12 +198,18 @@ class PublishCoordinator:
         return self._settle_if_done()
 
     def on_receive_failed(self, message: ReceiveFailed, sender: str) -> Outgoing:
-        """A receiver kept its old weights; it lives, so it is served again."""
+        """A receiver kept its old weights; it lives, so it is served again.
+
+        While others are prepared for in the same group, the next that is ready takes all to another.
+        """
         self._suspended.pop(sender, None)
         self.log.warning("%s did not take version %d: %s", sender, message.version, message.reason)
         self._leave(message.epoch)
         attempt = self._attempt
-        if attempt is None or message.epoch != self.epoch or not attempt.sending:
+        if attempt is None or message.epoch != self.epoch:
+            return []
+        if not attempt.sending:
+            attempt.left = True
             return []
         return self._drop(sender)
 

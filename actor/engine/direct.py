@@ -45,8 +45,19 @@ class DirectReceiver:
         if wrong:
             self._send(ReceiveFailed(message.epoch, publish.version, wrong))
         servers = () if wrong else self._engine.lacking(publish.version)
+        if newcomers := self._newcomers(group_name(publish.port, message.epoch), servers):
+            self._send(ReceiveFailed(message.epoch, publish.version, f"{newcomers} would come to a group that has met"))
         self._prepared = (message, servers)
         self._send(Ready(message.epoch, publish.version, sum(server.ranks for server in servers)))
+
+    def _newcomers(self, group: str, servers: Sequence[Server]) -> str:
+        """Names of ``servers`` that are not in ``group``, where servers of ours are or have been; "" if none is.
+
+        Whoever joins a group that others have formed waits for them until its deadline.
+        """
+        if all(held != group for held, _ in self._groups.values()):
+            return ""
+        return ", ".join(s.name for s in servers if self._groups.get(s.name) != (group, s.lives))
 
     def on_go(self, message: Go) -> None:
         """Have the servers receive, in the background."""

@@ -690,8 +690,7 @@ def test_a_torn_server_that_takes_nothing_more_is_lost_and_starts_whole(fakes, e
     assert (server.version, server.torn) == (0, False)
 
 
-@pytest.mark.parametrize("epoch", [1, 2], ids=["same epoch", "next epoch"])
-def test_a_server_that_was_restarted_joins_the_learners_group_anew(fakes, engine_on, epoch):
+def test_a_server_that_was_restarted_asks_for_a_group_that_has_not_met(fakes, engine_on):
     fake = fakes()
     engine = engine_on(fake, weights=DIRECT, restarts=20)
     learner = Learner(engine)
@@ -701,9 +700,13 @@ def test_a_server_that_was_restarted_joins_the_learners_group_anew(fakes, engine
     run(engine, lambda: server.state == State.LOST)
     again = fakes(port=fake.port)
     run(engine, lambda: server.state == State.STALE)
-    assert learner.publish(2, epoch) == Applied(epoch, 2, "")
+    publish = Publish(2, "127.0.0.1", 1, "gloo", BUCKET_BYTES, TENSORS)
+    learner.receiver.on_prepare(Prepare(1, 1, 1, 2, asdict(publish)))
+    assert learner.sent == [ReceiveFailed(1, 2, "a/server-0 would come to a group that has met"), Ready(1, 2, 1)]
+    learner.sent.clear()
+    assert learner.publish(2, 2) == Applied(2, 2, "")
     run(engine, lambda: server.state == State.SERVING)
-    assert server.version == 2 and list(again.groups) == [f"weights/1/{epoch}"]
+    assert server.version == 2 and list(again.groups) == ["weights/1/2"]
 
 
 def test_a_server_leaves_the_group_of_an_earlier_epoch(fakes, engine_on):

@@ -169,6 +169,34 @@ def test_a_group_is_left_for_good_by_a_member_that_ends_between_two_versions(end
     assert c.epoch == 2
 
 
+def test_a_group_that_cannot_meet_any_more_is_left_before_the_collective_starts():
+    c = PublishCoordinator(10)
+    prepare_all(c, 1, NAMES)
+    settle(c, 1, NAMES)
+    c.on_publish(offer(2), NAMES, 5.0)
+    assert c.on_receive_failed(ReceiveFailed(1, 2, "a server of mine was never in it"), "a") == []
+    again = sent(c.on_ready(Ready(1, 2), "a", NAMES, 7.0), Prepare)
+    assert {name: p.epoch for name, p in again.items()} == {"a": 2, "b": 2}
+    assert c.on_ready(Ready(1, 2), "b", NAMES, 7.0) == []  # of the group that was left
+    c.on_ready(Ready(2, 2), "a", NAMES, 8.0)
+    assert set(sent(c.on_ready(Ready(2, 2), "b", NAMES, 8.0), Go)) == {"a", "b", LEARNER}
+    assert sent(settle(c, 2, NAMES), PublishDone)[LEARNER].applied == NAMES
+    prepares = sent(c.on_publish(offer(3), NAMES, 9.0), Prepare)
+    assert prepares["a"].epoch == 2 and c.late == {}
+
+
+def test_who_says_so_of_every_group_is_left_out_of_the_version_and_the_others_are_served():
+    c = PublishCoordinator(10)
+    c.on_publish(offer(1), NAMES, 0.0)
+    for _ in range(MAX_REGROUPS + 1):
+        assert "a" in c._attempt.members
+        c.on_receive_failed(ReceiveFailed(c.epoch, 1, "never"), "a")
+        c.on_ready(Ready(c.epoch, 1), "a", NAMES, 0.0)
+    assert set(c._attempt.members) == {"b"}
+    c.on_ready(Ready(c.epoch, 1), "b", NAMES, 0.0)
+    assert sent(settle(c, 1, ["b"]), PublishDone)[LEARNER].dropped == ["a"]
+
+
 def test_without_receivers_a_version_is_settled_at_once():
     c = PublishCoordinator(10)
     assert sent(c.on_publish(offer(1), [], 0.0), PublishDone)[LEARNER].applied == []
