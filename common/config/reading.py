@@ -58,14 +58,16 @@ def read_yaml(path: Path, instead: str) -> DictConfig:
     except Exception as error:  # yaml's own error classes have no common public base
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{path}: must hold sections, not a {type(loaded).__name__}")
+        raise ConfigError(f"{path}: must hold sections, not a list or a single value")
+    if not loaded and "{" not in path.read_text():
+        raise ConfigError(f"{path}: is empty; {instead}, and a file that says {{}} takes every default")
     return loaded
 
 
 def read_overrides(overrides: Sequence[str]) -> DictConfig:
     """``section.key=value`` of each. Raises :class:`ConfigError` for one that reads otherwise."""
     for override in overrides:
-        if "=" not in override:
+        if not override.partition("=")[0].strip() or "=" not in override:
             raise ConfigError(f"override {override!r}: must read section.key=value")
         try:
             given = OmegaConf.from_dotlist([override])
@@ -119,12 +121,22 @@ def merge(
         raise
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
-        if merging and OmegaConf.select(overrides, str(key), default=None) is None:
+        if merging and not _says(overrides, str(key)):
             where = source  # what nobody gave
-        raise ConfigError(f"{where}: {key}: {str(error).splitlines()[0]}") from error
+        words = str(error).splitlines()[0]
+        if words.startswith("Incompatible value 'None'"):
+            words = "needs a value"
+        raise ConfigError(f"{where}: {key}: {words}") from error
     if not isinstance(found, kind):
         raise ConfigError(f"{source}: did not load as a {kind.__name__}")
     return found
+
+
+def _says(given: DictConfig, key: str) -> bool:
+    """Whether ``key`` is in it, be it null."""
+    section, _, name = key.rpartition(".")
+    inside = OmegaConf.select(given, section) if section else given
+    return isinstance(inside, DictConfig) and name in inside
 
 
 @cache

@@ -77,7 +77,7 @@ class RunSection:
         plain = self.name not in ("", ".", "..") and "/" not in self.name
         require(plain, "run.name", self.name, "needs a plain name")
         require(0 <= self.seed < 2**31, "run.seed", self.seed, "must lie in [0, 2**31)")
-        require(self.steps >= 1, "run.steps", self.steps, "must be at least 1")
+        require(1 <= self.steps < 2**31, "run.steps", self.steps, "must lie in [1, 2**31): versions are of 32 bits")
 
     @property
     def path(self) -> Path:

@@ -104,7 +104,7 @@ def test_a_bare_off_is_a_word_and_not_false(path: Path) -> None:
         ("staleness.bugdet=3", r"override: unknown key staleness\.bugdet; did you mean 'budget'\?"),
         ("stalenes.budget=3", r"override: unknown section stalenes; did you mean 'staleness'\?"),
         ("run.steps=many", r"run\.steps: .*many"),
-        ("run.steps=0", r"run\.steps=0: must be"),
+        ("run.steps=0", r"run\.steps=0: must lie"),
         ("staleness.budget=-1", r"staleness\.budget=-1: must"),
         ("obrs.mode=sometimes", r"obrs\.mode: .*sometimes"),
         ("obrs.mode=true", r"obrs\.mode: "),
@@ -153,7 +153,9 @@ def test_a_wrong_file_is_refused_by_name(path: Path, tmp_path: Path) -> None:
         load(tmp_path / "nowhere.yaml")
     for content, words in (
         ("run: [1", "not valid YAML"),
-        ("- 1\n- 2\n", "must hold sections"),
+        ("- 1\n- 2\n", "must hold sections, not a list"),
+        ("", r"run\.yaml: is empty; configs/ holds the examples"),
+        ("# run:\n", r"run\.yaml: is empty"),
         ("run:\n  stepz: 3\n", r"run\.yaml: unknown key run\.stepz; did you mean 'steps'"),
         ("learner: 3\n", "learner is a section"),
         ("rollout:\n  temperature: warm\n", r"rollout\.temperature: .*warm"),
@@ -161,6 +163,18 @@ def test_a_wrong_file_is_refused_by_name(path: Path, tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(ConfigError, match=words):
             load(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("run.name=", r"^override: run\.name: needs a value$"), ("=3", "override '=3': must read section.key=value"),
+        ("run.steps=2147483648", r"run\.steps=2147483648: must lie in \[1, 2\*\*31\)"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_an_override_is_not_put_down_to_the_file(path: Path, override: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load(path, [override])
 
 
 def test_rejection_off_cannot_anchor_at_the_version_that_nobody_scores(path: Path) -> None:

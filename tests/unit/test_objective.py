@@ -9,7 +9,7 @@ from common.objective import ALGORITHMS
 
 def loaded(tmp_path, text="", *overrides):
     path = tmp_path / "run.yaml"
-    path.write_text(text)
+    path.write_text(text or "{}\n")
     return load(path, overrides)
 
 
