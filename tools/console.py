@@ -30,4 +30,4 @@ class LastingConsole(Console):
 
 def print_error(console: Console, error: CroupierError) -> None:
     """What a user can mend, in one line."""
-    console.print(f"{type(error).__name__}: {error}", style="red", markup=False, soft_wrap=True)
+    console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)

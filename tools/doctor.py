@@ -181,6 +181,7 @@ def check_run(config: str, overrides: list[str]) -> list[Finding]:
         from actor.tasks.base import SANDBOXED
         from common.config import RunConfig, load
         from common.errors import ConfigError, ModelError, TaskError
+        from common.keys import broker_keys
         from common.routing import read_routing
     except ImportError as error:
         return [Finding("run file", "missing", f"cannot be read yet: {error}", INSTALL)]
@@ -188,6 +189,7 @@ def check_run(config: str, overrides: list[str]) -> list[Finding]:
     from tools.preflight import (
         check_address,
         check_devices,
+        check_directory,
         check_engine,
         check_frozen,
         check_meshes,
@@ -201,14 +203,13 @@ def check_run(config: str, overrides: list[str]) -> list[Finding]:
     try:
         run = load(config, overrides)
     except ConfigError as error:
-        return [Finding("run file", "missing", str(error), "correct the file")]
+        return [Finding("run file", "missing", *_split(error))]
 
     def attempt(what: str, good: str, check: Callable[[], object]) -> Finding:
         try:
             found = check()
         except (ConfigError, ModelError, TaskError) as error:
-            detail, _, remedy = str(error).partition("; ")
-            return Finding(what, "missing", detail, remedy)
+            return Finding(what, "missing", *_split(error))
         except ImportError as error:
             return Finding(what, "missing", f"cannot be looked at yet: {error}", INSTALL)
         return Finding(what, "ok", good or str(found))
@@ -222,7 +223,10 @@ def check_run(config: str, overrides: list[str]) -> list[Finding]:
     findings = [
         Finding("run file", "ok", config),
         attempt("broker address", f"{address} is free", lambda: check_address(address)),
+        attempt("run directory", str(run.run.path), lambda: check_directory(run)),
     ]
+    if run.broker.keys:
+        findings.append(attempt("keys", run.broker.keys, lambda: broker_keys(run.broker)))
     if run.actor.engine == "sglang":
         remedy = "install one of these, or try it: its answers were not looked at"
         findings.append(attempt_warned("SGLang", f"engine.python={run.engine.python}", check_engine, remedy))
@@ -247,6 +251,12 @@ def check_run(config: str, overrides: list[str]) -> list[Finding]:
     if run.rollout.routing_replay:
         findings.append(attempt("routing replay", "the model has experts", lambda: read_routing(run)))
     return findings
+
+
+def _split(error: Exception) -> tuple[str, str]:
+    """What is wrong, and the remedy: our errors say both, a semicolon between them."""
+    detail, _, remedy = str(error).partition("; ")
+    return detail, remedy
 
 
 def show(findings: list[Finding]) -> None:

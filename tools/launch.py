@@ -26,7 +26,7 @@ from rich.text import Text
 
 from common.cli import EXIT_LASTING
 from common.config import RunConfig, load, to_yaml
-from common.errors import ConfigError, CroupierError
+from common.errors import CroupierError
 from common.keys import broker_keys
 from common.process import StopFlag
 from common.routing import read_routing
@@ -47,6 +47,7 @@ from tools.preflight import (
     check_rewards,
     check_sandbox,
     check_tasks,
+    unwritable,
 )
 from tools.processes import SAVE_S, Process, processes_of, stop_all, wait_all
 from tools.run_files import CONFIG, LEARNER_S, LOGS, PAGE, Before, claim, last_lines, read_status, set_aside
@@ -154,9 +155,7 @@ class Run:
         try:
             self.take_directory()
         except OSError as error:
-            raise ConfigError(
-                f"run.dir={self.config.run.dir!r}: cannot be written ({error}); name another directory"
-            ) from error
+            raise unwritable(self.config, error) from error
 
     def take_directory(self) -> None:
         """Make the run directory and hold it; an earlier run that does not go on is set aside.

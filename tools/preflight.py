@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from broker.fixed import fixed_settings
 from broker.journal import Journal
@@ -82,6 +83,22 @@ def _check_ipc(address: str) -> None:
         except OSError:
             return  # nothing there, or a socket file that its owner left behind: the broker replaces it
     raise _in_use(address)
+
+
+def check_directory(config: RunConfig) -> None:
+    """Raise :class:`ConfigError` unless the run directory is there or can be made, and can be written to."""
+    there = next(path for path in (config.run.path, *config.run.path.absolute().parents) if path.exists())
+    try:
+        with TemporaryDirectory(dir=there):
+            pass
+    except OSError as error:
+        raise unwritable(config, error) from error
+
+
+def unwritable(config: RunConfig, error: OSError) -> ConfigError:
+    """For a run directory that the system refuses."""
+    words = error.strerror or error
+    return ConfigError(f"run.dir={config.run.dir!r}: cannot be written ({words}); name another directory")
 
 
 def check_frozen(model: FrozenModel, policy: str | None) -> None:

@@ -18,7 +18,7 @@ from common.errors import ConfigError, CroupierError, DataError
 from tools.checked import checked
 from tools.console import make_console, print_error
 from tools.drops import DropRow, drop_rows
-from tools.run_files import Record
+from tools.run_files import Record, check_run_dir
 from tools.runs import print_notes, read_run
 
 
@@ -37,11 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     console = make_console()
     try:
+        check_run_dir(given.run_dir)
         run = checked(read_run(given.run_dir, timelines=False))
         print_notes(console, run.notes)
         steps = run.steps
         if not steps:
-            raise ConfigError(f"{given.run_dir}: no step was trained yet, or this is no run directory")
+            raise ConfigError(f"{given.run_dir}: no step was trained yet; python -m tools.watch shows how far it is")
         if given.audit:
             console.print(audit_table(steps))
             console.print(drop_table(drop_rows(run.status)))

@@ -16,6 +16,8 @@ from common.near import suggest
 from common.objective import ALGORITHMS
 
 T = TypeVar("T")
+TYPE_HINT = re.compile(r"Value '(.*)' of type '.*' is incompatible with type hint 'Union\[int, str\]'")
+UNRESOLVED = re.compile(r"""\w+ raised while resolving interpolation: "?(.*?)"?""")
 INTERPOLATION = re.compile(r"(\\*)\$\{")  # with the backslashes before it
 
 
@@ -123,13 +125,23 @@ def merge(
         key = getattr(error, "full_key", None) or "?"
         if merging and not _says(overrides, str(key)):
             where = source  # what nobody gave
-        words = str(error).splitlines()[0]
-        if words.startswith("Incompatible value 'None'"):
-            words = "needs a value"
-        raise ConfigError(f"{where}: {key}: {words}") from error
+        raise ConfigError(f"{where}: {key}: {_plain(str(error).splitlines()[0])}") from error
     if not isinstance(found, kind):
         raise ConfigError(f"{source}: did not load as a {kind.__name__}")
     return found
+
+
+def _plain(words: str) -> str:
+    """What OmegaConf says, without the names of its own classes."""
+    if words.startswith("Incompatible value 'None'"):
+        return "needs a value"
+    if words.startswith("Invalid value 'True'"):
+        return f"{words}; YAML takes a bare on or yes for true"
+    if found := TYPE_HINT.fullmatch(words):
+        return f"{found[1]} is neither a whole number nor a word"
+    if found := UNRESOLVED.fullmatch(words):
+        return f"cannot be resolved: {found[1]}"
+    return words
 
 
 def _says(given: DictConfig, key: str) -> bool:

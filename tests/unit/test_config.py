@@ -169,6 +169,10 @@ def test_a_wrong_file_is_refused_by_name(path: Path, tmp_path: Path) -> None:
     ("override", "words"),
     [
         ("run.name=", r"^override: run\.name: needs a value$"), ("=3", "override '=3': must read section.key=value"),
+        ("obrs.mode=on", r"obrs\.mode: .*'budget'.*; YAML takes a bare on or yes for true$"),
+        ("staleness.budget=1.5", r"^override: staleness\.budget: 1\.5 is neither a whole number nor a word$"),
+        ("run.name=${oc.env:NOT_SET}", r"run\.name: cannot be resolved: Environment variable 'NOT_SET' not found$"),
+        ("run.name=${run.nam}", r"run\.name: .*run\.nam"),
         ("run.steps=2147483648", r"run\.steps=2147483648: must lie in \[1, 2\*\*31\)"),
     ],
 )  # fmt: skip

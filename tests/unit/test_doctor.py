@@ -28,6 +28,26 @@ from tools.doctor import (
 from tools.preflight import check_rewards
 
 
+@pytest.mark.parametrize(
+    ("override", "what", "words", "remedy"),
+    [
+        ("run.dir={file}/below", "run directory", "cannot be written", "name another directory"),
+        ("broker.keys=/nowhere", "keys", "no such key", "python -m tools.keys make"),
+        ("run.steps=", "run file", "override: run.steps: needs a value", ""),
+        ("stalenes.budget=1", "run file", "unknown section stalenes", "did you mean 'staleness'?"),
+    ],
+)
+def test_what_a_launch_refuses_the_doctor_finds(
+    override: str, what: str, words: str, remedy: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    found = check_run(str(ROOT / "configs" / "smoke.yaml"), [override.format(file=tmp_path / "file")])
+    (bad,) = (finding for finding in found if finding.what == what)
+    assert (bad.state, words in bad.detail) == ("missing", True), bad
+    assert bad.remedy.startswith(remedy)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]  # it looks, and leaves nothing
+
+
 def test_common_is_this_checkout_s() -> None:
     assert Path(common.__file__ or "").resolve().parents[1] == Path(__file__).resolve().parents[2] == ROOT
     assert check_checkout().state == "ok"
@@ -58,6 +78,7 @@ def test_a_healthy_run_passes_and_a_bad_one_is_explained(tmp_path: Path, capsys:
         f.what: f for f in check_run(quickstart, [*free, "task.name=gym:chain_sum", f"model.path={tmp_path}/none"])
     }
     assert states["model"].state == "missing"
+    assert states["run directory"].state == "ok"
     assert "download the model" in states["model"].remedy
     make_chat_model(tmp_path / "chat")
     agent = str(ROOT / "configs" / "agent.yaml")
@@ -66,7 +87,7 @@ def test_a_healthy_run_passes_and_a_bad_one_is_explained(tmp_path: Path, capsys:
     ]
     assert tasks.state == "missing" and "agent has no such parameter" in tasks.detail
     (finding,) = check_run(quickstart, ["actor.cuont=2"])
-    assert "did you mean 'count'?" in finding.detail
+    assert finding.remedy == "did you mean 'count'?"
 
 
 def test_an_engine_without_sglang_is_missing_and_an_untried_one_noted(tmp_path: Path) -> None:

@@ -502,7 +502,7 @@ def test_the_command_prints_and_gives_everything_as_json(tmp_path, capsys):
 def test_what_is_missing_is_said_and_the_rest_is_judged(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert main([str(tmp_path / "empty")]) == 2
-    assert "nothing to judge" in capsys.readouterr().out
+    assert "no run directory" in capsys.readouterr().out
     seconds = {"seconds_fetch": 0.02, "seconds_train": 0.07, "seconds_publish": 0.01}
     run_dir = written(tmp_path / "x", spans=False)
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in step_lines(8, 100, **seconds)))

@@ -20,7 +20,7 @@ from common.locks import try_lock
 from tools.follow.points import points_of
 from tools.follow.sinks import TENSORBOARD, WANDB, Sink, TensorBoard, Wandb, find_wandb, read_place, write_place
 from tools.outputs import writing
-from tools.run_files import CONFIG, ENDED, METRICS, Record, read_status, record_of
+from tools.run_files import CONFIG, ENDED, METRICS, Record, check_there, read_status, record_of
 from tools.watch.tail import Tail
 
 LOOK_S = 1.0  # between two looks at a file that has not grown
@@ -95,6 +95,7 @@ class Follower:
 @contextlib.contextmanager
 def following(run_dir: Path, tensorboard: bool, wandb: str) -> Iterator[Follower]:
     """A follower, the only one of its run. Raises :class:`ConfigError` where there is nothing to follow."""
+    check_there(run_dir)
     identity = read_identity(run_dir)
     run_id, started_at = str(identity["run_id"]), float(identity["started_at"])
     package = find_wandb() if wandb else None

@@ -26,6 +26,7 @@ from tools.profile.picture import draw
 from tools.profile.simulated import simulated
 from tools.profile.verdict import verdict
 from tools.profile.words import print_verdict
+from tools.run_files import check_run_dir
 from tools.runs import print_notes, read_run
 
 NOTHING = 2
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--skip-s {given.skip_s:g}: must be a finite number of seconds, 0 or more")
         if given.picture is not None:
             check_output(given.picture, PICTURES)
+        check_run_dir(given.run_dir)
         run = checked(read_run(given.run_dir))
         found = verdict(run, given.skip_s, None if given.bounds else simulated)
         if given.json:

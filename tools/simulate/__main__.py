@@ -17,6 +17,7 @@ from common.errors import CroupierError
 from tools.console import make_console, print_error
 from tools.outputs import PICTURES, check_output, writing
 from tools.profile.spent import NS
+from tools.run_files import check_run_dir
 from tools.simulate.measured import Measured, measure
 from tools.simulate.model import simulate
 from tools.simulate.outcome import Outcome
@@ -50,7 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         files = [Path(one) for one in given.inputs if "=" not in one]
         overrides = [one for one in given.inputs if "=" in one]
         if len(files) + bool(given.runs) > 1:
-            parser.error(f"costs come from one file or from --from, not from {', '.join(map(str, files))} too")
+            named = " and ".join(map(str, files))
+            parser.error(f"costs come from one SETUP.yaml or from a run (--from RUN_DIR), not from {named} too")
+        for run_dir in given.runs:
+            check_run_dir(run_dir)
         measured = measure(given.runs) if given.runs else None
         base = measured.setup if measured else read_setup(files[0] if files else None)
         setups = _setups(base, overrides)
