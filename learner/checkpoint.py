@@ -236,6 +236,18 @@ def find(directory: Path, resume: bool, mesh: Mesh, seen_s: float = SEEN_S) -> P
     return path
 
 
+def check_newest(directory: Path, begun_from: Path | None) -> None:
+    """Raise :class:`CheckpointError` where a newer one came than that which was read, of a learner that still ended.
+
+    The broker may have forgotten what lies before it.
+    """
+    if (newest := latest(directory)) != begun_from:
+        raise CheckpointError(
+            f"{newest or directory}: an earlier learner wrote there while this one began from "
+            f"{begun_from or 'nothing'}; start this learner again"
+        )
+
+
 def _choose(directory: Path, resume: bool) -> int:
     """The step of the newest finished checkpoint, or NOTHING."""
     found = latest(directory)

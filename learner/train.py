@@ -391,6 +391,8 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopFlag, tracer: Tracer, export
             )  # fmt: skip
             exporter.families = learner.families
             with held(config.run.path, mesh.rank, lambda: stop.is_set):  # the broker turns a second one away
+                if mesh.rank == 0:
+                    checkpoint.check_newest(config.run.path / CHECKPOINTS, found)
                 learner.run()
     finally:
         tracer.state("end")

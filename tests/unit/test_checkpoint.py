@@ -134,6 +134,19 @@ def test_one_learner_at_a_time_holds_a_run_directory(tmp_path, monkeypatch, capl
         pass
 
 
+def test_a_learner_that_began_from_what_an_earlier_one_then_replaced_is_told_to_start_again(tmp_path):
+    model, directory = model_of(), tmp_path / "checkpoints"
+    optimizer, writer = Optimizer(model, OPTIM, STEPS), writer_of(directory)
+    checkpoint.check_newest(directory, None)
+    for step in (1, 2):
+        found = checkpoint.find(directory, step > 1, single())
+        write(writer, model, optimizer, step)
+        writer.wait()
+        with pytest.raises(CheckpointError, match=rf"step-0000000{step}: an earlier learner .*start this .* again"):
+            checkpoint.check_newest(directory, found)
+    checkpoint.check_newest(directory, checkpoint.find(directory, True, single()))
+
+
 def test_the_last_finished_checkpoints_are_kept_and_leftovers_removed(tmp_path):
     (tmp_path / ".step-00000009.x.tmp").mkdir()
     (tmp_path / "step-00000008").mkdir()  # half deleted or half copied: no state.json
