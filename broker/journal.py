@@ -6,7 +6,7 @@
     [thread] one transaction per group of events, fsync -> durable = seq
     the loop sends the answers that waited for seq
 
-A group commit is one LMDB value, a *chunk*: its events' headers, then their frames end to end. One
+A group commit is one LMDB value, a *chunk* (:mod:`broker.chunks`): its events' headers, then their frames. One
 large value is written at nearly the speed of a bare append and fsync, many small ones at 0.6
 (docs/decisions/0008). Chunks are deleted whole, and LMDB uses their pages again, so the file stays
 within its bound.
@@ -20,13 +20,13 @@ import struct
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lmdb
-import msgpack
 
+from broker.chunks import DamagedChunk, Event, pack, table_of, unpack
 from common.config import MEGABYTE
 from common.durable import make_directory, sync
 from common.errors import JournalError
@@ -38,55 +38,14 @@ CLOSE_S = 10.0
 LOCK_BYTES = 8192  # what LMDB asks for its lock file
 KEY = struct.Struct(">Q")
 UNWRITTEN_BYTES = 64 << 10  # at the file's end that may be missing while its writer is at work
-ALIGNMENT = 64  # frames start at multiples, so that arrays in them are aligned
 IDENTITY = b"\0"  # sorts before every event, so that events can be appended
 FLOCK = struct.Struct("@hhqqi")  # Linux's struct flock
-FORMAT = 3  # 3: what is not awaited is not in it, and it begins with the settings
+FORMAT = 4  # 3: what is not awaited is not in it, and it begins with the settings; 4: digests
 
+ANEW = "move it away, and learner.resume=true goes on from the newest checkpoint"
 EMPTY = "empty: its broker was ended before it had written anything, so there is nothing to read"
 
 log = logging.getLogger("broker.journal")
-
-
-@dataclass(frozen=True)
-class Event:
-    """One thing that the broker was told or decided. ``frames`` are copies, safe to keep."""
-
-    seq: int
-    kind: str
-    head: dict[str, Any]  # msgpack-able
-    frames: list[bytes]
-
-
-def _pack(events: Sequence[tuple[str, dict[str, Any], list[memoryview]]]) -> bytes:
-    """A chunk: length of the table, the table, then every frame at a multiple of ALIGNMENT."""
-    table = msgpack.packb([[kind, head, [f.nbytes for f in frames]] for kind, head, frames in events])
-    start = KEY.size + len(table)
-    parts: list[Any] = [KEY.pack(len(table)), table, b"\0" * (-start % ALIGNMENT)]
-    for _, _, frames in events:
-        for frame in frames:
-            parts += [frame, b"\0" * (-frame.nbytes % ALIGNMENT)]
-    return b"".join(parts)
-
-
-def _table(chunk: memoryview) -> tuple[list[Any], int]:
-    """A chunk's ``[kind, head, sizes of frames]`` for each event, and where the table ends."""
-    (length,) = KEY.unpack(chunk[: KEY.size])
-    end = KEY.size + length
-    return msgpack.unpackb(chunk[KEY.size : end], strict_map_key=False), end
-
-
-def _unpack(first: int, chunk: memoryview, only: int | None = None) -> Iterator[Event]:
-    table, offset = _table(chunk)
-    offset += -offset % ALIGNMENT
-    for index, (kind, head, sizes) in enumerate(table):
-        frames = []
-        for size in sizes:
-            if only is None or first + index == only:
-                frames.append(bytes(chunk[offset : offset + size]))
-            offset += size + (-size % ALIGNMENT)
-        if only is None or first + index == only:
-            yield Event(first + index, kind, head, frames)
 
 
 def _check_begun(directory: Path) -> None:
@@ -184,10 +143,11 @@ class Journal:
             _check_begun(directory)
         else:
             _make(directory)
-        remedy = "make it readable, or copy it here again" if read_only else "move it away to begin anew"
+        self._remedy = "copy it here again" + ("" if read_only else f", or {ANEW}")
+        remedy = f"make it readable, or {self._remedy}" if read_only else self._remedy
         try:
             self._env = _open(directory, int(self.limit_bytes * SLACK) + MAP_RESERVE, read_only)
-            self._check_size(read_only)
+            self._check_size()
             self._check(run_id, read_only)
             if not read_only:
                 sync(directory)
@@ -217,13 +177,13 @@ class Journal:
         said = (self._env.info()["last_pgno"] + 1) * page
         return said, max(0, said - (self.directory / "data.mdb").stat().st_size)
 
-    def _check_size(self, read_only: bool) -> None:
+    def _check_size(self) -> None:
         """Reading beyond the end of a file that was cut short would end the process without a word."""
         said, missing = self._missing()
         if missing > UNWRITTEN_BYTES:
             raise JournalError(
                 f"{self.directory / 'data.mdb'}: has {said - missing} of its {said} bytes: cut short, or copied in "
-                f"part; copy it whole{'' if read_only else ', or move it away to begin anew'}"
+                f"part; {self._remedy}"
             )
 
     def _fill_up(self) -> None:
@@ -242,14 +202,17 @@ class Journal:
                 raise JournalError(f"{self.directory}: {EMPTY}")
             written = known.decode(errors="replace").split(" ")
         if written[0] != str(FORMAT):
-            raise JournalError(f"{self.directory}: format {written[0]!r}, this version reads {FORMAT}")
+            raise JournalError(
+                f"{self.directory}: written by another croupier (format {written[0]!r}, this one reads {FORMAT}); "
+                f"use that one{'' if read_only else f', or {ANEW}'}"
+            )
         if run_id and written[-1] != run_id:
             raise JournalError(
                 f"{self.directory}: belongs to run {written[-1]}, not {run_id}; move it away or use another run.name"
             )
 
     def _list(self) -> None:
-        with self._env.begin(buffers=True) as txn, txn.cursor() as cursor:
+        with self._reading() as txn, txn.cursor() as cursor:
             for key, value in cursor:
                 if len(key) == KEY.size:
                     self._chunks.append((KEY.unpack(key)[0], len(value)))
@@ -262,15 +225,24 @@ class Journal:
 
     def _kinds_of(self, first: int) -> list[str]:
         """Kinds of the events in the chunk that begins at ``first``; [] if it was pruned."""
-        with self._env.begin(buffers=True) as txn:
+        with self._reading() as txn:
             value = txn.get(KEY.pack(first))
-            return [] if value is None else [str(kind) for kind, _, _ in _table(memoryview(value))[0]]
+            return [] if value is None else [row[0] for row in table_of(first, memoryview(value))[0]]
 
     def _events_of(self, first: int, only: int | None = None) -> list[Event]:
         """Events of that chunk, or ``only`` the one of that number; [] if it was pruned."""
-        with self._env.begin(buffers=True) as txn:
+        with self._reading() as txn:
             value = txn.get(KEY.pack(first))
-            return [] if value is None else list(_unpack(first, memoryview(value), only))
+            return [] if value is None else list(unpack(first, memoryview(value), only))
+
+    @contextmanager
+    def _reading(self) -> Iterator[lmdb.Transaction]:
+        """Raises :class:`JournalError` for what is damaged."""
+        try:
+            with self._env.begin(buffers=True) as txn:
+                yield txn
+        except (lmdb.CorruptedError, lmdb.PageNotFoundError, DamagedChunk) as error:
+            raise JournalError(f"{self.directory}: damaged on the disk ({error}); {self._remedy}") from error
 
     # ---- writing --------------------------------------------------------------------------------
 
@@ -352,7 +324,7 @@ class Journal:
                 size += sum(f.nbytes for f in events[end][2])
                 end += 1
             first = self.durable + 1
-            value = _pack(events[start:end])
+            value = pack(events[start:end])
             with self._env.begin(write=True) as txn:
                 if not txn.put(KEY.pack(first), value, append=True):
                     raise lmdb.KeyExistsError(f"event {first} is there already")

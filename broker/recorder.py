@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from broker.journal import Event, Journal
+from broker.chunks import Event
+from broker.journal import Journal
 from broker.pipeline import Pipeline
 from broker.scoring import Asked
 from broker.sifting import sift
@@ -112,7 +113,7 @@ def _assemble_again(pipeline: Pipeline, version: int) -> Any:
     if pipeline.ledger.next_step == step:
         raise JournalError(
             f"step {step} was assembled when the journal was written and cannot be now: {pipeline.waiting_for()}; "
-            "run.steps was lowered (set it back), the program was changed, or the journal is damaged"
+            "run.steps was lowered (set it back), or the program was changed"
         )
     return request
 

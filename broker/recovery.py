@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from broker.chunks import Event
 from broker.fixed import changed
-from broker.journal import Event, Journal
+from broker.journal import Journal
 from broker.pipeline import Pipeline
 from broker.recorder import CHECKS, apply, difference
 from broker.trajectories import Trajectory, unpack_all

@@ -38,7 +38,7 @@ from common.errors import CheckpointError, ConfigError, CroupierError, DeadlineE
 from common.joint import JointSection
 from tools.console import make_console, print_error
 from tools.evaluations import interval
-from tools.export import export, open_checkpoint
+from tools.export import export, open_checkpoint, steps_there
 from tools.run_files import is_under_way
 from tools.runs import known_config, print_notes
 
@@ -109,8 +109,7 @@ def models_of(
     if not steps and not directories:
         if not (run_dir / "model").is_dir():
             raise CheckpointError(
-                f"{run_dir}: no model there yet; name a checkpoint with --step N (they are written every "
-                "learner.checkpoint_every steps, and where a run is stopped)"
+                f"{run_dir}: no model there yet; name a checkpoint with --step N; {steps_there(run_dir)}"
             )
         for words, start, end in named:
             there.append((f"{words}, at the start", Path(start)))

@@ -84,16 +84,19 @@ def export(run_dir: Path, step: int | None, out: Path | None, dtype: torch.dtype
     return out
 
 
+def steps_there(run_dir: Path) -> str:
+    """Which checkpoints a run has, in words for an error."""
+    have = ", ".join(str(step_of(p)) for p in complete(run_dir / CHECKPOINTS)) or "none"
+    return f"has: {have} (they are written every learner.checkpoint_every steps, and where a run is stopped)"
+
+
 def open_checkpoint(run_dir: Path, step: int | None, *, rollout: bool = False) -> CheckpointReader:
     """That of ``step`` (None: the newest). Raises :class:`CheckpointError` if there is none, or not of this model."""
     directory = run_dir / CHECKPOINTS
     path = latest(directory) if step is None else path_of(directory, step)
     if path is None or not path.is_dir():
-        have = ", ".join(str(step_of(p)) for p in complete(directory)) or "none"
-        raise CheckpointError(
-            f"{run_dir}: no checkpoint of {'any step' if step is None else f'step {step}'}; has: {have} (they are "
-            "written every learner.checkpoint_every steps, and where a run is stopped)"
-        )
+        wanted = "any step" if step is None else f"step {step}"
+        raise CheckpointError(f"{run_dir}: no checkpoint of {wanted}; {steps_there(run_dir)}")
     reader = CheckpointReader(path, BESIDE if rollout else "")
     if rollout and reader.state.rollout is None:
         raise CheckpointError(f"{path}: holds the policy alone; no rollout model was trained beside it (joint.path)")

@@ -30,6 +30,7 @@ from common.errors import CroupierError
 from common.keys import broker_keys
 from common.process import StopFlag
 from common.routing import read_routing
+from learner.retention import CHECKPOINTS, complete, step_of
 from tools.console import LastingConsole
 from tools.devices import deal, find_devices, torch_on_gpus
 from tools.follow.follower import Background
@@ -347,6 +348,9 @@ class Run:
         if first is not None and last is not None:
             self.say(f"held-out reward {first:.3f}" + (f" -> {last:.3f}" if first != last else ""), "bold")
         self.say(f"report: {self.directory / PAGE}")
+        checkpoints = complete(self.directory / CHECKPOINTS)
+        if outcome != "finished" and checkpoints:
+            self.say(f"the same command with learner.resume=true goes on from step {step_of(checkpoints[-1])}")
 
     def warn(self, text: str) -> None:
         """Something that a person may want to mend."""

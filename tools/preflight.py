@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from broker.fixed import fixed_settings
-from broker.journal import Journal
+from broker.journal import ANEW, Journal
 from broker.recovery import check_settings, steps_assembled
 from broker.service import JOURNAL
 from common.config import RunConfig
@@ -156,7 +156,10 @@ def check_meshes(config: RunConfig) -> None:
 
 
 def check_resumed(config: RunConfig) -> None:
-    """Raise :class:`JournalError` where the run that is to go on has settings that may not change within it."""
+    """Raise :class:`JournalError` where the run that is to go on has settings that may not change within it.
+
+    Or a journal that is damaged.
+    """
     directory = config.run.path / JOURNAL
     if not (directory / "data.mdb").is_file() or not (directory / "data.mdb").stat().st_size:
         return
@@ -166,10 +169,13 @@ def check_resumed(config: RunConfig) -> None:
             f"broker.journal_mb as it was, move {directory} away to go on without what it holds, or choose another "
             "run.name to begin a new run"
         )
-    journal = Journal(directory, "", config.broker.journal_mb, read_only=True)
+    try:
+        journal = Journal(directory, "", config.broker.journal_mb, read_only=True)
+        assembled = steps_assembled(journal)
+    except JournalError as error:  # damaged, or of another format
+        raise JournalError(f"{error}, or {ANEW}") from error
     try:
         check_settings(fixed_settings(config), journal)
-        assembled = steps_assembled(journal)
     finally:
         journal.close()
     if config.run.steps < assembled:

@@ -17,8 +17,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from broker.chunks import Event
 from broker.decision import Rule, Scores, reject, trainable_scores
-from broker.journal import Event, Journal
+from broker.journal import Journal
 from broker.pipeline import Pipeline
 from broker.recorder import CHECKS, apply, difference
 from broker.recovery import check_settings, load_snapshot

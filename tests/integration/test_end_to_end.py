@@ -203,6 +203,8 @@ def test_ctrl_c_ends_everything_within_ten_seconds_and_leaves_what_a_resume_goes
     last = lines_of(run, "step")[-1]
     assert last["step"] == steps - 1 and last["loss"] is not None, "the step under way was heard of"
     assert json.loads((run / "summary.json").read_text())["steps"] == steps
+    said = (run / "logs" / "launch.log").read_text()
+    assert said.endswith(f"the same command with learner.resume=true goes on from step {steps}\n")
     more = command(tmp_path, model, f"run.steps={steps + 20}", "learner.resume=true")  # a few are assembled already
     done = subprocess.run(more, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout

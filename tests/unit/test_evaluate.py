@@ -54,7 +54,7 @@ def test_what_is_named_twice_is_evaluated_once(run, judged, tmp_path, capsys):
     [
         (["--step", "10", "--step", "30"], "no checkpoint of step 30; has: 10, 20"),
         (["--step", "10", "--model", "nowhere"], "nowhere: no model directory"),
-        ([], "no model there yet; name a checkpoint with --step N"),
+        ([], "no model there yet; name a checkpoint with --step N; has: 10, 20 ("),
         (["--step", "10", "--limit-s", "nan"], "--limit-s nan: must be a finite number of seconds above 0"),
         (["--step", "10", "--limit-s", "inf"], "--limit-s inf: must be"),
         (["--step", "10", "evaluation.bugdet=3"], "evaluation.bugdet"),

@@ -13,8 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from broker.journal import LOCK_BYTES, MEGABYTE, Event, Journal
+from broker.chunks import DamagedChunk, Event, pack, unpack
+from broker.journal import LOCK_BYTES, MEGABYTE, Journal
 from common.errors import JournalError
 
 
@@ -114,7 +117,7 @@ import broker.journal
 def slow(*arguments):
     print("inside", flush=True)
     time.sleep(60)
-broker.journal._unpack = slow
+broker.journal.unpack = slow
 list(broker.journal.Journal(Path(sys.argv[1]), "", 8, read_only=True).events())
 """
 
@@ -139,7 +142,7 @@ def test_a_reader_that_was_killed_keeps_no_pages(tmp_path: Path, monkeypatch: py
 def test_what_is_being_written_counts_as_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal(tmp_path, "r", 8)
     seen: list[int] = []
-    monkeypatch.setattr("broker.journal._pack", lambda events: seen.append(journal.used_bytes) or b"\0" * 9_000)
+    monkeypatch.setattr("broker.journal.pack", lambda events: seen.append(journal.used_bytes) or b"\0" * 9_000)
     journal.append("admit", {}, [b"y" * 9_000])
     settle(journal)
     assert seen == [9_000] and journal.used_bytes == 9_000
@@ -211,9 +214,62 @@ def test_a_file_that_was_cut_short_is_refused(tmp_path: Path, read_only: bool) -
     journal.close()
     file = tmp_path / "data.mdb"
     os.truncate(file, file.stat().st_size // 2)
-    with pytest.raises(JournalError, match=r"data\.mdb: has \d+ of its \d+ bytes: cut short.*copy it whole") as caught:
+    with pytest.raises(JournalError, match=r"data\.mdb: has \d+ of its \d+ bytes: cut short.*copy it here") as caught:
         Journal(tmp_path, "r", 16, read_only=read_only)
     assert ("move it away" in str(caught.value)) != read_only
+
+
+def damage(directory: Path, *texts: bytes) -> None:
+    """Flip a bit behind each of ``texts``, as a disk might."""
+    file = directory / "data.mdb"
+    content = bytearray(file.read_bytes())
+    for text in texts:
+        content[content.rindex(text) + len(text)] ^= 4
+    file.write_bytes(content)
+
+
+def test_an_event_that_is_not_what_was_written_is_named_and_the_others_are_read(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, "r", 8)
+    for i in range(4):
+        journal.append("admit", {"i": i}, [b"frame %d " % i + bytes(50), b"x"])
+    journal.close()
+    assert len(journal._chunks) == 1
+    damage(tmp_path, b"frame 2 ")
+    read = Journal(tmp_path, "r", 8, read_only=True)
+    assert [read.event(seq).head["i"] for seq in (0, 1, 3)] == [0, 1, 3] and read.latest("admit") == 3
+    for reading in (lambda: read.event(2), lambda: list(read.events())):
+        with pytest.raises(JournalError, match=r"damaged on the disk \(event 2 \(admit\) is not .*copy it here again$"):
+            reading()
+    read.close()
+    again = Journal(tmp_path, "r", 8)
+    with pytest.raises(JournalError, match=r"copy it here again, or move it away, and learner\.resume=true goes on"):
+        again.event(2)
+    again.close()
+
+
+def test_a_table_that_is_not_what_was_written_is_refused(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, "r", 8)
+    journal.append("admit", {"text": "something"}, [])
+    journal.close()
+    damage(tmp_path, b"somet")
+    with pytest.raises(JournalError, match="the events from 0 on are not what was written"):
+        Journal(tmp_path, "r", 8)
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_no_flipped_bit_is_taken_for_what_was_written(data: st.DataObject) -> None:
+    frames = st.lists(st.binary(max_size=300), max_size=3)
+    events = data.draw(st.lists(st.tuples(st.just("admit"), st.just({"i": 1}), frames), min_size=1))
+    chunk = bytearray(pack([(kind, head, [memoryview(f) for f in parts]) for kind, head, parts in events]))
+    whole = [Event(7 + i, *event) for i, event in enumerate(events)]
+    assert list(unpack(7, memoryview(chunk))) == whole
+    chunk[data.draw(st.integers(0, len(chunk) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    try:
+        found = list(unpack(7, memoryview(chunk)))
+    except DamagedChunk:
+        return
+    assert found == whole  # it lay between two frames
 
 
 def test_pages_that_were_taken_and_never_written_are_no_loss(tmp_path: Path) -> None:

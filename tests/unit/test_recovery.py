@@ -9,8 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from broker.chunks import Event
 from broker.fixed import MIXING, changed, fixed_settings
-from broker.journal import Event, Journal
+from broker.journal import Journal
 from broker.pipeline import Pipeline
 from broker.recorder import Recorder, apply, decision_digests, difference, shard_digests
 from broker.recovery import recover

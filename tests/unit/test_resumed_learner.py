@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from broker.journal import Event, Journal
+from broker.chunks import Event
+from broker.journal import Journal
 from broker.pipeline import Pipeline
 from broker.recorder import Recorder, difference
 from broker.runfiles import RunFiles
