@@ -6,10 +6,10 @@
     [thread] one transaction per group of events, fsync -> durable = seq
     the loop sends the answers that waited for seq
 
-A group commit is one LMDB value, a *chunk* (:mod:`broker.chunks`): its events' headers, then their frames. One
-large value is written at nearly the speed of a bare append and fsync, many small ones at 0.6
-(docs/decisions/0008). Chunks are deleted whole, and LMDB uses their pages again, so the file stays
-within its bound.
+A group commit is one LMDB value, a *chunk* (:mod:`broker.chunks`): its events' headers and frames; large frames
+follow it as values of their own. So large values are written at nearly the speed of a bare append and fsync, where
+many small ones come to 0.6 (docs/decisions/0008). Chunks are deleted whole, and LMDB uses their pages again, so the
+file stays within its bound.
 """
 
 import errno
@@ -26,7 +26,7 @@ from typing import Any
 
 import lmdb
 
-from broker.chunks import DamagedChunk, Event, pack, table_of, unpack
+from broker.chunks import DamagedChunk, Event, apart, pack, table_of, unpack
 from common.config import MEGABYTE
 from common.durable import make_directory, sync
 from common.errors import JournalError
@@ -36,7 +36,8 @@ SLACK = 1.5  # map size over the bound on what is kept: LMDB needs room to copy 
 MAP_RESERVE = 64 * MEGABYTE
 CLOSE_S = 10.0
 LOCK_BYTES = 8192  # what LMDB asks for its lock file
-KEY = struct.Struct(">Q")
+KEY = struct.Struct(">Q")  # of a chunk: its first event's number
+LARGE_KEY = struct.Struct(">QH")  # of a large frame: its event's number, its place
 UNWRITTEN_BYTES = 64 << 10  # at the file's end that may be missing while its writer is at work
 IDENTITY = b"\0"  # sorts before every event, so that events can be appended
 FLOCK = struct.Struct("@hhqqi")  # Linux's struct flock
@@ -216,6 +217,8 @@ class Journal:
             for key, value in cursor:
                 if len(key) == KEY.size:
                     self._chunks.append((KEY.unpack(key)[0], len(value)))
+                elif len(key) > KEY.size and self._chunks:  # a large frame of that chunk
+                    self._chunks[-1] = (self._chunks[-1][0], self._chunks[-1][1] + len(value))
 
     def _last_seq(self) -> int:
         if not self._chunks:
@@ -233,7 +236,14 @@ class Journal:
         """Events of that chunk, or ``only`` the one of that number; [] if it was pruned."""
         with self._reading() as txn:
             value = txn.get(KEY.pack(first))
-            return [] if value is None else list(unpack(first, memoryview(value), only))
+            if value is None:
+                return []
+
+            def large(seq: int, place: int) -> bytes | None:
+                frame = txn.get(LARGE_KEY.pack(seq, place))
+                return None if frame is None else bytes(frame)
+
+            return list(unpack(first, memoryview(value), large, only))
 
     @contextmanager
     def _reading(self) -> Iterator[lmdb.Transaction]:
@@ -324,13 +334,16 @@ class Journal:
                 size += sum(f.nbytes for f in events[end][2])
                 end += 1
             first = self.durable + 1
-            value = pack(events[start:end])
+            value, large = pack(events[start:end]), list(apart(first, events[start:end]))
+            kept = len(value) + sum(frame.nbytes for _, _, frame in large)
             with self._env.begin(write=True) as txn:
                 if not txn.put(KEY.pack(first), value, append=True):
                     raise lmdb.KeyExistsError(f"event {first} is there already")
+                for seq, place, frame in large:
+                    txn.put(LARGE_KEY.pack(seq, place), frame, append=True)
             with self._wake:
-                self._chunks.append((first, len(value)))
-                self._kept_bytes += len(value)
+                self._chunks.append((first, kept))
+                self._kept_bytes += kept
                 self._pending_bytes -= size
                 self.durable = first + (end - start) - 1
             start = end
@@ -338,9 +351,11 @@ class Journal:
 
     def _delete(self, firsts: list[int]) -> None:
         self._env.reader_check()  # a reader that was killed would keep every page from being used again
-        with self._env.begin(write=True) as txn:
+        with self._env.begin(write=True) as txn, txn.cursor() as cursor:
             for first in firsts:
-                txn.delete(KEY.pack(first))
+                if cursor.set_key(KEY.pack(first)) and cursor.delete():
+                    while len(cursor.key()) > KEY.size:  # its large frames, which follow it
+                        cursor.delete()
         dead = set(firsts)
         with self._wake:
             self._kept_bytes -= sum(size for first, size in self._chunks if first in dead)

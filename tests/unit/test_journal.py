@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker.chunks import DamagedChunk, Event, pack, unpack
-from broker.journal import LOCK_BYTES, MEGABYTE, Journal
+from broker.chunks import APART_BYTES, DamagedChunk, Event, apart, pack, unpack
+from broker.journal import LARGE_KEY, LOCK_BYTES, MEGABYTE, Journal
 from common.errors import JournalError
 
 
@@ -247,6 +247,37 @@ def test_an_event_that_is_not_what_was_written_is_named_and_the_others_are_read(
     again.close()
 
 
+def test_large_frames_are_values_of_their_own_that_come_and_go_with_their_chunk(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, "r", 64)
+    frames = fill(journal, 12, APART_BYTES) + fill(journal, 12, start=12) + fill(journal, 6, APART_BYTES, start=24)
+    assert journal.used_bytes > 18 * APART_BYTES
+    for again in (False, True):
+        if again:
+            used = journal.used_bytes
+            journal.close()
+            journal = Journal(tmp_path, "r", 64)
+            assert journal.used_bytes == used
+        assert [e.frames[0] for e in journal.events()] == frames and journal.event(5).frames[0] == frames[5]
+        assert journal.whole_from() == 0
+    journal.prune([8], 24)
+    deadline = time.monotonic() + 10
+    while journal.is_deleting and time.monotonic() < deadline:
+        time.sleep(0.001)
+    left = [event.seq for event in journal.events()]
+    assert 8 in left and left[-6:] == list(range(24, 30)) and len(left) < 20
+    with journal._env.begin() as txn, txn.cursor() as cursor:
+        large = [LARGE_KEY.unpack(key)[0] for key in cursor.iternext(values=False) if len(key) == LARGE_KEY.size]
+    assert large == [seq for seq in left if len(frames[seq]) == APART_BYTES]
+    used = journal.used_bytes
+    journal.close()
+    damage(tmp_path, frames[27][:100])
+    read = Journal(tmp_path, "r", 64, read_only=True)
+    assert read.used_bytes == used and read.event(28).frames[0] == frames[28]
+    with pytest.raises(JournalError, match="event 27"):
+        read.event(27)
+    read.close()
+
+
 def test_a_table_that_is_not_what_was_written_is_refused(tmp_path: Path) -> None:
     journal = Journal(tmp_path, "r", 8)
     journal.append("admit", {"text": "something"}, [])
@@ -259,14 +290,19 @@ def test_a_table_that_is_not_what_was_written_is_refused(tmp_path: Path) -> None
 @settings(max_examples=60)
 @given(st.data())
 def test_no_flipped_bit_is_taken_for_what_was_written(data: st.DataObject) -> None:
-    frames = st.lists(st.binary(max_size=300), max_size=3)
+    frames = st.lists(st.binary(max_size=200) | st.just(bytes(APART_BYTES)), max_size=3)
     events = data.draw(st.lists(st.tuples(st.just("admit"), st.just({"i": 1}), frames), min_size=1))
-    chunk = bytearray(pack([(kind, head, [memoryview(f) for f in parts]) for kind, head, parts in events]))
+    views = [(kind, head, [memoryview(f) for f in parts]) for kind, head, parts in events]
+    chunk, large = bytearray(pack(views)), {(seq, place): bytes(frame) for seq, place, frame in apart(7, views)}
     whole = [Event(7 + i, *event) for i, event in enumerate(events)]
-    assert list(unpack(7, memoryview(chunk))) == whole
+    assert list(unpack(7, memoryview(chunk), lambda *at: large[at])) == whole
+    if large:
+        lacking = large.keys() - {data.draw(st.sampled_from(sorted(large)))}
+        with pytest.raises(DamagedChunk):
+            list(unpack(7, memoryview(chunk), lambda *at: large[at] if at in lacking else None))
     chunk[data.draw(st.integers(0, len(chunk) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     try:
-        found = list(unpack(7, memoryview(chunk)))
+        found = list(unpack(7, memoryview(chunk), lambda *at: large[at]))
     except DamagedChunk:
         return
     assert found == whole  # it lay between two frames
