@@ -241,6 +241,7 @@ class PublishCoordinator:
         if attempt.sending:
             return self._drop(name)
         self._dropped.append(name)
+        self._absent.add(name)  # it is sent this version when it asks: one that dies again and again holds up nobody
         return self._begin(attempt.publish, receivers, now, attempt.number + 1)
 
     def on_learner_lost(self) -> None:

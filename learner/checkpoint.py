@@ -1,4 +1,4 @@
-"""Checkpoints without pickle, written in the background, read on any mesh.
+"""Checkpoints without pickle: what they are, and how any mesh reads them (written by :mod:`learner.saving`).
 
 ::
 
@@ -8,38 +8,33 @@
 A rank copies its shard to memory and goes on training; a thread writes it. Rank 0 waits for every
 rank's file, writes state.json and renames the directory into place, so a kill at any moment leaves
 the previous one good. A piece is ``kind|tensor|part/parts|start``: elements from ``start`` on of one
-tp part of one tensor (:mod:`learner.layout`), so a reader of another mesh finds what it needs. A
-rollout model that is trained beside the policy has kinds of its own: ``rollout.weight`` and so on.
+tp part of one tensor (:mod:`learner.layout`), so a reader of another mesh finds what it needs; its
+digest stands in the file's header and is checked when the piece is read. A rollout model that is
+trained beside the policy has kinds of its own: ``rollout.weight`` and so on.
 """
 
 import json
-import os
-import secrets
-import shutil
-import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from common.durable import make_directory, sync
-from common.errors import CheckpointError, DeadlineError
+from common.errors import CheckpointError
 from learner.layout import BIAS, Place, places, views
 from learner.mesh import Mesh
 from learner.model.decoder import Decoder
 from learner.optim import Optimizer
 from learner.parallel.flat import FlatParameters
-from learner.retention import PREFIX, STATE, Retention, complete, path_of, step_of
+from learner.retention import PREFIX, STATE, complete, path_of, step_of
 
 POLL_S = 0.05
 SEEN_S = 30.0  # until every rank sees what rank 0 sees: shared file systems show a new name late
-RUN = "run.json"  # the broker's, beside the checkpoints
 NOTHING, REFUSED = -1, -2  # where a step is said
 BESIDE = "rollout."  # begins the kinds of a second model's pieces
 Trained = tuple[Decoder, Optimizer]
@@ -64,145 +59,22 @@ def latest(directory: Path) -> Path | None:
     return found[-1] if found else None
 
 
-# ---- writing ------------------------------------------------------------------------------------
+def digest_of(tensor: Tensor) -> str:
+    """XXH3-64 of its bytes, in hex."""
+    return xxhash.xxh3_64_hexdigest(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-class CheckpointWriter:
-    """Writes one checkpoint at a time, beside the training."""
-
-    def __init__(self, directory: Path, mesh: Mesh, retention: Retention, timeout_s: float) -> None:
-        """Collective: all ranks agree on a name for what is not finished."""
-        self.directory, self.mesh, self.retention, self.timeout_s = directory, mesh, retention, timeout_s
-        self._nonce = f"{mesh.broadcast_int(secrets.randbits(31)):08x}"
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
-        self._writing = -1
-        self._finished: list[int] = []
-        if mesh.rank == 0:
-            for stale in directory.glob(f".{PREFIX}*.tmp"):
-                shutil.rmtree(stale, ignore_errors=True)
-        mesh.barrier()
-
-    def start(self, model: Decoder, optimizer: Optimizer, state: TrainingState, beside: Trained | None = None) -> None:
-        """Copy this rank's shard and write it in the background. Waits for the checkpoint before, if need be."""
-        self.wait()
-        pieces = {key: _copied(tensor) for key, tensor in _pieces(model, optimizer)}
-        if beside is not None:
-            pieces |= {BESIDE + key: _copied(tensor) for key, tensor in _pieces(*beside)}
-        pieces[f"rng|{self.mesh.rank}"] = torch.get_rng_state()
-        self._writing = state.step
-        self._thread = threading.Thread(target=self._run, args=(pieces, state), name="checkpoint", daemon=True)
-        self._thread.start()
-
-    def finished(self) -> list[int]:
-        """Steps whose checkpoints were completed since the last call; raises what went wrong."""
-        if self._thread is not None and not self._thread.is_alive():
-            self.wait()
-        done, self._finished = self._finished, []
-        return done
-
-    def wait(self) -> None:
-        """Until nothing is being written; :class:`CheckpointError` or :class:`DeadlineError` if it failed."""
-        if self._thread is None:
-            return
-        self._thread.join(self.timeout_s + 1.0)
-        if self._thread.is_alive():
-            raise DeadlineError(
-                f"checkpoint of step {self._writing}: rank {self.mesh.rank} has not written its file within "
-                f"{self.timeout_s:.0f} s (learner.write_timeout_s); is the disk slow?"
-            )
-        self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-        self._finished.append(self._writing)
-
-    def _run(self, pieces: dict[str, Tensor], state: TrainingState) -> None:
-        final = path_of(self.directory, state.step)
-        temporary = self.directory / f".{final.name}.{self._nonce}.tmp"
-        try:
-            make_directory(self.directory)
-            temporary.mkdir(exist_ok=True)
-            file = temporary / _file_of(self.mesh.rank)
-            save_file(pieces, file.with_suffix(".part"))
-            sync(file.with_suffix(".part"))
-            file.with_suffix(".part").replace(file)
-            if self.mesh.rank == 0:
-                self._complete(temporary, final, state)
-        except DeadlineError as error:
-            self._error = error
-        except Exception as error:  # noqa: BLE001  # whatever it was, this checkpoint must not count as written
-            self._error = CheckpointError(
-                f"{final}: rank {self.mesh.rank} cannot write it ({error}); is the disk full? "
-                "The checkpoint before is untouched"
-            )
-
-    def _complete(self, temporary: Path, final: Path, state: TrainingState) -> None:
-        self._check_run(state.run_id)
-        deadline = time.monotonic() + self.timeout_s
-        while missing := [r for r in range(self.mesh.world) if not (temporary / _file_of(r)).is_file()]:
-            if time.monotonic() > deadline:
-                raise DeadlineError(
-                    f"{final}: ranks {missing} wrote nothing within {self.timeout_s:.0f} s (learner.write_timeout_s); "
-                    "all ranks need the same run directory"
-                )
-            time.sleep(POLL_S)
-        (temporary / STATE).write_text(json.dumps({**asdict(state), "ranks": self.mesh.world}) + "\n")
-        sync(temporary / STATE)
-        sync(temporary)
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(temporary, final)
-        sync(self.directory)
-        self.retention.prune()
-
-    def _check_run(self, run_id: str) -> None:
-        """The directory may be another run's by now: one whose launcher was killed is set aside at the next start."""
-        try:
-            found = str(json.loads((self.directory.parent / RUN).read_text())["run_id"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return  # the broker's files lie elsewhere
-        if run_id and found != run_id:
-            raise CheckpointError(f"the directory is run {found}'s by now, this learner's is {run_id}")
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    """On the host, in memory of its own."""
-    return tensor.detach().to("cpu", copy=True)
-
-
-def _file_of(rank: int) -> str:
+def file_of(rank: int) -> str:
+    """The name of a rank's file."""
     return f"rank-{rank:05d}.safetensors"
 
 
-def _shares(model: Decoder, flat: FlatParameters) -> Iterator[tuple[str, Tensor, int]]:
+def shares(model: Decoder, flat: FlatParameters) -> Iterator[tuple[str, Tensor, int]]:
     """(name, this rank's view of it, where that starts in the flat buffer) of every tensor in ``flat``."""
     start = flat.weights.data_ptr()
     for name, view in views(model).items():
         if start <= view.data_ptr() < start + flat.weights.nbytes:
             yield name, view, (view.data_ptr() - start) // view.element_size()
-
-
-def _pieces(model: Decoder, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
-    known = {place.name: place for place in places(model.config)}
-    tp = model.mesh.tp
-    for flat in optimizer.flats:
-        if not flat.sharing.counts:
-            continue
-        own = {"weight": flat.master.data, **optimizer.moments(flat)}
-        for name, view, offset in _shares(model, flat):
-            begin, end = max(offset, flat.range.start), min(offset + view.numel(), flat.range.stop)
-            if begin >= end:
-                continue
-            part = f"{tp.rank}/{tp.size}" if known[name].dim is not None else "0/1"
-            for kind, tensor in own.items():
-                yield (
-                    f"{kind}|{name}|{part}|{begin - offset}",
-                    tensor[begin - flat.range.start : end - flat.range.start],
-                )
-    for name, view in views(model).items():
-        if known[name].optional and known[name].owners(model.config, model.mesh) == [model.mesh.rank]:
-            yield f"weight|{name}|0/1|0", view
 
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -298,7 +170,7 @@ def _load(reader: "CheckpointReader", model: Decoder, optimizer: Optimizer, froz
     tp = model.mesh.tp
     for flat in optimizer.flats:
         moments = optimizer.moments(flat)
-        for name, view, offset in _shares(model, flat):
+        for name, view, offset in shares(model, flat):
             weight = reader.part("weight", known[name], tp.rank, tp.size)
             view.copy_(weight)
             begin, end = max(offset, flat.range.start), min(offset + view.numel(), flat.range.stop)
@@ -326,7 +198,9 @@ class CheckpointReader:
             found = json.loads((path / STATE).read_text())
             ranks = int(found.pop("ranks"))
             self.state = TrainingState(**found)
-            self._files = [safe_open(path / _file_of(rank), framework="pt") for rank in range(ranks)]
+            self._files = [safe_open(path / file_of(rank), framework="pt") for rank in range(ranks)]
+            # Older checkpoints have none.
+            self._digests = [file.metadata() or {} for file in self._files]  # type: ignore[no-untyped-call]
             self._index: dict[tuple[str, str], list[tuple[int, int, int, int, str]]] = {}
             self._rng: dict[int, int] = {}
             for number, file in enumerate(self._files):
@@ -415,4 +289,7 @@ class CheckpointReader:
 
     def _tensor(self, number: int, key: str) -> Tensor:
         found: Tensor = self._files[number].get_tensor(key)  # type: ignore[no-untyped-call]
+        written = self._digests[number].get(key)
+        if written is not None and written != digest_of(found):
+            raise self._damaged(f"{file_of(number)}: {key} is not what was written")
         return found

@@ -1,4 +1,4 @@
-"""The learner's side of the feed: shards in, commits out; how every rank talks to the broker."""
+"""The learner's side of the feed: shards in, commits out; a shard as the batch that is trained on."""
 
 import logging
 import time
@@ -14,6 +14,7 @@ from common import wire
 from common.errors import DataError, DeadlineError
 from common.link import BrokerLink
 from learner.model.config import ModelConfig
+from learner.step import StepBatch
 
 POLL_S = 0.2
 WORD_EVERY_S = 10.0
@@ -82,6 +83,46 @@ class Feed:
     def commit(self, step: int, metrics: dict[str, float]) -> None:
         """The step is trained."""
         self.link.send(wire.Commit(step, step + 1, metrics))
+
+
+def to_batch(shard: wire.Shard, device: torch.device, model: ModelConfig, temperature: float) -> StepBatch:
+    """The shard's arrays as tensors; advantages and weights spread over each span's tokens.
+
+    Raises :class:`DataError` for tokens that were sampled at another temperature, token ids outside the vocabulary
+    and routing records that are not this model's.
+    """
+    tag = f"shard of step {shard.step}, rank {shard.rank}"
+    if shard.temperature != temperature:
+        raise DataError(
+            f"{tag}: sampled at temperature {shard.temperature:g}, and rollout.temperature={temperature:g} here; "
+            "start the learner with the broker's"
+        )
+    check_ids(tag, shard.token_ids, model.vocab_size)
+    check_experts(shard.experts, model)
+    spans = np.diff(shard.spans)
+
+    def tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+        return torch.from_numpy(np.array(array)).to(device=device, dtype=dtype)
+
+    def optional(array: np.ndarray) -> torch.Tensor | None:
+        return tensor(array, torch.float32) if len(array) else None
+
+    return StepBatch(
+        token_ids=tensor(shard.token_ids, torch.int64),
+        cu_seqlens=shard.cu_seqlens,
+        trainable=shard.trainable,
+        accept=tensor(shard.accept, torch.uint8),
+        advantages=tensor(np.repeat(shard.advantages, spans), torch.float32),
+        weights=tensor(np.repeat(shard.weights, spans), torch.float32),
+        log_q=tensor(shard.log_q, torch.float32),
+        log_m=tensor(shard.log_m, torch.float32),
+        log_p_v=tensor(shard.log_p, torch.float32),
+        tokens_global=shard.tokens_global,
+        experts=experts_tensor(shard.experts, model, device),
+        trajectories=np.unique(np.stack((shard.groups, shard.siblings), axis=1), axis=0, return_inverse=True)[1],
+        log_reference=optional(shard.log_reference),
+        log_teacher=optional(shard.log_teacher),
+    )
 
 
 def check_ids(tag: str, token_ids: NDArray[np.int32], vocab_size: int) -> None:

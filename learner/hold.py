@@ -28,5 +28,7 @@ def held(directory: Path, rank: int, is_stopped: Callable[[], bool]) -> Iterator
     with file:
         words = f"{directory}: another learner is at work there (it holds {LOCK})"
         if not lock_within(file, WAIT_S, lambda: log.warning("%s; waiting %g s", words, WAIT_S), is_stopped):
+            if is_stopped():
+                raise ConfigError(f"told to stop while it waited: {words}")
             raise ConfigError(f"{words}; stop it, or choose another run.name")
         yield

@@ -15,7 +15,8 @@ travels once and no expert is cut.
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -163,12 +164,17 @@ class Mesh:
         return dict(zip(names, total.tolist(), strict=True))
 
     def max_int(self, value: int) -> int:
-        """The greatest of all ranks' values."""
+        """The greatest of all ranks' values; :class:`DeadlineError` after the group's timeout."""
+        return self.max_ints(value)[0]
+
+    def max_ints(self, *values: int) -> tuple[int, ...]:
+        """The same of several numbers, each by itself."""
         if self.world == 1:
-            return value
-        tensor = torch.tensor([value], dtype=torch.int64, device=self.device)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return int(tensor.item())
+            return values
+        tensor = torch.tensor(values, dtype=torch.int64, device=self.device)
+        with self._meeting():
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+            return tuple(tensor.tolist())
 
     def broadcast_int(self, value: int) -> int:
         """Rank 0's value, on every rank."""
@@ -180,14 +186,22 @@ class Mesh:
 
     def barrier(self) -> None:
         """Wait for every rank; :class:`DeadlineError` after the group's timeout."""
-        if self.world == 1:
-            return
+        if self.world > 1:
+            with self._meeting():
+                dist.barrier()
+
+    @contextmanager
+    def _meeting(self) -> Iterator[None]:
         try:
-            dist.barrier()
+            yield
         except RuntimeError as error:
             raise DeadlineError(
                 f"rank {self.rank}: a rank died, or did not arrive within {self.timeout_s:.0f} s: {error}"
             ) from error
+
+    def store(self) -> dist.Store:
+        """Where ranks leave words for each other without meeting. Only for more than one rank."""
+        return dist.PrefixStore("croupier", dist.distributed_c10d._get_default_store())
 
     def close(self, orderly: bool = True) -> None:
         """Leave the group. NCCL's waits for all ranks; one that fails alone leaves at once, so that they hear of it."""

@@ -42,8 +42,11 @@ def profiled(config: RunConfig, tracer: Tracer, step: int, device: torch.device)
                 pass
         yield
     finally:
+        directory = config.run.path / TRACE
         with tracer.within("profile", step):
-            record.stop()
-            directory = config.run.path / TRACE
-            directory.mkdir(parents=True, exist_ok=True)
-            record.export_chrome_trace(str(directory / f"{tracer.process}.step{step}{TORCH}"))
+            try:
+                record.stop()
+                directory.mkdir(parents=True, exist_ok=True)
+                record.export_chrome_trace(str(directory / f"{tracer.process}.step{step}{TORCH}"))
+            except (OSError, RuntimeError) as error:  # a step that is trained is worth more than its record
+                log.warning("step %d: what torch.profiler recorded is lost: %s", step, error)

@@ -17,15 +17,15 @@ import secrets
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from common import wire
 from common.config import MEGABYTE, RunConfig
-from common.errors import DataError
+from common.errors import DeadlineError, ProtocolError
 from common.exporter import Exporter, Families, families_of_peer, gauge, open_exporter
 from common.identity import model_identity
 from common.joint import POLICY_STREAM, ROLLOUT_STREAM
@@ -34,22 +34,23 @@ from common.process import StopFlag
 from common.slowness import Slowness
 from common.trace import Tracer, open_tracer, power_of_two
 from learner import checkpoint
-from learner.checkpoint import CheckpointWriter, TrainingState
+from learner.checkpoint import TrainingState
 from learner.device import keep_freed_memory, match_servers
 from learner.exports import step_families
-from learner.feed import Feed, check_experts, check_ids, experts_tensor
+from learner.feed import Feed, to_batch
 from learner.freeze import freeze
 from learner.hf import load_model, save_hf
 from learner.hold import held
 from learner.joint.trainer import RolloutTrainer
 from learner.mesh import Mesh
-from learner.model.config import ModelConfig
 from learner.model.decoder import Decoder
 from learner.optim import Optimizer
 from learner.patience import patience_s, published_sizes
 from learner.profiling import profiled
 from learner.retention import CHECKPOINTS, Retention
+from learner.saving import CheckpointWriter
 from learner.step import StepBatch, StepSettings, train_step
+from learner.together import shared
 from learner.weights.gather import WeightGather
 from learner.weights.publish import WeightPublisher
 from learner.weights.stream import WeightStream
@@ -59,6 +60,8 @@ PAUSE_S = 0.1  # learner.slowdown and .pace_s: how long at a time
 FAREWELL_S = 60.0  # how long the learner stays for late joiners after its last step
 
 log = logging.getLogger("learner")
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -83,6 +86,7 @@ class Learner:
     retention: Retention | None = None  # which checkpoints stay
     safe: int = 0  # the newest version that a checkpoint holds
     begun: int = 0  # the newest version whose checkpoint was begun
+    failure: DeadlineError | ProtocolError | None = None  # of the broker: raised when all is written
 
     def run(self) -> None:
         """Train every step, then stay until the broker says Stop."""
@@ -99,10 +103,11 @@ class Learner:
         while self.step < config.run.steps:
             began = time.perf_counter()
             tracer.state("idle.shard", self.step)
-            shard = feed.fetch(self.step, self._catch_up)
+            shard = self._attempt(feed.fetch, self.step, self._catch_up)
             tracer.state("idle.ranks", self.step)
             if mesh.max_int(shard is None):  # one of us was told to stop, so all of us do
-                self.stop.set("another rank was told to stop")
+                if not self.stop.is_set:
+                    self.stop.set("the broker said stop" if feed.stopped else "another rank was told to stop")
                 break
             assert shard is not None
             fetched = time.perf_counter()
@@ -121,7 +126,19 @@ class Learner:
             self._publish()
             self._checkpoint(writer)
         self._finish(writer)
+        if self.failure is not None:
+            raise self.failure
         self._farewell(feed)
+
+    def _attempt(self, ask: Callable[..., T], *arguments: Any) -> T | None:
+        """What ``ask`` gets from the broker. If that is gone, or refuses us, the run stops: what is trained is kept."""
+        try:
+            return ask(*arguments)
+        except (DeadlineError, ProtocolError) as error:
+            log.warning("%s; stopping with a checkpoint", error)
+            self.failure = self.failure or error
+            self.stop.set(str(error))
+            return None
 
     def _train(self, shard: wire.Shard) -> tuple[dict[str, float], StepBatch]:
         """One update of the policy; its metrics, and the batch for the rollout model."""
@@ -174,8 +191,10 @@ class Learner:
     def _publish(self) -> None:
         """Gather the present weights, on every rank, and send them to who has not had them."""
         self.link.set_version(self.step)  # also where the fleet had later ones: what was trained again is trained
-        seconds = [stream.publish(self.step, self._note, self._stopping) for stream in self.streams]
-        self.publish_seconds = sum(seconds)
+        self.publish_seconds = 0.0
+        for stream in self.streams:  # every one, whatever became of the one before: other ranks take part
+            seconds = self._attempt(stream.publish, self.step, self._note, self._stopping)
+            self.publish_seconds += seconds or 0.0
 
     def _note(self, message: Any) -> None:
         match message:
@@ -200,7 +219,7 @@ class Learner:
         """Let ``seconds`` pass (learner.slowdown, .pace_s). Who lacks this version is sent the next: it is gone."""
         deadline = time.perf_counter() + seconds
         while not self.stop.is_set and (left := deadline - time.perf_counter()) > 0:
-            self._note(self.link.receive(min(left, PAUSE_S)))
+            self._note(self._attempt(self.link.receive, min(left, PAUSE_S)))
 
     def _stopping(self) -> bool:
         return self.stop.is_set
@@ -262,9 +281,13 @@ class Learner:
         last_evaluation_s = self.config.learner.wait_s if self.config.evaluation.keep_best else 0.0
         deadline = time.monotonic() + max(FAREWELL_S, last_evaluation_s)
         while not self._stopping() and not feed.stopped and time.monotonic() < deadline:
-            message = self.link.receive(0.2)
-            if message is not None:
-                self._catch_up(message)
+            try:
+                message = self.link.receive(0.2)
+                if message is not None:
+                    self._catch_up(message)
+            except (DeadlineError, ProtocolError) as error:  # all is written
+                log.warning("%s; the run is finished here", error)
+                return
 
 
 def settings_of(config: RunConfig) -> StepSettings:
@@ -277,46 +300,6 @@ def settings_of(config: RunConfig) -> StepSettings:
         logprob_mb=learner.logprob_mb,
         head_float32=learner.head_float32,
         compiled=learner.compile,
-    )
-
-
-def to_batch(shard: wire.Shard, device: torch.device, model: ModelConfig, temperature: float) -> StepBatch:
-    """The shard's arrays as tensors; advantages and weights spread over each span's tokens.
-
-    Raises :class:`DataError` for tokens that were sampled at another temperature, token ids outside the vocabulary
-    and routing records that are not this model's.
-    """
-    tag = f"shard of step {shard.step}, rank {shard.rank}"
-    if shard.temperature != temperature:
-        raise DataError(
-            f"{tag}: sampled at temperature {shard.temperature:g}, and rollout.temperature={temperature:g} here; "
-            "start the learner with the broker's"
-        )
-    check_ids(tag, shard.token_ids, model.vocab_size)
-    check_experts(shard.experts, model)
-    spans = np.diff(shard.spans)
-
-    def tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-        return torch.from_numpy(np.array(array)).to(device=device, dtype=dtype)
-
-    def optional(array: np.ndarray) -> torch.Tensor | None:
-        return tensor(array, torch.float32) if len(array) else None
-
-    return StepBatch(
-        token_ids=tensor(shard.token_ids, torch.int64),
-        cu_seqlens=shard.cu_seqlens,
-        trainable=shard.trainable,
-        accept=tensor(shard.accept, torch.uint8),
-        advantages=tensor(np.repeat(shard.advantages, spans), torch.float32),
-        weights=tensor(np.repeat(shard.weights, spans), torch.float32),
-        log_q=tensor(shard.log_q, torch.float32),
-        log_m=tensor(shard.log_m, torch.float32),
-        log_p_v=tensor(shard.log_p, torch.float32),
-        tokens_global=shard.tokens_global,
-        experts=experts_tensor(shard.experts, model, device),
-        trajectories=np.unique(np.stack((shard.groups, shard.siblings), axis=1), axis=0, return_inverse=True)[1],
-        log_reference=optional(shard.log_reference),
-        log_teacher=optional(shard.log_teacher),
     )
 
 
@@ -361,7 +344,11 @@ def run_learner(config: RunConfig, _name: str, stop: StopFlag) -> None:
     mesh = Mesh.from_environment(config.learner, patience_s(config, published_sizes(config)))
     try:
         process = f"learner.{mesh.rank}" if mesh.rank else "learner"
-        with open_tracer(config, process, "learner", mesh.rank) as tracer, open_exporter(config, tracer) as exporter:
+        with (
+            shared(stop, mesh),
+            open_tracer(config, process, "learner", mesh.rank) as tracer,
+            open_exporter(config, tracer) as exporter,
+        ):
             _train(config, mesh, stop, tracer, exporter)
     finally:
         mesh.close(orderly=sys.exception() is None)
@@ -384,7 +371,7 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopFlag, tracer: Tracer, export
         log.info("resumed from %s at step %d", found, step)
     link, published = _connect(config, mesh, step, run_id, stop, tracer)
     try:
-        if published >= 0:
+        if not mesh.max_int(published < 0):
             learner = Learner(
                 config, stop, mesh, model, optimizer, frozen, link, tracer, expert_fraction, step, published, rollout,
                 safe=step, begun=step,

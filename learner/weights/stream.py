@@ -37,9 +37,11 @@ class WeightStream:
         """Take the present weights, on every rank, and send them if nobody has had them; the seconds it took."""
         self._tracer.state("gather" if self._publisher is not None else "idle.ranks", version - 1)
         self._snapshot = Snapshot(self._gather)
-        sends = self._publisher is not None and version > self.published
-        seconds = self._send(version, other, should_stop) if sends else 0.0
-        self._snapshot.finish()
+        wanted = version > self.published or (bool(self.resync) and version == self.published)
+        try:
+            seconds = self._send(version, other, should_stop) if wanted and self._publisher is not None else 0.0
+        finally:  # the other ranks take part to the end
+            self._snapshot.finish()
         self.published = max(self.published, version)
         return seconds
 

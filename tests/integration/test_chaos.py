@@ -148,7 +148,9 @@ def test_a_learner_on_a_mesh_is_killed_and_goes_on_on_another(tmp_path, model):
 @pytest.mark.chaos
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_when_one_rank_is_told_to_stop_all_of_them_do(tmp_path, model):
+@pytest.mark.parametrize("while_they", ["train", "wait"])
+def test_when_one_rank_is_told_to_stop_all_of_them_do(tmp_path, model, while_they):
+    """Also where the others wait for what does not come."""
     with Fleet(tmp_path, model, "run.steps=5000", "learner.dp_shard=2", *QUICK) as fleet:
         for name in ("broker", "replica-0", "actor-0"):
             start(fleet, name)
@@ -156,5 +158,25 @@ def test_when_one_rank_is_told_to_stop_all_of_them_do(tmp_path, model):
         fleet.wait_for_step(3)
         ranks = sorted(descendants(launcher.pid))
         assert len(ranks) == 2
+        if while_they == "wait":
+            fleet.kill("actor-0")
+            fleet.wait_for_log("learner", "waiting since")
         os.kill(ranks[-1], signal.SIGTERM)
         assert fleet.wait("learner", 40) == 0, fleet.words()
+
+
+@pytest.mark.chaos
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_ranks_whose_broker_is_gone_keep_what_they_trained(tmp_path, model):
+    settings = (*QUICK, "learner.dp_shard=2", "learner.checkpoint_every=1000", "learner.wait_s=4")
+    with Fleet(tmp_path, model, "run.steps=5000", *settings) as fleet:
+        for name in ("broker", "replica-0", "actor-0"):
+            start(fleet, name)
+        fleet.start("learner", ranks=2)
+        fleet.wait_for_step(3)
+        fleet.kill("broker")
+        assert fleet.wait("learner", 40) == 1, fleet.words()
+        assert "DeadlineError: the broker at" in fleet.log("learner").read_text()
+        (kept,) = (fleet.run / "checkpoints").iterdir()
+        assert int(kept.name.removeprefix("step-")) > fleet.steps()[-1]["step"]

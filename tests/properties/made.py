@@ -10,10 +10,10 @@ from broker.trajectories import unpack_all
 from common import wire
 from common.codec import decode, encode
 from common.config import RunConfig
+from learner.feed import to_batch
 from learner.losses.tokens import Tokens
 from learner.model.config import ModelConfig
 from learner.step import StepBatch
-from learner.train import to_batch
 
 VOCAB = 19
 SHAPE = ModelConfig(

@@ -20,11 +20,11 @@ from common.config import OptimSection, RolloutSection, RunConfig
 from common.errors import DataError
 from common.objective import AdvantageSection, LossSection
 from common.wire import STARTS
+from learner.feed import to_batch
 from learner.losses.policy import policy_loss
 from learner.model.decoder import Decoder
 from learner.optim import Optimizer
 from learner.step import StepSettings, train_step
-from learner.train import to_batch
 from tests.properties.made import SHAPE, delivered, tokens_of, trajectory
 
 T = 0.9

@@ -12,8 +12,8 @@ import torch
 
 from common.config import OptimSection
 from common.errors import CheckpointError, ConfigError, DeadlineError
-from learner import checkpoint, hold
-from learner.checkpoint import CheckpointWriter, TrainingState
+from learner import checkpoint, hold, saving
+from learner.checkpoint import TrainingState
 from learner.freeze import freeze
 from learner.hf import load_hf
 from learner.layout import BIAS
@@ -22,6 +22,7 @@ from learner.model.config import ModelConfig
 from learner.model.decoder import Decoder
 from learner.optim import Optimizer
 from learner.retention import Retention
+from learner.saving import CheckpointWriter
 from learner.step import train_step
 from tests.unit.named import hf_tensors, write_hf
 from tests.unit.test_step import CONFIG, LENGTHS, OPTIM, STEPS, batch_of, model_of, settings, train
@@ -100,7 +101,7 @@ def test_what_cannot_be_written_for_any_reason_does_not_count(tmp_path, monkeypa
 
     model = model_of()
     writer = writer_of(tmp_path)
-    monkeypatch.setattr("learner.checkpoint.save_file", broken)
+    monkeypatch.setattr("learner.saving.save_file", broken)
     write(writer, model, Optimizer(model, OptimSection(), 10), 3)
     with pytest.raises(CheckpointError, match="surprise"):
         writer.wait()
@@ -164,6 +165,28 @@ def test_until_every_rank_has_written_there_is_no_checkpoint_and_the_late_are_na
     write(writer, model, Optimizer(model, OptimSection(), 10), 4)
     with pytest.raises(DeadlineError, match=r"step-00000004: ranks \[1, 2\] wrote nothing within"):
         writer.wait()
+    assert checkpoint.latest(tmp_path) is None
+
+
+@pytest.mark.parametrize("stage", ["write its file", "complete it"])
+def test_what_the_disk_holds_up_is_given_up_and_does_not_count_later(tmp_path, monkeypatch, stage):
+    model, going = model_of(), threading.Event()
+    writer = writer_of(tmp_path, timeout=0.2)
+    hung = {"write its file": "save_file", "complete it": "sync"}[stage]
+    original = getattr(saving, hung)
+
+    def hang(what, *more):
+        if hung == "save_file" or what.name == "state.json":
+            going.wait(20)
+        return original(what, *more)
+
+    monkeypatch.setattr(saving, hung, hang)
+    write(writer, model, Optimizer(model, OptimSection(), 10), 3)
+    thread = writer._thread
+    with pytest.raises(DeadlineError, match=rf"step 3: rank 0 did not {stage} within 0 s \(learner.write_timeout_s"):
+        writer.wait()
+    going.set()
+    thread.join(20)
     assert checkpoint.latest(tmp_path) is None
 
 
@@ -251,7 +274,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path, change):
         checkpoint.load(checkpoint.latest(tmp_path), shallow, Optimizer(shallow, OptimSection(), 10))
 
 
-@pytest.mark.parametrize("harm", ["half", "json", "missing", "pickle"])
+@pytest.mark.parametrize("harm", ["half", "json", "missing", "pickle", "flipped"])
 def test_a_damaged_checkpoint_says_so(tmp_path, harm):
     model, optimizer = saved(tmp_path)
     path = checkpoint.latest(tmp_path)
@@ -262,6 +285,10 @@ def test_a_damaged_checkpoint_says_so(tmp_path, harm):
         file.unlink()
     elif harm == "pickle":
         torch.save({"a": 1}, file)
+    elif harm == "flipped":  # within some tensor: nothing of its form is wrong
+        raw = bytearray(file.read_bytes())
+        raw[len(raw) * 2 // 3] ^= 1
+        file.write_bytes(raw)
     else:
         (path / "state.json").write_text(json.dumps({"ranks": 1, "step": 1, "surprise": 2}))
     said = r"step-00000001: damaged.*goes on from the beginning; .*only a new run .*: another run\.name"

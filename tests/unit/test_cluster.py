@@ -232,6 +232,20 @@ def test_kustomize_reads_all_of_it(tmp_path):
     assert len(list(yaml.safe_load_all(done.stdout))) == len(documents(kubernetes()[1]))
 
 
+def test_ranks_have_time_for_a_checkpoint_within_what_the_cluster_gives_them():
+    """torchrun kills ranks 30 s after SIGTERM unless told otherwise."""
+
+    def seconds(text):
+        return int(re.search(r"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)", text)[1])
+
+    learner = pod(documents(kubernetes()[1])["Job", "learner"])
+    script = " ".join([*learner["containers"][0].get("command", []), *learner["containers"][0].get("args", [])])
+    assert 60 <= seconds(script) < learner["terminationGracePeriodSeconds"]
+    files = slurm()[1]
+    stop_s = int(re.search(r"^STOP_S=(\d+)", files["job.sbatch"], re.MULTILINE)[1])
+    assert 60 <= seconds(files["role.sh"]) < stop_s
+
+
 # ---- Slurm --------------------------------------------------------------------------------------
 
 

@@ -13,13 +13,14 @@ from common.joint import JointSection
 from common.objective import LossSection
 from common.wire import EXPERT
 from learner import checkpoint
-from learner.checkpoint import CheckpointWriter, TrainingState
+from learner.checkpoint import TrainingState
 from learner.joint.trainer import RolloutTrainer
 from learner.losses.router import balance_loss, router_z_loss
 from learner.mesh import Mesh, single
 from learner.model.config import ModelConfig
 from learner.optim import Optimizer
 from learner.retention import Retention
+from learner.saving import CheckpointWriter
 from learner.weights.gather import WeightGather
 from tests.unit.test_mesh import LENGTHS, model_of, split
 from tests.unit.test_step import batch_of

@@ -14,7 +14,7 @@ from common.config import LearnerSection, OptimSection
 from common.errors import ConfigError
 from common.objective import LossSection
 from learner import checkpoint
-from learner.checkpoint import CheckpointWriter, TrainingState
+from learner.checkpoint import TrainingState
 from learner.freeze import freeze
 from learner.layout import places, views
 from learner.mesh import AXES, Mesh, check_world, single
@@ -22,6 +22,7 @@ from learner.model.config import ModelConfig
 from learner.model.decoder import Decoder
 from learner.optim import Optimizer
 from learner.retention import Retention
+from learner.saving import CheckpointWriter
 from learner.step import StepSettings, train_step
 from learner.weights.gather import WeightGather
 from tests.unit.test_step import batch_of

@@ -292,3 +292,18 @@ def test_several_receivers_without_ranks_leave_the_others_alone():
         if go := sent(outgoing, Go):
             assert set(go) == {"b", LEARNER}
     assert c.under_way == 1
+
+
+def test_one_that_dies_and_comes_back_again_and_again_holds_up_nobody():
+    c = PublishCoordinator(10)
+    c.on_publish(offer(1), NAMES, 0.0)
+    prepared = sent(c.on_lost("b", ["a"], 1.0), Prepare)
+    assert set(prepared) == {"a"}
+    assert c.on_lost("b", NAMES, 2.0) == []  # it was back, in a group that does not count it
+    go = sent(c.on_ready(Ready(c.epoch, 1), "a", NAMES, 3.0), Go)
+    assert go["a"].members == ["a"]
+    assert sent(settle(c, 1, ["a"]), PublishDone)[LEARNER].dropped == ["b"]
+    assert set(sent(c.on_publish(offer(2), NAMES, 4.0), Prepare)) == {"a", "b"}
+    c.on_lost("a", ["b"], 5.0)
+    assert c.on_lost("a", NAMES, 5.5) == []
+    assert set(sent(c.on_lost("b", NAMES, 6.0), Prepare)) == set() and c.published == 2  # nobody is left for it

@@ -30,7 +30,7 @@ class Link:
 def test_a_pause_takes_messages_and_ends_with_the_run(process):
     stop, link = StopFlag(), Link(wire.Pong(1), None, wire.Stop("done"), wire.Pong(2))
     this = SimpleNamespace(stop=stop, link=link)
-    for name in ("_handle", "_note"):
+    for name in ("_handle", "_note", "_attempt"):
         if hasattr(process, name):
             setattr(this, name, getattr(process, name).__get__(this))
     process._slow_down(this, AN_HOUR)

@@ -27,7 +27,18 @@ from common.errors import ConfigError
 from common.exporter import PORTS_TRIED
 from common.keys import is_local
 from tools.cluster.plan import MAX_RESTARTS, Plan, Role, broker_volume_gb
-from tools.cluster.pods import BROKER_FILES, CONFIG, KEYS, Kubernetes, Manifest, api_keys, job, labels_of, named
+from tools.cluster.pods import (
+    BROKER_FILES,
+    CONFIG,
+    GRACE_S,
+    KEYS,
+    Kubernetes,
+    Manifest,
+    api_keys,
+    job,
+    labels_of,
+    named,
+)
 
 NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # with "-learner-99" behind it still a host's name
 RENDEZVOUS = 29400
@@ -161,6 +172,7 @@ def _learner(plan: Plan, options: Kubernetes) -> list[Manifest]:
     script = "\n".join(
         (
             'if [ "$INDEX" = 0 ]; then host=true; else host=false; fi',
+            f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={GRACE_S - 10}  # for ranks to write a checkpoint; torchrun's: 30",
             f"exec python -m torch.distributed.run --nnodes {role.count} --nproc-per-node {role.processes} \\",
             f"  --rdzv-backend c10d --rdzv-endpoint {name}-0.{name}:{RENDEZVOUS} --rdzv-id {name} \\",
             '  --rdzv-conf "is_host=$host,read_timeout=600" --local-addr "$POD_IP" \\',

@@ -40,6 +40,7 @@ broker)
   ;;
 learner) # each node names itself: rank 0 tells the receivers where the weights come from
   export OMP_NUM_THREADS=@LEARNER_THREADS@
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=80 # for ranks to write a checkpoint after SIGTERM, below STOP_S; torchrun's 30
   host=false
   if [ "$SLURM_PROCID" -eq 0 ]; then host=true; fi
   exec "$python" -m torch.distributed.run --nnodes @LEARNER_NODES@ --nproc-per-node @LEARNER_RANKS@ \

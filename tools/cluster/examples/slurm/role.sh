@@ -39,6 +39,7 @@ broker)
   ;;
 learner) # each node names itself: rank 0 tells the receivers where the weights come from
   export OMP_NUM_THREADS=1
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=80 # for ranks to write a checkpoint after SIGTERM, below STOP_S; torchrun's 30
   host=false
   if [ "$SLURM_PROCID" -eq 0 ]; then host=true; fi
   exec "$python" -m torch.distributed.run --nnodes 2 --nproc-per-node 8 \
