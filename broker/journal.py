@@ -20,12 +20,13 @@ import struct
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import lmdb
 
+from broker.ahead import Ahead
 from broker.chunks import DamagedChunk, Event, apart, pack, table_of, unpack
 from common.config import MEGABYTE
 from common.durable import make_directory, sync
@@ -34,6 +35,7 @@ from common.errors import JournalError
 CHUNK_BYTES = 4 * MEGABYTE  # a group commit is cut here
 SLACK = 1.5  # map size over the bound on what is kept: LMDB needs room to copy and to fragment
 MAP_RESERVE = 64 * MEGABYTE
+PAGES_BESIDE = MEGABYTE // 4  # of a commit beside its values, at most
 CLOSE_S = 10.0
 LOCK_BYTES = 8192  # what LMDB asks for its lock file
 KEY = struct.Struct(">Q")  # of a chunk: its first event's number
@@ -147,7 +149,8 @@ class Journal:
         self._remedy = "copy it here again" + ("" if read_only else f", or {ANEW}")
         remedy = f"make it readable, or {self._remedy}" if read_only else self._remedy
         try:
-            self._env = _open(directory, int(self.limit_bytes * SLACK) + MAP_RESERVE, read_only)
+            map_size = int(self.limit_bytes * SLACK) + MAP_RESERVE
+            self._env = _open(directory, map_size, read_only)
             self._check_size()
             self._check(run_id, read_only)
             if not read_only:
@@ -168,14 +171,20 @@ class Journal:
         self._closing = False
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
+        self._ahead: Ahead | None = None
         if not read_only:
+            self._ahead = Ahead(directory / "data.mdb", map_size)
             self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
             self._thread.start()
 
+    def _said(self) -> int:
+        """Bytes that the file should have."""
+        page: int = self._env.stat()["psize"]
+        return int((self._env.info()["last_pgno"] + 1) * page)
+
     def _missing(self) -> tuple[int, int]:
         """Bytes that the file should have, and how many of them it lacks; never more than it does."""
-        page: int = self._env.stat()["psize"]
-        said = (self._env.info()["last_pgno"] + 1) * page
+        said = self._said()
         return said, max(0, said - (self.directory / "data.mdb").stat().st_size)
 
     def _check_size(self) -> None:
@@ -336,6 +345,8 @@ class Journal:
             first = self.durable + 1
             value, large = pack(events[start:end]), list(apart(first, events[start:end]))
             kept = len(value) + sum(frame.nbytes for _, _, frame in large)
+            if self._ahead is not None:
+                self._ahead.take(self._said(), kept + PAGES_BESIDE)
             with self._env.begin(write=True) as txn:
                 if not txn.put(KEY.pack(first), value, append=True):
                     raise lmdb.KeyExistsError(f"event {first} is there already")
@@ -371,6 +382,9 @@ class Journal:
             if self._thread.is_alive():  # a disk that stands still: closing under the thread would end the process
                 log.error("%s: the disk has not taken the last events within %.0f s", self.directory, CLOSE_S)
                 return
+        if self._ahead is not None:
+            with suppress(OSError):  # it is longer than it need be
+                self._ahead.give_back(self._said())
         self._env.close()
 
     # ---- reading --------------------------------------------------------------------------------

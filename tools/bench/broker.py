@@ -18,9 +18,11 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +124,26 @@ FORMATS: dict[str, tuple[Callable[[wire.Trajectories], list[Any]], Callable[[lis
 # ---- children -----------------------------------------------------------------------------------
 
 
-def _push(address: str, name: str, topk: int, count: int) -> None:
+@contextmanager
+def _sending(target: Callable[..., None], *args: Any) -> Iterator[None]:
+    """``target(*args, started)`` in a process of its own, which passes the barrier ``started`` before it sends.
+
+    Memory is touched between its start and that: what is free for two seconds is given back to the machine's host.
+    """
+    started = mp.get_context("spawn").Barrier(2)
+    child = mp.get_context("spawn").Process(target=target, args=(*args, started), daemon=True)
+    child.start()
+    try:
+        started.wait(DEADLINE_S)
+        touch_memory(TOUCHED_MB)
+        started.wait(DEADLINE_S)
+        yield
+    finally:
+        child.join(10)
+        child.kill()
+
+
+def _push(address: str, name: str, topk: int, count: int, started: Barrier) -> None:
     """Send ``count`` messages in a peer's format, encoding each."""
     context = zmq.Context()
     socket = context.socket(zmq.PUSH)
@@ -130,6 +151,8 @@ def _push(address: str, name: str, topk: int, count: int) -> None:
     socket.connect(address)
     to_frames, pool = FORMATS[name][0], [message(g, topk) for g in range(4)]
     ready = [to_frames(m) for m in pool] if name == OURS else None
+    started.wait(DEADLINE_S)
+    started.wait(DEADLINE_S)
     for index in range(count):
         frames = ready[index % 4] if ready else to_frames(pool[index % 4])
         socket.send_multipart(frames, copy=False)
@@ -137,7 +160,7 @@ def _push(address: str, name: str, topk: int, count: int) -> None:
     context.term()
 
 
-def _actor(address: str, groups: list[int], topk: int, name: str) -> None:
+def _actor(address: str, groups: list[int], topk: int, name: str, started: Barrier) -> None:
     """Send every group through a DEALER in the format of ``name``, at most WINDOW unacknowledged."""
     to_frames = FORMATS[name][0]
     context = zmq.Context()
@@ -145,6 +168,8 @@ def _actor(address: str, groups: list[int], topk: int, name: str) -> None:
     socket.connect(address)
     pool = [message(g, topk) for g in range(4)]
     waiting = 0
+    started.wait(DEADLINE_S)
+    started.wait(DEADLINE_S)
     for index, group in enumerate(groups):
         m = pool[index % 4]
         m.groups = np.full(GROUP_SIZE, group)
@@ -173,19 +198,17 @@ def peer_rate(name: str, topk: int, count: int) -> float:
     socket = context.socket(zmq.PULL)
     socket.setsockopt(zmq.RCVHWM, WINDOW)
     address = f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1', 10_000, 16_000)}"
-    child = mp.get_context("spawn").Process(target=_push, args=(address, name, topk, count))
-    child.start()
     try:
-        began = 0.0
-        for _ in range(count):
-            if not socket.poll(int(DEADLINE_S * 1000)):
-                raise TimeoutError(f"{name}: the sender is silent")
-            frames = socket.recv_multipart(copy=False)
-            FORMATS[name][1]([f.buffer for f in frames])
-            began = began or time.perf_counter()
-        return GROUP_SIZE * (count - 1) / (time.perf_counter() - began)
+        with _sending(_push, address, name, topk, count):
+            began = 0.0
+            for _ in range(count):
+                if not socket.poll(int(DEADLINE_S * 1000)):
+                    raise TimeoutError(f"{name}: the sender is silent")
+                frames = socket.recv_multipart(copy=False)
+                FORMATS[name][1]([f.buffer for f in frames])
+                began = began or time.perf_counter()
+            return GROUP_SIZE * (count - 1) / (time.perf_counter() - began)
     finally:
-        child.join(10)
         context.destroy(linger=0)
 
 
@@ -226,26 +249,24 @@ def broker_passage(topk: int, journal_dir: Path | None, name: str = OURS) -> Pas
     outlet = Outlet(recorder)
     acks = Acks(lambda identity, ack: outlet.do(partial(_answer, router, identity, ack)))
     groups = [g for _ in range(steps) for g in _grant_all(recorder)]
-    child = mp.get_context("spawn").Process(target=_actor, args=(address, groups, topk, name))
-    child.start()
-    result, began, deadline = Passage(), 0.0, time.monotonic() + DEADLINE_S
-    arrived: dict[int, float] = {}
+    result, arrived = Passage(), dict[int, float]()
     try:
-        while pipeline.ledger.next_step < steps or outlet.holding:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"the broker's passage stands at step {pipeline.ledger.next_step}")
-            for identity, found in router.receive(0.05):
-                began = began or time.perf_counter()
-                arrived[found.sole_group] = time.perf_counter()
-                acks.add(identity, recorder.admit(found, "a", 0))
-            acks.flush()
-            outlet.release()
-            _assemble(recorder, arrived, result)
-            outlet.release()
-        result.rate = GROUP_SIZE * (len(groups) - 1) / (time.perf_counter() - began)
+        with _sending(_actor, address, groups, topk, name):
+            began, deadline = 0.0, time.monotonic() + DEADLINE_S
+            while pipeline.ledger.next_step < steps or outlet.holding:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"the broker's passage stands at step {pipeline.ledger.next_step}")
+                for identity, found in router.receive(0.05):
+                    began = began or time.perf_counter()
+                    arrived[found.sole_group] = time.perf_counter()
+                    acks.add(identity, recorder.admit(found, "a", 0))
+                acks.flush()
+                outlet.release()
+                _assemble(recorder, arrived, result)
+                outlet.release()
+            result.rate = GROUP_SIZE * (len(groups) - 1) / (time.perf_counter() - began)
         return result
     finally:
-        child.join(10)
         router.close()
         if journal is not None:
             journal.close()
@@ -282,6 +303,7 @@ def disk_rate(topk: int, directory: Path) -> float:
     frames = [bytes(f) for f in encode(message(0, topk))]
     messages = GROUPS * STEPS[topk]
     target, _ = tempfile.mkstemp(dir=directory)
+    touch_memory(TOUCHED_MB)
     try:
         began = time.perf_counter()
         for _ in range(messages):
@@ -368,12 +390,6 @@ def fresh_memory_row(reps: int) -> Row:
     return Row("broker", "memory, first touch", size / first, "GB/s", "second touch", size / again, reps)
 
 
-def _at_hand(measure: Callable[[], float]) -> float:
-    """``measure`` with memory at hand, so that nobody is measured by what the machine's host takes to give some."""
-    touch_memory(TOUCHED_MB)
-    return measure()
-
-
 def _path_rows(topk: int, label: str, place: Path, reps: int) -> list[Row]:
     latencies: list[float] = []
     made = iter(range(1000))
@@ -391,7 +407,7 @@ def _path_rows(topk: int, label: str, place: Path, reps: int) -> list[Row]:
         contestants[name] = partial(peer_rate, name, topk, count)
     for name in WITHIN:
         contestants[f"{name}, the same way"] = partial(lambda name: broker_passage(topk, None, name).rate, name)
-    speed = interleave({name: partial(_at_hand, measure) for name, measure in contestants.items()}, reps)
+    speed = interleave(contestants, reps)
     megabytes = sum(memoryview(f).nbytes for f in encode(message(0, topk))) / GROUP_SIZE / 1e6
     rows = [
         Row("broker", f"{label}: socket to shards", speed["broker"], "traj/s", name, speed[name], reps)
